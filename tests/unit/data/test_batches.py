@@ -1,0 +1,61 @@
+"""The order of rows depends on seed and epoch only; padding is masked by length."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.data.batches import EpochOrder, PadCollator
+from trainer.data.encode import IGNORE_INDEX
+
+LENGTHS = [(7 * n) % 101 + 5 for n in range(1000)]
+
+
+def order(**changes: object) -> EpochOrder:
+    return EpochOrder(LENGTHS, **{"group_size": 8, "seed": 3, **changes})  # type: ignore[arg-type]
+
+
+def test_every_row_comes_once_per_epoch() -> None:
+    for options in ({}, {"group_by_length": False}, {"shuffle": False}):
+        assert sorted(order(**options)) == list(range(1000))
+
+
+def test_the_same_seed_and_epoch_give_the_same_order_and_others_another() -> None:
+    one, two = order(), order()
+    assert list(one) == list(two)
+    two.set_epoch(1)
+    assert list(one) != list(two)
+    assert list(one) != list(order(seed=4))
+
+
+def test_grouping_shortens_padding_and_still_mixes_groups() -> None:
+    def padding(rows: list[int]) -> int:
+        groups = [[LENGTHS[i] for i in rows[at : at + 8]] for at in range(0, 1000, 8)]
+        return sum(max(group) * len(group) - sum(group) for group in groups)
+
+    grouped, plain = list(order()), list(order(group_by_length=False))
+    assert padding(grouped) < padding(plain) / 5
+    firsts = [LENGTHS[grouped[at]] for at in range(0, 1000, 8)]
+    assert firsts != sorted(firsts, reverse=True)
+
+
+def test_the_longest_row_is_in_the_first_step() -> None:
+    for epoch in range(3):
+        rows = order().epoch_rows(epoch)
+        assert max(LENGTHS) in [LENGTHS[i] for i in rows[:8]]
+
+
+def test_first_row_of_step_is_the_first_row_of_that_steps_batch() -> None:
+    rows = order()
+    assert rows.first_row_of_step(1) == rows.epoch_rows(0)[0]
+    assert rows.first_row_of_step(3) == rows.epoch_rows(0)[16]
+    assert rows.first_row_of_step(126) == rows.epoch_rows(1)[0]
+
+
+def test_a_real_token_equal_to_the_pad_id_stays_visible_and_trained() -> None:
+    rows = [
+        {"input_ids": torch.tensor([5, 0, 0]), "labels": torch.tensor([IGNORE_INDEX, 0, 0])},
+        {"input_ids": torch.tensor([5]), "labels": torch.tensor([5])},
+    ]
+    batch = PadCollator(pad_id=0)(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 0, 0], [5, IGNORE_INDEX, IGNORE_INDEX]]

@@ -1,0 +1,88 @@
+"""The command line: argv -> command -> exit code. No training logic.
+
+Each command lives in `trainer/commands/` and is imported only when it is asked for, so that
+`trainer --help` and `trainer config explain` load no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+
+from trainer import __version__
+from trainer.errors import EXIT_COMPLETED, EXIT_SIGINT, EXIT_USER_INPUT, TrainerError
+
+COMMANDS = {
+    "demo": "a tiny model learns in about a minute; nothing is downloaded",
+    "train": "fine-tune a model on a JSONL file: --dataset data.jsonl --model qwen3 --output outputs",
+    "chat": "talk to the model of a finished run: trainer chat outputs",
+    "export": "write a model folder from a run: trainer export outputs --merge",
+    "models": "list the short names of models",
+    "config": "show, explain, check or start a config file",
+    "doctor": "print what this machine has and can do",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: words after the program's name; None: those of the process.
+    Returns:
+        0 completed, 1 a failed run, 2 the user's input, 130 and 143 signals.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_COMPLETED if words else EXIT_USER_INPUT
+    if words[0] in ("-V", "--version", "version"):
+        print(f"ultimate-trainer {__version__}")
+        return EXIT_COMPLETED
+    try:
+        return _run(words[0], words[1:])
+    except TrainerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_SIGINT
+    except BrokenPipeError:
+        # The reader went away (`trainer ... | head`): nothing is left to say, and closing stdout
+        # again at exit must not print a traceback either.
+        sys.stderr.close()
+        return EXIT_COMPLETED
+
+
+def usage() -> str:
+    """The overview of commands."""
+    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "trainer: fine-tune a language model while watching what it says",
+            "",
+            "usage: trainer COMMAND [OPTIONS]        trainer COMMAND --help",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _run(name: str, words: list[str]) -> int:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(
+            f"error: there is no command {name!r}.{hint} Commands: {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
+        return EXIT_USER_INPUT
+    module = importlib.import_module(f"trainer.commands.{name}")
+    code: int = module.run(words)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,22 @@
+"""argparse for the small commands: mistakes are one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from trainer.errors import ConfigError
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse words; a mistake is a ConfigError that names the command's own --help.
+
+    Raises:
+        ConfigError: an unknown flag, a missing or a wrong value.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{parser.prog}: {message}; see `{parser.prog} --help`.")
+
+    parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints and exits
+    return parser.parse_args(argv)

@@ -1,0 +1,83 @@
+"""`trainer chat RUN`: talk to a run's model with the run's own profile and system prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from trainer.commands.arguments import parse
+from trainer.core.finished import open_run
+from trainer.models.load import context_length
+from trainer.models.precision import resolve_device
+from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.local import LocalPreviewBackend
+from trainer.profiles import Message
+
+HELP = "Type a message and Enter. /reset forgets the conversation, /quit (or Ctrl-D) ends it."
+
+
+def run(argv: list[str]) -> int:
+    """Read turns from standard input until it ends."""
+    words = parse(_parser(), argv)
+    console = Console(stderr=not sys.stdin.isatty())
+    finished = open_run(Path(words.run))
+    with console.status(f"loading {finished.model_dir}"):
+        model, tokenizer = finished.load()
+        model.to(resolve_device(words.device))
+        backend = LocalPreviewBackend(
+            model=model,
+            tokenizer=tokenizer,
+            profile=finished.profile(),
+            system_prompt=finished.system_prompt,
+            max_new_tokens=words.max_new_tokens,
+            temperature=words.temperature,
+            seed=words.seed,
+            max_length=context_length(model.config),
+        )
+    console.print(f"{finished.folder}: {finished.note}. {HELP}", highlight=False)
+    return _talk(backend, sys.stdin.isatty())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trainer chat", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="folder of the run (--output of trainer train)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer [256]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy [0]")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling noise [42]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N [auto]")
+    return parser
+
+
+def _talk(backend: LocalPreviewBackend, is_terminal: bool) -> int:
+    turns: list[Message] = []
+    if backend.system_prompt is not None:
+        turns.append(Message(role="system", content=backend.system_prompt))
+    opening = len(turns)
+    while True:
+        try:
+            text = input("you> " if is_terminal else "").strip()
+        except EOFError:
+            return 0
+        if text in ("/quit", "/exit"):
+            return 0
+        if text == "/reset":
+            del turns[opening:]
+        elif text:
+            turns.append(Message(role="user", content=text))
+            result = _answer(backend, turns, text)
+            turns.append(Message(role="assistant", content=result.text))
+            print(("model> " if is_terminal else "") + _shown(result), flush=True)
+
+
+def _answer(backend: LocalPreviewBackend, turns: list[Message], text: str) -> PreviewResult:
+    ids = tuple(backend.render_turns(turns))
+    return backend.preview_batch([PreviewRequest(prompt=text, prompt_token_ids=ids)], 0)[0]
+
+
+def _shown(result: PreviewResult) -> str:
+    if result.error_message:
+        return f"[no answer: {result.error_message}]"
+    return result.text + (" [cut at the limit]" if result.finish_reason == "length" else "")

@@ -1,0 +1,24 @@
+"""`trainer models`: the short names of models."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.models.aliases import ALIASES
+
+
+def run(argv: list[str]) -> int:
+    """Print the aliases."""
+    argparse.ArgumentParser(
+        prog="trainer models", description="List the short names that --model takes."
+    ).parse_args(argv)
+    table = Table("alias", "stands for", "size", "note", box=None, pad_edge=False)
+    for name, alias in ALIASES.items():
+        table.add_row(name, alias.path, alias.size, alias.note)
+    console = Console()
+    console.print(table)
+    console.print("\n--model also takes any hub id (Qwen/Qwen3-0.6B) and any model folder.")
+    return 0

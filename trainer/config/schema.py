@@ -1,0 +1,270 @@
+"""TrainerConfig and its sections: every option of the program, its type, default and meaning.
+
+The text under a field is its documentation: `--help`, `trainer config schema` and
+`docs/configuration.md` are made from it. Validators check and never rewrite; values that depend
+on others stay None here and are filled by `resolve()` in `trainer/config/resolve.py`.
+No torch, no file access.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Interval = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+Precision = Literal["bf16", "fp16", "fp32"]
+TrainingMode = Literal["full", "lora"]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values cannot be changed in place."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class Hyperparams(Section):
+    """How the weights are trained."""
+
+    training_mode: TrainingMode = "full"
+    """`full` trains every weight; `lora` trains small adapters (section `lora`)."""
+    batch_size: PositiveInt = 8
+    """Sequences in one forward pass on one device."""
+    gradient_accumulation: PositiveInt = 1
+    """Forward passes in one optimizer step; effective batch = batch_size x this x devices."""
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak rate. Empty: 2e-5 for full, 2e-4 for lora, 5e-3 for the untrained model `tiny`."""
+    num_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    """Passes over the training rows; `max_steps` wins when it is set."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps in all. Empty: as many as `num_epochs` takes."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Longest row in tokens, prompt and answer together. Empty: the model's context, at most 2048."""
+    fp_precision: Precision = "bf16"
+    """One precision for loading, computing and saving; full training keeps fp32 master weights."""
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
+    """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit` needs bitsandbytes and a GPU."""
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate moves after the warm-up; linear and cosine end at 0."""
+    warmup_steps: Annotated[float, Field(ge=0.0)] = 0.03
+    """Steps over which the rate rises from 0: a whole number, or a share of all steps if below 1."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay of the optimizer (norms and biases are left out)."""
+    adam_beta1: Share = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: Share = 0.999
+    """AdamW's decay of the mean of squared gradients."""
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's term against division by zero."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are scaled down to this norm; 0 = off."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third slower."""
+    early_stopping_patience: Interval = 0
+    """Stop after this many micro-evaluations without a lower validation loss; 0 = off."""
+    early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """By how much (nats per token) validation loss must fall to count as lower."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Hyperparams:
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is neither a whole number of steps nor a share "
+                "below 1; give one of them"
+            )
+        if self.max_steps is not None and self.warmup_steps >= max(self.max_steps, 1):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps:g} is not below max_steps={self.max_steps}; "
+                "lower warmup_steps or raise max_steps"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Which model is trained, and how it is loaded."""
+
+    model_path: str = ""
+    """An alias (`trainer models` lists them), a hub id, or a folder. Flag: --model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention code; `auto` is the model's own choice, usually sdpa."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model folder. Only for models whose code you have read."""
+
+
+class DataSection(Section):
+    """Which rows are trained on, and how they are read, split and batched."""
+
+    dataset_path: str = ""
+    """JSONL or JSON file of rows. Flag: --dataset."""
+    format: Literal["auto", "messages", "question_answer", "prompt_completion"] = "auto"
+    """The rows' layout; `auto` looks at the first rows and says what it found."""
+    validation_path: str | None = None
+    """File of held-out rows. Empty: `validation_split` of the rows."""
+    validation_split: Share = 0.05
+    """Share of the rows held out, chosen by a hash of their content; 0 = none."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows of the file."""
+    on_bad_row: Literal["strict", "skip"] = "strict"
+    """`strict` stops and names the lines; `skip` leaves bad rows out, counts and lists them."""
+    shuffle: bool = True
+    """A new order of rows every epoch, drawn from the seed."""
+    group_by_length: bool = True
+    """Batch rows of like length together, so that little is computed on padding."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> DataSection:
+        if self.group_by_length and not self.shuffle and "group_by_length" in self.model_fields_set:
+            raise ValueError(
+                "group_by_length=true changes the order of rows, shuffle=false keeps it; "
+                "set one of them only"
+            )
+        return self
+
+
+class ProfileSection(Section):
+    """How rows are rewritten, prompted, stopped and compared."""
+
+    name: str = "plain"
+    """`plain`, `regime3`, an installed entry point, or `package.module:Class`."""
+    options: dict[str, JsonValue] = {}
+    """Options of the profile itself; unknown ones are errors."""
+    system_prompt: str | None = None
+    """System turn of rows that bring none. Empty: the profile's own. Flag: --system-prompt."""
+
+
+class MonitoringConfig(Section):
+    """What is written and shown while training, and how often (in optimizer steps; 0 = off)."""
+
+    status_update_interval: PositiveInt = 2
+    """Steps between writes of status.json."""
+    prompt_snapshot_interval: Interval = 20
+    """Steps between copies of a training row's prompt and golden answer into status.json."""
+    micro_eval_interval: Interval = 200
+    """Steps between measurements of the loss on held-out rows."""
+    micro_eval_rows: PositiveInt = 64
+    """Held-out rows of a micro-evaluation: the same ones each time."""
+    inference_interval: Interval = 50
+    """Steps between previews; step 0 and the last step always have one unless this is 0."""
+    num_eval_samples: Annotated[int, Field(ge=0)] = 4
+    """Held-out prompts of a preview: the same ones each time."""
+    preview_prompts: tuple[str, ...] = ()
+    """Prompts of your own, shown after the held-out ones, without a golden answer."""
+    max_output_tokens: PositiveInt = 2048
+    """Longest text in status.json, in tokens."""
+    max_eval_tokens: PositiveInt = 2048
+    """Longest generation in the final evaluation, in tokens."""
+    final_eval_prompts: Interval = 0
+    """Held-out prompts answered after the last step and compared with golden; 0 = none."""
+    preview_backend: Literal["local", "remote_3090"] = "local"
+    """Who generates previews: `local` (this process) or `remote_3090` (a server at remote_3090_host)."""
+    preview_max_tokens: PositiveInt = 256
+    """Longest preview, in tokens."""
+    preview_temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    """Sampling temperature of previews; 0 = greedy. The noise depends on seed, prompt and position only."""
+    remote_3090_host: str | None = None
+    """Host of the preview server."""
+    remote_3090_port: Annotated[int, Field(ge=1, le=65535)] = 8765
+    """Port of the preview server."""
+    remote_3090_timeout: Annotated[float, Field(gt=0.0)] = 30
+    """Seconds until a remote preview is given up."""
+    remote_3090_model_id: str | None = None
+    """Model the server is asked for. Empty: its active one."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed."""
+    display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
+    """The terminal: `auto` is rich on a terminal and plain lines elsewhere. Flags: --quiet, --json."""
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> MonitoringConfig:
+        if self.preview_backend == "remote_3090" and not self.remote_3090_host:
+            raise ValueError(
+                "preview_backend=remote_3090 needs remote_3090_host, the name or address of the "
+                "machine that runs the preview server"
+            )
+        return self
+
+
+class OutputSection(Section):
+    """Where the run is written."""
+
+    output_dir: str = "outputs"
+    """Folder of the run. Flag: --output."""
+    checkpoint_interval: Interval = 500
+    """Steps between checkpoints; the last step and a stop by signal always make one."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept; the best by validation loss is kept besides."""
+    resume: str | None = None
+    """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
+
+
+class EnvironmentSection(Section):
+    """The machine and the seed."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """`auto` (cuda, then mps, then cpu), `cpu`, `mps`, `cuda` or `cuda:N`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of everything random: split, order, dropout, adapters, preview noise."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of torch. Empty: torch's own choice. Results are bit-equal only at equal counts."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that collate batches; 0 = in the training process."""
+    offline: bool = False
+    """Never ask the model hub; use what is cached."""
+
+
+class LockedSection(Section):
+    """What the model must be: compared with the model really loaded. Empty fields are not compared."""
+
+    base_model: str | None = None
+    """The model's name: alias, hub id or folder, as given or as its config names itself."""
+    architecture: str | None = None
+    """Class name in the model's config, such as `Qwen3ForCausalLM`."""
+    context_length: PositiveInt | None = None
+    """The model's longest sequence in tokens (`max_position_embeddings`)."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the model's embedding."""
+
+
+class LoraSection(Section):
+    """Adapters; used when hyperparams.training_mode is `lora`."""
+
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0.0)] = 32
+    """Scale: an adapter's output is multiplied by alpha / r."""
+    dropout: Share = 0.0
+    """Dropout before the adapters."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names that get an adapter; `all-linear` is every linear layer but the head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Module names trained in full beside the adapters, such as `lm_head`."""
+
+
+class TrainerConfig(Section):
+    """The whole config of a run. Made by `ConfigLoader` or `create_default_config`."""
+
+    hyperparams: Hyperparams = Hyperparams()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    profile: ProfileSection = ProfileSection()
+    monitoring: MonitoringConfig = MonitoringConfig()
+    output: OutputSection = OutputSection()
+    environment: EnvironmentSection = EnvironmentSection()
+    locked: LockedSection = LockedSection()
+    lora: LoraSection = LoraSection()
+
+    @model_validator(mode="after")
+    def _check_early_stopping(self) -> TrainerConfig:
+        if self.hyperparams.early_stopping_patience and not self.monitoring.micro_eval_interval:
+            raise ValueError(
+                "hyperparams.early_stopping_patience needs validation losses, and "
+                "monitoring.micro_eval_interval=0 turns them off; raise one or set the other to 0"
+            )
+        return self

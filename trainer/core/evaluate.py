@@ -1,0 +1,63 @@
+"""The loss on held-out rows, weighted by tokens, without touching the training state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.core.loss import supervised_loss
+from trainer.data.dataset import EncodedDataset
+from trainer.data.encode import IGNORE_INDEX
+from trainer.preview.neutral import undisturbed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured loss."""
+
+    loss: float
+    """Mean nats per supervised token over all rows."""
+    num_rows: int
+    num_trained_tokens: int
+
+
+class Evaluator:
+    """Measures the loss of a model on the same rows each time."""
+
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        *,
+        collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+        max_rows: int,
+        batch_size: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        """Choose the first `max_rows` rows, and batch rows of like length together."""
+        chosen = sorted(range(min(len(dataset), max_rows)), key=lambda i: dataset.lengths[i])
+        self.dataset, self.collate = dataset, collate
+        self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        self.autocast_dtype = autocast_dtype
+
+    def __call__(self, model: Any) -> Evaluation:
+        """Evaluate the unwrapped model; its mode and all random states are put back."""
+        device = next(model.parameters()).device
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = rows = 0
+        with undisturbed(model), self._autocast(device):
+            for indices in self.batches:
+                batch = self.collate([self.dataset[i] for i in indices])
+                count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+                batch = {key: value.to(device) for key, value in batch.items()}
+                total += supervised_loss(model, model, batch, 1).double().cpu()
+                tokens, rows = tokens + count, rows + len(indices)
+        return Evaluation(float(total) / max(tokens, 1), rows, tokens)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)

@@ -1,0 +1,62 @@
+"""Open a run that ended: its model, tokenizer, profile and system prompt, for chat and export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config.schema import ModelSection, TrainerConfig
+from trainer.core.checkpoint import find_latest_checkpoint
+from trainer.core.run_folder import RunFolder
+from trainer.errors import OutputError
+from trainer.models.load import load_finished_model, load_tokenizer
+from trainer.profiles import DataProfile, get_profile
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run folder says about its run."""
+
+    folder: Path
+    config: TrainerConfig
+    system_prompt: str | None
+    model_dir: Path
+    note: str
+    """Which weights these are, in words."""
+
+    def profile(self) -> DataProfile:
+        """The profile the run was trained with."""
+        return get_profile(self.config.profile.name, dict(self.config.profile.options))
+
+    def load(self, dtype: Any = None) -> tuple[Any, Any]:
+        """Model (in `dtype`, fp32 if None) and tokenizer."""
+        tokenizer = load_tokenizer(ModelSection(model_path=str(self.model_dir.resolve())))
+        return load_finished_model(self.model_dir, dtype=dtype), tokenizer
+
+
+def open_run(path: Path) -> FinishedRun:
+    """Read a run folder; takes the final model, else the newest verified checkpoint.
+
+    Raises:
+        OutputError: this is no run folder, or it holds no weights yet.
+    """
+    record = path / RunFolder.RUN_JSON
+    if not record.is_file():
+        raise OutputError(
+            f"{path}: there is no {RunFolder.RUN_JSON} in it, so it is no run folder; give the "
+            "folder that was --output of `trainer train`."
+        )
+    manifest = json.loads(record.read_text(encoding="utf-8"))
+    model_dir, note = path / RunFolder.FINAL_MODEL, "final model"
+    if not model_dir.is_dir():
+        model_dir, found, _ = find_latest_checkpoint(path / RunFolder.CHECKPOINTS)
+        note = f"checkpoint of step {found.step}; the run has no final model"
+    return FinishedRun(
+        folder=path,
+        config=TrainerConfig.model_validate(manifest["config"]),
+        system_prompt=manifest["system_prompt"],
+        model_dir=model_dir,
+        note=note,
+    )

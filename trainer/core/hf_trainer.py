@@ -1,0 +1,206 @@
+"""HF Trainer, subclassed once: our loss, our order of rows, our checkpoints, and a guard.
+
+Everything that could move the weights wrongly is checked between the backward pass and
+`optimizer.step()`. What happens around steps (previews, evaluation, status) is in
+`trainer.monitoring.callbacks`, not here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from trainer.core.loss import full_loss, supervised_loss
+from trainer.data.batches import EpochOrder
+from trainer.data.encode import IGNORE_INDEX
+from trainer.errors import NonFiniteError
+
+MAX_OVERFLOWS_IN_A_ROW = 20
+TRAINER_STATE_FILE = "trainer_state.json"
+RUN_STATE_FILE = "run_state.json"
+
+
+@dataclass
+class StepRecord:
+    """What one optimizer step did, as plain numbers."""
+
+    train_loss: float = 0.0
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+
+
+class SupervisedTrainer(Trainer):  # type: ignore[misc]
+    """Trains on supervised positions and never steps on a non-finite loss or gradient."""
+
+    loss_is_scaled_for_ga = True  # the loss is a sum over the whole accumulated batch's tokens
+
+    def __init__(
+        self,
+        *args: Any,
+        order: EpochOrder,
+        save_checkpoint: Callable[[int, Callable[[Path], None]], None],
+        run_state: Callable[[], dict[str, Any]],
+        use_own_forward: bool = False,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take what HF's Trainer takes, and:
+
+        Args:
+            order: the order of training rows.
+            save_checkpoint: called with the step and a function that writes the state's files.
+            run_state: the monitoring state that a resume needs, as JSON values.
+            tokenizer: saved beside the weights of each checkpoint.
+            use_own_forward: compute the loss by the model's own forward instead of ours.
+        """
+        super().__init__(*args, **kwargs)
+        # HF counts num_items_in_batch over labels[:, 1:] only when both of these are set.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.order = order
+        self.use_own_forward = use_own_forward
+        self._tokenizer = tokenizer
+        self.last_step = StepRecord()
+        self.num_overflows = 0
+        self._overflows_in_a_row = 0
+        self._save_with = save_checkpoint
+        self._run_state = run_state
+        self._sums: torch.Tensor | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy over supervised tokens, divided by those of the whole optimizer step."""
+        if self.use_own_forward:
+            loss = full_loss(model, inputs, num_items_in_batch)
+        else:
+            unwrapped = self.accelerator.unwrap_model(model)
+            loss = supervised_loss(model, unwrapped, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes, the count is summed over them.
+            loss = loss * self.accelerator.num_processes
+        self._note(loss, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def _note(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Add this micro-batch to the step's sums, on the device, without waiting for it."""
+        tokens = inputs["attention_mask"].sum()
+        trained = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        sums = torch.stack([loss.detach().float(), tokens.float(), trained.float()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last stop before `optimizer.step()`: take the step's numbers, refuse bad ones."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        assert self._sums is not None, "a step without a forward pass"
+        sums = self._sums
+        self._sums = None
+        if self.accelerator.num_processes > 1:
+            gathered = self.accelerator.gather(sums[None])
+            sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum(), gathered[:, 2].sum()])
+        # One wait for the device per optimizer step, for all numbers at once.
+        loss, tokens, trained, value = torch.cat(
+            [sums, torch.as_tensor(norm, device=sums.device).detach().float().reshape(1)]
+        ).tolist()
+        self.last_step = StepRecord(
+            loss, value, self._get_learning_rate(), int(tokens), int(trained)
+        )
+        self._guard(loss, value)
+        return norm
+
+    def _guard(self, loss: float, grad_norm: float) -> None:
+        step = self.state.global_step + 1
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"step {step}: the loss is {loss}; the weights are those of step {step - 1}. "
+                "Lower hyperparams.learning_rate or look at the rows of this step."
+            )
+        if math.isfinite(grad_norm):
+            self._overflows_in_a_row = 0
+            return
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            raise NonFiniteError(
+                f"step {step}: the gradient norm is {grad_norm}; the weights are those of step "
+                f"{step - 1}. Lower hyperparams.learning_rate, or use fp32."
+            )
+        # fp16: the scaler skips this step and lowers its scale; that is normal, now and then.
+        self.num_overflows += 1
+        self._overflows_in_a_row += 1
+        if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
+            raise NonFiniteError(
+                f"step {step}: fp16 gradients overflowed {self._overflows_in_a_row} times in a row; "
+                "the weights did not move. Use bf16 or fp32, or lower hyperparams.learning_rate."
+            )
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, as HF's loop will count them."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return self.order
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: nothing here reports it."""
+        return 0
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Our protocol instead of HF's, which writes in place and keeps by modification time."""
+        rng_states = self._rng_states()
+        if self.args.should_save:
+            self._save_with(
+                self.state.global_step, lambda folder: self._write_state(folder, rng_states)
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _write_state(self, folder: Path, rng_states: list[dict[str, Any]]) -> None:
+        """Write the files that HF's resume reads: weights, optimizer, schedule, RNG, position."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        for rank, state in enumerate(rng_states):
+            name = "rng_state.pth" if len(rng_states) == 1 else f"rng_state_{rank}.pth"
+            torch.save(state, folder / name)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)  # a checkpoint can be opened by itself
+        self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        (folder / RUN_STATE_FILE).write_text(json.dumps(self._run_state(), allow_nan=False))
+
+    def _rng_states(self) -> list[dict[str, Any]]:
+        """The random state of every process, in order of rank."""
+        mine = _rng_state()
+        if self.accelerator.num_processes == 1:
+            return [mine]
+        states: list[Any] = [None] * self.accelerator.num_processes
+        torch.distributed.all_gather_object(states, mine)
+        return states
+
+
+def _rng_state() -> dict[str, Any]:
+    """Random state in the layout that HF's `_load_rng_state` reads."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        state["cuda"] = (
+            torch.cuda.get_rng_state_all() if is_distributed else torch.cuda.get_rng_state()
+        )
+    return state

@@ -1,0 +1,113 @@
+"""The loss on supervised positions: logits are computed where something is trained, nowhere else.
+
+A forward pre-hook on the LM head keeps the supervised hidden states; the model's own forward
+does the rest, so that logit scaling, soft-capping, adapters and DDP wrappers keep working.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from trainer.data.encode import IGNORE_INDEX
+
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+"""How far our loss may be from the model's own on one batch, by compute dtype."""
+
+
+def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (B, T) moved one to the left: position t is trained to predict token t + 1."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def supervised_logits(
+    model: Any, unwrapped: Any, inputs: dict[str, torch.Tensor], keep: torch.Tensor
+) -> torch.Tensor:
+    """Logits at the kept positions.
+
+    Args:
+        model: the (possibly DDP-wrapped) model whose forward must run.
+        unwrapped: the same model without wrappers.
+        inputs: input_ids and attention_mask (B, T) (or position_ids), no labels.
+        keep: (B, T) bool, positions whose logits are wanted.
+    Returns:
+        (N, V), N = keep.sum(), in row-major order of the positions.
+    """
+    base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+    head = base.get_output_embeddings()
+    fired = False
+
+    def keep_only(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal fired
+        fired = True
+        return (args[0][keep][None], *args[1:])
+
+    hook = head.register_forward_pre_hook(keep_only) if head is not None else None
+    try:
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    if fired and logits.shape[0] == 1 and logits.shape[1] == int(keep.sum()):
+        return logits[0]
+    # The head was called in another way (or not at all): full logits are right, only slower.
+    return logits[keep]
+
+
+def supervised_loss(
+    model: Any,
+    unwrapped: Any,
+    batch: dict[str, torch.Tensor],
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy summed over supervised tokens, divided by `num_items`.
+
+    Args:
+        batch: input_ids, labels, attention_mask, (B, T) int64.
+        num_items: supervised tokens of the whole optimizer step; None: of this batch, so that
+            the result is its mean in nats per token.
+    Returns:
+        A scalar, float32 (float64 for a float64 model). Zero with zero gradient where the
+        batch has no supervised token.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    target = shifted_targets(batch["labels"])
+    keep = target != IGNORE_INDEX
+    logits = supervised_logits(model, unwrapped, inputs, keep)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()  # a softmax over many tokens loses digits in half precision
+    total = F.cross_entropy(logits, target[keep], reduction="sum")
+    return total / (keep.sum().clamp(min=1) if num_items is None else num_items)
+
+
+def full_loss(
+    model: Any, batch: dict[str, torch.Tensor], num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The model's own loss by its own forward with labels; the fallback of the above."""
+    count = num_items
+    if count is None:
+        count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
+    loss: torch.Tensor = model(**batch, use_cache=False, num_items_in_batch=count).loss
+    return loss
+
+
+@dataclass(frozen=True)
+class LossCheck:
+    """Our loss beside the model's own on one batch."""
+
+    ours: float
+    own: float
+    is_equal: bool
+
+
+def compare_with_own_loss(
+    model: Any, batch: dict[str, torch.Tensor], compute_dtype: torch.dtype
+) -> LossCheck:
+    """Compute both losses on one batch; the caller sets eval mode, autocast and no_grad."""
+    ours = float(supervised_loss(model, model, batch))
+    own = float(full_loss(model, batch))
+    tolerance = RELATIVE_TOLERANCE.get(compute_dtype, 1e-6)
+    return LossCheck(ours, own, abs(ours - own) <= tolerance * max(abs(own), 1e-6))

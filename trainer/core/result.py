@@ -1,0 +1,33 @@
+"""TrainingResult: what `run_job` returns, also when it failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import EXIT_FAILED
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """How a run ended."""
+
+    success: bool
+    """The run was completed and its model saved."""
+    state: Literal["completed", "stopped", "failed"]
+    output_dir: Path
+    model_path: Path | None = None
+    """`final_model/`; None unless completed."""
+    checkpoint_path: Path | None = None
+    """The newest verified checkpoint."""
+    global_step: int = 0
+    train_loss: float | None = None
+    """Of the last step, in nats per trained token."""
+    val_loss: float | None = None
+    """Of the last micro-evaluation."""
+    error_message: str | None = None
+    exit_code: int = EXIT_FAILED
+    """0 completed, 1 failed, 2 the user's input, 130 and 143 stopped by a signal."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Figures and counts: previews, final evaluation, times; `error_type` after a failure."""

@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: the first asks for a stop at the end of the step, the second aborts."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from trainer.errors import EXIT_SIGINT, EXIT_SIGTERM
+
+EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+
+
+class StoppedError(BaseException):
+    """Raised out of the work at hand; not an Exception, so that no library swallows it."""
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        """Nobody asked yet, and no step is being made."""
+        self.signal: signal.Signals | None = None
+        self.can_wait = False
+        """True while training: the stop then waits for the end of the step."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """130 after SIGINT, 143 after SIGTERM."""
+        return EXIT_CODES[self.signal] if self.signal else 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: remember the first signal, abort at the second or outside a step."""
+        is_second = self.is_set
+        self.signal = self.signal or signal.Signals(number)
+        if is_second or not self.can_wait:
+            raise StoppedError(f"stopped by {self.signal.name}")
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Handle SIGINT and SIGTERM within the block; other threads than the main one change nothing."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[signal.Signals, Any] = {
+        number: signal.signal(number, request.handle) for number in EXIT_CODES
+    }
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""From file rows to batches: formats, encoding, split, data card, order, collation."""

@@ -1,0 +1,107 @@
+"""The order of rows and how they become a batch: both functions of seed and epoch only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+
+from trainer.data.encode import IGNORE_INDEX
+
+GROUPS_PER_POOL = 50  # batches sorted together: short padding, yet rows still meet new company
+
+
+class EpochOrder(Sampler[int]):
+    """Row indices of one epoch, the same on every start, rank and resume.
+
+    With `group_by_length` rows are shuffled, sorted by length within pools of 50 groups, cut into
+    groups (one optimizer step each), and the groups are shuffled. The group with the longest row
+    comes first, so that running out of memory shows in the first step.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        group_size: int,
+        seed: int,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+    ) -> None:
+        """Take the rows' lengths in tokens.
+
+        Args:
+            group_size: rows of one optimizer step on all devices.
+        """
+        self.lengths, self.group_size, self.seed = lengths, group_size, seed
+        self.shuffle, self.group_by_length = shuffle, group_by_length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0; called by the training loop."""
+        self.epoch = epoch
+
+    def first_row_of_step(self, step: int) -> int:
+        """The first row of optimizer step `step`, from 1, counted over all epochs."""
+        steps_per_epoch = -(-len(self.lengths) // self.group_size)
+        epoch, nth = divmod(step - 1, steps_per_epoch)
+        return self.epoch_rows(epoch)[nth * self.group_size]
+
+    def __len__(self) -> int:
+        """Every row once per epoch."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the rows of the chosen epoch."""
+        return iter(self.epoch_rows(self.epoch))
+
+    def epoch_rows(self, epoch: int) -> list[int]:
+        """All rows in the order of one epoch."""
+        if not self.shuffle:
+            return list(range(len(self.lengths)))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return self._grouped(order, generator) if self.group_by_length else order
+
+    def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
+        size = self.group_size
+        pool = size * GROUPS_PER_POOL
+        groups: list[list[int]] = []
+        for start in range(0, len(order), pool):
+            rows = sorted(order[start : start + pool], key=lambda row: -self.lengths[row])
+            groups += [rows[i : i + size] for i in range(0, len(rows), size)]
+        # A group that is not full must stay last, or the cut into batches would shift.
+        full = [group for group in groups if len(group) == size]
+        rest = [group for group in groups if len(group) != size]
+        mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        if mixed:
+            longest = max(range(len(mixed)), key=lambda i: self._longest(mixed[i]))
+            mixed.insert(0, mixed.pop(longest))
+        return [row for group in [*mixed, *rest] for row in group]
+
+    def _longest(self, group: list[int]) -> int:
+        return max(self.lengths[row] for row in group)
+
+
+class PadCollator:
+    """Stacks rows into one right-padded batch."""
+
+    def __init__(self, pad_id: int) -> None:
+        """Take the id that fills short rows; its value never matters, it is masked."""
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return input_ids, labels, attention_mask, all (B, T) int64.
+
+        The mask comes from the lengths, never from the pad id, which may equal a real token.
+        """
+        ids = [row["input_ids"] for row in rows]
+        labels = [row["labels"] for row in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }

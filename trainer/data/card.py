@@ -1,0 +1,131 @@
+"""The data card: what will be trained, in numbers and in one coloured row."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.text import Text
+
+MAX_SAMPLE_CHARS = 1200
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """Numbers about the rows of a run; goes to the terminal and to run.json."""
+
+    dataset_path: str
+    format: str
+    template: str
+    """Where the trained tokens are known from."""
+    profile: str
+    num_rows: int
+    """Rows in the file, bad ones included."""
+    num_train_rows: int
+    num_validation_rows: int
+    validation: str
+    """How rows were held out, or why none were."""
+    num_tokens: int
+    """Of the training rows."""
+    num_trained_tokens: int
+    longest_row: int
+    max_length: int
+    num_truncated: int
+    """Rows, training and validation, that lost their end to max_length."""
+    num_without_stop: int
+    """Rows with an answer that does not end in the stop token."""
+    num_rejected: int
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows left out."""
+    rejected_examples: tuple[str, ...] = ()
+    system_prompt: str | None = None
+    num_own_system: int = 0
+    """Rows that bring their own system turn, which is kept."""
+    num_duplicates: int = 0
+    """Rows whose content occurs earlier in the file."""
+    num_leaked: int = 0
+    """Validation rows whose content is also trained on (only with data.validation_path)."""
+    sample: tuple[tuple[str, bool], ...] = ()
+    """The first training row as (text, is trained) stretches."""
+
+    @property
+    def trained_pct(self) -> float:
+        """Share of tokens that are trained, in percent."""
+        return 100 * self.num_trained_tokens / max(self.num_tokens, 1)
+
+    @property
+    def is_stop_trained(self) -> bool:
+        """Whether answers that were not cut off end with a trained stop token."""
+        return self.num_without_stop == 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The card as plain JSON values."""
+        return {
+            **asdict(self),
+            "trained_pct": round(self.trained_pct, 2),
+            "is_stop_trained": self.is_stop_trained,
+        }
+
+
+def card_lines(card: DataCard) -> list[tuple[str, str]]:
+    """The card as (label, value) lines, for the terminal."""
+    lines = [
+        ("data", f"{card.dataset_path} ({card.format}, profile {card.profile})"),
+        (
+            "rows",
+            f"{card.num_train_rows:,} train, {card.num_validation_rows:,} validation"
+            f" of {card.num_rows:,} in the file",
+        ),
+        ("validation", card.validation),
+        (
+            "tokens",
+            f"{card.num_tokens:,}, of them trained {card.num_trained_tokens:,}"
+            f" ({card.trained_pct:.1f} %)",
+        ),
+        ("longest row", f"{card.longest_row:,} of at most {card.max_length:,} tokens"),
+        (
+            "truncated",
+            f"{card.num_truncated:,} rows lose their end" if card.num_truncated else "none",
+        ),
+        ("rejected", _rejected_text(card)),
+        (
+            "stop token",
+            "trained"
+            if card.is_stop_trained
+            else f"NOT trained in {card.num_without_stop:,} rows: the model may never stop",
+        ),
+        ("mask", card.template),
+        ("system prompt", _system_text(card)),
+    ]
+    if card.num_duplicates:
+        lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
+    if card.num_leaked:
+        lines.append(("leak", f"{card.num_leaked:,} validation rows are also trained on"))
+    return lines
+
+
+def _rejected_text(card: DataCard) -> str:
+    if not card.num_rejected:
+        return "none"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
+    return f"{card.num_rejected:,} rows: {reasons}"
+
+
+def _system_text(card: DataCard) -> str:
+    own = f"; {card.num_own_system:,} rows keep their own" if card.num_own_system else ""
+    return (repr(card.system_prompt) if card.system_prompt else "none") + own
+
+
+def sample_text(card: DataCard) -> Text:
+    """The sample row: trained stretches reversed green in [ ], the rest dim; colour is not all."""
+    text = Text()
+    room = MAX_SAMPLE_CHARS
+    for stretch, is_trained in card.sample:
+        shown = stretch if len(stretch) <= room else stretch[: max(room, 0)] + " ..."
+        room -= len(shown)
+        text.append(
+            f"[{shown}]" if is_trained else shown, style="bold green" if is_trained else "dim"
+        )
+        if room <= 0:
+            break
+    return text

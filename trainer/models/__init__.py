@@ -1,0 +1,1 @@
+"""Models and tokenizers: names, loading, precision, the built-in tiny model."""

@@ -1,0 +1,116 @@
+"""One precision: what `hyperparams.fp_precision` means for loading, computing and saving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trainer.config.schema import Precision, TrainingMode
+from trainer.errors import ConfigError
+
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class ResolvedPrecision:
+    """Every dtype of a run, decided together."""
+
+    name: Precision
+    compute_dtype: torch.dtype
+    """Matrix products, previews, snapshots and the final model."""
+    load_dtype: torch.dtype
+    """Weights as loaded; frozen weights stay in it."""
+    master_dtype: torch.dtype
+    """Weights that the optimizer moves."""
+    autocast_dtype: torch.dtype | None
+    """None: no autocast, everything is fp32."""
+    use_bf16: bool
+    """TrainingArguments.bf16."""
+    use_fp16: bool
+    """TrainingArguments.fp16, which scales gradients."""
+    reason: str
+    """What was chosen and why, in words."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `environment.device` into a torch device.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    wanted = torch.device(device)
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count()
+        if (wanted.index or 0) >= count:
+            raise ConfigError(
+                f"environment.device={device}: this machine has {count} CUDA devices; "
+                "choose one of them, or cpu."
+            )
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"environment.device={device}: not available here; choose cpu or cuda.")
+    return wanted
+
+
+def resolve_precision(
+    fp_precision: Precision, training_mode: TrainingMode, device: torch.device
+) -> ResolvedPrecision:
+    """Decide load dtype, master dtype, autocast dtype and TrainingArguments flags together.
+
+    Full fine-tuning keeps fp32 master weights: at usual learning rates most updates are smaller
+    than half a bf16 step and would be lost. LoRA keeps the frozen base in the compute dtype and
+    only the adapters in fp32.
+
+    Raises:
+        ConfigError: the device cannot compute in this precision.
+    """
+    _check_device(fp_precision, device)
+    compute = DTYPES[fp_precision]
+    mixed = compute != torch.float32
+    load = compute if training_mode == "lora" else torch.float32
+    if not mixed:
+        reason = f"fp32 everywhere on {device}"
+    elif training_mode == "full":
+        reason = (
+            f"computes in {fp_precision} by autocast on {device}, keeps fp32 master weights "
+            f"(small updates would be lost in {fp_precision}), saves the model in {fp_precision}"
+        )
+    else:
+        reason = (
+            f"computes in {fp_precision} by autocast on {device}, frozen base in {fp_precision}, "
+            "adapters in fp32"
+        )
+    return ResolvedPrecision(
+        name=fp_precision,
+        compute_dtype=compute,
+        load_dtype=load,
+        master_dtype=torch.float32,
+        autocast_dtype=compute if mixed else None,
+        use_bf16=fp_precision == "bf16",
+        use_fp16=fp_precision == "fp16",
+        reason=reason,
+    )
+
+
+def _check_device(fp_precision: Precision, device: torch.device) -> None:
+    if fp_precision == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"hyperparams.fp_precision=fp16 needs a CUDA GPU, the device is {device}: fp16 "
+            "gradients need scaling, which only CUDA has. Use bf16 or fp32."
+        )
+    if fp_precision == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not supported:
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(
+                f"hyperparams.fp_precision=bf16: {name} has no bf16 arithmetic. Use fp16 or fp32."
+            )

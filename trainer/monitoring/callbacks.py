@@ -1,0 +1,241 @@
+"""LiveMonitorCallback: turns what HF's Trainer does into events, previews and evaluations.
+
+It owns every cadence of MonitoringConfig and no training decision but two: early stopping, and
+stopping when somebody asked for it. Observers (status files, terminal, trackers) only listen.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from trainer.config.schema import MonitoringConfig
+from trainer.monitoring.events import (
+    EvaluationDone,
+    Event,
+    Notice,
+    Observer,
+    PreviewsDone,
+    RowShown,
+    StepDone,
+)
+from trainer.preview.base import PreviewResult
+from trainer.preview.scheduler import PreviewScheduler
+
+logger = logging.getLogger(__name__)
+RATE_MEMORY = 0.9
+"""Weight of the past in the smoothed step time from which the ETA is made."""
+
+
+class Observers:
+    """Sends each event to every observer; one that fails is reported and goes on being told."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        """Take the observers in the order in which they are told."""
+        self._observers = list(observers)
+        self._failed: set[int] = set()
+
+    def add(self, observer: Observer) -> None:
+        """Tell one more from now on."""
+        self._observers.append(observer)
+
+    def emit(self, event: Event) -> None:
+        """Tell everybody; never raises."""
+        for observer in self._observers:
+            try:
+                observer.on_event(event)
+            except Exception:
+                if id(observer) not in self._failed:
+                    self._failed.add(id(observer))
+                    logger.exception(
+                        "%s failed on %s; training goes on, its output may have gaps",
+                        type(observer).__name__,
+                        type(event).__name__,
+                    )
+
+    def close(self) -> None:
+        """Close everybody."""
+        for observer in self._observers:
+            observer.close()
+
+
+@dataclass
+class EarlyStopping:
+    """Counts micro-evaluations without a lower loss; part of what a resume restores."""
+
+    patience: int = 0
+    min_delta: float = 0.0
+    best_loss: float | None = None
+    best_step: int = 0
+    num_without: int = 0
+
+    def update(self, loss: float, step: int) -> bool:
+        """Take a loss; True when it is time to stop."""
+        if self.best_loss is None or loss < self.best_loss - self.min_delta:
+            self.best_loss, self.best_step, self.num_without = loss, step, 0
+        else:
+            self.num_without += 1
+        return 0 < self.patience <= self.num_without
+
+
+class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
+    """Status, metrics, previews and micro-evaluation of a run, by MonitoringConfig."""
+
+    def __init__(
+        self,
+        config: MonitoringConfig,
+        *,
+        observers: Observers,
+        scheduler: PreviewScheduler | None = None,
+        evaluate: Callable[[Any], Any] | None = None,
+        early_stopping: EarlyStopping | None = None,
+        checkpoint_interval: int = 0,
+        is_stop_requested: Callable[[], bool] = lambda: False,
+        row_of_step: Callable[[int], tuple[str, str]] | None = None,
+    ) -> None:
+        """Take what to do, each part optional.
+
+        Args:
+            evaluate: unwrapped model -> an object with loss, num_rows, num_trained_tokens.
+            checkpoint_interval: steps between checkpoints; 0 = only at the end.
+            is_stop_requested: asked once per step.
+            row_of_step: step -> (prompt, golden answer) of one row of its batch.
+        """
+        self.config, self.observers, self.scheduler = config, observers, scheduler
+        self.early_stopping = early_stopping or EarlyStopping()
+        self.checkpoint_interval = checkpoint_interval
+        self.trainer: Any = None
+        self.last_val_loss: float | None = None
+        self.stop_reason: str | None = None
+        self._evaluate, self._row_of_step = evaluate, row_of_step
+        self._is_stop_requested = is_stop_requested
+        self._step_started = 0.0
+        self._step_time: float | None = None
+
+    # ---- called by HF's Trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Step 0: what the model says before it is trained."""
+        if state.is_world_process_zero and state.global_step == 0:
+            self._preview(0, is_last=False)
+        self._step_started = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next step's clock starts behind the checkpoint, which is no training."""
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the step, then measure, preview, save or stop where that is due."""
+        step, total = state.global_step, state.max_steps
+        self._report(state)
+        should_stop = self._agree(self._is_stop_requested())
+        if should_stop:
+            self.stop_reason = "asked to stop"
+        if self._is_evaluation_due(step, total) and not should_stop:
+            should_stop = self._agree(self._measure(step))
+        is_last = should_stop or step >= total
+        if state.is_world_process_zero:
+            self._preview(step, is_last=is_last and self.stop_reason != "asked to stop")
+        control.should_training_stop = control.should_training_stop or should_stop
+        control.should_save = is_last or bool(
+            self.checkpoint_interval and step % self.checkpoint_interval == 0
+        )
+        self._step_started = time.perf_counter()
+
+    # ---- parts
+
+    def _report(self, state: Any) -> None:
+        """Emit StepDone, and now and then a training row."""
+        if not state.is_world_process_zero:
+            return
+        step, seconds = state.global_step, time.perf_counter() - self._step_started
+        record = self.trainer.last_step
+        smoothed = seconds if self._step_time is None else self._step_time
+        self._step_time = RATE_MEMORY * smoothed + (1 - RATE_MEMORY) * seconds
+        self.observers.emit(
+            StepDone(
+                step=step,
+                total_steps=state.max_steps,
+                epoch=state.epoch,
+                train_loss=record.train_loss,
+                learning_rate=record.learning_rate,
+                grad_norm=record.grad_norm,
+                tokens_per_s=record.num_tokens / seconds if seconds > 0 else 0.0,
+                num_tokens=record.num_tokens,
+                num_trained_tokens=record.num_trained_tokens,
+                step_time_s=seconds,
+                eta_s=self._step_time * (state.max_steps - step),
+                memory_gib=memory_gib(),
+            )
+        )
+        interval = self.config.prompt_snapshot_interval
+        if self._row_of_step is not None and interval and step % interval == 0:
+            prompt, golden = self._row_of_step(step)
+            self.observers.emit(RowShown(step=step, prompt=prompt, golden_answer=golden))
+
+    def _is_evaluation_due(self, step: int, total: int) -> bool:
+        interval = self.config.micro_eval_interval
+        return bool(self._evaluate and interval) and (step % interval == 0 or step >= total)
+
+    def _measure(self, step: int) -> bool:
+        """Micro-evaluation on the main process; True when early stopping says so."""
+        if not self.trainer.is_world_process_zero():
+            return False
+        assert self._evaluate is not None, "no evaluation without held-out rows"
+        started = time.perf_counter()
+        found = self._evaluate(self._unwrapped())
+        self.last_val_loss = found.loss
+        self.observers.emit(
+            EvaluationDone(
+                step=step,
+                val_loss=found.loss,
+                train_loss=self.trainer.last_step.train_loss,
+                num_rows=found.num_rows,
+                num_trained_tokens=found.num_trained_tokens,
+                duration_s=time.perf_counter() - started,
+            )
+        )
+        if not self.early_stopping.update(found.loss, step):
+            return False
+        best = self.early_stopping
+        self.stop_reason = (
+            f"early stopping: no validation loss below {best.best_loss:.4f} (step "
+            f"{best.best_step}) in {best.num_without} evaluations"
+        )
+        self.observers.emit(Notice(text=self.stop_reason))
+        return True
+
+    def _preview(self, step: int, *, is_last: bool) -> None:
+        if self.scheduler is None:
+            return
+        self.scheduler.poll()
+        if self.scheduler.is_due(step, is_last=is_last):
+            self.scheduler.ask(step)
+
+    def deliver_previews(self, step: int, results: list[PreviewResult], waited_s: float) -> None:
+        """What the scheduler calls with finished previews."""
+        self.observers.emit(PreviewsDone(step=step, results=tuple(results), duration_s=waited_s))
+
+    def _unwrapped(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def _agree(self, wants: bool) -> bool:
+        """True when any process wants it, so that all of them stop at the same step."""
+        if self.trainer.accelerator.num_processes == 1:
+            return wants
+        flag = torch.tensor([float(wants)], device=self.trainer.accelerator.device)
+        return bool(self.trainer.accelerator.gather(flag).max() > 0)
+
+
+def memory_gib() -> float:
+    """Peak memory of the GPU that is used, or what the process holds now, in GiB."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30

@@ -1,0 +1,65 @@
+"""create_preview_backend: from a config, or from keywords, to something that answers prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config.schema import MonitoringConfig
+from trainer.errors import ConfigError
+from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
+from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.remote import Remote3090Backend
+
+__all__ = [
+    "LocalPreviewBackend",
+    "PreviewBackend",
+    "PreviewRequest",
+    "PreviewResult",
+    "Remote3090Backend",
+    "create_preview_backend",
+]
+
+BACKENDS = ("local", "remote_3090")
+
+
+def create_preview_backend(
+    kind: str | MonitoringConfig | None = None, **options: Any
+) -> PreviewBackend:
+    """Make a preview backend.
+
+    Args:
+        kind: `local` or `remote_3090` with the options of that backend as keywords, or a
+            MonitoringConfig, whose values are the defaults of the keywords.
+        **options: for `local` model and tokenizer at least; for `remote_3090` host at least.
+    Raises:
+        ConfigError: no such backend, or an option it needs is missing or unknown.
+    """
+    if isinstance(kind, MonitoringConfig):
+        options = {**_from_config(kind), **options}
+        kind = kind.preview_backend
+    if kind not in BACKENDS:
+        raise ConfigError(
+            f"monitoring.preview_backend={kind!r} is not known; choose {' or '.join(BACKENDS)}."
+        )
+    backend: Any = LocalPreviewBackend if kind == "local" else Remote3090Backend
+    try:
+        made: PreviewBackend = backend(**options)
+    except TypeError as error:
+        raise ConfigError(f"preview backend {kind!r}: {error}; check the keywords.") from error
+    return made
+
+
+def _from_config(config: MonitoringConfig) -> dict[str, Any]:
+    common = {
+        "max_new_tokens": config.preview_max_tokens,
+        "temperature": config.preview_temperature,
+    }
+    if config.preview_backend == "local":
+        return common
+    return {
+        **common,
+        "host": config.remote_3090_host,
+        "port": config.remote_3090_port,
+        "timeout": config.remote_3090_timeout,
+        "model_id": config.remote_3090_model_id,
+    }

@@ -1,0 +1,97 @@
+"""Writing and reading the small files of a run so that nobody ever sees half of one.
+
+Safe against readers at any instant and against the process being killed. Not against a power cut:
+nothing here waits for the disk, because these files are written between two training steps.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import psutil
+
+BLOCK = 64 * 1024
+"""Bytes read at a time when the end of a cut line is looked for."""
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put `text` in the place of a file at one instant.
+
+    Raises:
+        OSError: it could not be written; the old file is whole and no temporary one is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # "x" would trip over what a killed process with our number left behind.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:  # a signal's KeyboardInterrupt too
+        remove_quietly(temporary)
+        raise
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file that may be gone already or out of reach."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # the caller is about to report the failure that led here
+
+
+def remove_stale(path: Path) -> None:
+    """Remove temporary files that killed writers of `path` left behind."""
+    prefix, suffix = f".{path.name}.", ".tmp"
+    for found in path.parent.glob(".*" + suffix):
+        owner = found.name.removeprefix(prefix).removesuffix(suffix)
+        if found.name.startswith(prefix) and owner.isdecimal() and not is_alive(int(owner)):
+            remove_quietly(found)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    return bool(psutil.pid_exists(pid))
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Add whole lines with one write; a cut last line of a killed writer is removed first.
+
+    Raises:
+        OSError: nothing was added, or the file's end could not be mended after a short write.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        _drop_cut_line(descriptor)
+        size = os.fstat(descriptor).st_size
+        data = text.encode("utf-8")
+        if os.write(descriptor, data) < len(data):  # a full disk takes a part
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
+def _drop_cut_line(descriptor: int) -> None:
+    """Shorten a file to its whole lines."""
+    end = size = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - BLOCK)
+        position = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if position >= 0:
+            end = start + position + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)
+
+
+def read_whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file at one instant, without line feeds; a cut last line is left out.
+
+    Raises:
+        FileNotFoundError: there is no file.
+    """
+    return path.read_bytes().split(b"\n")[:-1]

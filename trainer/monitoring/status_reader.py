@@ -1,0 +1,142 @@
+"""TrainingStatusReader: what a run folder or a status.json says, safe while it is being written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.errors import OutputError
+from trainer.monitoring.run_files import read_whole_lines
+from trainer.monitoring.status_schema import SCHEMA_VERSION, TrainingStatus
+from trainer.preview.base import PreviewResult
+
+logger = logging.getLogger(__name__)
+
+STATUS_NAME = "status.json"
+METRICS_NAME = "metrics.jsonl"
+PREVIEWS_NAME = "previews.jsonl"
+RESUMED = "resumed"
+"""`type` of the line after which an earlier process's steps above its `step` no longer count."""
+
+
+class TrainingStatusReader:
+    """Reads status.json, metrics.jsonl and previews.jsonl; writes nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Take a run folder, or a status.json (its folder holds the other two files)."""
+        self.path = Path(path)
+        self._reported: set[Path] = set()
+
+    def read(self) -> TrainingStatus:
+        """The status as it was last written.
+
+        Raises:
+            OutputError: there is no status, or it is not one that this version understands.
+        """
+        path = self.path / STATUS_NAME if self.path.is_dir() else self.path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise OutputError(
+                f"{path}: no such status file. Give the folder of a run that was started, or the "
+                "path of its status.json."
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(
+                f"{path}: cannot be read ({error}). It must be a status.json that you may read."
+            ) from error
+        return _parse_status(path, text)
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl that count, in order; none when there is no file.
+
+        Each has `type` (`StepDone` or `EvaluationDone`), `created_at` and the event's fields.
+        """
+        return self._lines(METRICS_NAME)
+
+    def previews(self) -> Iterator[PreviewResult]:
+        """The previews that count, in the order of writing; none when there is no file."""
+        for values in self._lines(PREVIEWS_NAME):
+            try:
+                yield PreviewResult.model_validate(values)
+            except ValidationError as error:
+                self._report(self.folder / PREVIEWS_NAME, f"step {values.get('step')}: {error}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds metrics.jsonl and previews.jsonl."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """Objects of a file, without those that a resumed run made again."""
+        path = self.folder / name
+        try:
+            lines = read_whole_lines(path)
+        except FileNotFoundError:
+            return
+        limits = _step_limits(lines)
+        for index, line in enumerate(lines):
+            if limits and index >= limits[0][0]:
+                limits.pop(0)
+                continue
+            values = _parse_line(line)
+            if values is None:
+                self._report(path, f"line {index + 1} is not a JSON object with a step")
+            elif not limits or values["step"] <= limits[0][1]:
+                yield values
+
+    def _report(self, path: Path, what: str) -> None:
+        if path not in self._reported:
+            self._reported.add(path)
+            logger.warning("%s: %s; left out, like any other such line of it", path, what)
+
+
+def _parse_status(path: Path, text: str) -> TrainingStatus:
+    try:
+        values = json.loads(text)
+        version = values["schema_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(
+            f"{path}: not a status.json of this program ({type(error).__name__}: {error}). "
+            "Give the folder of a run."
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise OutputError(
+            f"{path}: schema_version={version!r}, and this program reads {SCHEMA_VERSION}. "
+            "Read it with the version that wrote it."
+        )
+    try:
+        return TrainingStatus.model_validate(values)
+    except ValidationError as error:
+        raise OutputError(f"{path}: not a whole status.json: {error}") from error
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
+    return values
+
+
+def _step_limits(lines: list[bytes]) -> list[tuple[int, int]]:
+    """Index of each resumed line, with the highest step that still counts in lines before it."""
+    limits: list[tuple[int, int]] = []
+    limit: int | None = None
+    for index in range(len(lines) - 1, -1, -1):
+        if RESUMED.encode() not in lines[index]:  # cheap: parse only what may be one
+            continue
+        values = _parse_line(lines[index])
+        if values is not None and values.get("type") == RESUMED:
+            # A run that starts again at step 0 makes the previews of step 0 again as well.
+            step = values["step"] if values["step"] > 0 else -1
+            limit = step if limit is None else min(step, limit)
+            limits.insert(0, (index, limit))
+    return limits

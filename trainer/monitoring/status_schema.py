@@ -1,0 +1,191 @@
+"""The content of status.json: one pydantic model, documented field by field in docs/status.md.
+
+The text under a field is its meaning. No file access here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from trainer.monitoring.accuracy import Trend
+from trainer.monitoring.events import RunState
+from trainer.preview.base import FinishReason
+
+SCHEMA_VERSION = 1
+NUM_NOTICES = 20
+"""Notices kept in status.json; the oldest go first."""
+
+
+class StatusPart(BaseModel):
+    """What all parts share: unknown fields are errors, values cannot be changed in place."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PreviewStatus(StatusPart):
+    """One answer of the newest previews; its full text is in previews.jsonl."""
+
+    step: int
+    """The weights of this step wrote the answer."""
+    prompt_id: str
+    """Names the prompt over all steps of the run."""
+    prompt: str
+    """The user's turn."""
+    golden_answer: str | None
+    """What the data says the answer is; null for prompts without one."""
+    text: str
+    """The answer, without special tokens; empty after an error."""
+    matches: bool | None
+    """The profile's comparison of answer and golden; null without golden or after an error."""
+    truncated: bool
+    """True when prompt, golden_answer, text or error_message was cut to the writer's limit."""
+    held_out: bool
+    """False when the prompt is also trained on."""
+    tokens_generated: int
+    """Tokens of the answer, the stop token included."""
+    tokens_per_sec: float | None
+    """Speed at which the answer was generated."""
+    finish_reason: FinishReason
+    """`stop`, `length` or `error`."""
+    health: tuple[str, ...]
+    """What is visibly wrong with the text, such as `repeats` or `never_stopped`."""
+    weights_id: str | None
+    """Identity of the weights; null: the backend could not tell."""
+    backend_type: str
+    """Who generated it, such as `local`."""
+    error_message: str | None
+    """Why there is no answer; null when there is one."""
+    created_at: float
+    """When it was made, in unix seconds."""
+
+
+class AccuracyStatus(StatusPart):
+    """Matches among the newest previews that have a golden answer."""
+
+    num_matched: int
+    """Answers that match."""
+    num_previews: int
+    """Answers compared; fewer than the window's size early in a run."""
+    share: float
+    """num_matched / num_previews, from 0 to 1."""
+
+
+class RowStatus(StatusPart):
+    """One row of a batch that was trained on, as text."""
+
+    step: int
+    """The step that trained on it."""
+    prompt: str
+    """The row's user turn."""
+    golden_answer: str
+    """The row's answer."""
+    truncated: bool
+    """True when a text was cut to the writer's limit."""
+
+
+class CheckpointStatus(StatusPart):
+    """The newest verified checkpoint."""
+
+    step: int
+    """Its step."""
+    path: str
+    """Its folder."""
+    saved_at: float
+    """When it was done, in unix seconds."""
+
+
+class NoticeStatus(StatusPart):
+    """Something the user should know."""
+
+    level: Literal["info", "warning", "error"]
+    """How serious it is."""
+    text: str
+    """What it says."""
+    created_at: float
+    """When it was said, in unix seconds."""
+
+
+class ErrorStatus(StatusPart):
+    """Why the run failed."""
+
+    type: str
+    """Name of the error class."""
+    message: str
+    """What happened and what to do."""
+
+
+class TrainingStatus(StatusPart):
+    """Where a run stands. Fields are null until they are known."""
+
+    schema_version: Literal[1] = 1
+    """Raised whenever a field changes its meaning or goes away."""
+    state: RunState = "loading"
+    """`loading`, `training`, `saving`, `completed`, `stopped` or `failed`."""
+    phase: str = ""
+    """What is being done now, in words."""
+    step: int = 0
+    """Optimizer steps done."""
+    total_steps: int | None = None
+    """Optimizer steps of the whole run."""
+    start_step: int = 0
+    """The step this process began at; above 0 after a resume."""
+    epoch: float = 0.0
+    """Passes over the training rows done."""
+    num_epochs: float | None = None
+    """Passes planned."""
+    train_loss: float | None = None
+    """Mean nats per trained token over the last step."""
+    val_loss: float | None = None
+    """Mean nats per trained token on held-out rows, at the last evaluation."""
+    val_step: int | None = None
+    """The step of that evaluation."""
+    val_gap: float | None = None
+    """val_loss minus the training loss of the same step."""
+    learning_rate: float | None = None
+    """Learning rate of the last step."""
+    grad_norm: float | None = None
+    """Gradient norm of the last step, before clipping."""
+    tokens_per_s: float | None = None
+    """Real tokens (padding excluded) per second of training."""
+    eta_s: float | None = None
+    """Seconds until the last step; null when the run is over."""
+    memory_gib: float | None = None
+    """Peak device memory, or resident memory of the process on CPU."""
+    context_window: int | None = None
+    """Longest row in tokens, prompt and answer together."""
+    model_name: str | None = None
+    """The model that is trained."""
+    output_dir: str | None = None
+    """Folder of the run."""
+    num_train_rows: int | None = None
+    """Rows trained on."""
+    num_validation_rows: int | None = None
+    """Rows held out."""
+    effective_batch_size: int | None = None
+    """Sequences per optimizer step, over all devices."""
+    started_at: float
+    """When this process began to report, in unix seconds."""
+    updated_at: float
+    """When this file was written, in unix seconds."""
+    pid: int
+    """Process number of the training process on its machine."""
+    last_previews: tuple[PreviewStatus, ...] = ()
+    """The newest previews, in the order of the prompts."""
+    accuracy_last_20: AccuracyStatus | None = None
+    """Accuracy over the last 20 previews with golden; null before the first."""
+    accuracy_last_50: AccuracyStatus | None = None
+    """The same over the last 50."""
+    accuracy_trend: Trend | None = None
+    """Last 20 against the 20 before, flat within 0.1; null with fewer than 40 previews."""
+    training_row: RowStatus | None = None
+    """A row of a recent batch."""
+    last_checkpoint: CheckpointStatus | None = None
+    """The newest checkpoint; null before the first of this process."""
+    notices: tuple[NoticeStatus, ...] = ()
+    """The last 20 notices, oldest first."""
+    error: ErrorStatus | None = None
+    """Why the run failed; null unless it did."""
+    summary: dict[str, Any] = {}
+    """Figures and counts at the end of the run."""

@@ -1,0 +1,212 @@
+"""TrainingStatusWriter: status.json, metrics.jsonl and previews.jsonl of a run.
+
+status.json is replaced as a whole; the other two grow by whole lines. Trouble with a disk is
+reported once per file and never stops training.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.monitoring.events import (
+    EvaluationDone,
+    Event,
+    PreviewsDone,
+    RowShown,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
+from trainer.monitoring.plain_values import json_line, plain_values
+from trainer.monitoring.run_files import append_lines, remove_stale, replace_file
+from trainer.monitoring.status_builder import StatusBuilder
+from trainer.monitoring.status_reader import (
+    METRICS_NAME,
+    PREVIEWS_NAME,
+    RESUMED,
+    STATUS_NAME,
+    TrainingStatusReader,
+)
+from trainer.monitoring.status_schema import TrainingStatus
+
+__all__ = ["TrainingStatusReader", "TrainingStatusWriter"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStatusWriter:
+    """An observer that keeps the files of a run up to date."""
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        *,
+        max_output_tokens: int = 2048,
+        context_window: int | None = None,
+        model_name: str | None = None,
+        run_dir: str | Path | None = None,
+        status_update_interval: int = 2,
+    ) -> None:
+        """Take where to write; nothing is written before the first event.
+
+        Args:
+            path: the status.json to keep up to date; None: only the one in `run_dir`.
+            max_output_tokens: longest text in status.json, four characters to a token.
+            context_window: longest row in tokens.
+            run_dir: folder that gets a second status.json, metrics.jsonl and previews.jsonl.
+            status_update_interval: steps between writes of status.json.
+        """
+        self.path = Path(path) if path is not None else None
+        self.status_update_interval = status_update_interval
+        self._settings: dict[str, Any] = {
+            "run_dir": run_dir,
+            "context_window": context_window,
+            "model_name": model_name,
+            "max_output_tokens": max_output_tokens,
+        }
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the run before, if there was one."""
+        self.run_dir: Path | None = None
+        self._builder = StatusBuilder(self._settings["max_output_tokens"])
+        self._has_events = self._has_unwritten = self._is_ended = False
+        self._has_old_lines: dict[str, bool] = {}
+        self._prepared: set[Path] = set()
+        self._failed: set[Path] = set()
+        self.attach(**self._settings)
+
+    @property
+    def status(self) -> TrainingStatus:
+        """What status.json would say now."""
+        return self._builder.build()
+
+    def attach(
+        self,
+        *,
+        run_dir: str | Path | None = None,
+        context_window: int | None = None,
+        model_name: str | None = None,
+        max_output_tokens: int | None = None,
+        status_update_interval: int | None = None,
+    ) -> None:
+        """Set what was not known when the writer was made; None leaves a value as it is."""
+        if context_window is not None:
+            self._builder.fields["context_window"] = context_window
+        if model_name is not None:
+            self._builder.fields["model_name"] = model_name
+        if max_output_tokens is not None:
+            self._builder.set_limit(max_output_tokens)
+        if status_update_interval is not None:
+            self.status_update_interval = status_update_interval
+        if run_dir is not None:
+            self.run_dir = Path(run_dir)
+            self._builder.fields["output_dir"] = str(self.run_dir)
+            for name in (METRICS_NAME, PREVIEWS_NAME):
+                self._has_old_lines[name] = _has_content(self.run_dir / name)
+        if self._has_events:
+            self._write_status()
+
+    def on_event(self, event: Event) -> None:
+        """Take note of an event and write what it changes; after a RunEnded a new run begins."""
+        if self._is_ended:
+            self._begin()
+        self._is_ended = isinstance(event, RunEnded)
+        self._has_events = self._has_unwritten = True
+        if isinstance(event, RunStarted):
+            self._continue_files(event.start_step)
+        self._builder.apply(event)
+        if isinstance(event, StepDone | EvaluationDone):
+            self._append(METRICS_NAME, _metrics_line(event))
+        elif isinstance(event, PreviewsDone):
+            self._append(PREVIEWS_NAME, "".join(_preview_line(one) for one in event.results))
+        if self._is_status_due(event):
+            self._write_status()
+
+    def close(self) -> None:
+        """Write what is not written yet; may be called twice."""
+        if self._has_unwritten:
+            self._write_status()
+
+    def _is_status_due(self, event: Event) -> bool:
+        if isinstance(event, RowShown):
+            return False
+        if not isinstance(event, StepDone):
+            return True
+        is_first = event.step == self._builder.fields.get("start_step", 0) + 1
+        is_nth = event.step % self.status_update_interval == 0
+        return is_nth or is_first or event.step >= event.total_steps
+
+    def _write_status(self) -> None:
+        self._has_unwritten = False
+        text = json_line(plain_values(self.status))
+        for path in self._status_paths():
+            self._try(path, partial(replace_file, path, text), "it shows an older state")
+
+    def _status_paths(self) -> list[Path]:
+        copy = self.run_dir / STATUS_NAME if self.run_dir is not None else None
+        paths = [path for path in (self.path, copy) if path is not None]
+        # Two spellings of one place are written twice, which does no harm.
+        return list({path.absolute(): path for path in paths}.values())
+
+    def _append(self, name: str, text: str) -> None:
+        if self.run_dir is not None and text:
+            path = self.run_dir / name
+            self._try(path, partial(append_lines, path, text), "lines of it are missing")
+
+    def _continue_files(self, start_step: int) -> None:
+        """Take over from an earlier process: mark its later lines as superseded, use the others."""
+        for name, has_lines in self._has_old_lines.items():
+            if has_lines:
+                marker = {"type": RESUMED, "step": start_step, "created_at": time.time()}
+                self._append(name, json_line(marker))
+        if self.run_dir is not None and start_step > 0:
+            self._try(self.run_dir, self._restore, "earlier previews are not counted in accuracy")
+
+    def _restore(self) -> None:
+        assert self.run_dir is not None, "restoring needs a run folder"
+        reader = TrainingStatusReader(self.run_dir)
+        evaluations = [line for line in reader.metrics() if line.get("type") == "EvaluationDone"]
+        self._builder.restore(reader.previews(), evaluations[-1] if evaluations else None)
+
+    def _try(self, path: Path, action: Callable[[], None], consequence: str) -> None:
+        """Do something with a file; say once per file that it failed, and what that means."""
+        try:
+            if path not in self._prepared:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                remove_stale(path)
+                self._prepared.add(path)
+            action()
+        except OSError as error:
+            if path in self._failed:
+                return
+            self._failed.add(path)
+            said = f"{path}: cannot be written ({error}); training goes on, {consequence}"
+            logger.warning("%s", said)
+            self._builder.add_notice("warning", said)
+            self._has_unwritten = True
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _metrics_line(event: StepDone | EvaluationDone) -> str:
+    odd: dict[str, str] = {}
+    line = {"type": type(event).__name__, "created_at": time.time(), **plain_values(event, odd)}
+    return json_line({**line, "non_finite": odd} if odd else line)
+
+
+def _preview_line(result: Any) -> str:
+    odd: dict[str, str] = {}
+    values: Mapping[str, Any] = plain_values(result, odd)
+    # A number that JSON cannot hold is left out, so that a reader gets the field's default.
+    return json_line({name: value for name, value in values.items() if name not in odd})

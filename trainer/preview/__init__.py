@@ -1,0 +1,1 @@
+"""Previews: what the current weights say. `base` holds the types, `generate` all the sampling."""

@@ -1,0 +1,117 @@
+"""What a preview is: the request, the result (the wire format too) and the backend protocol.
+
+No torch here: the monitor, a server and a client in another process import this module.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+class PreviewRequest(BaseModel):
+    """One prompt to be answered: text and, where known, the exact token ids of training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    """The user's turn as text, for people."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """Ids to continue, system prompt and template included; None: the backend renders `prompt`."""
+    golden_answer: str | None = None
+    """What the data says the answer is; None for prompts without one."""
+    prompt_id: str = ""
+    """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
+    held_out: bool = True
+    """False when the prompt is also trained on."""
+
+
+class PreviewResult(BaseModel):
+    """One answer, with everything needed to judge it and to trust it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    prompt: str
+    text: str
+    """The answer without special tokens; "" when there was an error."""
+    raw_text: str = ""
+    """The answer with special tokens, up to and including the stop."""
+    golden_answer: str | None = None
+    matches: bool | None = None
+    """The profile's comparison of text with golden; None without golden or after an error."""
+    tokens_generated: int = 0
+    """Generated tokens, pads and everything after the stop excluded; the stop token counts."""
+    generation_time_sec: float = 0.0
+    """Seconds of the generate call this answer was part of (the whole batch)."""
+    tokens_per_sec: float = 0.0
+    finish_reason: FinishReason = "stop"
+    weights_id: str | None = None
+    """Identity of the weights that wrote the text; None: the backend cannot tell (unverified)."""
+    backend_type: str = "local"
+    prompt_id: str = ""
+    held_out: bool = True
+    health: tuple[str, ...] = ()
+    """Flags: empty, repeats, never_stopped, template_leak, copies_prompt."""
+    error_message: str | None = None
+    created_at: float = Field(default_factory=time.time)
+    """Unix seconds."""
+
+    @property
+    def ok(self) -> bool:
+        """True when there is an answer to show."""
+        return self.error_message is None
+
+    @classmethod
+    def failed(
+        cls, request: PreviewRequest, step: int, message: str, backend_type: str
+    ) -> PreviewResult:
+        """The result of a request that could not be answered."""
+        return cls(
+            step=step,
+            prompt=request.prompt,
+            text="",
+            golden_answer=request.golden_answer,
+            finish_reason="error",
+            backend_type=backend_type,
+            prompt_id=request.prompt_id,
+            held_out=request.held_out,
+            error_message=message,
+        )
+
+
+@runtime_checkable
+class PreviewBackend(Protocol):
+    """Anything that answers prompts with a model. Failures come back as results, not exceptions."""
+
+    backend_type: str
+
+    def preview(
+        self,
+        prompt: str,
+        golden_answer: str | None,
+        step: int,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> PreviewResult:
+        """Answer one user turn, rendered with the system prompt."""
+        ...
+
+    def preview_batch(
+        self, requests: list[PreviewRequest], step: int, *, max_new_tokens: int | None = None
+    ) -> list[PreviewResult]:
+        """Answer all requests as one batch of fixed composition, in their order."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the backend holds; may be called twice."""
+        ...
+
+
+def to_json_line(result: PreviewResult) -> dict[str, Any]:
+    """The result as plain JSON values, one object per line of previews.jsonl."""
+    return result.model_dump(mode="json")

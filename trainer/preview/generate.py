@@ -1,0 +1,183 @@
+"""The only code that samples tokens: used in the training process and by a worker alike.
+
+One left-padded batch, one `generate` call. Sampling noise is drawn in a logits processor from
+(seed, prompt, position), so it depends neither on the order of prompts nor on the global
+random state; with temperature 0 the most likely token wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import StoppingCriteriaList
+
+STOP_WINDOW = 48
+"""Tokens at the end that are decoded to look for a stop string: longer than any stop string."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate, apart from the prompts."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop_strings: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    pad_id: int = 0
+    max_length: int | None = None
+    """Longest prompt and answer together, in tokens; None = no limit."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer as token ids."""
+
+    token_ids: list[int]
+    """Generated ids up to the stop; the stop token itself and pads are not in it."""
+    raw_ids: list[int]
+    """The same with the stop token, if there is one."""
+    is_stopped: bool
+    """False when the answer was cut at the limit."""
+
+
+class NoiseProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Divide by temperature and add Gumbel noise, so that argmax is a sample of the softmax."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> None:
+        """Derive one seed per row from the run's seed and the row's prompt ids."""
+        self.temperature = temperature
+        self.seeds = [_row_seed(prompt, seed) for prompt in prompts]
+        self.position = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take scores (B, V), return scores (B, V) float32."""
+        noise = torch.empty(scores.shape, dtype=torch.float32)
+        for row, seed in enumerate(self.seeds):
+            # Drawn on the CPU: a GPU's generator would give other numbers for the same seed.
+            generator = torch.Generator().manual_seed((seed + self.position) % 2**63)
+            noise[row].exponential_(generator=generator)
+        self.position += 1
+        return scores.float() / self.temperature - noise.log().to(scores.device)
+
+
+def _row_seed(prompt: Sequence[int], seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{','.join(map(str, prompt))}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class StopStrings(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row when its answer contains a stop string, however the tokenizer splits it."""
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_width: int) -> None:
+        """Look only behind `prompt_width` tokens, the padded prompt."""
+        self.tokenizer, self.stop_strings, self.width = tokenizer, stop_strings, prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Return (B,) bool: rows that are done."""
+        tail = input_ids[:, max(self.width, input_ids.shape[1] - STOP_WINDOW) :].tolist()
+        texts = self.tokenizer.batch_decode(tail, clean_up_tokenization_spaces=False)
+        done = [any(stop in text for stop in self.stop_strings) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    processors: Sequence[Any] = (),
+) -> list[Generation]:
+    """Continue every prompt; the caller chooses mode, autocast and device of the model.
+
+    Args:
+        model: a causal language model with `generate`.
+        tokenizer: decodes for stop strings; nothing of it is changed.
+        prompts: token ids, B rows of any length.
+        settings: limits, temperature, stops.
+        processors: the profile's, state per row; run before temperature and noise.
+    Returns:
+        B generations in the order of the prompts.
+    """
+    device = next(model.parameters()).device
+    input_ids, mask = left_pad(prompts, settings.pad_id)
+    width = input_ids.shape[1]
+    room = settings.max_new_tokens
+    if settings.max_length is not None:
+        room = max(1, min(room, settings.max_length - width))
+    chain = LogitsProcessorList(processors)
+    if settings.temperature > 0:
+        chain.append(NoiseProcessor(prompts, settings.temperature, settings.seed))
+    stopping = StoppingCriteriaList()
+    if settings.stop_strings:
+        stopping.append(StopStrings(tokenizer, settings.stop_strings, width))
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=_config(settings, room),
+        logits_processor=chain,
+        stopping_criteria=stopping,
+    )
+    rows: list[list[int]] = output[:, width:].tolist()
+    return [_finish(row, tokenizer, settings) for row in rows]
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack prompts with their ends aligned.
+
+    Returns:
+        input_ids and attention_mask, both (B, T) int64.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _config(settings: GenerationSettings, room: int) -> GenerationConfig:
+    # A fresh config: the model folder's own one may ask for sampling, beams or penalties,
+    # and each of them would make a preview something else than what these weights say.
+    return GenerationConfig(
+        max_new_tokens=room,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(settings.stop_ids) or None,
+        pad_token_id=settings.pad_id,
+    )
+
+
+def _finish(row: list[int], tokenizer: Any, settings: GenerationSettings) -> Generation:
+    """Cut a row behind its first stop token or stop string; what follows is padding."""
+    for position, token in enumerate(row):
+        if token in settings.stop_ids:
+            row = row[: position + 1]
+            break
+    is_stopped = bool(row) and row[-1] in settings.stop_ids
+    body = row[:-1] if is_stopped else row
+    if settings.stop_strings:
+        cut = _first_stop_string(body, tokenizer, settings.stop_strings)
+        if cut is not None:
+            return Generation(body[:cut], body[:cut], True)
+    return Generation(body, row, is_stopped)
+
+
+def _first_stop_string(body: list[int], tokenizer: Any, stop_strings: Sequence[str]) -> int | None:
+    """How many leading tokens hold the first complete stop string; None if there is none."""
+
+    def holds(count: int) -> bool:
+        text = tokenizer.decode(body[:count], clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in stop_strings)
+
+    if not holds(len(body)):
+        return None
+    low, high = 1, len(body)
+    while low < high:  # bisect: once complete, a stop string stays in the text
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

@@ -1,0 +1,51 @@
+"""Text-health flags: what is visibly wrong with an answer, golden or not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+REPEATS_MIN_TOKENS = 24
+"""Shorter answers are not called repetitive."""
+REPEATS_SHARE = 0.5
+"""An answer repeats itself when at most this share of its 4-token windows are different ones."""
+COPY_MIN_CHARS = 24
+
+
+def health_flags(
+    *,
+    text: str,
+    token_ids: list[int],
+    prompt: str,
+    golden: str | None,
+    is_stopped: bool,
+    leak_ids: Collection[int],
+) -> tuple[str, ...]:
+    """Name what is wrong with an answer.
+
+    Args:
+        text: the answer without special tokens.
+        token_ids: its tokens, the stop token excluded.
+        golden: the golden answer; what it does as well is no fault.
+        is_stopped: the answer ended by itself.
+        leak_ids: control tokens that belong to the template, not to an answer.
+    Returns:
+        Some of empty, repeats, never_stopped, template_leak, copies_prompt.
+    """
+    copied = prompt.strip()
+    flags = {
+        "empty": not text.strip(),
+        "repeats": _repeats(token_ids),
+        "never_stopped": not is_stopped,
+        "template_leak": any(token in leak_ids for token in token_ids),
+        "copies_prompt": len(copied) >= COPY_MIN_CHARS
+        and copied in text
+        and copied not in (golden or ""),
+    }
+    return tuple(name for name, is_set in flags.items() if is_set)
+
+
+def _repeats(token_ids: list[int]) -> bool:
+    if len(token_ids) < REPEATS_MIN_TOKENS:
+        return False
+    windows = [tuple(token_ids[i : i + 4]) for i in range(len(token_ids) - 3)]
+    return len(set(windows)) <= REPEATS_SHARE * len(windows)

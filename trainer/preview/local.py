@@ -1,0 +1,208 @@
+"""Previews from the training process itself: between two steps, leaving no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import torch
+
+from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.generate import Generation, GenerationSettings, generate
+from trainer.preview.health import health_flags
+from trainer.preview.neutral import undisturbed
+from trainer.profiles import DataProfile, Message, get_profile
+
+logger = logging.getLogger(__name__)
+
+
+class LocalPreviewBackend:
+    """Answers prompts with a model that lives in this process."""
+
+    backend_type = "local"
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        profile: DataProfile | None = None,
+        system_prompt: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        seed: int = 42,
+        stop_ids: frozenset[int] | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Take a model in any mode, on any device.
+
+        Args:
+            profile: its stop strings, processors and comparison; None: `plain`.
+            system_prompt: system turn of prompts that come as text.
+            stop_ids: tokens that end an answer; None: the tokenizer's and the model's own.
+            autocast_dtype: the run's compute dtype, so that previews compute as training does.
+            max_length: prompt and answer together, in tokens.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.profile = profile or get_profile("plain")
+        self.system_prompt = system_prompt
+        self.autocast_dtype = autocast_dtype
+        self.settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_strings=self.profile.stop_strings,
+            stop_ids=frozenset(stop_ids or ()) | _model_stop_ids(model, tokenizer),
+            pad_id=_pad_id(tokenizer),
+            max_length=max_length,
+        )
+        self._leak_ids = frozenset(tokenizer.all_special_ids)
+        self.skipped_for_memory = 0
+
+    def preview(
+        self,
+        prompt: str,
+        golden_answer: str | None,
+        step: int,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> PreviewResult:
+        """Answer one user turn, rendered with the system prompt."""
+        request = PreviewRequest(prompt=prompt, golden_answer=golden_answer)
+        return self.preview_batch([request], step, max_new_tokens=max_new_tokens)[0]
+
+    def preview_batch(
+        self, requests: list[PreviewRequest], step: int, *, max_new_tokens: int | None = None
+    ) -> list[PreviewResult]:
+        """Answer all requests in one batch; out of memory halves it, then skips, and says so."""
+        if not requests:
+            return []
+        settings = self.settings
+        if max_new_tokens is not None:
+            settings = dataclasses.replace(settings, max_new_tokens=max_new_tokens)
+        try:
+            return self._answer(requests, step, settings)
+        except torch.OutOfMemoryError as error:
+            return self._answer_less(requests, step, max_new_tokens, error)
+        except Exception as error:  # a preview must never stop training
+            logger.exception("previews at step %d failed; training goes on", step)
+            message = f"{type(error).__name__}: {error}"
+            return [PreviewResult.failed(r, step, message, self.backend_type) for r in requests]
+
+    def close(self) -> None:
+        """Nothing to give back: the model belongs to the training process."""
+
+    def render(self, prompt: str) -> list[int]:
+        """Token ids of one user turn with system prompt and generation prompt."""
+        turns = [Message(role="user", content=prompt)]
+        if self.system_prompt is not None:
+            turns.insert(0, Message(role="system", content=self.system_prompt))
+        return self.render_turns(turns)
+
+    def render_turns(self, turns: list[Message]) -> list[int]:
+        """Token ids of a conversation with the generation prompt behind it."""
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, enable_thinking=False, return_dict=True
+        )["input_ids"]
+        return ids
+
+    def _answer_less(
+        self, requests: list[PreviewRequest], step: int, limit: int | None, error: Exception
+    ) -> list[PreviewResult]:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(requests) // 2
+        if half:
+            logger.warning(
+                "previews at step %d: out of memory with %d prompts, trying %d at a time",
+                step,
+                len(requests),
+                half,
+            )
+            return [
+                *self.preview_batch(requests[:half], step, max_new_tokens=limit),
+                *self.preview_batch(requests[half:], step, max_new_tokens=limit),
+            ]
+        self.skipped_for_memory += 1
+        message = (
+            f"skipped: out of memory even for one prompt ({' '.join(str(error).split())[:120]}); "
+            "lower monitoring.preview_max_tokens"
+        )
+        logger.warning("preview at step %d %s", step, message)
+        return [PreviewResult.failed(requests[0], step, message, self.backend_type)]
+
+    def _answer(
+        self, requests: list[PreviewRequest], step: int, settings: GenerationSettings
+    ) -> list[PreviewResult]:
+        prompts = [list(r.prompt_token_ids or self.render(r.prompt)) for r in requests]
+        device = next(self.model.parameters()).device
+        autocast = (
+            torch.autocast(device.type, dtype=self.autocast_dtype)
+            if self.autocast_dtype is not None
+            else contextlib.nullcontext()
+        )
+        started = time.perf_counter()
+        with undisturbed(self.model), autocast:
+            answers = generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                settings,
+                self.profile.logits_processors(self.tokenizer),
+            )
+        seconds = time.perf_counter() - started
+        return [
+            self._result(request, answer, step, seconds)
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    def _result(
+        self, request: PreviewRequest, answer: Generation, step: int, seconds: float
+    ) -> PreviewResult:
+        text = self.tokenizer.decode(
+            answer.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        golden = request.golden_answer
+        count = len(answer.raw_ids)
+        return PreviewResult(
+            step=step,
+            prompt=request.prompt,
+            text=text,
+            raw_text=self.tokenizer.decode(answer.raw_ids, clean_up_tokenization_spaces=False),
+            golden_answer=golden,
+            matches=None if golden is None else self.profile.matches(text, golden),
+            tokens_generated=count,
+            generation_time_sec=seconds,
+            tokens_per_sec=count / seconds if seconds > 0 else 0.0,
+            finish_reason="stop" if answer.is_stopped else "length",
+            weights_id=f"step-{step}",
+            backend_type=self.backend_type,
+            prompt_id=request.prompt_id,
+            held_out=request.held_out,
+            health=health_flags(
+                text=text,
+                token_ids=answer.token_ids,
+                prompt=request.prompt,
+                golden=golden,
+                is_stopped=answer.is_stopped,
+                leak_ids=self._leak_ids,
+            ),
+        )
+
+
+def _model_stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """End-of-text ids that the tokenizer and the model's generation config name."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named]
+    return frozenset({tokenizer.eos_token_id, *ids} - {None})
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
