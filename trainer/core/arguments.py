@@ -30,6 +30,9 @@ def build_training_arguments(
     if device.type == "cuda" and device.index:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # accelerate takes cuda:0 otherwise
     options: dict[str, Any] = {}
+    if hyper.gradient_checkpointing:
+        options["activation_checkpointing"] = True
+        options["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     if device.type == "cpu":
         options["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -50,10 +53,6 @@ def build_training_arguments(
         max_grad_norm=hyper.max_grad_norm,
         bf16=precision.use_bf16,
         fp16=precision.use_fp16,
-        gradient_checkpointing=hyper.gradient_checkpointing,
-        gradient_checkpointing_kwargs=(
-            {"use_reentrant": False} if hyper.gradient_checkpointing else None
-        ),
         seed=config.environment.seed,
         data_seed=config.environment.seed,
         dataloader_num_workers=config.environment.num_workers,

@@ -144,8 +144,8 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self._overflows_in_a_row += 1
         if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
             raise NonFiniteError(
-                f"step {step}: fp16 gradients overflowed {self._overflows_in_a_row} times in a row; "
-                "the weights did not move. Use bf16 or fp32, or lower hyperparams.learning_rate."
+                f"step {step}: fp16 gradients overflowed {self._overflows_in_a_row} times in a "
+                "row; the weights did not move. Use bf16 or fp32, or lower hyperparams.learning_rate."
             )
 
     def num_steps(self) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import find_latest_checkpoint, load_named_checkpoint
 from trainer.core.hf_trainer import RUN_STATE_FILE
-from trainer.core.run_folder import RunFolder
 from trainer.errors import ResumeError
 
 LATEST = "latest"
@@ -54,17 +53,18 @@ class ResumePoint:
         return dt.date.fromisoformat(recorded) if recorded else None
 
 
-def find_resume_point(wanted: str, folder: RunFolder) -> ResumePoint:
+def find_resume_point(wanted: str, root: Path) -> ResumePoint:
     """Find and verify the checkpoint to continue from.
 
     Args:
         wanted: `latest`, or the folder of one checkpoint.
+        root: the run's `checkpoints/`.
     Raises:
         ResumeError: nothing to resume, or the named checkpoint is broken.
     """
     problems: list[str] = []
     if wanted == LATEST:
-        path, manifest, problems = find_latest_checkpoint(folder.checkpoints_dir)
+        path, manifest, problems = find_latest_checkpoint(root)
     else:
         path = Path(wanted)
         manifest = load_named_checkpoint(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,17 @@ def _save_full(
         for name, tensor in model.state_dict().items()
     }
     config, generation = model.config, model.generation_config
-    before = config.dtype, config.use_cache, generation.eos_token_id, config.eos_token_id
+    before = config.use_cache, generation.eos_token_id
     named = generation.eos_token_id
     named = set(named if isinstance(named, list) else [named]) - {None}
     try:
-        config.dtype, config.use_cache = dtype, use_cache
+        config.use_cache = use_cache
         generation.eos_token_id = sorted(named | stop_ids)
         model.save_pretrained(folder, state_dict=weights)
     finally:
-        config.dtype, config.use_cache, generation.eos_token_id, config.eos_token_id = before
+        config.use_cache, generation.eos_token_id = before
+    # save_pretrained writes the dtype of the model in memory, not that of the weights it was given.
+    path = folder / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")

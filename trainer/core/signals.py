@@ -47,7 +47,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Handle SIGINT and SIGTERM within the block; other threads than the main one change nothing."""
+    """Handle SIGINT and SIGTERM within the block; only the main thread can."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

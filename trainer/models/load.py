@@ -128,8 +128,8 @@ def _load_error(
     return ModelError(
         f"model.model_path={name}: the {what} {path!r} is not in the local cache, and the model "
         f"hub could not be asked for it or does not have it.{hint} Check the name "
-        "(`trainer models` lists aliases) and the network, download it once while online, or give a model folder. "
-        f"Cause: {first}"
+        "(`trainer models` lists aliases) and the network, download it once while online, or "
+        f"give a model folder. Cause: {first}"
     )
 
 

@@ -76,6 +76,15 @@ class EarlyStopping:
     best_step: int = 0
     num_without: int = 0
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {name: getattr(self, name) for name in ("best_loss", "best_step", "num_without")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave; patience and min_delta stay those of the config."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def update(self, loss: float, step: int) -> bool:
         """Take a loss; True when it is time to stop."""
         if self.best_loss is None or loss < self.best_loss - self.min_delta:

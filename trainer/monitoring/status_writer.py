@@ -146,7 +146,13 @@ class TrainingStatusWriter:
         self._has_unwritten = False
         text = json_line(plain_values(self.status))
         for path in self._status_paths():
-            self._try(path, partial(replace_file, path, text), "it shows an older state")
+            self._try(path, partial(self._replace, path, text), "it shows an older state")
+
+    def _replace(self, path: Path, text: str) -> None:
+        if path not in self._prepared:
+            self._prepared.add(path)
+            remove_stale(path)
+        replace_file(path, text)
 
     def _status_paths(self) -> list[Path]:
         copy = self.run_dir / STATUS_NAME if self.run_dir is not None else None
@@ -177,10 +183,9 @@ class TrainingStatusWriter:
     def _try(self, path: Path, action: Callable[[], None], consequence: str) -> None:
         """Do something with a file; say once per file that it failed, and what that means."""
         try:
-            if path not in self._prepared:
+            if path.parent not in self._prepared:  # once: a folder that vanishes stays away
                 path.parent.mkdir(parents=True, exist_ok=True)
-                remove_stale(path)
-                self._prepared.add(path)
+                self._prepared.add(path.parent)
             action()
         except OSError as error:
             if path in self._failed:

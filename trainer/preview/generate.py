@@ -7,8 +7,9 @@ random state; with temperature 0 the most likely token wins.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,13 +117,14 @@ def generate(
     stopping = StoppingCriteriaList()
     if settings.stop_strings:
         stopping.append(StopStrings(tokenizer, settings.stop_strings, width))
-    output = model.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=_config(settings, room),
-        logits_processor=chain,
-        stopping_criteria=stopping,
-    )
+    with _own_generation_config(model):
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=_config(settings, room),
+            logits_processor=chain,
+            stopping_criteria=stopping,
+        )
     rows: list[list[int]] = output[:, width:].tolist()
     return [_finish(row, tokenizer, settings) for row in rows]
 
@@ -139,9 +141,27 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
     return torch.tensor(ids), torch.tensor(mask)
 
 
+@contextlib.contextmanager
+def _own_generation_config(model: Any) -> Iterator[None]:
+    """Hide the model folder's generation config while we generate.
+
+    transformers fills whatever a given config leaves open from the model's own one, which may ask
+    for sampling, top-k or penalties: a preview would then show something else than what these
+    weights say.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = [holder for holder in (model, base) if hasattr(holder, "generation_config")]
+    before = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
+
+
 def _config(settings: GenerationSettings, room: int) -> GenerationConfig:
-    # A fresh config: the model folder's own one may ask for sampling, beams or penalties,
-    # and each of them would make a preview something else than what these weights say.
     return GenerationConfig(
         max_new_tokens=room,
         do_sample=False,

@@ -1,0 +1,50 @@
+"""docs/status.md describes every field of what is written, and no other."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from trainer.monitoring.events import EvaluationDone, StepDone
+from trainer.monitoring.status_schema import (
+    AccuracyStatus,
+    CheckpointStatus,
+    ErrorStatus,
+    NoticeStatus,
+    PreviewStatus,
+    RowStatus,
+    TrainingStatus,
+)
+
+TEXT = (Path(__file__).parents[3] / "docs" / "status.md").read_text(encoding="utf-8")
+HEADINGS = {
+    "## status.json": TrainingStatus,
+    "### An entry of `last_previews`": PreviewStatus,
+    "### `accuracy_last_20` and `accuracy_last_50`": AccuracyStatus,
+    "### `training_row`": RowStatus,
+    "### `last_checkpoint`": CheckpointStatus,
+    "### An entry of `notices`": NoticeStatus,
+    "### `error`": ErrorStatus,
+}
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_every_field_has_its_row_in_order(heading):
+    section = re.split(r"\n#{2,3} ", TEXT.split(f"\n{heading}\n")[1])[0]
+    rows = re.findall(r"^\| `(\w+)` \| ", section, flags=re.MULTILINE)
+    assert rows == list(HEADINGS[heading].model_fields)
+
+
+@pytest.mark.parametrize("event", [StepDone, EvaluationDone])
+def test_metrics_lines_are_described(event):
+    row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
+    assert row is not None
+    assert re.findall(r"`(\w+)`", row[1]) == [field.name for field in fields(event)]
+
+
+@pytest.mark.parametrize("model", HEADINGS.values())
+def test_every_field_says_what_it_means(model):
+    assert all(field.description for field in model.model_fields.values())

@@ -1,0 +1,97 @@
+"""What TensorBoard gets, read back with TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+
+from trainer.errors import ConfigError
+from trainer.monitoring.tracking import (
+    TensorBoardPreviews,
+    preview_markdown,
+    summary_writer,
+    tensorboard_callback,
+)
+
+torch.set_num_threads(1)
+
+HOSTILE = "```\n</code></pre><script>alert(1)</script>\n\n# head\n[x](http://a.example)\x1b[0m\r\n"
+
+
+def read_back(folder) -> EventAccumulator:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_previews_go_in_as_text_and_accuracy_and_validation_as_curves(
+    tmp_path, previews, evaluated, step_done
+):
+    tracker = TensorBoardPreviews(tmp_path)
+    for event in (step_done(1), previews(10, [True, False, None]), evaluated(10, 2.5)):
+        tracker.on_event(event)
+    tracker.close()
+    events = read_back(tmp_path)
+    (accuracy,), (val_loss,) = events.Scalars("preview_accuracy"), events.Scalars("val_loss")
+    assert (accuracy.step, accuracy.value) == (10, 0.5)
+    assert (val_loss.step, val_loss.value) == (10, 2.5)
+    (text,) = events.Tensors("previews/validation-0/text_summary")
+    assert text.step == 10
+    assert text.tensor_proto.string_val[0].decode().startswith("step 10: matches")
+    assert len(events.Tags()["tensors"]) == 3
+
+
+def test_texts_stay_text_when_tensorboard_renders_them(previews):
+    (result,) = previews(3, [False], text=HOSTILE, prompt=HOSTILE, golden_answer=HOSTILE).results
+    page = markdown_to_safe_html(preview_markdown(result))
+    assert page.count("<pre><code>") == page.count("</code></pre>") == 3
+    assert not any(tag in page for tag in ("<script", "<h1", "<a ", "\x1b"))
+    assert page.count("&lt;script&gt;") == 3
+
+
+def test_the_callback_of_transformers_writes_into_the_same_file(tmp_path, previews):
+    callback, tracker = tensorboard_callback(tmp_path)
+    assert callback.tb_writer is tracker.writer
+    callback.tb_writer.add_scalar("train/loss", 1.5, 1)
+    callback.on_train_end(None, None, None)  # closes the file; late previews open another
+    tracker.on_event(previews(2, [True]))
+    tracker.close()
+    events = read_back(tmp_path)
+    assert events.Scalars("train/loss")[0].value == 1.5
+    assert events.Scalars("preview_accuracy")[0].step == 2
+
+
+def test_a_resumed_run_replaces_what_came_after_its_step(tmp_path, evaluated):
+    for start_step, value in ((0, 1.0), (4, 2.0)):
+        writer = summary_writer(tmp_path, start_step=start_step)
+        tracker = TensorBoardPreviews(writer)
+        for step in range(start_step + 1, 7):
+            tracker.on_event(evaluated(step, value))
+        writer.close()
+    found = [(point.step, point.value) for point in read_back(tmp_path).Scalars("val_loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(ConfigError, match=r"logs: TensorBoard's folder cannot be written"):
+        summary_writer(tmp_path / "logs")
+
+
+def test_without_tensorboard_the_install_line_is_given(tmp_path):
+    code = (
+        "import sys; sys.modules['tensorboard'] = None\n"
+        "from trainer.monitoring.tracking import summary_writer\n"
+        "from trainer.errors import ConfigError\n"
+        "try:\n    summary_writer(sys.argv[1])\n"
+        "except ConfigError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "`pip install tensorboard`" in done.stdout

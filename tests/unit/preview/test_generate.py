@@ -1,0 +1,112 @@
+"""All sampling: independent of batch and order, stopped where it should, counted rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.preview.generate import GenerationSettings, NoiseProcessor, generate, left_pad
+
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16], [20, 21]]
+
+
+def settings(**changes: Any) -> GenerationSettings:
+    return GenerationSettings(
+        **{"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "pad_id": 0, **changes}
+    )
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Any]) -> Any:
+    return make_model(seed=3).eval()
+
+
+@torch.no_grad()
+def run(model: Any, tokenizer: Any, prompts: Any, **changes: Any) -> list[list[int]]:
+    return [g.raw_ids for g in generate(model, tokenizer, prompts, settings(**changes))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_batch_says_what_one_by_one_says(model: Any, tokenizer: Any, temperature: float) -> None:
+    batch = run(model.double(), tokenizer, PROMPTS, temperature=temperature)
+    single = [run(model, tokenizer, [prompt], temperature=temperature)[0] for prompt in PROMPTS]
+    assert batch == single
+
+
+def test_greedy_is_the_argmax_of_a_plain_forward_loop(model: Any, tokenizer: Any) -> None:
+    expected = list(PROMPTS[0])
+    with torch.no_grad():
+        for _ in range(12):
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert run(model, tokenizer, PROMPTS[:1])[0] == expected[3:]
+
+
+def test_noise_depends_on_seed_prompt_and_position_only(model: Any, tokenizer: Any) -> None:
+    one = run(model, tokenizer, PROMPTS, temperature=1.0)
+    torch.manual_seed(123)
+    assert run(model, tokenizer, PROMPTS, temperature=1.0) == one
+    assert run(model, tokenizer, PROMPTS, temperature=1.0, seed=2) != one
+
+
+def test_noise_samples_the_softmax() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    draws = [
+        int(NoiseProcessor([[n]], 0.7, seed=0)(None, logits).argmax())  # type: ignore[arg-type]
+        for n in range(4000)
+    ]
+    share = torch.bincount(torch.tensor(draws), minlength=4) / 4000
+    assert torch.allclose(share, torch.softmax(logits[0] / 0.7, -1), atol=0.03)
+
+
+def test_generation_ends_at_a_stop_id_and_counts_it_once(model: Any, tokenizer: Any) -> None:
+    free = run(model, tokenizer, PROMPTS[:1])[0]
+    stop = free[4]
+    with torch.no_grad():
+        [answer] = generate(model, tokenizer, PROMPTS[:1], settings(stop_ids=frozenset({stop})))
+    first = free.index(stop)
+    assert answer.raw_ids == free[: first + 1]
+    assert answer.token_ids == free[:first]
+    assert answer.is_stopped
+
+
+def test_a_stop_string_split_over_tokens_ends_its_row_only(model: Any, tokenizer: Any) -> None:
+    free = run(model, tokenizer, PROMPTS, max_new_tokens=20)
+    text = tokenizer.decode(free[0], clean_up_tokenization_spaces=False)
+    stop = text[5:11]
+    with torch.no_grad():
+        answers = generate(
+            model, tokenizer, PROMPTS, settings(max_new_tokens=20, stop_strings=(stop,))
+        )
+    said = tokenizer.decode(answers[0].token_ids, clean_up_tokenization_spaces=False)
+    assert stop in said
+    assert stop not in tokenizer.decode(answers[0].token_ids[:-1])
+    assert answers[0].is_stopped
+    for answer, ids in zip(answers[1:], free[1:], strict=True):
+        if stop not in tokenizer.decode(ids):
+            assert answer.token_ids == ids
+
+
+def test_an_answer_cut_at_the_limit_is_not_called_stopped(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        [answer] = generate(model, tokenizer, PROMPTS[:1], settings(max_new_tokens=3))
+    assert len(answer.raw_ids) == 3
+    assert not answer.is_stopped
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    ids, mask = left_pad([[5, 6], [7]], pad_id=9)
+    assert ids.tolist() == [[5, 6], [9, 7]]
+    assert mask.tolist() == [[1, 1], [0, 1]]
+
+
+def test_the_folders_own_generation_config_does_not_change_a_preview(
+    model: Any, tokenizer: Any
+) -> None:
+    before = run(model, tokenizer, PROMPTS)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 9.0
+    assert run(model, tokenizer, PROMPTS) == before

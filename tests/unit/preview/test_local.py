@@ -1,0 +1,111 @@
+"""Local previews leave no trace, halve the batch out of memory, and never raise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.preview.base import PreviewBackend, PreviewRequest
+from trainer.preview.local import LocalPreviewBackend
+from trainer.profiles import get_profile
+
+
+@pytest.fixture
+def backend(make_model: Callable[..., Any], tokenizer: Any) -> LocalPreviewBackend:
+    return LocalPreviewBackend(
+        model=make_model(), tokenizer=tokenizer, max_new_tokens=8, temperature=0.7
+    )
+
+
+def requests(count: int) -> list[PreviewRequest]:
+    return [PreviewRequest(prompt=f"what is {n}?", golden_answer=str(n)) for n in range(count)]
+
+
+def test_it_is_a_preview_backend(backend: LocalPreviewBackend) -> None:
+    assert isinstance(backend, PreviewBackend)
+    result = backend.preview("what is two?", "four", 7, max_new_tokens=5)
+    assert (result.step, result.golden_answer, result.matches) == (7, "four", False)
+    assert 1 <= result.tokens_generated <= 5
+    assert result.tokens_per_sec > 0
+
+
+def test_random_state_modes_and_use_cache_are_as_before(backend: LocalPreviewBackend) -> None:
+    model = backend.model
+    model.train()
+    model.model.layers[0].eval()  # a model may be in mixed modes
+    model.config.use_cache = False
+    modes = [module.training for module in model.modules()]
+    state = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    side = backend.tokenizer.padding_side
+    backend.preview_batch(requests(3), 1)
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert after == state
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache is False
+    assert backend.tokenizer.padding_side == side
+
+
+def test_text_prompts_are_rendered_with_the_system_prompt(backend: LocalPreviewBackend) -> None:
+    backend.system_prompt = "Be terse."
+    text = backend.tokenizer.decode(backend.render("hi"))
+    assert text == (
+        "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_exact_ids_are_used_as_they_are(backend: LocalPreviewBackend) -> None:
+    ids = tuple(backend.render("what is two?"))
+    by_ids = PreviewRequest(prompt="shown only", prompt_token_ids=ids)
+    by_text = PreviewRequest(prompt="what is two?")
+    one, two = backend.preview_batch([by_ids, by_text], 1)
+    assert one.raw_text == two.raw_text
+
+
+def out_of_memory_above(backend: LocalPreviewBackend, limit: int) -> list[int]:
+    """Let the model's generate run out of memory for more rows than `limit`; returns the sizes."""
+    sizes: list[int] = []
+    generate = backend.model.generate
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["input_ids"].shape[0])
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(*args, **kwargs)
+
+    backend.model.generate = limited
+    return sizes
+
+
+def test_out_of_memory_halves_the_batch(backend: LocalPreviewBackend) -> None:
+    sizes = out_of_memory_above(backend, 2)
+    results = backend.preview_batch(requests(5), 1)
+    assert sizes == [5, 2, 3, 1, 2]
+    assert [result.prompt for result in results] == [r.prompt for r in requests(5)]
+    assert all(result.ok for result in results)
+
+
+def test_out_of_memory_for_one_prompt_skips_it_and_says_so(backend: LocalPreviewBackend) -> None:
+    out_of_memory_above(backend, 0)
+    results = backend.preview_batch(requests(2), 1)
+    assert all("out of memory" in (result.error_message or "") for result in results)
+    assert backend.skipped_for_memory == 2
+
+
+def test_any_other_failure_becomes_a_result(backend: LocalPreviewBackend) -> None:
+    [result] = backend.preview_batch([PreviewRequest(prompt="x", prompt_token_ids=(999999,))], 4)
+    assert result.finish_reason == "error"
+    assert "IndexError" in (result.error_message or "")
+    assert (result.step, result.text, result.matches) == (4, "", None)
+
+
+def test_the_profile_stops_and_compares(make_model: Callable[..., Any], tokenizer: Any) -> None:
+    backend = LocalPreviewBackend(
+        model=make_model(), tokenizer=tokenizer, profile=get_profile("regime3"), temperature=0
+    )
+    assert backend.settings.stop_strings == ("<<ANS_END>>",)

@@ -1,0 +1,161 @@
+"""RunContext: what one run has gathered so far, and the result it ends in."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trainer.config.schema import TrainerConfig
+from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.result import TrainingResult
+from trainer.core.resume import ResumePoint
+from trainer.core.run_folder import RunFolder
+from trainer.core.signals import StoppedError, StopRequest
+from trainer.data.dataset import RunData
+from trainer.errors import EXIT_COMPLETED, EXIT_FAILED, TrainerError
+from trainer.models.precision import ResolvedPrecision
+from trainer.monitoring.callbacks import LiveMonitorCallback, Observers
+from trainer.monitoring.events import Notice, PhaseChanged, RunState
+from trainer.preview.scheduler import PreviewScheduler
+from trainer.profiles import DataProfile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunContext:
+    """Filled step by step by the engine; a field that is asked for too early is our mistake."""
+
+    config: TrainerConfig
+    observers: Observers
+    stop: StopRequest
+    started: float = field(default_factory=time.perf_counter)
+    date: dt.date = field(default_factory=dt.date.today)
+    """Of the system prompt; a resume keeps the date of its run."""
+    durations_s: dict[str, float] = field(default_factory=dict)
+    use_cache: bool = True
+    """The model config's own value, which training changes."""
+    tokenizer: Any = None
+    model: Any = None
+    folder: RunFolder | None = None
+    """None on other processes than the main one, and before it is taken."""
+    resume: ResumePoint | None = None
+    checkpoint: Path | None = None
+    trainer: SupervisedTrainer | None = None
+    callback: LiveMonitorCallback | None = None
+    scheduler: PreviewScheduler | None = None
+    _device: torch.device | None = None
+    _precision: ResolvedPrecision | None = None
+    _profile: DataProfile | None = None
+    _data: RunData | None = None
+
+    def set_numerics(self, device: torch.device, precision: ResolvedPrecision) -> None:
+        """Fix where and how precisely this run computes."""
+        self._device, self._precision = device, precision
+
+    def set_profile(self, profile: DataProfile) -> None:
+        """Fix the profile."""
+        self._profile = profile
+
+    def set_data(self, data: RunData) -> None:
+        """Fix the rows."""
+        self._data = data
+
+    @property
+    def device(self) -> torch.device:
+        """Where this run computes."""
+        assert self._device is not None, "set by _check_config"
+        return self._device
+
+    @property
+    def precision(self) -> ResolvedPrecision:
+        """How precisely this run computes."""
+        assert self._precision is not None, "set by _check_config"
+        return self._precision
+
+    @property
+    def profile(self) -> DataProfile:
+        """The profile of this run."""
+        assert self._profile is not None, "set by run_job"
+        return self._profile
+
+    @property
+    def data(self) -> RunData:
+        """The rows of this run."""
+        assert self._data is not None, "set by _prepare_dataset"
+        return self._data
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.trainer.state.global_step) if self.trainer is not None else 0
+
+    def phase(self, state: RunState, text: str) -> None:
+        """Tell everybody what happens now."""
+        self.observers.emit(PhaseChanged(state=state, text=text))
+
+    def notice(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        """Tell everybody something they should know."""
+        self.observers.emit(Notice(text=text, level=level))
+
+    # ---- how it ended
+
+    def completed(
+        self, model_path: Path | None, final_evaluation: dict[str, Any] | None
+    ) -> TrainingResult:
+        """The result of a run that reached its end."""
+        return self._result(
+            "completed",
+            {"final_evaluation": final_evaluation},
+            success=True,
+            exit_code=EXIT_COMPLETED,
+            model_path=model_path,
+        )
+
+    def failed(self, error: BaseException) -> TrainingResult:
+        """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""
+        more: dict[str, Any] = {"error_type": type(error).__name__}
+        if isinstance(error, StoppedError):
+            code = self.stop.exit_code or EXIT_FAILED
+            return self._result("stopped", more, exit_code=code, error_message=str(error))
+        message = str(error) or type(error).__name__
+        if isinstance(error, TrainerError):
+            return self._result("failed", more, exit_code=error.exit_code, error_message=message)
+        more["traceback"] = "".join(traceback.format_exception(error))
+        logger.error("the run failed\n%s", more["traceback"])
+        message = f"{type(error).__name__}: {message}"
+        return self._result("failed", more, exit_code=EXIT_FAILED, error_message=message)
+
+    def _result(
+        self,
+        state: Literal["completed", "stopped", "failed"],
+        more: dict[str, Any],
+        *,
+        success: bool = False,
+        **options: Any,
+    ) -> TrainingResult:
+        callback, trainer = self.callback, self.trainer
+        return TrainingResult(
+            state=state,
+            success=success,
+            output_dir=Path(self.config.output.output_dir),
+            checkpoint_path=self.checkpoint or (self.resume.path if self.resume else None),
+            global_step=self.step,
+            train_loss=trainer.last_step.train_loss if trainer is not None and self.step else None,
+            val_loss=callback.last_val_loss if callback else None,
+            summary={
+                "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
+                "previews": self.scheduler.counters.summary() if self.scheduler else None,
+                "fp16_overflows": trainer.num_overflows if trainer is not None else 0,
+                "stop_reason": callback.stop_reason if callback else None,
+                **more,
+            },
+            **options,
+        )

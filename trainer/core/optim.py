@@ -1,0 +1,204 @@
+"""The optimizers of `hyperparams.optimizer`, and which parameter gets which treatment.
+
+`muon` is one `torch.optim.Optimizer` that holds two, so that schedulers, checkpoints, gradient
+scaling and HF's Trainer need to know nothing about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from trainer.config.schema import Hyperparams
+from trainer.errors import ConfigError
+
+FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+"""Device types on which torch has one kernel for a whole AdamW step."""
+ALGORITHM = "algorithm"
+"""Key of a parameter group of MuonAdamW: `muon` or `adamw`."""
+
+
+def build_optimizer(model: nn.Module, hyperparams: Hyperparams) -> torch.optim.Optimizer:
+    """Build the optimizer of a run over the model's trainable parameters.
+
+    Args:
+        model: adapters included; parameters without requires_grad are left out.
+        hyperparams: optimizer, learning_rate (filled in), weight_decay and AdamW's own values.
+    Raises:
+        ConfigError: `muon` finds no matrix; `adamw_8bit` lacks its package or a CUDA device.
+    """
+    assert hyperparams.learning_rate is not None, "learning_rate is filled in by resolve()"
+    learning_rate, weight_decay = hyperparams.learning_rate, hyperparams.weight_decay
+    adam: dict[str, Any] = {
+        "betas": (hyperparams.adam_beta1, hyperparams.adam_beta2),
+        "eps": hyperparams.adam_epsilon,
+    }
+    if hyperparams.optimizer == "muon":
+        return MuonAdamW(model, learning_rate, weight_decay=weight_decay, **adam)
+    groups = _decay_groups(list(_trainable(model)), weight_decay)
+    if hyperparams.optimizer == "adamw_8bit":
+        return _adamw_8bit(model, groups, lr=learning_rate, **adam)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=_can_fuse(groups), **adam)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the weights of linear layers, AdamW for embeddings, head, norms, biases, the rest.
+
+    Muon's rate is scaled to AdamW's size of update, so that one learning rate serves both.
+    Parameter groups and state are torch's ordinary ones: a group says in `algorithm` who steps it.
+    Source: `torch.optim.Muon`; arXiv:2502.16982 for the scaling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        """Share the trainable parameters out.
+
+        Args:
+            model: adapters count as linear layers; those of an adapted embedding or head do not.
+            lr: of both parts.
+            weight_decay: decoupled, of both parts; norms and biases are left out.
+            betas: AdamW's decays of the mean of gradients and of their squares.
+            eps: AdamW's term against division by zero.
+        Raises:
+            ConfigError: there is no linear layer to train.
+        """
+        matrices, others = _split_for_muon(model)
+        if not matrices:
+            raise ConfigError(
+                "hyperparams.optimizer=muon needs weights of linear layers, and none of the "
+                "trainable ones is (embeddings and the head do not count); use adamw."
+            )
+        self._parts: dict[str, torch.optim.Optimizer] = {
+            "muon": torch.optim.Muon(
+                matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        }
+        if others:  # adapters on linear layers alone leave nothing for AdamW
+            groups = _decay_groups(others, weight_decay)
+            self._parts["adamw"] = torch.optim.AdamW(
+                groups, lr=lr, betas=betas, eps=eps, fused=_can_fuse(groups)
+            )
+        shared = [
+            {**group, ALGORITHM: name}
+            for name, part in self._parts.items()
+            for group in part.param_groups
+        ]
+        super().__init__(shared, defaults={"lr": lr, "weight_decay": weight_decay})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew; called once.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for name, part in self._parts.items():
+            # Handed over at every step: loading a state puts new objects in both places.
+            part.state = self.state
+            part.param_groups = [group for group in self.param_groups if group[ALGORITHM] == name]
+            part.step()
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copying and pickling keep: torch's own keys and the two parts."""
+        return {**super().__getstate__(), "_parts": self._parts}
+
+
+Owned = tuple[nn.Module, str, nn.Parameter]
+"""A parameter, the module that holds it, and its name there."""
+
+
+def _trainable(model: nn.Module) -> Iterator[Owned]:
+    """Every trainable parameter once; tied ones come with the module that is listed first."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield module, name, parameter
+
+
+def _split_for_muon(model: nn.Module) -> tuple[list[nn.Parameter], list[Owned]]:
+    """Weights of linear layers within the blocks, and everything else."""
+    outside = _embedding_and_head_parameters(model)
+    matrices: list[nn.Parameter] = []
+    others: list[Owned] = []
+    for owned in _trainable(model):
+        module, name, parameter = owned
+        is_matrix = isinstance(module, nn.Linear | Conv1D) and name == "weight"
+        if is_matrix and parameter.ndim == 2 and id(parameter) not in outside:
+            matrices.append(parameter)
+        else:
+            others.append(owned)
+    return matrices, others
+
+
+def _embedding_and_head_parameters(model: nn.Module) -> set[int]:
+    """Ids of all parameters in or under embeddings and the head, adapters on them included."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter)() if hasattr(model, getter) else None
+        if module is not None:
+            modules.append(module)
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _decay_groups(parameters: list[Owned], weight_decay: float) -> list[dict[str, Any]]:
+    """One group with weight decay and one without: norms, biases and other vectors."""
+    with_decay: list[nn.Parameter] = []
+    without: list[nn.Parameter] = []
+    for module, name, parameter in parameters:
+        # By name too: biases of experts and norms of attention heads have two dimensions.
+        is_norm = "norm" in type(module).__name__.lower()
+        is_plain = parameter.ndim < 2 or is_norm or name.endswith("bias")
+        (without if is_plain else with_decay).append(parameter)
+    groups = [(with_decay, weight_decay), (without, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+    return all(p.device.type in FUSED_DEVICES for group in groups for p in group["params"])
+
+
+def _adamw_8bit(
+    model: nn.Module, groups: list[dict[str, Any]], **options: Any
+) -> torch.optim.Optimizer:
+    """AdamW with 8-bit state; embeddings keep 32 bits, whose rare large updates 8 bits lose."""
+    where = "hyperparams.optimizer=adamw_8bit"
+    try:
+        # Optional dependency, and its import looks for GPU libraries.
+        bitsandbytes = importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ConfigError(
+            f"{where} needs the package bitsandbytes, which is not here ({error}): "
+            "pip install 'ultimate-trainer[8bit]', or use adamw."
+        ) from error
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{where} needs a CUDA device, and torch sees none; use adamw.")
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **options)
+    return optimizer

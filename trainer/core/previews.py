@@ -1,0 +1,115 @@
+"""From a run to its previews: backend, fixed prompts, schedule, and the final evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.core.context import RunContext
+from trainer.data.dataset import HeldOutPrompt
+from trainer.models.load import context_length
+from trainer.monitoring.preview_backend import create_preview_backend
+from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
+from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.scheduler import Deliver, PreviewScheduler
+
+PROMPTS_AT_ONCE = 50
+"""Batch of the final evaluation; previews are one batch of their own."""
+
+
+def local_backend(run: RunContext) -> LocalPreviewBackend:
+    """A backend on the model in training, computing as training does."""
+    config = run.config
+    backend = create_preview_backend(
+        "local",
+        model=run.model,
+        tokenizer=run.tokenizer,
+        profile=run.profile,
+        system_prompt=run.data.system_prompt,
+        max_new_tokens=config.monitoring.preview_max_tokens,
+        temperature=config.monitoring.preview_temperature,
+        seed=config.environment.seed,
+        stop_ids=run.data.encoder.template.stop_ids,
+        autocast_dtype=run.precision.autocast_dtype,
+        max_length=context_length(run.model.config),
+    )
+    assert isinstance(backend, LocalPreviewBackend), "asked for local"
+    return backend
+
+
+def build_scheduler(run: RunContext, deliver: Deliver) -> PreviewScheduler | None:
+    """The configured backend with the run's fixed prompts; None where previews are off."""
+    monitoring = run.config.monitoring
+    if not monitoring.inference_interval:
+        return None
+    local = local_backend(run)
+    requests = held_out_requests(run.data.preview_prompts)
+    requests += [
+        PreviewRequest(
+            prompt=text, prompt_token_ids=tuple(local.render(text)), prompt_id=f"user-{index}"
+        )
+        for index, text in enumerate(monitoring.preview_prompts)
+    ]
+    backend: PreviewBackend = local
+    if monitoring.preview_backend != "local":
+        backend = create_preview_backend(
+            monitoring,
+            stop=run.profile.stop_strings,
+            system_prompt=run.data.system_prompt,
+            compare=run.profile.matches,
+        )
+        run.notice(
+            f"previews come from {monitoring.remote_3090_host}:{monitoring.remote_3090_port} with "
+            "the weights that server holds, not with this run's: they are marked unverified",
+            "warning",
+        )
+    return PreviewScheduler(
+        backend, requests, interval=monitoring.inference_interval, deliver=deliver
+    )
+
+
+def held_out_requests(prompts: Iterable[HeldOutPrompt]) -> list[PreviewRequest]:
+    """Held-out prompts as requests, with their exact token ids."""
+    return [
+        PreviewRequest(
+            prompt=held.prompt,
+            prompt_token_ids=held.prompt_ids,
+            golden_answer=held.golden_answer,
+            prompt_id=held.prompt_id,
+            held_out=held.is_held_out,
+        )
+        for held in prompts
+    ]
+
+
+def final_evaluation(run: RunContext, path: Path) -> dict[str, Any] | None:
+    """Answer every prompt of the final evaluation greedily, and write one line each.
+
+    Returns:
+        exact_match (share), matched, num_prompts, failed, and the path of the answers; None
+        where none was asked for.
+    """
+    requests: Sequence[PreviewRequest] = held_out_requests(run.data.final_prompts)
+    if not requests:
+        return None
+    backend = local_backend(run)
+    backend.settings = dataclasses.replace(
+        backend.settings, temperature=0.0, max_new_tokens=run.config.monitoring.max_eval_tokens
+    )
+    results = []
+    with path.open("w", encoding="utf-8") as file:
+        for start in range(0, len(requests), PROMPTS_AT_ONCE):
+            batch = backend.preview_batch(list(requests[start : start + PROMPTS_AT_ONCE]), run.step)
+            file.writelines(json.dumps(to_json_line(result)) + "\n" for result in batch)
+            results += batch
+    matched = sum(result.matches is True for result in results)
+    return {
+        "exact_match": matched / len(results),
+        "matched": matched,
+        "num_prompts": len(results),
+        "failed": sum(not result.ok for result in results),
+        "answers": str(path),
+    }

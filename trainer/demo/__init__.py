@@ -1,0 +1,1 @@
+"""The built-in demo: generated symbolic tasks, and how the tiny model's tokenizer was made."""

@@ -1,0 +1,151 @@
+"""RichDisplay: one live view of a run for people at a terminal.
+
+It owns when something is shown; what the view looks like is in terminal_view.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO, cast
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from trainer.monitoring.events import (
+    CheckpointSaved,
+    EvaluationDone,
+    Event,
+    Notice,
+    PhaseChanged,
+    PreviewsDone,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
+from trainer.monitoring.terminal import SafeStream, checkpoint_words, notice_words, start_words
+from trainer.monitoring.terminal_view import LONG_PHASE_S, STATE_STYLES, LiveView
+from trainer.monitoring.text import closing_words, duration_words, error_words, printable
+
+REFRESH_PER_S = 4
+_LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
+
+
+class _Console(Console):
+    """A console that does not end the process when its reader has gone away."""
+
+    def on_broken_pipe(self) -> None:
+        """Be silent from now on; training goes on."""
+        self.quiet = True
+
+
+class RichDisplay:
+    """Keeps the view up to date and prints above it what should stay readable."""
+
+    def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take where to write.
+
+        Args:
+            clock: seconds that only go forward.
+        """
+        self.stream, self.clock = stream, clock
+        # Model output is no markup: only Text objects are printed.
+        self.console = _Console(
+            file=cast(TextIO, stream), markup=False, emoji=False, highlight=False
+        )
+        self._live: Live | None = None
+        self._moved: list[tuple[logging.StreamHandler[SafeStream], object]] = []
+        self._view = LiveView(clock)
+        self._began = clock()
+
+    def on_event(self, event: Event) -> None:
+        """Show what an event says."""
+        view = self._view
+        match event:
+            case PhaseChanged():
+                self._print_long_phase()
+                view.set_phase(event)
+                self._show()
+            case RunStarted():
+                view.started = event
+                self._print(start_words(event))
+                self._show()
+            case StepDone():
+                self._print_long_phase()
+                view.set_step(event)
+                self._show()
+            case EvaluationDone():
+                view.evaluation = event
+            case PreviewsDone():
+                view.set_previews(event)
+            case CheckpointSaved():
+                self._print(checkpoint_words(event), "dim")
+            case Notice():
+                self._print(notice_words(event), _LEVEL_STYLES[event.level])
+            case RunEnded():
+                self._end(event)
+
+    def close(self) -> None:
+        """Leave the last view on the screen and give the terminal back."""
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+            for handler, stream in self._moved:
+                handler.setStream(stream)  # type: ignore[arg-type]
+            self._moved.clear()
+
+    def _show(self) -> None:
+        """Start the view where there is none; its own thread draws it from then on."""
+        if self._live is not None:
+            return
+        is_stdout = self.stream.stream is sys.stdout
+        original = sys.stderr
+        self._live = Live(
+            self._view,
+            console=self.console,
+            refresh_per_second=REFRESH_PER_S,
+            transient=False,
+            redirect_stdout=is_stdout,
+            # A standard error that goes to a file must keep going there.
+            redirect_stderr=is_stdout and sys.stderr.isatty(),
+        )
+        self._live.start(refresh=True)
+        if sys.stderr is not original:
+            # Handlers made earlier hold the stream itself and would write into the view.
+            for handler in _handlers_on(original):
+                self._moved.append((handler, handler.setStream(sys.stderr)))  # type: ignore[arg-type]
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style=style))
+
+    def _print_long_phase(self) -> None:
+        """Keep on the screen how long a phase took that people had to wait for."""
+        phase, elapsed = self._view.phase, self._view.phase_elapsed_s()
+        if phase is not None and elapsed >= LONG_PHASE_S:
+            self._print(f"{printable(phase.text, 200)}: {duration_words(elapsed)}", "dim")
+
+    def _end(self, event: RunEnded) -> None:
+        view = self._view
+        self._print_long_phase()
+        view.set_end(event)
+        self.close()
+        reason = error_words(event)
+        if reason:
+            self._print(reason, STATE_STYLES.get(event.state, ""))
+        folder = view.started.output_dir if view.started is not None else None
+        elapsed = self.clock() - self._began
+        words = closing_words(event, view.step, view.evaluation, elapsed, folder)
+        self._print(words, STATE_STYLES.get(event.state, ""))
+        self._view, self._began = LiveView(self.clock), self.clock()
+
+
+def _handlers_on(stream: object) -> Iterator[logging.StreamHandler[SafeStream]]:
+    """The logging handlers of this process that write to a stream."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", []):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                yield handler

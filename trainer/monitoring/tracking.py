@@ -1,0 +1,108 @@
+"""TensorBoard: previews as text, their accuracy and the validation loss, beside HF's own curves.
+
+Imports torch and tensorboard when a tracker is made, not when this module is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError
+from trainer.monitoring.events import EvaluationDone, Event, PreviewsDone
+from trainer.monitoring.text import printable
+from trainer.preview.base import PreviewResult
+
+TEXT_CHARS = 8192
+"""Longest text sent to TensorBoard, in characters; previews.jsonl has all of it."""
+
+
+def tensorboard_callback(
+    log_dir: str | Path, *, start_step: int = 0
+) -> tuple[Any, TensorBoardPreviews]:
+    """HF's TensorBoard callback and the tracker of previews, writing into one event file.
+
+    Args:
+        log_dir: folder of the event files.
+        start_step: above 0 after a resume; curves drop what an earlier process wrote after it.
+    Raises:
+        ConfigError: tensorboard is not installed or `log_dir` cannot be written.
+    """
+    writer = summary_writer(log_dir, start_step=start_step)
+    # transformers loads torch.
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(writer), TensorBoardPreviews(writer)
+
+
+def summary_writer(log_dir: str | Path, *, start_step: int = 0) -> Any:
+    """A SummaryWriter of a folder; see `tensorboard_callback`."""
+    try:
+        # An optional dependency, and most of a second to import.
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = start_step + 1 if start_step > 0 else None
+        return SummaryWriter(str(log_dir), purge_step=purge_step)
+    except ImportError as error:
+        raise ConfigError(
+            f"monitoring.report_to names tensorboard, which cannot be imported ({error}); "
+            "`pip install tensorboard`, or take it out of monitoring.report_to."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{log_dir}: TensorBoard's folder cannot be written ({error}); make it writable, or "
+            "take tensorboard out of monitoring.report_to."
+        ) from error
+
+
+class TensorBoardPreviews:
+    """An observer that sends previews and validation losses to TensorBoard."""
+
+    def __init__(self, target: Any) -> None:
+        """Take a SummaryWriter, which stays its owner's, or the folder of one of our own.
+
+        Raises:
+            ConfigError: tensorboard is not installed or the folder cannot be written.
+        """
+        self._is_own = isinstance(target, str | Path)
+        self.writer = summary_writer(target) if self._is_own else target
+
+    def on_event(self, event: Event) -> None:
+        """Send what an event brings, if it is a preview or an evaluation."""
+        if isinstance(event, EvaluationDone):
+            self.writer.add_scalar("val_loss", event.val_loss, event.step)
+        elif isinstance(event, PreviewsDone):
+            for index, result in enumerate(event.results):
+                tag = f"previews/{result.prompt_id or f'prompt-{index}'}"
+                self.writer.add_text(tag, preview_markdown(result), event.step)
+            compared = [one.matches for one in event.results if one.matches is not None]
+            if compared:
+                share = sum(compared) / len(compared)
+                self.writer.add_scalar("preview_accuracy", share, event.step)
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Flush; close the writer if it is our own."""
+        if self._is_own:
+            self.writer.close()
+        else:
+            self.writer.flush()
+
+
+def preview_markdown(result: PreviewResult) -> str:
+    """A preview as Markdown in which nothing of its texts is Markdown or HTML."""
+    verdicts = {True: "matches", False: "does not match", None: "not compared"}
+    parts = [f"step {result.step}: {verdicts[result.matches]}", "prompt", _block(result.prompt)]
+    if result.golden_answer is not None:
+        parts += ["golden", _block(result.golden_answer)]
+    if result.ok:
+        parts += ["generated", _block(result.text)]
+    else:
+        parts += ["failed", _block(str(result.error_message))]
+    return "\n\n".join(parts)
+
+
+def _block(text: str) -> str:
+    """An indented code block: unlike a fenced one, no text inside can end it."""
+    lines = text[:TEXT_CHARS].split("\n")
+    return "\n".join("    " + printable(line, TEXT_CHARS) for line in lines)

@@ -1,0 +1,2 @@
+class Remote3090Backend:
+    pass
