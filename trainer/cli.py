@@ -16,7 +16,7 @@ from trainer.errors import EXIT_COMPLETED, EXIT_SIGINT, EXIT_USER_INPUT, Trainer
 
 COMMANDS = {
     "demo": "a tiny model learns in about a minute; nothing is downloaded",
-    "train": "fine-tune a model on a JSONL file: --dataset data.jsonl --model qwen3 --output outputs",
+    "train": "fine-tune a model: --dataset data.jsonl --model qwen3 --output outputs",
     "chat": "talk to the model of a finished run: trainer chat outputs",
     "export": "write a model folder from a run: trainer export outputs --merge",
     "models": "list the short names of models",

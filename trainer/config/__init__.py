@@ -1,12 +1,39 @@
-from trainer.config.schema import *
+"""The config of a run: schema, loader, origins. Loads no torch."""
+
+from trainer.config.loader import (
+    ConfigLoader,
+    LoadedConfig,
+    create_default_config,
+    find_config_file,
+)
 from trainer.config.resolve import resolve
+from trainer.config.schema import (
+    DataSection,
+    EnvironmentSection,
+    Hyperparams,
+    LockedSection,
+    LoraSection,
+    ModelSection,
+    MonitoringConfig,
+    OutputSection,
+    ProfileSection,
+    TrainerConfig,
+)
 
-
-def create_default_config(*, model_path, dataset_path, output_dir, **o):
-    for k, s, f in (
-        ("model", "model_path", model_path),
-        ("data", "dataset_path", dataset_path),
-        ("output", "output_dir", output_dir),
-    ):
-        o[k] = {**o.get(k, {}), s: f}
-    return TrainerConfig.model_validate(o)
+__all__ = [
+    "ConfigLoader",
+    "DataSection",
+    "EnvironmentSection",
+    "Hyperparams",
+    "LoadedConfig",
+    "LockedSection",
+    "LoraSection",
+    "ModelSection",
+    "MonitoringConfig",
+    "OutputSection",
+    "ProfileSection",
+    "TrainerConfig",
+    "create_default_config",
+    "find_config_file",
+    "resolve",
+]

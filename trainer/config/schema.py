@@ -44,15 +44,16 @@ class Hyperparams(Section):
     max_steps: PositiveInt | None = None
     """Optimizer steps in all. Empty: as many as `num_epochs` takes."""
     max_length: Annotated[int, Field(ge=8)] | None = None
-    """Longest row in tokens, prompt and answer together. Empty: the model's context, at most 2048."""
+    """Longest row, prompt and answer, in tokens. Empty: the model's context, at most 2048."""
     fp_precision: Precision = "bf16"
     """One precision for loading, computing and saving; full training keeps fp32 master weights."""
     optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
-    """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit` needs bitsandbytes and a GPU."""
+    """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: bitsandbytes
+    on a GPU."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate moves after the warm-up; linear and cosine end at 0."""
     warmup_steps: Annotated[float, Field(ge=0.0)] = 0.03
-    """Steps over which the rate rises from 0: a whole number, or a share of all steps if below 1."""
+    """Steps over which the rate rises from 0: a whole number, or below 1 a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of the optimizer (norms and biases are left out)."""
     adam_beta1: Share = 0.9
@@ -163,11 +164,13 @@ class MonitoringConfig(Section):
     final_eval_prompts: Interval = 0
     """Held-out prompts answered after the last step and compared with golden; 0 = none."""
     preview_backend: Literal["local", "remote_3090"] = "local"
-    """Who generates previews: `local` (this process) or `remote_3090` (a server at remote_3090_host)."""
+    """Who generates previews: `local` (this process) or `remote_3090` (a server on another
+    machine)."""
     preview_max_tokens: PositiveInt = 256
     """Longest preview, in tokens."""
     preview_temperature: Annotated[float, Field(ge=0.0)] = 0.7
-    """Sampling temperature of previews; 0 = greedy. The noise depends on seed, prompt and position only."""
+    """Sampling temperature of previews; 0 = greedy. The noise depends on seed, prompt and position
+    only."""
     remote_3090_host: str | None = None
     """Host of the preview server."""
     remote_3090_port: Annotated[int, Field(ge=1, le=65535)] = 8765
@@ -179,7 +182,7 @@ class MonitoringConfig(Section):
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
-    """The terminal: `auto` is rich on a terminal and plain lines elsewhere. Flags: --quiet, --json."""
+    """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 
     @model_validator(mode="after")
     def _check_remote(self) -> MonitoringConfig:
@@ -212,7 +215,7 @@ class EnvironmentSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random: split, order, dropout, adapters, preview noise."""
     num_threads: PositiveInt | None = None
-    """CPU threads of torch. Empty: torch's own choice. Results are bit-equal only at equal counts."""
+    """CPU threads. Empty: torch's own choice. Results are bit-equal only at equal counts."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that collate batches; 0 = in the training process."""
     offline: bool = False
@@ -220,7 +223,7 @@ class EnvironmentSection(Section):
 
 
 class LockedSection(Section):
-    """What the model must be: compared with the model really loaded. Empty fields are not compared."""
+    """What the model must be, compared with the one really loaded. Empty fields are not."""
 
     base_model: str | None = None
     """The model's name: alias, hub id or folder, as given or as its config names itself."""

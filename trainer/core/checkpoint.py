@@ -1,8 +1,10 @@
 """stand-in"""
 
-import os, json, shutil
-from pathlib import Path
+import json
+import os
+import shutil
 from types import SimpleNamespace
+
 from trainer.errors import ResumeError
 
 

@@ -34,8 +34,9 @@ class RunContext:
     """Filled step by step by the engine; a field that is asked for too early is our mistake."""
 
     config: TrainerConfig
+    """As resolved so far."""
     observers: Observers
-    stop: StopRequest
+    stop: StopRequest = field(default_factory=StopRequest)
     started: float = field(default_factory=time.perf_counter)
     date: dt.date = field(default_factory=dt.date.today)
     """Of the system prompt; a resume keeps the date of its run."""
@@ -48,6 +49,7 @@ class RunContext:
     """None on other processes than the main one, and before it is taken."""
     resume: ResumePoint | None = None
     checkpoint: Path | None = None
+    callbacks: list[Any] = field(default_factory=list)
     trainer: SupervisedTrainer | None = None
     callback: LiveMonitorCallback | None = None
     scheduler: PreviewScheduler | None = None
@@ -55,6 +57,15 @@ class RunContext:
     _precision: ResolvedPrecision | None = None
     _profile: DataProfile | None = None
     _data: RunData | None = None
+
+    def __post_init__(self) -> None:
+        """Remember the config as it was asked for: it tells this run from another."""
+        self.asked = self.config
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the rows are prepared."""
+        return self._data is not None
 
     def set_numerics(self, device: torch.device, precision: ResolvedPrecision) -> None:
         """Fix where and how precisely this run computes."""

@@ -7,9 +7,11 @@ Each step is a method; what would not fit on a screen lives in its own module (`
 from __future__ import annotations
 
 import datetime as dt
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.core.arguments import build_training_arguments
 from trainer.core.checkpoint import clean_staging, save_checkpoint
 from trainer.core.context import RunContext
+from trainer.core.estimate import MemoryEstimate, estimate_memory
 from trainer.core.evaluate import Evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import compare_with_own_loss
@@ -33,6 +36,7 @@ from trainer.core.run_folder import RunFolder, environment_manifest
 from trainer.core.saving import save_final_model
 from trainer.core.signals import StoppedError, stop_on_signals
 from trainer.data.batches import EpochOrder, PadCollator
+from trainer.data.card import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.errors import EXIT_USER_INPUT, ConfigError
@@ -45,9 +49,14 @@ from trainer.models.load import (
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.precision import DTYPES, resolve_device, resolve_precision
+from trainer.models.precision import (
+    DTYPES,
+    ResolvedPrecision,
+    resolve_device,
+    resolve_precision,
+)
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback, Observers
-from trainer.monitoring.events import CheckpointSaved, Observer, RunEnded, RunStarted
+from trainer.monitoring.events import CardShown, CheckpointSaved, Observer, RunEnded, RunStarted
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.preview.neutral import undisturbed
 from trainer.profiles import DataProfile, get_profile
@@ -55,6 +64,17 @@ from trainer.profiles import DataProfile, get_profile
 DEFAULT_MAX_LENGTH = 2048
 DRAIN_S = 60.0
 """How long the end of a run waits for previews made elsewhere."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `--dry-run` found."""
+
+    config: TrainerConfig
+    data: RunData
+    precision: ResolvedPrecision
+    memory: MemoryEstimate
+    num_steps: int
 
 
 class TrainerEngine:
@@ -65,7 +85,6 @@ class TrainerEngine:
         status_writer: TrainingStatusWriter | None = None,
         *,
         observers: Sequence[Observer] = (),
-        on_data_card: Callable[[RunData], None] | None = None,
     ) -> None:
         """Take who is told about the run.
 
@@ -73,37 +92,105 @@ class TrainerEngine:
             status_writer: writes status.json to its own path and to the run folder; None: to
                 the run folder only.
             observers: terminal views, trackers and others.
-            on_data_card: called once with the prepared rows, before the model is loaded.
         """
-        self.status_writer = status_writer
+        self.status_writer = status_writer or TrainingStatusWriter(None)
         self._extra_observers = list(observers)
-        self._on_data_card = on_data_card
         self._run: RunContext | None = None
 
     # ---- the whole run
 
     def run_job(self, config: TrainerConfig) -> TrainingResult:
         """Train as `config` says. Never raises: what went wrong is in the result."""
-        writer = self.status_writer or TrainingStatusWriter(None)
-        with stop_on_signals() as stop:
-            run = RunContext(config, Observers([writer, *self._extra_observers]), stop)
-            self._run = run
+        run = self._begin(config)
+        with stop_on_signals(run.stop):
             try:
-                self._check_config(config)
-                run.set_profile(get_profile(config.profile.name, dict(config.profile.options)))
-                self._fit_to_model(run.config)
-                self._open_run_folder(run.config)
-                datasets = self._prepare_dataset(run.config, run.profile, run.tokenizer)
-                self._write_manifest(run.config, writer)
-                model, _ = self._load_model_and_tokenizer(run.config)
-                callbacks = self._build_callbacks(run.config)
-                trainer = self._create_trainer(run.config, model, datasets, callbacks)
+                self.prepare_dataset(config)
+                self.load_model(config)
+                self.build_callbacks(config)
+                trainer = self.create_trainer(config)
                 self._execute_training(trainer, run.config)
                 result = self._finish(run.config)
             except (Exception, StoppedError) as error:
                 result = run.failed(error)
             self._close(result)
             return result
+
+    # ---- the same in parts, for scripts: each does what it needs first, and nothing twice
+
+    def prepare_dataset(self, config: TrainerConfig) -> RunData:
+        """Checks, tokenizer, run folder, rows and data card; from here on the run is on disk.
+
+        Raises:
+            TrainerError: a user's mistake; nothing was written.
+        """
+        run = self._begin(config)
+        if run.has_data:
+            return run.data
+        data = self._prepare(config)
+        self._write_manifest(run.config)
+        return data
+
+    def load_model(self, config: TrainerConfig) -> tuple[Any, Any]:
+        """Model and tokenizer."""
+        run = self._begin(config)
+        self.prepare_dataset(config)
+        if run.model is None:
+            self._load_model_and_tokenizer(run.config)
+        return run.model, run.tokenizer
+
+    def build_callbacks(self, config: TrainerConfig) -> list[Any]:
+        """Live monitor and trackers."""
+        run = self._begin(config)
+        self.load_model(config)
+        if not run.callbacks:
+            run.callbacks = self._build_callbacks(run.config)
+        return run.callbacks
+
+    def create_trainer(self, config: TrainerConfig) -> SupervisedTrainer:
+        """The Trainer, ready to run."""
+        run = self._begin(config)
+        callbacks = self.build_callbacks(config)
+        if run.trainer is None:
+            self._create_trainer(run.config, run.model, run.data, callbacks)
+        assert run.trainer is not None, "made above"
+        return run.trainer
+
+    def dry_run(self, config: TrainerConfig) -> DryRun:
+        """Everything before the weights: checks, encoding, sums; writes config.resolved.json.
+
+        Raises:
+            TrainerError: what would also stop the run.
+        """
+        run = self._run = RunContext(config, Observers(self._extra_observers))
+        with stop_on_signals(run.stop):
+            try:
+                self._prepare(config)
+                estimate = estimate_memory(
+                    run.config,
+                    read_model_config(run.config.model, offline=run.config.environment.offline),
+                    run.precision,
+                    longest_row=run.data.card.longest_row,
+                )
+                if run.folder is not None:
+                    resolved = run.config.model_dump(mode="json")
+                    run.folder.write_json(run.folder.config_resolved, resolved)
+            finally:
+                run.observers.close()
+                if run.folder is not None:
+                    run.folder.discard_if_empty()
+                    run.folder.close()
+            return DryRun(
+                run.config, run.data, run.precision, estimate, self._num_steps(run.config)
+            )
+
+    def _prepare(self, config: TrainerConfig) -> RunData:
+        """The steps before anything is written: they fail on the user's mistakes."""
+        run = self._current
+        self._check_config(config)
+        run.set_profile(get_profile(config.profile.name, dict(config.profile.options)))
+        self._fit_to_model(run.config)
+        self._open_run_folder(run.config)
+        return self._prepare_dataset(run.config, run.profile, run.tokenizer)
 
     # ---- the steps, in order
 
@@ -174,6 +261,12 @@ class TrainerEngine:
         )
         run.set_data(data)
         run.durations_s["encoding"] = time.perf_counter() - started
+        total = self._num_steps(config)
+        if hyper.warmup_steps >= total:
+            raise ConfigError(
+                f"hyperparams.warmup_steps={hyper.warmup_steps:g} is not below the {total} steps "
+                "that these rows and epochs make; lower it or train longer."
+            )
         if hyper.early_stopping_patience and data.validation is None:
             raise ConfigError(
                 "hyperparams.early_stopping_patience is set, but no rows are held out "
@@ -183,11 +276,12 @@ class TrainerEngine:
             changes = check_resumable(run.resume.metadata, config, data.train.fingerprint())
             for change in changes:
                 run.notice(f"changed since the checkpoint: {change}", "warning")
-        if self._on_data_card is not None and is_main_process():
-            self._on_data_card(data)
+        run.observers.emit(
+            CardShown(title="data", lines=tuple(card_lines(data.card)), sample=data.card.sample)
+        )
         return data
 
-    def _write_manifest(self, config: TrainerConfig, writer: TrainingStatusWriter) -> None:
+    def _write_manifest(self, config: TrainerConfig) -> None:
         """config.resolved.json and run.json: from here on the run is on disk."""
         run = self._current
         if run.folder is None:
@@ -210,7 +304,7 @@ class TrainerEngine:
                 "environment": environment_manifest(),
             },
         )
-        writer.attach(
+        self.status_writer.attach(
             run_dir=run.folder.path,
             context_window=config.hyperparams.max_length,
             model_name=config.model.model_path,
@@ -301,7 +395,7 @@ class TrainerEngine:
     def _execute_training(self, trainer: SupervisedTrainer, config: TrainerConfig) -> None:
         """Run the training loop; a stop request now waits for the end of the step."""
         run = self._current
-        total = trainer.num_steps()
+        total = self._num_steps(config)
         run.observers.emit(
             RunStarted(
                 model_name=config.model.model_path,
@@ -365,6 +459,7 @@ class TrainerEngine:
             )
         )
         run.observers.close()
+        self._run = None
         if run.folder is None:
             return
         if run.folder.run_json.exists():
@@ -408,9 +503,16 @@ class TrainerEngine:
 
     # ---- parts of the steps
 
+    def _begin(self, config: TrainerConfig) -> RunContext:
+        """The open run of this config, or a new one."""
+        if self._run is None or self._run.asked is not config:
+            observers = [self.status_writer, *self._extra_observers] if is_main_process() else []
+            self._run = RunContext(config, Observers(observers))
+        return self._run
+
     @property
     def _current(self) -> RunContext:
-        assert self._run is not None, "only within run_job"
+        assert self._run is not None, "only within a run"
         return self._run
 
     def _keep_unsaved_base(self) -> None:
@@ -446,6 +548,13 @@ class TrainerEngine:
             shuffle=config.data.shuffle,
             group_by_length=config.data.group_by_length,
         )
+
+    def _num_steps(self, config: TrainerConfig) -> int:
+        """Optimizer steps of the whole run; the last one of an epoch may have fewer rows."""
+        hyper, order = config.hyperparams, self._order(config)
+        if hyper.max_steps is not None:
+            return hyper.max_steps
+        return math.ceil(hyper.num_epochs * math.ceil(len(order) / order.group_size))
 
     def _collator(self) -> PadCollator:
         return PadCollator(self._current.tokenizer.pad_token_id or 0)

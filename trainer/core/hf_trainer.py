@@ -145,12 +145,9 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         if self._overflows_in_a_row >= MAX_OVERFLOWS_IN_A_ROW:
             raise NonFiniteError(
                 f"step {step}: fp16 gradients overflowed {self._overflows_in_a_row} times in a "
-                "row; the weights did not move. Use bf16 or fp32, or lower hyperparams.learning_rate."
+                "row; the weights did not move. Use bf16 or fp32, or lower "
+                "hyperparams.learning_rate."
             )
-
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run, as HF's loop will count them."""
-        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         return self.order

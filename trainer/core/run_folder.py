@@ -1,7 +1,7 @@
 """stand-in"""
 
 import json
-from pathlib import Path
+
 from trainer.errors import OutputError
 
 

@@ -46,17 +46,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Handle SIGINT and SIGTERM within the block; only the main thread can."""
-    request = StopRequest()
+def stop_on_signals(request: StopRequest) -> Iterator[None]:
+    """Send SIGINT and SIGTERM to `request` within the block; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
     before: dict[signal.Signals, Any] = {
         number: signal.signal(number, request.handle) for number in EXIT_CODES
     }
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,13 +1,9 @@
-"""The data card: what will be trained, in numbers and in one coloured row."""
+"""The data card: what will be trained, in numbers and in one row."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from rich.text import Text
-
-MAX_SAMPLE_CHARS = 1200
 
 
 @dataclass(frozen=True)
@@ -114,18 +110,3 @@ def _rejected_text(card: DataCard) -> str:
 def _system_text(card: DataCard) -> str:
     own = f"; {card.num_own_system:,} rows keep their own" if card.num_own_system else ""
     return (repr(card.system_prompt) if card.system_prompt else "none") + own
-
-
-def sample_text(card: DataCard) -> Text:
-    """The sample row: trained stretches reversed green in [ ], the rest dim; colour is not all."""
-    text = Text()
-    room = MAX_SAMPLE_CHARS
-    for stretch, is_trained in card.sample:
-        shown = stretch if len(stretch) <= room else stretch[: max(room, 0)] + " ..."
-        room -= len(shown)
-        text.append(
-            f"[{shown}]" if is_trained else shown, style="bold green" if is_trained else "dim"
-        )
-        if room <= 0:
-            break
-    return text

@@ -39,6 +39,17 @@ class PhaseChanged:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardShown:
+    """A card of labelled lines, such as the data card before step 1."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    """(label, value) pairs."""
+    sample: tuple[tuple[str, bool], ...] = ()
+    """One row as (text, is trained) stretches."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone:
     """One optimizer step was made."""
 
@@ -122,6 +133,7 @@ class RunEnded:
 Event = (
     RunStarted
     | PhaseChanged
+    | CardShown
     | StepDone
     | EvaluationDone
     | PreviewsDone

@@ -57,18 +57,16 @@ def is_alive(pid: int) -> bool:
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Add whole lines with one write; a cut last line of a killed writer is removed first.
+    """Add whole lines with one write; a cut last line (a kill, a full disk) is removed first.
 
     Raises:
-        OSError: nothing was added, or the file's end could not be mended after a short write.
+        OSError: not all lines were added; the last one may be cut.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         _drop_cut_line(descriptor)
-        size = os.fstat(descriptor).st_size
         data = text.encode("utf-8")
         if os.write(descriptor, data) < len(data):  # a full disk takes a part
-            os.ftruncate(descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from typing import Literal, TextIO
 
 from trainer.errors import ConfigError
 from trainer.monitoring.events import (
+    CardShown,
     CheckpointSaved,
     EvaluationDone,
     Event,
@@ -23,10 +22,10 @@ from trainer.monitoring.events import (
     StepDone,
 )
 from trainer.monitoring.plain_values import json_line, plain_values
+from trainer.monitoring.safe_stream import SafeStream
 from trainer.monitoring.text import (
     closing_words,
     duration_words,
-    error_words,
     left_words,
     mark_of,
     match_words,
@@ -34,8 +33,6 @@ from trainer.monitoring.text import (
     printable,
     remarks_of,
 )
-
-logger = logging.getLogger(__name__)
 
 DisplayKind = Literal["auto", "rich", "plain", "json", "quiet"]
 MIN_LINE_GAP_S = 2.0
@@ -77,52 +74,6 @@ def create_display(kind: DisplayKind = "auto", stream: TextIO | None = None) -> 
     return displays[kind](safe)
 
 
-class SafeStream(io.TextIOBase):
-    """A text stream that never fails: odd characters become `?`, a closed reader means silence."""
-
-    def __init__(self, stream: TextIO) -> None:
-        """Wrap a stream, which stays open."""
-        self.stream = stream
-        self._is_broken = False
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of what is wrapped."""
-        return getattr(self.stream, "encoding", None) or "utf-8"
-
-    def write(self, text: str) -> int:
-        """Write what the encoding can hold of a text."""
-        if not self._is_broken:
-            safe = text.encode(self.encoding, "replace").decode(self.encoding)
-            self._attempt(lambda: self.stream.write(safe))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush what is wrapped."""
-        if not self._is_broken:
-            self._attempt(self.stream.flush)
-
-    def isatty(self) -> bool:
-        """Whether a terminal is wrapped."""
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        """The number of the file that is wrapped."""
-        return self.stream.fileno()
-
-    def line(self, text: str) -> None:
-        """Write one line and flush it."""
-        self.write(text + "\n")
-        self.flush()
-
-    def _attempt(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except (OSError, ValueError) as error:  # ValueError: closed by its owner
-            self._is_broken = True
-            logger.warning("the terminal output broke off (%s); training goes on", error)
-
-
 class _Display:
     """What line displays share: the stream, the clock and the newest events."""
 
@@ -148,17 +99,27 @@ class _Display:
             self.evaluation = event
 
     def write_end(self, event: RunEnded) -> None:
-        """The closing line, with the reason before it where there is one."""
-        reason = error_words(event)
-        if reason:
-            self.stream.line(f"{'error' if event.state == 'failed' else 'stopped'}: {reason}")
-        folder = self.started.output_dir if self.started is not None else None
+        """The closing line of a run that started; reasons are the command line's to print."""
+        if self.started is None:
+            return
+        folder = self.started.output_dir
         elapsed = self.clock() - self.began
         self.stream.line(closing_words(event, self.step, self.evaluation, elapsed, folder))
 
     def close(self) -> None:
         """Flush; the stream belongs to somebody else."""
         self.stream.flush()
+
+
+def card_words(card: CardShown) -> str:
+    """A card as aligned lines; in its sample row, what is trained stands in [ ]."""
+    width = max((len(label) for label, _ in card.lines), default=0)
+    lines = [f"  {label:<{width}}  {printable(text, NOTICE_CHARS)}" for label, text in card.lines]
+    if card.sample:
+        row = "".join(f"[{text}]" if is_trained else text for text, is_trained in card.sample)
+        lines.append(f"  {'first row':<{width}}  {printable(row, NOTICE_CHARS)}")
+        lines.append(f"  {'':<{width}}  (what stands in [ ] is trained)")
+    return "\n".join([f"{card.title} card", *lines])
 
 
 class PlainDisplay(_Display):
@@ -178,6 +139,8 @@ class PlainDisplay(_Display):
         match event:
             case PhaseChanged():
                 line(printable(event.text, NOTICE_CHARS))
+            case CardShown():
+                line(card_words(event))
             case RunStarted():
                 line(start_words(event))
             case StepDone():

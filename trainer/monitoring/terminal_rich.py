@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from trainer.monitoring.events import (
+    CardShown,
     CheckpointSaved,
     EvaluationDone,
     Event,
@@ -26,20 +28,15 @@ from trainer.monitoring.events import (
     RunStarted,
     StepDone,
 )
-from trainer.monitoring.terminal import SafeStream, checkpoint_words, notice_words, start_words
+from trainer.monitoring.safe_stream import SafeStream
+from trainer.monitoring.terminal import checkpoint_words, notice_words, start_words
 from trainer.monitoring.terminal_view import LONG_PHASE_S, STATE_STYLES, LiveView
-from trainer.monitoring.text import closing_words, duration_words, error_words, printable
+from trainer.monitoring.text import closing_words, duration_words, printable
 
 REFRESH_PER_S = 4
+CARD_CHARS = 600
+"""Longest text in a card."""
 _LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
-
-
-class _Console(Console):
-    """A console that does not end the process when its reader has gone away."""
-
-    def on_broken_pipe(self) -> None:
-        """Be silent from now on; training goes on."""
-        self.quiet = True
 
 
 class RichDisplay:
@@ -53,7 +50,7 @@ class RichDisplay:
         """
         self.stream, self.clock = stream, clock
         # Model output is no markup: only Text objects are printed.
-        self.console = _Console(
+        self.console = Console(
             file=cast(TextIO, stream), markup=False, emoji=False, highlight=False
         )
         self._live: Live | None = None
@@ -69,6 +66,8 @@ class RichDisplay:
                 self._print_long_phase()
                 view.set_phase(event)
                 self._show()
+            case CardShown():
+                self.console.print(_card(event))
             case RunStarted():
                 view.started = event
                 self._print(start_words(event))
@@ -132,14 +131,31 @@ class RichDisplay:
         self._print_long_phase()
         view.set_end(event)
         self.close()
-        reason = error_words(event)
-        if reason:
-            self._print(reason, STATE_STYLES.get(event.state, ""))
-        folder = view.started.output_dir if view.started is not None else None
-        elapsed = self.clock() - self._began
-        words = closing_words(event, view.step, view.evaluation, elapsed, folder)
-        self._print(words, STATE_STYLES.get(event.state, ""))
+        if view.started is not None:
+            folder, elapsed = view.started.output_dir, self.clock() - self._began
+            words = closing_words(event, view.step, view.evaluation, elapsed, folder)
+            self._print(words, STATE_STYLES.get(event.state, ""))
         self._view, self._began = LiveView(self.clock), self.clock()
+
+
+def _card(card: CardShown) -> Group:
+    """A card as a table, and its sample row with the trained part green and in [ ]."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in card.lines:
+        table.add_row(Text(label), Text(printable(text, CARD_CHARS)))
+    if not card.sample:
+        return Group(table)
+    row = Text()
+    room = CARD_CHARS
+    for text, is_trained in card.sample:
+        shown = printable(text, max(room, 0))
+        room -= len(shown)
+        row.append(f"[{shown}]" if is_trained else shown, "bold green" if is_trained else "dim")
+    table.add_row(Text("first row"), row)
+    table.add_row(Text(), Text("what is green and in [ ] is trained", "dim"))
+    return Group(table)
 
 
 def _handlers_on(stream: object) -> Iterator[logging.StreamHandler[SafeStream]]:

@@ -122,10 +122,3 @@ def closing_words(
     if output_dir is not None:
         parts.append(f"folder {printable(output_dir, 200)}")
     return ", ".join(parts)
-
-
-def error_words(event: RunEnded) -> str:
-    """Why a run failed or was stopped; "" after a completed one."""
-    if event.state == "completed" or not event.error_message:
-        return ""
-    return f"{event.error_type or event.state}: {printable(event.error_message, 2000)}"

@@ -90,6 +90,14 @@ def test_a_wrong_answer_is_red_from_where_it_leaves_the_golden_one(previews):
     ]
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_wide_characters_do_not_push_out_the_end_of_an_answer(previews, width):
+    text = "\u4f60" * 2000 + " #### 72"
+    lines = preview_lines(previews(1, [False], text=text, golden_answer=text).results, width, 20)
+    assert sum("#### 72" in line.plain for line in lines) == (2 if width == 80 else 1)
+    assert max(cell_len(line.plain) for line in lines) <= width
+
+
 def test_markup_in_texts_is_text(previews):
     lines = preview_lines(previews(1, [False], text="[red]x[/red] :smile:").results, 80, 20)
     assert "  generated  [red]x[/red] :smile:" in [line.plain for line in lines]
@@ -131,7 +139,7 @@ def test_the_last_view_stays_and_a_summary_follows(step_done, previews, started)
         display.on_event(event)
     display.close()
     text = stream.getvalue()
-    order = ["training tiny", "failed, step 1 of 100\n", "golden", "DataError: line 3: bad"]
+    order = ["training tiny", "failed, step 1 of 100\n", "golden"]
     order.append("failed, step 1 of 100, loss 2.5000, val loss 2.0000")
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
 

@@ -1,0 +1,127 @@
+"""`trainer config show|explain|schema|validate|init`: everything about configs, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trainer.config import ConfigLoader, LoadedConfig, TrainerConfig, find_config_file, resolve
+from trainer.config.flags import parse_flags
+from trainer.config.render import as_json, explain_rows, starter_file
+from trainer.errors import EXIT_COMPLETED, EXIT_USER_INPUT, ConfigError, OutputError
+
+USAGE = """\
+usage: trainer config COMMAND [OPTIONS]
+
+  show      print the merged config as JSON; takes the flags of `trainer train`
+  explain   print every value with its origin; takes the flags of `trainer train`
+  schema    print the JSON schema
+  validate  check config files: trainer config validate FILE ...
+  init      write a starter file: trainer config init [config.json]"""
+
+
+def run(argv: list[str]) -> int:
+    """Run one subcommand."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return EXIT_COMPLETED if argv else EXIT_USER_INPUT
+    name, words = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ConfigError(
+            f"trainer config: there is no command {name!r}; choose one of {', '.join(COMMANDS)}."
+        )
+    if words and words[0] in ("-h", "--help") and name in ("schema", "validate", "init"):
+        print(USAGE)
+        return EXIT_COMPLETED
+    return COMMANDS[name](words)
+
+
+def load_from_words(words: Sequence[str], prog: str) -> LoadedConfig:
+    """The config of a command line in this folder and environment."""
+    flags = parse_flags(words, prog=prog)
+    return ConfigLoader.load(find_config_file(flags, Path.cwd()), os.environ, flags)
+
+
+def _show(words: list[str]) -> int:
+    print(as_json(resolve(load_from_words(words, "trainer config show").config)))
+    return EXIT_COMPLETED
+
+
+def _explain(words: list[str]) -> int:
+    """Values that are not defaults stand out by a sign and by colour."""
+    loaded = load_from_words(words, "trainer config explain")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "key", "value", "origin"):
+        table.add_column(column, overflow="fold")
+    for key, value, origin in explain_rows(loaded):
+        is_set = origin != "default"
+        style = "bold" if is_set else "dim"
+        table.add_row("*" if is_set else "", key, Text(value, style), Text(origin, style))
+    console = Console()
+    if loaded.file is not None:
+        console.print(f"config file: {loaded.file}", highlight=False, markup=False)
+    console.print(table)
+    return EXIT_COMPLETED
+
+
+def _schema(words: list[str]) -> int:
+    _refuse(words, "schema")
+    print(json.dumps(TrainerConfig.model_json_schema(), indent=2))
+    return EXIT_COMPLETED
+
+
+def _validate(words: list[str]) -> int:
+    """Check every file, and say what is wrong with each."""
+    if not words:
+        raise ConfigError("trainer config validate: give one or more config files.")
+    mistakes = []
+    for word in words:
+        try:
+            ConfigLoader.load(Path(word))
+        except ConfigError as error:
+            mistakes.append(str(error))
+        else:
+            print(f"{word}: ok")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return EXIT_COMPLETED
+
+
+def _init(words: list[str]) -> int:
+    path = Path(words[0] if words else "config.json")
+    _refuse(words[1:], "init")
+    if path.suffix != ".json":
+        raise ConfigError(
+            f"{path}: `trainer config init` writes JSON; give a name ending in .json."
+        )
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starter_file())
+    except FileExistsError as error:
+        raise OutputError(
+            f"{path}: exists already and is not overwritten; give another name."
+        ) from error
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from error
+    print(f"wrote {path}; now edit it and run: trainer train --config {path}")
+    return EXIT_COMPLETED
+
+
+def _refuse(words: list[str], name: str) -> None:
+    if words:
+        raise ConfigError(f"trainer config {name}: unexpected word {words[0]!r}.")
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "show": _show,
+    "explain": _explain,
+    "schema": _schema,
+    "validate": _validate,
+    "init": _init,
+}

@@ -1,0 +1,137 @@
+"""`trainer demo`: the whole job in about a minute on a CPU, with nothing downloaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trainer.commands.arguments import parse
+from trainer.config import TrainerConfig, create_default_config
+from trainer.core import TrainerEngine, TrainingResult
+from trainer.demo.tasks import DemoData, operation_of, write_demo_data
+from trainer.errors import OutputError
+from trainer.monitoring.terminal import create_display
+
+STEPS = 260
+BATCH_SIZE = 64
+NUM_HELD_OUT = 200
+PREVIEW_EVERY_STEPS = 20
+
+
+def run(argv: list[str]) -> int:
+    """Write the data, train, and judge 200 held-out answers."""
+    words = parse(_parser(), argv)
+    console = Console()
+    folder = _free_folder(Path(words.output))
+    console.print(
+        f"A model of 0.8M parameters learns {words.steps} steps of symbolic tasks such as "
+        "'max of 42 and 17?'.\nGolden is the right answer; below it stands what the current "
+        f"weights say. Folder: {folder}\n",
+        highlight=False,
+    )
+    data = write_demo_data(
+        folder / "data",
+        num_train_rows=words.steps * BATCH_SIZE,
+        num_validation_rows=NUM_HELD_OUT,
+        seed=words.seed,
+    )
+    engine = TrainerEngine(observers=[create_display(words.display)])
+    result = engine.run_job(demo_config(folder, data, steps=words.steps, seed=words.seed))
+    if not result.success:
+        if words.display == "quiet":
+            console.print(f"error: {result.error_message}", highlight=False)
+        return result.exit_code
+    _report(console, folder, data, result)
+    return result.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trainer demo", description=__doc__)
+    parser.add_argument("--output", default="demo_run", help="folder of the run [demo_run]")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps [{STEPS}]")
+    parser.add_argument("--seed", type=int, default=0, help="of data and weights [0]")
+    parser.add_argument(
+        "--display",
+        choices=("auto", "rich", "plain", "json", "quiet"),
+        default="auto",
+        help="the terminal view [auto]",
+    )
+    return parser
+
+
+def demo_config(folder: Path, data: DemoData, *, steps: int, seed: int) -> TrainerConfig:
+    """The recipe: Muon for the matrices learns these tasks in 100 steps, AdamW needs far more."""
+    return create_default_config(
+        model_path="tiny",
+        dataset_path=str(data.train_path),
+        output_dir=str(folder),
+        hyperparams={
+            "optimizer": "muon",
+            "learning_rate": 5e-3,
+            "weight_decay": 0.01,
+            "batch_size": BATCH_SIZE,
+            "max_steps": steps,
+            "warmup_steps": min(20, steps - 1),
+            "max_length": 128,
+            "fp_precision": "fp32",
+        },
+        data={"validation_path": str(data.validation_path)},
+        profile={"name": "regime3", "system_prompt": "Answer in canonical form."},
+        monitoring={
+            "inference_interval": PREVIEW_EVERY_STEPS,
+            "num_eval_samples": 5,
+            "preview_max_tokens": 32,
+            "preview_temperature": 0.0,
+            "micro_eval_interval": 50,
+            "final_eval_prompts": NUM_HELD_OUT,
+            "max_eval_tokens": 32,
+        },
+        environment={"seed": seed, "offline": True},
+    )
+
+
+def _free_folder(wanted: Path) -> Path:
+    """`wanted`, or `wanted-2` and so on where a run is there already: a demo is run again."""
+    for number in range(1, 1000):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        if not folder.exists():
+            return folder
+    raise OutputError(f"{wanted}: a thousand demo runs are there; remove some.")
+
+
+def _report(console: Console, folder: Path, data: DemoData, result: TrainingResult) -> None:
+    """Scores by operation, where things are, what to try next; the score is the last line."""
+    found = result.summary["final_evaluation"]
+    answers = [json.loads(line) for line in Path(found["answers"]).read_text().splitlines()]
+    asked = Counter(operation_of(row["prompt"]) for row in answers)
+    right = Counter(operation_of(row["prompt"]) for row in answers if row["matches"])
+    by_operation = ", ".join(
+        f"{name} {100 * right[name] / asked[name]:.0f} %" for name in sorted(asked)
+    )
+    lines = [
+        "",
+        f"model:     {result.model_path}",
+        f"answers:   {found['answers']}",
+        f"previews:  {folder / 'previews.jsonl'}",
+        f"talk to it:         trainer chat {folder}",
+        f"see its curves:     tensorboard --logdir {folder / 'logs'}",
+        "train on your rows: trainer train --dataset data.jsonl --model qwen3 --output outputs",
+        "",
+        f"by operation: {by_operation}",
+        f"always answering the commonest answer: {100 * data.commonest_answer_share:.1f} %; "
+        f"copying the question and the commonest result: {100 * data.commonest_result_share:.1f} %",
+        exact_match_line(found),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def exact_match_line(found: dict[str, Any]) -> str:
+    """The demo's last line."""
+    share = 100 * found["exact_match"]
+    return f"exact match: {share:.1f} % ({found['matched']}/{found['num_prompts']})"

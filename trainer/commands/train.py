@@ -1,0 +1,83 @@
+"""`trainer train`: config, engine, exit code; also the dry run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.config import ConfigLoader, LoadedConfig, find_config_file
+from trainer.config.flags import ParsedFlags, parse_flags
+from trainer.config.resolve import required_for_training
+from trainer.errors import EXIT_COMPLETED
+from trainer.monitoring.terminal import create_display
+
+RESOLVED_FILE = "config.resolved.json"
+
+
+def run(argv: list[str], *, prog: str = "trainer train") -> int:
+    """Train as the command line says."""
+    flags = parse_flags(argv, prog=prog)
+    loaded = load_config(flags)
+    required_for_training(loaded.config)
+    display_name = loaded.config.monitoring.display
+    if loaded.file is not None and display_name not in ("quiet", "json"):
+        print(f"config file: {loaded.file}")
+    if flags.dry_run:
+        return _dry_run(loaded)
+    # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
+    from trainer.core.engine import TrainerEngine, is_main_process
+
+    observers = [create_display(display_name)] if is_main_process() else []
+    result = TrainerEngine(observers=observers).run_job(loaded.config)
+    if not is_main_process():
+        return result.exit_code
+    if result.error_message:
+        word = "stopped" if result.state == "stopped" else "error"
+        print(f"{word}: {result.error_message}", file=sys.stderr)
+    elif display_name not in ("quiet", "json"):
+        _say_what_next(result.output_dir, result.model_path)
+    return result.exit_code
+
+
+def load_config(flags: ParsedFlags) -> LoadedConfig:
+    """Merge the sources; `--resume` without a config file starts from the run's own config."""
+    file = flags.config_file
+    if file is None and flags.values.get("output.resume"):
+        output = flags.values.get("output.output_dir", "outputs")
+        own = Path(str(output)) / RESOLVED_FILE
+        file = own if own.is_file() else None
+    return ConfigLoader.load(file or find_config_file(flags, Path.cwd()), os.environ, flags)
+
+
+def _dry_run(loaded: LoadedConfig) -> int:
+    from trainer.core.engine import TrainerEngine
+
+    found = TrainerEngine(observers=[create_display("plain")]).dry_run(loaded.config)
+    hyper = found.config.hyperparams
+    rows = hyper.batch_size * hyper.gradient_accumulation
+    lines: Sequence[tuple[str, str]] = [
+        ("precision", found.precision.reason),
+        *found.memory.lines(),
+        (
+            "steps",
+            f"{found.num_steps:,} of {rows} rows ({hyper.batch_size} rows x "
+            f"{hyper.gradient_accumulation} forward passes)",
+        ),
+        ("config", str(Path(found.config.output.output_dir) / RESOLVED_FILE)),
+    ]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, text in lines:
+        table.add_row(f"  {label}", text)
+    Console(highlight=False).print(table)
+    print("dry run: nothing was trained")
+    return EXIT_COMPLETED
+
+
+def _say_what_next(output_dir: Path, model_path: Path | None) -> None:
+    print(f"model: {model_path}")
+    print(f"talk to it: trainer chat {output_dir}")
