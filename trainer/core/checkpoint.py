@@ -1,37 +1,272 @@
-"""stand-in"""
+"""Checkpoints that are whole or not there: stage, hash, manifest, rename, verify, then retention.
+
+A checkpoint is a folder `step-00000042` with the state's files and a `manifest.json` that names
+each of them with size and sha256. Nothing here knows about models or trainers.
+"""
+
+from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from types import SimpleNamespace
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from trainer.errors import ResumeError
+from trainer.core import fs_ops
+from trainer.errors import CheckpointError, ResumeError
 
-
-def save_checkpoint(root, step, write_state, *, keep, protect=(), metadata):
-    t = root / f"step-{step:08d}"
-    s = root / f".tmp-{step}"
-    shutil.rmtree(s, ignore_errors=True)
-    s.mkdir(parents=True)
-    write_state(s)
-    (s / "manifest.json").write_text(json.dumps({"step": step, "metadata": metadata}))
-    shutil.rmtree(t, ignore_errors=True)
-    os.replace(s, t)
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return t
-
-
-def clean_staging(root):
-    return []
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+STEP_NAME = re.compile(r"^step-(\d{8})$")
+STAGING_NAME = re.compile(r"^\.tmp-step-\d{8}-(\d+)$")
+RETIRED_PREFIX = ".old-"
+REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run_state.json")
+"""Without any of these a resume would silently restart a part of the training."""
+REQUIRED_KINDS = {"weights": r".*model.*\.safetensors$", "random state": r"rng_state.*\.pth$"}
 
 
-def load_named_checkpoint(p):
-    return SimpleNamespace(**json.loads((p / "manifest.json").read_text()))
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself."""
+
+    step: int
+    files: dict[str, dict[str, Any]]
+    """File name -> {"size": bytes, "sha256": hex}."""
+    metadata: dict[str, Any]
 
 
-def find_latest_checkpoint(root):
-    f = sorted(root.glob("step-*"))
-    if not f:
-        raise ResumeError("none")
-    return f[-1], load_named_checkpoint(f[-1]), []
+def step_dir(root: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return root / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    write_state: Callable[[Path], None],
+    *,
+    keep: int,
+    protect: Collection[int] = (),
+    metadata: dict[str, Any],
+) -> Path:
+    """Write a checkpoint, verify it, and only then remove older ones.
+
+    Args:
+        root: `checkpoints/` of a run; made if it is not there.
+        step: optimizer steps done.
+        write_state: writes the state's files into the folder it is given.
+        keep: newest checkpoints that stay.
+        protect: steps that stay besides, such as the best one.
+        metadata: JSON values for the manifest.
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        CheckpointError: it could not be written or verified; older ones are as before.
+    """
+    staging = root / f".tmp-step-{step:08d}-{os.getpid()}"
+    target = step_dir(root, step)
+    try:
+        fs_ops.make_dir(staging)
+        write_state(staging)
+        _write_manifest(staging, step, metadata)
+        retired = _set_aside(target)
+        fs_ops.replace(staging, target)
+        fs_ops.sync_dir(root)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        _put_back(target)
+        raise CheckpointError(
+            f"{target}: the checkpoint cannot be written ({error}); older checkpoints are as they "
+            "were. Free some space or check the disk, then --resume."
+        ) from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    verify_checkpoint(target)
+    if retired is not None:
+        fs_ops.remove_tree(retired)
+    _retain(root, keep, {*protect, step})
+    return target
+
+
+def _write_manifest(folder: Path, step: int, metadata: dict[str, Any]) -> None:
+    """Hash and sync every file, then write the manifest: the last file to appear."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        fs_ops.sync_file(path)
+        files[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": fs_ops.hash_file(path),
+        }
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "created_at": time.time(),
+        "files": files,
+        "metadata": metadata,
+    }
+    fs_ops.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+    fs_ops.sync_file(folder / MANIFEST)
+    fs_ops.sync_dir(folder)
+
+
+def _set_aside(target: Path) -> Path | None:
+    """Move an earlier checkpoint of the same step away; it is removed when the new one is whole."""
+    if not target.exists():
+        return None
+    retired = target.with_name(f"{RETIRED_PREFIX}{target.name}")
+    shutil.rmtree(retired, ignore_errors=True)
+    fs_ops.replace(target, retired)
+    return retired
+
+
+def _put_back(target: Path) -> None:
+    """Undo `_set_aside` after a failure."""
+    retired = target.with_name(f"{RETIRED_PREFIX}{target.name}")
+    if retired.exists() and not target.exists():
+        os.replace(retired, target)
+
+
+def _retain(root: Path, keep: int, protect: Collection[int]) -> None:
+    """Remove all but the newest `keep` checkpoints, by step number, never a protected one."""
+    steps = sorted(_steps(root))
+    for step in steps[: max(len(steps) - keep, 0)]:
+        if step not in protect:
+            fs_ops.remove_tree(step_dir(root, step))
+    fs_ops.sync_dir(root)
+
+
+def _steps(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    return [int(found[1]) for path in root.iterdir() if (found := STEP_NAME.match(path.name))]
+
+
+def verify_checkpoint(path: Path) -> Manifest:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: something is missing, changed or too much; it is named.
+    """
+    manifest = _read_manifest(path)
+    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {MANIFEST}
+    missing, extra = sorted(set(manifest.files) - found), sorted(found - set(manifest.files))
+    if missing or extra:
+        words = [f"missing {name}" for name in missing] + [f"unknown file {name}" for name in extra]
+        raise CheckpointError(f"{path}: {', '.join(words)}.")
+    for name, record in manifest.files.items():
+        size = (path / name).stat().st_size
+        if size != record["size"]:
+            raise CheckpointError(f"{path}: {name} has {size} bytes, written {record['size']}.")
+        if fs_ops.hash_file(path / name) != record["sha256"]:
+            raise CheckpointError(f"{path}: {name} was changed: its sha256 is not the manifest's.")
+    return manifest
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest(int(record["step"]), dict(record["files"]), dict(record["metadata"]))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no {MANIFEST}: not a finished checkpoint.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({error!r}).") from error
+    if step_dir(path.parent, manifest.step).name != path.name:
+        raise CheckpointError(f"{path}: its {MANIFEST} says step {manifest.step}.")
+    return manifest
+
+
+def _verify_for_resume(path: Path) -> Manifest:
+    """`verify_checkpoint`, and everything is there that a resume restores."""
+    manifest = verify_checkpoint(path)
+    missing = [name for name in REQUIRED if name not in manifest.files]
+    missing += [
+        kind
+        for kind, pattern in REQUIRED_KINDS.items()
+        if not any(re.match(pattern, name) for name in manifest.files)
+    ]
+    if missing:
+        raise CheckpointError(f"{path}: saved without {', '.join(missing)}.")
+    return manifest
+
+
+def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
+    """The newest checkpoint that verifies.
+
+    Returns:
+        Its folder, its manifest, and what is wrong with the newer ones that were passed over.
+    Raises:
+        ResumeError: there is none.
+    """
+    _restore_retired(root)
+    problems = []
+    for step in sorted(_steps(root), reverse=True):
+        path = step_dir(root, step)
+        try:
+            return path, _verify_for_resume(path), problems
+        except CheckpointError as error:
+            problems.append(f"passing over a broken checkpoint: {error}")
+    found = "".join(f"\n  {problem}" for problem in problems) or " No checkpoint was written yet."
+    raise ResumeError(
+        f"{root}: nothing to resume.{found}\nStart a new run in another --output, or without "
+        "--resume in an empty one."
+    )
+
+
+def load_named_checkpoint(path: Path) -> Manifest:
+    """Verify one checkpoint; a named one is never replaced by another.
+
+    Raises:
+        ResumeError: it is broken.
+    """
+    if not path.is_dir():
+        raise ResumeError(f"--resume {path}: there is no such checkpoint folder.")
+    try:
+        return _verify_for_resume(path)
+    except CheckpointError as error:
+        raise ResumeError(
+            f"--resume {error} Give another checkpoint, or --resume alone for the newest whole one."
+        ) from error
+
+
+def _restore_retired(root: Path) -> None:
+    """Take back a checkpoint that was set aside by a save which never finished."""
+    for retired in root.glob(f"{RETIRED_PREFIX}step-*") if root.is_dir() else ():
+        target = retired.with_name(retired.name.removeprefix(RETIRED_PREFIX))
+        if not target.exists():
+            os.replace(retired, target)
+
+
+def clean_staging(root: Path) -> list[Path]:
+    """Remove what killed processes left half-written; not what a living one is writing.
+
+    Returns:
+        What was removed.
+    """
+    _restore_retired(root)
+    removed = []
+    for path in list(root.iterdir()) if root.is_dir() else []:
+        staged = STAGING_NAME.match(path.name)
+        is_dead = staged is not None and not _is_alive(int(staged[1]))
+        if is_dead or path.name.startswith(RETIRED_PREFIX):
+            shutil.rmtree(path)
+            removed.append(path)
+    return removed
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # this process is not saving: what has its number is another's, long gone
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

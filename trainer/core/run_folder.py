@@ -1,46 +1,210 @@
-"""stand-in"""
+"""RunFolder: one run's folder, its names, its lock, and what refuses a second run.
 
+Also the description of the machine for `run.json`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
 import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
 
-from trainer.errors import OutputError
+import torch
 
+from trainer import __version__
+from trainer.errors import OutputError, ResumeError
+from trainer.monitoring.plain_values import plain_values
+from trainer.monitoring.run_files import replace_file
 
-def environment_manifest():
-    return {}
+LOCK = ".lock"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pydantic",
+)
 
 
 class RunFolder:
+    """The folder of `--output` while this process runs in it."""
+
     RUN_JSON = "run.json"
+    CONFIG = "config.resolved.json"
+    STATUS = "status.json"
     CHECKPOINTS = "checkpoints"
     FINAL_MODEL = "final_model"
-    notices = ()
 
-    def __init__(self, p):
-        self.path = p
+    def __init__(self, path: Path, lock: IO[str] | None, *, is_new: bool) -> None:
+        """Use `create`, which checks."""
+        self.path, self._lock, self._is_new = path, lock, is_new
+        self.notices: list[str] = []
 
     @classmethod
-    def create(cls, p, *, resume):
-        if (p / "run.json").exists() and not resume:
-            raise OutputError("holds a run")
-        p.mkdir(parents=True, exist_ok=True)
-        return cls(p)
+    def create(cls, path: Path, *, resume: bool) -> RunFolder:
+        """Take a folder for one run.
 
-    run_json = property(lambda s: s.path / "run.json")
-    config_resolved = property(lambda s: s.path / "config.resolved.json")
-    checkpoints_dir = property(lambda s: s.path / "checkpoints")
-    final_model_dir = property(lambda s: s.path / "final_model")
-    logs_dir = property(lambda s: s.path / "logs")
-    final_evaluation_jsonl = property(lambda s: s.path / "final_evaluation.jsonl")
+        Args:
+            path: made if it is not there; may hold other files.
+            resume: continue the run that is in it.
+        Raises:
+            OutputError: it cannot be written, holds a run already, or another process runs in it.
+            ResumeError: there is no run to resume.
+        """
+        holds_run = cls._holds_run(path)
+        if holds_run and not resume:
+            raise OutputError(
+                f"{path}: this folder holds a run already. Continue it with --resume, or give "
+                "another --output."
+            )
+        if resume and not holds_run:
+            raise ResumeError(
+                f"--resume: {path} holds no run, so there is nothing to resume. Give the --output "
+                "of the run, or leave --resume out."
+            )
+        is_new = not path.exists()
+        folder = cls(path, None, is_new=is_new)
+        folder._take_lock()
+        return folder
 
-    def write_json(self, p, d):
-        p.write_text(json.dumps(d))
+    @classmethod
+    def _holds_run(cls, path: Path) -> bool:
+        try:
+            return any(
+                (path / name).exists() for name in (cls.RUN_JSON, cls.STATUS, cls.CHECKPOINTS)
+            )
+        except OSError:
+            return False  # not a folder we may look into: taking the lock will say why
 
-    def update_json(self, p, d):
-        p.write_text(json.dumps({**json.loads(p.read_text()), **d}))
+    def _take_lock(self) -> None:
+        """Make the folder and hold an exclusive lock in it as long as this process lives."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); give another --output."
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "another process"
+                self._lock.close()
+                raise OutputError(
+                    f"{self.path}: {holder} is running in this folder; wait for it, stop it, or "
+                    "give another --output."
+                ) from error
+            self.notices.append(
+                f"{self.path} is on a file system without locks ({error.strerror}): nothing keeps "
+                "a second run out of it"
+            )
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
 
-    def discard_if_empty(self):
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
+    # ---- names
 
-    def close(self):
-        pass
+    @property
+    def run_json(self) -> Path:
+        """The manifest of the run."""
+        return self.path / self.RUN_JSON
+
+    @property
+    def config_resolved(self) -> Path:
+        """The config with everything filled in; loads as a config file."""
+        return self.path / self.CONFIG
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / self.CHECKPOINTS
+
+    @property
+    def final_model_dir(self) -> Path:
+        """The finished model."""
+        return self.path / self.FINAL_MODEL
+
+    @property
+    def logs_dir(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "logs"
+
+    @property
+    def final_evaluation_jsonl(self) -> Path:
+        """Answers of the final evaluation."""
+        return self.path / "final_evaluation.jsonl"
+
+    # ---- files
+
+    def write_json(self, path: Path, values: dict[str, Any]) -> None:
+        """Replace a JSON file as a whole; numbers JSON cannot hold become null."""
+        replace_file(path, json.dumps(plain_values(values), indent=2, allow_nan=False) + "\n")
+
+    def update_json(self, path: Path, values: dict[str, Any]) -> None:
+        """Replace some top-level values of a JSON file."""
+        self.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
+
+    def discard_if_empty(self) -> None:
+        """Remove the lock, and the folder if we made it and nothing else is in it."""
+        (self.path / LOCK).unlink(missing_ok=True)
+        if self._is_new and not any(self.path.iterdir()):
+            shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        """Let the folder go; may be called twice."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def environment_manifest() -> dict[str, Any]:
+    """The machine and software of this run, without names of people or variables."""
+    return {
+        "trainer": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "git": _git(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout that this process was started in; None outside of one."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "is_dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

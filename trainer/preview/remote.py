@@ -1,2 +1,284 @@
+"""Remote3090Backend: the client side of a preview server, over HTTP.
+
+Everything that can go wrong becomes a PreviewResult with an error message, within the time-out;
+nothing a server says is trusted beyond being text. It does not send weights: an answer is marked
+with whatever identity the server claims, and None (unverified) where it claims none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.errors import PreviewError
+from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult
+
+MAX_BODY = 1 << 20
+"""Bytes of an answer that are read; a preview is far smaller."""
+CONNECT_TIMEOUT_S = 3.0
+LONG_POLL_S = 25
+MIN_RETRY_S = 0.1
+KEY_VARIABLE = "ULTIMATE_TRAINER_KEY"
+DONE, FAILED = ("done", "completed", "succeeded"), ("failed", "error", "cancelled")
+
+
+class _Answer(BaseModel):
+    """What a server must send; unknown fields are left alone, as servers grow."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    text: str
+    tokens_generated: int = 0
+    tokens_per_sec: float | None = None
+    generation_time_sec: float | None = None
+    finish_reason: FinishReason = "stop"
+    weights_id: str | None = None
+    raw_text: str | None = None
+
+
 class Remote3090Backend:
-    pass
+    """Asks a preview server at `host:port`."""
+
+    backend_type = "remote_3090"
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int = 8765,
+        timeout: float = 30,
+        model_id: str | None = None,
+        api_key: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        stop: Sequence[str] = (),
+        system_prompt: str | None = None,
+        compare: Callable[[str, str], bool] | None = None,
+    ) -> None:
+        """Take where the server is; nothing is sent yet.
+
+        Args:
+            timeout: seconds for one prompt, waiting, retries and polling included.
+            model_id: model the server is asked for; None: its active one.
+            api_key: None: from the environment variable ULTIMATE_TRAINER_KEY, if set.
+            stop: stop strings of the profile.
+            system_prompt: sent with prompts that come as text.
+            compare: the profile's comparison of an answer with golden.
+        """
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.timeout, self.model_id = timeout, model_id
+        self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)
+        self.system_prompt, self.compare = system_prompt, compare
+        key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            follow_redirects=False,  # a key must not be carried to another place
+            trust_env=False,  # a proxy of this shell is not meant for the machine under the desk
+        )
+
+    def preview(
+        self,
+        prompt: str,
+        golden_answer: str | None,
+        step: int,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> PreviewResult:
+        """Answer one user turn."""
+        request = PreviewRequest(prompt=prompt, golden_answer=golden_answer)
+        return self.preview_batch([request], step, max_new_tokens=max_new_tokens)[0]
+
+    def preview_batch(
+        self, requests: list[PreviewRequest], step: int, *, max_new_tokens: int | None = None
+    ) -> list[PreviewResult]:
+        """Answer the requests one after the other; a server that is away is asked only once."""
+        results: list[PreviewResult] = []
+        away: str | None = None
+        for request in requests:
+            try:
+                if away is not None:
+                    raise PreviewError(away)
+                results.append(self._ask(request, step, max_new_tokens or self.max_new_tokens))
+            except _AwayError as error:
+                away = str(error)
+                results.append(PreviewResult.failed(request, step, away, self.backend_type))
+            except PreviewError as error:
+                results.append(PreviewResult.failed(request, step, str(error), self.backend_type))
+        return results
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    # ---- one prompt
+
+    def _ask(self, request: PreviewRequest, step: int, max_new_tokens: int) -> PreviewResult:
+        started = time.monotonic()
+        deadline = started + self.timeout
+        body: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": self.temperature,
+            "stop": list(self.stop),
+            "model_id": self.model_id,
+        }
+        if request.prompt_token_ids is not None:
+            body["prompt_token_ids"] = list(request.prompt_token_ids)
+        else:
+            body |= {"prompt": request.prompt, "system_prompt": self.system_prompt}
+        status, found = self._call("POST", "/generate", deadline, body)
+        if status == httpx.codes.ACCEPTED:
+            found = self._poll(found, deadline)
+        answer = self._parse(found)
+        seconds = answer.generation_time_sec or time.monotonic() - started
+        golden = request.golden_answer
+        is_comparable = golden is not None and self.compare is not None
+        return PreviewResult(
+            step=step,
+            prompt=request.prompt,
+            text=answer.text,
+            raw_text=answer.raw_text if answer.raw_text is not None else answer.text,
+            golden_answer=golden,
+            matches=self.compare(answer.text, golden) if is_comparable else None,  # type: ignore[misc, arg-type]
+            tokens_generated=answer.tokens_generated,
+            generation_time_sec=seconds,
+            tokens_per_sec=answer.tokens_per_sec or answer.tokens_generated / max(seconds, 1e-9),
+            finish_reason=answer.finish_reason,
+            weights_id=answer.weights_id,
+            backend_type=self.backend_type,
+            prompt_id=request.prompt_id,
+            held_out=request.held_out,
+        )
+
+    def _poll(self, found: Any, deadline: float) -> Any:
+        """Wait for a job; a job that is given up is cancelled."""
+        job_id = found.get("job_id") if isinstance(found, dict) else None
+        if not isinstance(job_id, str) or not job_id.replace("-", "").replace("_", "").isalnum():
+            raise PreviewError(f"{self.url} accepted the prompt but named no usable job_id.")
+        try:
+            while True:
+                wait = max(0, min(LONG_POLL_S, int(deadline - time.monotonic())))
+                _, job = self._call("GET", f"/jobs/{job_id}?wait={wait}", deadline)
+                state = job.get("status") if isinstance(job, dict) else None
+                if state in DONE:
+                    return job.get("result", job)
+                if state in FAILED:
+                    reason = str(job.get("error") or job.get("error_message") or state)[:300]
+                    raise PreviewError(f"{self.url}: the job failed: {reason}")
+                time.sleep(min(MIN_RETRY_S, max(deadline - time.monotonic(), 0)))
+        except PreviewError:
+            self._cancel(job_id)
+            raise
+
+    def _cancel(self, job_id: str) -> None:
+        try:
+            self._client.delete(f"/jobs/{job_id}", timeout=1.0)
+        except httpx.HTTPError:
+            return  # it is being given up because the server is slow or away: nothing more to do
+
+    def _parse(self, found: Any) -> _Answer:
+        try:
+            return _Answer.model_validate(found)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "the answer"
+            raise PreviewError(
+                f"{self.url} sent an answer of another shape ({field}: {first['msg']}); is it a "
+                "preview server of this program?"
+            ) from error
+
+    # ---- one HTTP exchange
+
+    def _call(
+        self, method: str, path: str, deadline: float, body: dict[str, Any] | None = None
+    ) -> tuple[int, Any]:
+        """Send a request until it is answered or the time is over; busy servers are asked again."""
+        while True:
+            status, headers, data = self._exchange(method, path, deadline, body)
+            if status not in (429, 503):
+                return status, self._decode(status, data)
+            pause = _retry_after(headers)
+            if time.monotonic() + pause >= deadline:
+                raise PreviewError(
+                    f"{self.url} is busy (HTTP {status}) and asks to come back in {pause:g} s, which "
+                    "is after monitoring.remote_3090_timeout."
+                )
+            time.sleep(pause)
+
+    def _exchange(
+        self, method: str, path: str, deadline: float, body: dict[str, Any] | None
+    ) -> tuple[int, httpx.Headers, bytes]:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise self._too_late()
+        timeout = httpx.Timeout(remaining, connect=min(CONNECT_TIMEOUT_S, remaining))
+        data = bytearray()
+        try:
+            with self._client.stream(method, path, json=body, timeout=timeout) as response:
+                for piece in response.iter_raw(64 * 1024):
+                    data += piece
+                    if len(data) > MAX_BODY:
+                        raise PreviewError(f"{self.url} sent more than {MAX_BODY} bytes; not read.")
+                    if time.monotonic() > deadline:  # a read time-out never sees a slow trickle
+                        raise self._too_late()
+                return response.status_code, response.headers, bytes(data)
+        except httpx.ConnectTimeout as error:
+            raise _AwayError(self._away_text("no connection in time")) from error
+        except httpx.TimeoutException as error:
+            raise self._too_late() from error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            raise _AwayError(self._away_text(f"{type(error).__name__}: {error}")) from error
+
+    def _decode(self, status: int, data: bytes) -> Any:
+        if 300 <= status < 400:
+            raise PreviewError(
+                f"{self.url} answers with a redirect (HTTP {status}), which is not followed; give "
+                "the server's own host and port."
+            )
+        if status in (401, 403):
+            raise PreviewError(
+                f"{self.url} refuses the key (HTTP {status}); set {KEY_VARIABLE} to the server's key."
+            )
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise PreviewError(
+                f"{self.url} answered HTTP {status} with something that is not JSON; is it a preview "
+                "server of this program?"
+            ) from error
+        if status >= 400:
+            detail = found.get("detail", found) if isinstance(found, dict) else found
+            raise PreviewError(
+                f"{self.url} refused the prompt (HTTP {status}): {str(detail)[:300]}"
+            )
+        return found
+
+    def _too_late(self) -> PreviewError:
+        return PreviewError(
+            f"{self.url} did not answer within {self.timeout:g} s (monitoring.remote_3090_timeout)."
+        )
+
+    def _away_text(self, cause: str) -> str:
+        return (
+            f"{self.url} cannot be reached ({cause}); is the preview server running there, and does "
+            "the firewall let it through? Training goes on."
+        )
+
+
+class _AwayError(PreviewError):
+    """Nobody is there: asking again in the same batch would only wait again."""
+
+
+def _retry_after(headers: httpx.Headers) -> float:
+    """Seconds of a Retry-After header, within reason; dates and garbage count as one second."""
+    try:
+        wanted = float(headers.get("retry-after", "1"))
+    except ValueError:
+        wanted = 1.0
+    return wanted if wanted == wanted and wanted >= MIN_RETRY_S else MIN_RETRY_S
