@@ -139,7 +139,7 @@ def test_the_final_model_loads_with_plain_transformers_and_says_the_same(
     model = AutoModelForCausalLM.from_pretrained(result.model_path)
     tokenizer = AutoTokenizer.from_pretrained(result.model_path)
     assert model.config.use_cache is True
-    last = [r for r in TrainingStatusReader(result.output_dir).previews() if r.step == 5][0]
+    last = next(r for r in TrainingStatusReader(result.output_dir).previews() if r.step == 5)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": last.prompt}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]

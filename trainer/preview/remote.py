@@ -206,8 +206,8 @@ class Remote3090Backend:
             pause = _retry_after(headers)
             if time.monotonic() + pause >= deadline:
                 raise PreviewError(
-                    f"{self.url} is busy (HTTP {status}) and asks to come back in {pause:g} s, which "
-                    "is after monitoring.remote_3090_timeout."
+                    f"{self.url} is busy (HTTP {status}) and asks to come back in {pause:g} s, "
+                    "which is after monitoring.remote_3090_timeout."
                 )
             time.sleep(pause)
 
@@ -221,7 +221,7 @@ class Remote3090Backend:
         data = bytearray()
         try:
             with self._client.stream(method, path, json=body, timeout=timeout) as response:
-                for piece in response.iter_raw(64 * 1024):
+                for piece in response.iter_raw():
                     data += piece
                     if len(data) > MAX_BODY:
                         raise PreviewError(f"{self.url} sent more than {MAX_BODY} bytes; not read.")
@@ -243,14 +243,15 @@ class Remote3090Backend:
             )
         if status in (401, 403):
             raise PreviewError(
-                f"{self.url} refuses the key (HTTP {status}); set {KEY_VARIABLE} to the server's key."
+                f"{self.url} refuses the key (HTTP {status}); "
+                f"set {KEY_VARIABLE} to the server's key."
             )
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise PreviewError(
-                f"{self.url} answered HTTP {status} with something that is not JSON; is it a preview "
-                "server of this program?"
+                f"{self.url} answered HTTP {status} with something that is not JSON; "
+                "is it a preview server of this program?"
             ) from error
         if status >= 400:
             detail = found.get("detail", found) if isinstance(found, dict) else found
@@ -266,8 +267,8 @@ class Remote3090Backend:
 
     def _away_text(self, cause: str) -> str:
         return (
-            f"{self.url} cannot be reached ({cause}); is the preview server running there, and does "
-            "the firewall let it through? Training goes on."
+            f"{self.url} cannot be reached ({cause}); is the preview server running there, "
+            "and does the firewall let it through? Training goes on."
         )
 
 
