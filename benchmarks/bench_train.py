@@ -229,7 +229,7 @@ def plain_arm(
         batch = collate([dataset[i] for i in order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]])
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = supervised_loss(model, model, batch) if supervised else full_loss(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -205,7 +205,7 @@ def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
         ResumeError: there is none.
     """
     _restore_retired(root)
-    problems = []
+    problems: list[str] = []
     for step in sorted(_steps(root), reverse=True):
         path = step_dir(root, step)
         try:

@@ -214,7 +214,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Any:
     targets: Any = section.target_modules
     config = LoraConfig(
         r=section.r,
-        lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
+        lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(section.modules_to_save) or None,

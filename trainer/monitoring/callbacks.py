@@ -245,6 +245,6 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
 def memory_gib() -> float:
     """Peak memory of the GPU that is used, or what the process holds now, in GiB."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated() / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30

@@ -16,7 +16,7 @@ def rng_preserved() -> Iterator[None]:
     """Restore the random state of Python, NumPy, torch and every initialised GPU."""
     python, numpy_state = random.getstate(), np.random.get_state()
     cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         yield
