@@ -37,8 +37,9 @@ from trainer.core.saving import save_final_model
 from trainer.core.signals import StoppedError, stop_on_signals
 from trainer.data.batches import EpochOrder, PadCollator
 from trainer.data.card import card_lines
-from trainer.data.dataset import RunData, prepare_data
+from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
+from trainer.data.prepare import prepare_data
 from trainer.errors import EXIT_USER_INPUT, ConfigError
 from trainer.models.load import (
     add_lora,
@@ -258,6 +259,7 @@ class TrainerEngine:
             seed=config.environment.seed,
             num_preview=config.monitoring.num_eval_samples,
             num_final=config.monitoring.final_eval_prompts,
+            offline=config.environment.offline,
         )
         run.set_data(data)
         run.durations_s["encoding"] = time.perf_counter() - started
