@@ -184,6 +184,21 @@ class TrainerEngine:
                 run.config, run.data, run.precision, estimate, self._num_steps(run.config)
             )
 
+    def inspect_data(self, config: TrainerConfig) -> RunData:
+        """The rows as a run would train on them; nothing is written but the cache of rows.
+
+        Raises:
+            TrainerError: what would also stop the run.
+        """
+        run = self._run = RunContext(config, Observers(self._extra_observers))
+        try:
+            self._check_config(config)
+            run.set_profile(get_profile(config.profile.name, dict(config.profile.options)))
+            self._fit_to_model(run.config)
+            return self._prepare_dataset(run.config, run.profile, run.tokenizer)
+        finally:
+            run.observers.close()
+
     def _prepare(self, config: TrainerConfig) -> RunData:
         """The steps before anything is written: they fail on the user's mistakes."""
         run = self._current

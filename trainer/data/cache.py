@@ -52,6 +52,11 @@ def default_cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "ultimate-trainer"
 
 
+def cache_folder(configured: str | None) -> Path:
+    """`data.cache_dir`, or the default where it is empty."""
+    return Path(configured).expanduser() if configured else default_cache_dir()
+
+
 @dataclass(frozen=True)
 class CacheEntry:
     """The file of one key, there or not."""

@@ -186,7 +186,7 @@ def encode_data(
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
         num_leaked=sum(item.key in train_keys for item in validation),
         mix=mix,
-        sample=_sample(encoder, train[0].example),
+        sample=marked_text(encoder.tokenizer, train[0].example.input_ids, train[0].example.labels),
     )
     return RunData(
         train=EncodedDataset([item.example for item in train]),
@@ -319,16 +319,17 @@ def _prompts(items: list[_Encoded], count: int, is_held_out: bool) -> tuple[Held
     return tuple(chosen.values())
 
 
-def _sample(encoder: RowEncoder, example: Example) -> tuple[tuple[str, bool], ...]:
-    """The row as decoded stretches of equal fate."""
+def marked_text(
+    tokenizer: Any, input_ids: list[int], labels: list[int]
+) -> tuple[tuple[str, bool], ...]:
+    """A row as decoded stretches of equal fate: (text, is trained)."""
     stretches: list[tuple[list[int], bool]] = []
-    for token, label in zip(example.input_ids, example.labels, strict=True):
+    for token, label in zip(input_ids, labels, strict=True):
         is_trained = label != IGNORE_INDEX
         if not stretches or stretches[-1][1] != is_trained:
             stretches.append(([], is_trained))
         stretches[-1][0].append(token)
-    decode = encoder.tokenizer.decode
     return tuple(
-        (decode(ids, clean_up_tokenization_spaces=False), is_trained)
+        (tokenizer.decode(ids, clean_up_tokenization_spaces=False), is_trained)
         for ids, is_trained in stretches
     )

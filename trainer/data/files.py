@@ -89,15 +89,13 @@ def _line_rows(path: Path) -> Iterator[RawRow]:
 
 def _lines(file: IO[bytes]) -> Iterator[bytes | BadRowError]:
     """Lines of bounded length; a longer one is skipped to its end and comes back as an error."""
-    while line := file.readline(MAX_LINE_BYTES):
-        if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) <= MAX_LINE_BYTES:
             yield line
             continue
         length = len(line)
-        while rest := file.readline(MAX_LINE_BYTES):
-            length += len(rest)
-            if rest.endswith(b"\n"):
-                break
+        while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+            length += len(line)
         yield BadRowError(
             f"the line has {length:,} bytes; a row may have {MAX_LINE_BYTES:,}", "line too long"
         )

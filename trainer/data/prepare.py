@@ -16,7 +16,7 @@ from trainer.data.cache import (
     CacheEntry,
     DamagedEntryError,
     NotCacheableError,
-    default_cache_dir,
+    cache_folder,
     find_entry,
 )
 from trainer.data.card import DataCard
@@ -96,14 +96,13 @@ def _find_entry(
     """The cache entry of these rows, or None and the reason."""
     if not section.cache:
         return None, "off (data.cache=false)"
-    folder = Path(section.cache_dir).expanduser() if section.cache_dir else default_cache_dir()
     parts = {
         **options,
         "section": section.model_dump(mode="json", exclude=NO_EFFECT),
         "files": [[source.name, source.content_hash()] for source in sources],
     }
     try:
-        return find_entry(folder, Path(sources[0].name).name, parts), ""
+        return find_entry(cache_folder(section.cache_dir), Path(sources[0].name).name, parts), ""
     except NotCacheableError as error:
         return None, f"not used: {error} cannot be told from another one"
 
