@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Encoded rows of tests must not fill the user's cache, nor be found by the next test run.
+_CACHE = tempfile.TemporaryDirectory(prefix="trainer_tests_")
+os.environ["ULTIMATE_TRAINER_CACHE"] = _CACHE.name
 
 CHATML_WITH_MARKERS = (
     "{%- for message in messages -%}"

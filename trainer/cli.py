@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "fine-tune a model: --dataset data.jsonl --model qwen3 --output outputs",
     "chat": "talk to the model of a finished run: trainer chat outputs",
     "export": "write a model folder from a run: trainer export outputs --merge",
+    "data": "inspect rows and their trained tokens; show or clear the cache",
     "models": "list the short names of models",
     "config": "show, explain, check or start a config file",
     "doctor": "print what this machine has and can do",

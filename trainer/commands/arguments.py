@@ -14,9 +14,23 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     Raises:
         ConfigError: an unknown flag, a missing or a wrong value.
     """
+    return _strict(parser).parse_args(argv)
 
+
+def parse_known(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the words that the parser knows, and return the others.
+
+    Raises:
+        ConfigError: a missing or a wrong value.
+    """
+    return _strict(parser).parse_known_args(argv)
+
+
+def _strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{parser.prog}: {message}; see `{parser.prog} --help`.")
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints and exits
-    return parser.parse_args(argv)
+    return parser

@@ -103,17 +103,31 @@ class DataSection(Section):
     """Which rows are trained on, and how they are read, split and batched."""
 
     dataset_path: str = ""
-    """JSONL or JSON file of rows. Flag: --dataset."""
-    format: Literal["auto", "messages", "question_answer", "prompt_completion"] = "auto"
-    """The rows' layout; `auto` looks at the first rows and says what it found."""
+    """File of rows (JSONL, JSON, CSV, TSV, Parquet; text kinds also as .gz), several of them with
+    commas between, or a hub id `owner/name` or `owner/name:split`. Flag: --dataset."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca"
+    ] = "auto"
+    """The rows' layout; `auto` looks at the first row of each file and says what it found."""
+    columns: dict[str, str] = {}
+    """Other names for the format's keys, such as `question=frage`: its key = the file's."""
+    weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
+    """How often the training rows of each file are used: 2 = twice, 0.5 = half of them, chosen by
+    content hash. Empty: once each."""
     validation_path: str | None = None
     """File of held-out rows. Empty: `validation_split` of the rows."""
     validation_split: Share = 0.05
     """Share of the rows held out, chosen by a hash of their content; 0 = none."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows of the file."""
+    """Use only the first rows of each file."""
     on_bad_row: Literal["strict", "skip"] = "strict"
     """`strict` stops and names the lines; `skip` leaves bad rows out, counts and lists them."""
+    max_bad_rows: Interval | None = None
+    """With `skip`: stop when more rows than this are bad. Empty: any number."""
+    cache: bool = True
+    """Keep encoded rows on disk; the next start with the same files and options reads them."""
+    cache_dir: str | None = None
+    """Folder of encoded rows. Empty: `ultimate-trainer` in $XDG_CACHE_HOME or ~/.cache."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True
@@ -125,6 +139,11 @@ class DataSection(Section):
             raise ValueError(
                 "group_by_length=true changes the order of rows, shuffle=false keeps it; "
                 "set one of them only"
+            )
+        if self.max_bad_rows is not None and self.on_bad_row == "strict":
+            raise ValueError(
+                "max_bad_rows limits what on_bad_row=skip leaves out, and on_bad_row is strict; "
+                "set on_bad_row=skip or leave max_bad_rows empty"
             )
         return self
 

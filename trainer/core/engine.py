@@ -37,8 +37,9 @@ from trainer.core.saving import save_final_model
 from trainer.core.signals import StoppedError, stop_on_signals
 from trainer.data.batches import EpochOrder, PadCollator
 from trainer.data.card import card_lines
-from trainer.data.dataset import RunData, prepare_data
+from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
+from trainer.data.prepare import prepare_data
 from trainer.errors import EXIT_USER_INPUT, ConfigError
 from trainer.models.load import (
     add_lora,
@@ -183,6 +184,21 @@ class TrainerEngine:
                 run.config, run.data, run.precision, estimate, self._num_steps(run.config)
             )
 
+    def inspect_data(self, config: TrainerConfig) -> RunData:
+        """The rows as a run would train on them; nothing is written but the cache of rows.
+
+        Raises:
+            TrainerError: what would also stop the run.
+        """
+        run = self._run = RunContext(config, Observers(self._extra_observers))
+        try:
+            self._check_config(config)
+            run.set_profile(get_profile(config.profile.name, dict(config.profile.options)))
+            self._fit_to_model(run.config)
+            return self._prepare_dataset(run.config, run.profile, run.tokenizer)
+        finally:
+            run.observers.close()
+
     def _prepare(self, config: TrainerConfig) -> RunData:
         """The steps before anything is written: they fail on the user's mistakes."""
         run = self._current
@@ -258,6 +274,7 @@ class TrainerEngine:
             seed=config.environment.seed,
             num_preview=config.monitoring.num_eval_samples,
             num_final=config.monitoring.final_eval_prompts,
+            offline=config.environment.offline,
         )
         run.set_data(data)
         run.durations_s["encoding"] = time.perf_counter() - started

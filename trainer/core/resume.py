@@ -30,6 +30,8 @@ FREE_KEYS = frozenset(
         "data.dataset_path",
         "data.validation_path",
         "data.max_rows",
+        "data.cache",
+        "data.cache_dir",
     }
 )
 """May change: paths, because the rows themselves are compared; lengths of the run, recorded."""

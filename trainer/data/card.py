@@ -41,6 +41,10 @@ class DataCard:
     """Rows whose content occurs earlier in the file."""
     num_leaked: int = 0
     """Validation rows whose content is also trained on (only with data.validation_path)."""
+    mix: str = ""
+    """How often the training rows of each file are used; empty: once each."""
+    cache: str = ""
+    """Whether the encoded rows were read from the cache, or why not."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -93,10 +97,14 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         ("mask", card.template),
         ("system prompt", _system_text(card)),
     ]
+    if card.mix:
+        lines.append(("weights", card.mix))
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
     if card.num_leaked:
         lines.append(("leak", f"{card.num_leaked:,} validation rows are also trained on"))
+    if card.cache:
+        lines.append(("cache", card.cache))
     return lines
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from torch.utils.data import Dataset
 from trainer.config.schema import DataSection
 from trainer.data.card import DataCard
 from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
-from trainer.data.formats import BadRowError, Row, RowErrors, read_rows
+from trainer.data.rows import BadRowError, Row, RowErrors
+from trainer.data.sources import Source, read_sources
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
 
@@ -29,6 +29,19 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self._ids = _flat([example.input_ids for example in examples])
         self._labels = _flat([example.labels for example in examples])
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray[Any, Any]]) -> EncodedDataset:
+        """The dataset that `as_arrays` was called on."""
+        dataset = cls([])
+        dataset._starts, dataset._ids = arrays["starts"], arrays["ids"]
+        dataset._labels = arrays["labels"]
+        dataset.lengths = np.diff(dataset._starts).tolist()
+        return dataset
+
+    def as_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All rows: ids and labels end to end, and where each row starts."""
+        return {"starts": self._starts, "ids": self._ids, "labels": self._labels}
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -96,8 +109,10 @@ class _Encoded:
     example: Example
 
 
-def prepare_data(
+def encode_data(
     section: DataSection,
+    sources: list[Source],
+    validation_sources: list[Source],
     *,
     profile: DataProfile,
     encoder: RowEncoder,
@@ -107,10 +122,12 @@ def prepare_data(
     num_preview: int,
     num_final: int = 0,
 ) -> RunData:
-    """Read the files of section `data` and encode every row.
+    """Read the sources and encode every row.
 
     Args:
-        section: paths, format, split and policy.
+        section: format, split and policy.
+        sources: of the training rows.
+        validation_sources: of `data.validation_path`; empty: some training rows are held out.
         profile: rewrites the rows.
         encoder: tokenizer, template and max_length.
         system_prompt: system turn of rows that bring none.
@@ -122,12 +139,10 @@ def prepare_data(
         DataError: missing file, bad rows under `strict`, or nothing to train.
         ConfigError: a configured system prompt that no row would use.
     """
-    path = Path(section.dataset_path)
-    errors = RowErrors(section.on_bad_row)
-    rows, format_name = read_rows(path, section.format, errors, section.max_rows)
-    validation_rows: list[Row] = []
-    if section.validation_path is not None:
-        validation_rows, _ = read_rows(Path(section.validation_path), section.format, errors, None)
+    path = section.dataset_path
+    errors = RowErrors(section.on_bad_row, section.max_bad_rows)
+    rows, format_name = read_sources(sources, section, errors, max_rows=section.max_rows)
+    validation_rows, _ = read_sources(validation_sources, section, errors, max_rows=None)
     num_own = sum(row.messages[0]["role"] == "system" for row in rows)
     if is_prompt_configured and rows and num_own == len(rows):
         raise ConfigError(
@@ -145,10 +160,11 @@ def prepare_data(
             f"({'; '.join(errors.errors[:3])})."
         )
     train_keys = {item.key for item in train}
+    train, mix = _weighted(sources, train)
     prompts = sorted(validation or train, key=lambda item: item.key)
     everything = [*train, *validation]
     card = DataCard(
-        dataset_path=str(path),
+        dataset_path=path,
         format=format_name,
         template=encoder.template.source,
         profile=profile.name,
@@ -169,7 +185,8 @@ def prepare_data(
         num_own_system=num_own,
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
         num_leaked=sum(item.key in train_keys for item in validation),
-        sample=_sample(encoder, train[0].example),
+        mix=mix,
+        sample=marked_text(encoder.tokenizer, train[0].example.input_ids, train[0].example.labels),
     )
     return RunData(
         train=EncodedDataset([item.example for item in train]),
@@ -181,9 +198,7 @@ def prepare_data(
         encoder=encoder,
         system_prompt=system_prompt,
         file_hashes={
-            name: _file_hash(Path(name))
-            for name in (section.dataset_path, section.validation_path)
-            if name is not None
+            source.name: source.content_hash() for source in [*sources, *validation_sources]
         },
     )
 
@@ -263,6 +278,28 @@ def _split(
     return train, validation, f"{share} of the rows, by content hash and seed {seed}"
 
 
+def _weighted(sources: list[Source], train: list[_Encoded]) -> tuple[list[_Encoded], str]:
+    """The training rows as often as data.weights says, and that in words."""
+    if all(source.weight == 1 for source in sources):
+        return train, ""
+    chosen: list[_Encoded] = []
+    words = []
+    for number, source in enumerate(sources):
+        own = [item for item in train if item.row.source == number]
+        times, share = divmod(source.weight, 1)
+        # Which rows are in the part: by content, so that the order of the file does not matter.
+        by_key = sorted(range(len(own)), key=lambda index: (own[index].key, index))
+        part = sorted(by_key[: round(share * len(own))])
+        used = own * int(times) + [own[index] for index in part]
+        words.append(f"{source.name} x {source.weight:g} ({len(own):,} -> {len(used):,} rows)")
+        chosen += used
+    if not chosen:
+        raise DataError(
+            f"data.weights leaves no training row ({', '.join(words)}); raise a weight."
+        )
+    return chosen, ", ".join(words)
+
+
 def _prompts(items: list[_Encoded], count: int, is_held_out: bool) -> tuple[HeldOutPrompt, ...]:
     """The first `count` distinct prompts."""
     source = "validation" if is_held_out else "train"
@@ -282,21 +319,17 @@ def _prompts(items: list[_Encoded], count: int, is_held_out: bool) -> tuple[Held
     return tuple(chosen.values())
 
 
-def _sample(encoder: RowEncoder, example: Example) -> tuple[tuple[str, bool], ...]:
-    """The row as decoded stretches of equal fate."""
+def marked_text(
+    tokenizer: Any, input_ids: list[int], labels: list[int]
+) -> tuple[tuple[str, bool], ...]:
+    """A row as decoded stretches of equal fate: (text, is trained)."""
     stretches: list[tuple[list[int], bool]] = []
-    for token, label in zip(example.input_ids, example.labels, strict=True):
+    for token, label in zip(input_ids, labels, strict=True):
         is_trained = label != IGNORE_INDEX
         if not stretches or stretches[-1][1] != is_trained:
             stretches.append(([], is_trained))
         stretches[-1][0].append(token)
-    decode = encoder.tokenizer.decode
     return tuple(
-        (decode(ids, clean_up_tokenization_spaces=False), is_trained)
+        (tokenizer.decode(ids, clean_up_tokenization_spaces=False), is_trained)
         for ids, is_trained in stretches
     )
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

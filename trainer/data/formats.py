@@ -1,158 +1,111 @@
-"""File rows (messages, question/answer, prompt/completion) -> messages; errors say file:line."""
+"""Rows -> messages, for every layout we know; errors say file:line. Reading is in `files.py`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.files import RawRow, raw_rows
+from trainer.data.rows import MAX_ERRORS_SHOWN, BadRowError, Row, RowErrors
+from trainer.data.turns import check_messages, from_sharegpt, from_turns, take, take_text
 from trainer.errors import DataError
 from trainer.profiles import Message
 
-KNOWN_ROLES = ("system", "user", "assistant")
-MAX_ERRORS_SHOWN = 20
+__all__ = [
+    "FORMATS",
+    "MAX_ERRORS_SHOWN",
+    "BadRowError",
+    "Format",
+    "Row",
+    "RowErrors",
+    "check_messages",
+    "detect_format",
+    "read_rows",
+    "to_rows",
+]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a file."""
+class Format:
+    """A layout of rows."""
 
-    where: str
-    """`file:line` for JSONL, `file[index]` for a JSON array."""
-    index: int
-    """Position in the file from 0, bad rows counted."""
-    messages: list[Message]
-
-
-@dataclass
-class RowErrors:
-    """Rows that could not be used, and why."""
-
-    policy: str
-    """`strict` or `skip` (data.on_bad_row)."""
-    errors: list[str] = field(default_factory=list)
-    reasons: dict[str, int] = field(default_factory=dict)
-
-    def add(self, where: str, message: str, reason: str) -> None:
-        """Note one bad row."""
-        self.errors.append(f"{where}: {message}")
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-
-    def raise_if_strict(self) -> None:
-        """Stop with the first 20 errors when the policy says so.
-
-        Raises:
-            DataError: there is a bad row and the policy is strict.
-        """
-        if not self.errors or self.policy != "strict":
-            return
-        shown = "\n  ".join(self.errors[:MAX_ERRORS_SHOWN])
-        more = len(self.errors) - MAX_ERRORS_SHOWN
-        tail = f"\n  ... and {more} more" if more > 0 else ""
-        raise DataError(
-            f"{len(self.errors)} bad rows:\n  {shown}{tail}\n"
-            "Mend them, or set data.on_bad_row=skip to leave them out and count them."
-        )
-
-
-class BadRowError(ValueError):
-    """One row is wrong; `reason` is the short name under which it is counted."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        """Keep the message for the user and the reason for the count."""
-        super().__init__(message)
-        self.reason = reason
+    keys: frozenset[str]
+    """Keys that a row of this layout must have; they also tell it from the others."""
+    optional: frozenset[str]
+    """Keys that are used where they are."""
+    convert: Callable[[dict[str, Any]], list[Message]]
 
 
 def read_rows(
-    path: Path, format_name: str, errors: RowErrors, max_rows: int | None
+    path: Path,
+    format_name: str,
+    errors: RowErrors,
+    max_rows: int | None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    first_index: int = 0,
+    source: int = 0,
 ) -> tuple[list[Row], str]:
-    """Read a JSONL or JSON file.
+    """Read one file.
 
     Args:
-        path: the file; `.json` may hold an array of rows or be JSONL.
+        path: of a kind that `files.py` reads.
         format_name: `auto` or one of FORMATS.
         errors: receives the bad rows.
         max_rows: read no more than this many rows, bad ones counted.
+        columns: a format's key -> the file's name for it.
+        first_index: index of the first row.
+        source: which of the run's files this is.
     Returns:
         The rows in file order and the name of their format.
     Raises:
-        DataError: the file is missing, empty, not UTF-8 text, or of no known format.
+        DataError: the file is missing, empty or damaged.
     """
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise DataError(f"{path}: {what}. Give a JSONL or JSON file with --dataset.")
+    return to_rows(
+        raw_rows(path),
+        str(path),
+        format_name,
+        errors,
+        max_rows,
+        columns=columns,
+        first_index=first_index,
+        source=source,
+    )
+
+
+def to_rows(
+    raw: Iterable[RawRow],
+    name: str,
+    format_name: str,
+    errors: RowErrors,
+    max_rows: int | None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    first_index: int = 0,
+    source: int = 0,
+) -> tuple[list[Row], str]:
+    """Turn raw rows of the file called `name` into messages; the rest is as in `read_rows`."""
     rows: list[Row] = []
-    convert: Callable[[dict[str, Any]], list[Message]] | None = None
+    known = None if format_name == "auto" else format_name
     count = 0
-    for index, (where, parsed) in enumerate(_raw_rows(path)):
-        if max_rows is not None and index >= max_rows:
+    for index, (where, parsed) in enumerate(raw, start=first_index):
+        if max_rows is not None and count >= max_rows:
             break
         count += 1
         try:
             if isinstance(parsed, BadRowError):
                 raise parsed
-            row = _as_object(parsed)
-            if convert is None:
-                format_name = detect_format(row) if format_name == "auto" else format_name
-                convert = FORMATS[format_name]
-            rows.append(Row(where, index, check_messages(convert(row))))
+            row = _renamed(_as_object(parsed), columns or {})
+            known = known or detect_format(row)
+            _refuse_change(row, known, is_found=format_name == "auto")
+            rows.append(Row(where, index, check_messages(FORMATS[known].convert(row)), source))
         except BadRowError as error:
             errors.add(where, str(error), error.reason)
     if count == 0:
-        raise DataError(f"{path}: the file is empty. Give a file with at least one row.")
-    return rows, format_name
-
-
-def _raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (where, parsed JSON or BadRowError) of each row; blank lines are no rows."""
-    if path.suffix == ".json" and _first_byte(path) == b"[":
-        yield from _array_rows(path)
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a UTF-8 BOM is not part of the row
-            if line.strip():
-                yield f"{path}:{number}", _parse_line(line)
-
-
-def _first_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
-def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    parsed = _parse_line(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-    if isinstance(parsed, BadRowError):
-        raise DataError(f"{path}: {parsed}. A .json file must be one array of rows, or JSONL.")
-    for index, row in enumerate(parsed):
-        yield f"{path}[{index}]", row
-
-
-def _parse_line(line: bytes) -> Any:
-    """Parse strict JSON; what is wrong comes back as a BadRowError value."""
-    try:
-        return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        return BadRowError(f"not UTF-8 text (byte {error.start} of the line)", "not UTF-8")
-    except json.JSONDecodeError as error:
-        at = (
-            f"line {error.lineno} column {error.colno}"
-            if error.lineno > 1
-            else f"column {error.colno}"
-        )
-        return BadRowError(f"not valid JSON: {error.msg} at {at}", "not JSON")
-    except RecursionError:
-        return BadRowError("not usable JSON: nested too deeply", "not JSON")
-    except BadRowError as error:
-        return error
-
-
-def _refuse_constant(name: str) -> None:
-    raise BadRowError(f"not valid JSON: {name} is no JSON number", "not JSON")
+        raise DataError(f"{name}: the file is empty. Give a file with at least one row.")
+    return rows, known or format_name
 
 
 def _as_object(parsed: Any) -> dict[str, Any]:
@@ -165,105 +118,132 @@ def _as_object(parsed: Any) -> dict[str, Any]:
     return parsed
 
 
+def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's own keys."""
+    renamed = {key: value for key, value in row.items() if key not in columns}
+    for key, column in columns.items():
+        if column not in row:
+            raise BadRowError(
+                f"row has no {column!r}, which data.columns names for {key!r}; "
+                f"found keys {sorted(row)}",
+                f"no {column}",
+            )
+        renamed.pop(column, None)
+    return renamed | {key: row[column] for key, column in columns.items()}
+
+
 def detect_format(row: dict[str, Any]) -> str:
     """Name the format of a row by its keys.
 
     Raises:
         BadRowError: no format has these keys.
     """
-    for name, keys in FORMAT_KEYS.items():
-        if keys <= set(row):
+    for name, known in FORMATS.items():
+        if known.keys <= set(row):
             return name
-    wanted = "; ".join(f"{' and '.join(sorted(keys))}" for keys in FORMAT_KEYS.values())
+    wanted = "; ".join(" and ".join(sorted(known.keys)) for known in FORMATS.values())
     raise BadRowError(
-        f"row has the keys {sorted(row)}; it needs one of: {wanted}", "no known format"
+        f"row has the keys {sorted(row)}; it needs one of: {wanted} "
+        "(data.columns maps other names to these)",
+        "no known format",
     )
 
 
+def _refuse_change(row: dict[str, Any], name: str, *, is_found: bool) -> None:
+    """A row of another layout than the file's is named as that, not as a row with holes."""
+    if FORMATS[name].keys <= set(row):
+        return
+    others = [other for other, known in FORMATS.items() if known.keys <= set(row)]
+    if others:
+        why = "as its first row says" if is_found else "as data.format says"
+        raise BadRowError(
+            f"row is of format {others[0]!r}, but the file is {name!r}, {why}; "
+            "put rows of one format into a file",
+            "another format",
+        )
+
+
 def _from_messages(row: dict[str, Any]) -> list[Message]:
-    turns = _take(row, "messages", list)
-    messages = []
-    for position, turn in enumerate(turns):
-        if not isinstance(turn, dict):
+    _refuse_tools(row)
+    return from_turns(take(row, "messages", list), "messages")
+
+
+def _from_sharegpt(row: dict[str, Any]) -> list[Message]:
+    _refuse_tools(row)
+    turns = from_sharegpt(take(row, "conversations", list))
+    return [*_system_turn(row), *turns]
+
+
+def _from_alpaca(row: dict[str, Any]) -> list[Message]:
+    """`input` is put under `instruction`; `history` holds earlier [question, answer] pairs."""
+    question = take_text(row, "instruction")
+    extra = row.get("input")
+    if extra is not None and take_text(row, "input").strip():
+        question = f"{question}\n\n{extra}"
+    turns = _system_turn(row)
+    for position, pair in enumerate(row.get("history") or []):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
+        ):
             raise BadRowError(
-                f"messages[{position}] is a {type(turn).__name__}; it must be an object with "
-                "role and content",
-                "broken messages",
+                f"history[{position}] must be a pair of texts, [question, answer]",
+                "broken history",
             )
-        extra = sorted(set(turn) - {"role", "content", "name"})
-        if any(turn[key] for key in extra):
-            raise BadRowError(
-                f"messages[{position}] has {extra}, which this version cannot train on; "
-                "it takes role and content",
-                "unsupported turn",
-            )
-        messages.append(Message(role=_take(turn, "role", str), content=_take(turn, "content", str)))
-    return messages
+        turns += _two_turns(*pair)
+    return [*turns, *_two_turns(question, take_text(row, "output"))]
 
 
 def _from_question_answer(row: dict[str, Any]) -> list[Message]:
-    return _two_turns(_take(row, "question", str), _take(row, "answer", str))
+    turns = _two_turns(take_text(row, "question"), take_text(row, "answer"))
+    return [*_system_turn(row), *turns]
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
-    return _two_turns(_take(row, "prompt", str), _take(row, "completion", str))
+    """Both are texts, or both are lists of turns, of which the completion's are trained."""
+    if not isinstance(row.get("prompt"), list):
+        return _two_turns(take_text(row, "prompt"), take_text(row, "completion"))
+    _refuse_tools(row)
+    prompt = from_turns(row["prompt"], "prompt")
+    if any(turn["role"] == "assistant" for turn in prompt):
+        raise BadRowError(
+            "'prompt' holds an assistant turn, which would be trained like the completion; "
+            "use the format 'messages' if it should be, else take it out",
+            "assistant turn in prompt",
+        )
+    return [*prompt, *from_turns(take(row, "completion", list), "completion")]
 
 
 def _two_turns(user: str, assistant: str) -> list[Message]:
     return [Message(role="user", content=user), Message(role="assistant", content=assistant)]
 
 
-def _take(row: dict[str, Any], key: str, kind: type) -> Any:
-    if key not in row:
-        raise BadRowError(f"row has no {key!r}; found keys {sorted(row)}", f"no {key}")
-    value = row[key]
-    if not isinstance(value, kind):
+def _system_turn(row: dict[str, Any]) -> list[Message]:
+    """The row's own system prompt; none where the key is missing or empty."""
+    if row.get("system") is None or not take_text(row, "system").strip():
+        return []
+    return [Message(role="system", content=row["system"])]
+
+
+def _refuse_tools(row: dict[str, Any]) -> None:
+    if row.get("tools"):
         raise BadRowError(
-            f"{key!r} is {type(value).__name__}; it must be {kind.__name__}", f"{key} of wrong type"
+            "row has 'tools', which this version cannot train on; take them out", "unsupported row"
         )
-    return value
 
 
-def check_messages(messages: list[Message]) -> list[Message]:
-    """Refuse conversations that cannot be trained on.
-
-    Raises:
-        BadRowError: unknown role, system turn not first, no assistant turn, or an empty one.
-    """
-    for position, turn in enumerate(messages):
-        if turn["role"] not in KNOWN_ROLES:
-            raise BadRowError(
-                f"messages[{position}] has role {turn['role']!r}; known: {', '.join(KNOWN_ROLES)}",
-                "unknown role",
-            )
-        if turn["role"] == "system" and position > 0:
-            raise BadRowError(
-                f"messages[{position}] is a system turn; it must be the first",
-                "system turn not first",
-            )
-    roles = [turn["role"] for turn in messages]
-    if "assistant" not in roles:
-        raise BadRowError(
-            f"row has no assistant turn, so nothing to train; its roles: {roles}",
-            "no assistant turn",
-        )
-    if "user" not in roles[: roles.index("assistant")]:
-        raise BadRowError(
-            f"row has no user turn before the first assistant turn; its roles: {roles}",
-            "no user turn first",
-        )
-    if any(not turn["content"].strip() for turn in messages if turn["role"] == "assistant"):
-        raise BadRowError("an assistant turn is empty, so nothing to train", "empty assistant turn")
-    return messages
-
-
-FORMATS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
-    "messages": _from_messages,
-    "question_answer": _from_question_answer,
-    "prompt_completion": _from_prompt_completion,
+FORMATS: dict[str, Format] = {
+    "messages": Format(frozenset({"messages"}), frozenset(), _from_messages),
+    "sharegpt": Format(frozenset({"conversations"}), frozenset({"system"}), _from_sharegpt),
+    "question_answer": Format(
+        frozenset({"question", "answer"}), frozenset({"system"}), _from_question_answer
+    ),
+    "prompt_completion": Format(
+        frozenset({"prompt", "completion"}), frozenset(), _from_prompt_completion
+    ),
+    "alpaca": Format(
+        frozenset({"instruction", "output"}),
+        frozenset({"input", "system", "history"}),
+        _from_alpaca,
+    ),
 }
-FORMAT_KEYS: dict[str, frozenset[str]] = {
-    "messages": frozenset({"messages"}),
-    "question_answer": frozenset({"question", "answer"}),
-    "prompt_completion": frozenset({"prompt", "completion"}),
-}
+"""The layouts by name, in the order in which they are looked for."""

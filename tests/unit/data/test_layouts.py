@@ -1,0 +1,142 @@
+"""Alpaca, sharegpt and turn lists become messages; renamed columns; a change of format is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config.schema import DataSection
+from trainer.data.formats import RowErrors, read_rows
+from trainer.data.rows import Row
+from trainer.data.sources import find_sources, read_sources
+from trainer.errors import ConfigError
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def read(path: Path, name: str = "auto", **options: Any) -> tuple[list[Row], str, RowErrors]:
+    errors = RowErrors("strict")
+    rows, found = read_rows(path, name, errors, None, **options)
+    return rows, found, errors
+
+
+LAYOUTS = {
+    "alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "S", "id": 7},
+        turns(("system", "S"), ("user", "Add.\n\n1 2"), ("assistant", "3")),
+    ),
+    "alpaca without input": (
+        {"instruction": "Hi", "input": "", "output": "Ho", "system": None},
+        turns(("user", "Hi"), ("assistant", "Ho")),
+    ),
+    "alpaca with history": (
+        {"instruction": "c", "output": "d", "history": [["a", "b"]]},
+        turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
+    ),
+    "sharegpt": (
+        {
+            "system": "S",
+            "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        },
+        turns(("system", "S"), ("user", "a"), ("assistant", "b")),
+    ),
+    "prompt_completion of turns": (
+        {"prompt": turns(("system", "S"), ("user", "a")), "completion": turns(("assistant", "b"))},
+        turns(("system", "S"), ("user", "a"), ("assistant", "b")),
+    ),
+    "question_answer with system": (
+        {"question": "a", "answer": "b", "system": "S"},
+        turns(("system", "S"), ("user", "a"), ("assistant", "b")),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_each_layout_is_found_and_becomes_these_messages(
+    write_rows: Callable[..., Path], case: str
+) -> None:
+    row, wanted = LAYOUTS[case]
+    rows, found, errors = read(write_rows([row]))
+    assert not errors.errors
+    assert found == case.split(" ")[0]
+    assert rows[0].messages == wanted
+
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+REFUSED = {
+    "speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "from 'narrator'"),
+    "sharegpt tools": ({"conversations": [], "tools": "[1]"}, "'tools'"),
+    "two systems": (
+        {"system": "S", "conversations": [{"from": "system", "value": "T"}]},
+        "must be the first",
+    ),
+    "weight 0": ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "weight"),
+    "history": ({"instruction": "a", "output": "b", "history": ["x"]}, "history[0]"),
+    "input": ({"instruction": "a", "output": "b", "input": 3}, "'input' is int"),
+    "prompt with answers": (
+        {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
+        "assistant turn",
+    ),
+    "mixed prompt": ({"prompt": [USER], "completion": "a"}, "'completion' is str"),
+    "nothing to train": ({"instruction": "a", "output": ""}, "empty"),
+    "no turns": ({"messages": []}, "no assistant turn"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_layout_does_not_allow_is_a_bad_row_with_its_reason(
+    write_rows: Callable[..., Path], case: str
+) -> None:
+    row, reason = REFUSED[case]
+    path = write_rows([row])
+    rows, _, errors = read(path)
+    assert not rows
+    assert errors.errors[0].startswith(f"{path}:1: ")
+    assert reason in errors.errors[0]
+
+
+def test_a_weight_of_one_changes_nothing(write_rows: Callable[..., Path]) -> None:
+    rows, _, errors = read(write_rows([{"messages": [USER, {**ASSISTANT, "weight": 1}]}]))
+    assert not errors.errors
+    assert rows[0].messages == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize("name", ["auto", "question_answer"])
+def test_a_row_of_another_format_is_an_error_at_that_row(
+    write_rows: Callable[..., Path], name: str
+) -> None:
+    good = {"question": "q", "answer": "a"}
+    path = write_rows([good, {"instruction": "i", "output": "o"}, good])
+    rows, _, errors = read(path, name)
+    assert len(rows) == 2
+    assert len(errors.errors) == 1
+    assert errors.errors[0].startswith(f"{path}:2: row is of format 'alpaca'")
+
+
+def test_columns_rename_and_missing_ones_are_named(write_rows: Callable[..., Path]) -> None:
+    path = write_rows([{"frage": "q", "answer": "a"}, {"question": "q", "answer": "a"}])
+    rows, found, errors = read(path, columns={"question": "frage"})
+    assert found == "question_answer"
+    assert rows[0].messages == turns(("user", "q"), ("assistant", "a"))
+    assert errors.errors[0].startswith(f"{path}:2: row has no 'frage'")
+
+
+def test_columns_may_swap_two_names(write_rows: Callable[..., Path]) -> None:
+    path = write_rows([{"question": "a", "answer": "q"}])
+    rows, _, _ = read(path, columns={"question": "answer", "answer": "question"})
+    assert rows[0].messages == turns(("user", "q"), ("assistant", "a"))
+
+
+def test_a_column_for_a_key_that_the_format_lacks_is_an_error(
+    write_rows: Callable[..., Path],
+) -> None:
+    path = str(write_rows([{"question": "q", "answer": "a", "x": "y"}]))
+    section = DataSection(dataset_path=path, columns={"output": "x"})
+    with pytest.raises(ConfigError, match="'output'"):
+        read_sources(find_sources(path), section, RowErrors("strict"), max_rows=None)

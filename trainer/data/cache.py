@@ -1,0 +1,263 @@
+"""Encoded rows on disk, found again by everything that decides them; never by time or name.
+
+A file is the sha256 of the rest, and the rest an .npz (no pickle): flat arrays and one JSON text.
+What cannot be described exactly (a profile without source code) is not cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import secrets
+import sys
+import types
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from trainer import __version__
+from trainer.profiles import DataProfile
+
+SUFFIX = ".cache"
+TEMPORARY = ".tmp"
+DIGEST_BYTES = 32
+LIBRARIES = ("transformers", "tokenizers", "trl", "jinja2")
+OWN_PACKAGES = ("data", "profiles")
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class NotCacheableError(Exception):
+    """Something that decides the rows has no exact description."""
+
+
+class DamagedEntryError(Exception):
+    """A cache file whose content is not what was written."""
+
+
+def default_cache_dir() -> Path:
+    """$ULTIMATE_TRAINER_CACHE, else `ultimate-trainer` in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("ULTIMATE_TRAINER_CACHE")
+    if own:
+        return Path(own)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "ultimate-trainer"
+
+
+def cache_folder(configured: str | None) -> Path:
+    """`data.cache_dir`, or the default where it is empty."""
+    return Path(configured).expanduser() if configured else default_cache_dir()
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """The file of one key, there or not."""
+
+    path: Path
+
+    def load(self) -> Arrays | None:
+        """Its arrays; None where there is no file.
+
+        Raises:
+            DamagedEntryError: it cannot be read, or its content is not what was written.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DamagedEntryError(str(error.strerror)) from error
+        digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.sha256(body).digest() != digest:
+            raise DamagedEntryError("its checksum is wrong")
+        with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def store(self, arrays: Arrays) -> None:
+        """Write the file in one step: it is whole, or not there.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        buffer = io.BytesIO()
+        # mypy: savez takes arrays by any name, and its other options are not among ours.
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        body = buffer.getvalue()
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(hashlib.sha256(body).digest())
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def find_entry(folder: Path, label: str, parts: dict[str, Any]) -> CacheEntry:
+    """The entry of everything that decides the rows.
+
+    Args:
+        folder: of the cache.
+        label: for people, such as the data file's name.
+        parts: plain values, and objects that `describe` knows.
+    Raises:
+        NotCacheableError: one of them has no exact description.
+    """
+    described = describe({**parts, "code": own_code_hash(), "versions": library_versions()})
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    safe = re.sub(r"[^\w.-]", "_", label)[:40]
+    return CacheEntry(folder / f"{safe}-{key[:40]}{SUFFIX}")
+
+
+def entries(folder: Path) -> list[Path]:
+    """All cache files, and what killed processes left, by name."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (SUFFIX, TEMPORARY))
+
+
+# ---- what decides the rows, as plain values
+
+
+def describe(value: Any) -> Any:
+    """Everything about a value that can change the rows, as plain JSON values.
+
+    Raises:
+        NotCacheableError: a value of a kind that is not known here.
+    """
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, dict):
+        return {str(key): describe(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted((describe(part) for part in value), key=repr)
+    if isinstance(value, re.Pattern):
+        return [value.pattern, value.flags]
+    if hasattr(value, "backend_tokenizer"):
+        return tokenizer_hash(value)
+    if isinstance(value, DataProfile):
+        return describe_profile(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return _describe_own(value)
+
+
+def _describe_own(value: Any) -> Any:
+    """Objects and functions of this package: its code is in the key, their values follow."""
+    if isinstance(value, types.FunctionType) and value.__closure__ is None:
+        if value.__module__.startswith("trainer."):
+            return f"{value.__module__}.{value.__qualname__}"
+    elif type(value).__module__.startswith("trainer."):
+        if is_dataclass(value):
+            parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        else:
+            parts = dict(vars(value))
+        return [type(value).__qualname__, describe(parts)]
+    raise NotCacheableError(f"a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of the tokenizer's rules, its template and its special tokens."""
+    parts = {
+        "class": type(tokenizer).__qualname__,
+        "rules": tokenizer.backend_tokenizer.to_str(),
+        "template": tokenizer.chat_template,
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "added": {
+            index: [token.content, token.special]
+            for index, token in tokenizer.added_tokens_decoder.items()
+        },
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def describe_profile(profile: DataProfile) -> Any:
+    """Name, options and code of a profile.
+
+    The code is every source file that can be reached from the module of the class through what
+    its modules import, as far as it is neither installed nor the standard library's; the class's
+    own file always counts.
+
+    Raises:
+        NotCacheableError: the class has no source file.
+    """
+    cls = type(profile)
+    hashes: dict[str, str] = {}
+    for base in cls.__mro__:
+        if not base.__module__.startswith("trainer.") and base is not object:
+            _add_sources(sys.modules.get(base.__module__), hashes, is_wanted=True)
+    return [cls.__module__, cls.__qualname__, describe(profile.options), hashes]
+
+
+def _add_sources(
+    module: types.ModuleType | None, hashes: dict[str, str], *, is_wanted: bool
+) -> None:
+    """Hash a module's file and follow its names to the modules that they come from."""
+    name = getattr(module, "__name__", "?")
+    path = _source_file(module)
+    if path is None:
+        if is_wanted:
+            raise NotCacheableError(f"profile code without a source file (module {name})")
+        return
+    if name in hashes or not (is_wanted or _is_users(name, path)):
+        return
+    hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for value in list(vars(module).values()):
+        if isinstance(value, types.ModuleType):
+            _add_sources(value, hashes, is_wanted=False)
+        else:
+            home = getattr(value, "__module__", None)
+            _add_sources(
+                sys.modules.get(home) if isinstance(home, str) else None, hashes, is_wanted=False
+            )
+
+
+def _source_file(module: types.ModuleType | None) -> Path | None:
+    try:
+        path = Path(inspect.getsourcefile(module) or "")  # type: ignore[arg-type]
+    except TypeError:  # built in, or no module at all
+        return None
+    return path if path.is_file() else None
+
+
+def _is_users(name: str, path: Path) -> bool:
+    """Whether a module is neither ours, nor installed, nor the standard library's."""
+    top = name.partition(".")[0]
+    return (
+        top not in sys.stdlib_module_names
+        and top != "trainer"
+        and "site-packages" not in path.parts
+    )
+
+
+@cache
+def own_code_hash() -> str:
+    """sha256 of the source files of this package that make rows, and its version."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256(__version__.encode())
+    for package in OWN_PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"\n{path.relative_to(root)}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of what else makes tokens."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"python": python, **{name: version(name) for name in LIBRARIES}}
