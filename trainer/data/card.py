@@ -37,8 +37,6 @@ class DataCard:
     system_prompt: str | None = None
     num_own_system: int = 0
     """Rows that bring their own system turn, which is kept."""
-    profile_counts: dict[str, int] = field(default_factory=dict)
-    """What the profile changed, in words -> how often."""
     num_duplicates: int = 0
     """Rows whose content occurs earlier in the file."""
     num_leaked: int = 0
@@ -101,9 +99,6 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
     ]
     if card.mix:
         lines.append(("weights", card.mix))
-    if card.profile_counts:
-        counts = [f"{count:,} {what}" for what, count in card.profile_counts.items()]
-        lines.append(("profile", ", ".join(counts)))
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
     if card.num_leaked:

@@ -183,7 +183,6 @@ def encode_data(
         rejected_examples=tuple(errors.errors[:20]),
         system_prompt=system_prompt,
         num_own_system=num_own,
-        profile_counts=dict(profile.counts),
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
         num_leaked=sum(item.key in train_keys for item in validation),
         mix=mix,

@@ -7,7 +7,6 @@ knows about files, tokenizers' internals or training.
 from __future__ import annotations
 
 import datetime as dt
-from collections import Counter
 from typing import Any, TypedDict
 
 from trainer.errors import ProfileError
@@ -39,8 +38,6 @@ class DataProfile:
             ProfileError: an option that this profile does not have.
         """
         self.options = dict(options or {})
-        self.counts: Counter[str] = Counter()
-        """What `clean` and `transform` did to rows, in words; shown in the data card."""
         unknown = sorted(set(self.options) - self.known_options)
         if unknown:
             known = ", ".join(sorted(self.known_options)) or "none"
@@ -67,15 +64,8 @@ class DataProfile:
         """
         return messages
 
-    def logits_processors(
-        self, tokenizer: Any, *, stop_ids: frozenset[int] = frozenset()
-    ) -> list[Any]:
-        """Fresh, batch-safe processors for one generation (state per row, none shared).
-
-        Args:
-            tokenizer: of the model.
-            stop_ids: tokens that end an answer; empty: the tokenizer's end-of-text token.
-        """
+    def logits_processors(self, tokenizer: Any) -> list[Any]:
+        """Fresh, batch-safe processors for one generation (state per row, none shared)."""
         return []
 
     def matches(self, answer: str, golden: str) -> bool:
