@@ -18,12 +18,12 @@ sys.path.insert(0, str(ROOT))
 
 def use_installed_python() -> None:
     """Go on in `.venv`, which `make` set up, where this Python has not what is needed."""
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("pydantic_settings"):
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         return
     if VENV_PYTHON.exists() and Path(sys.prefix) != VENV_PYTHON.parent.parent:
         os.execv(VENV_PYTHON, [str(VENV_PYTHON), __file__, *sys.argv[1:]])
     sys.exit(
-        f"error: {sys.executable} has not what training needs (torch, pydantic-settings, ...). Run "
+        f"error: {sys.executable} has not what training needs (torch, transformers, ...). Run "
         f"`make demo` in {ROOT} once, or `pip install -e {ROOT} -c {ROOT}/constraints.txt`."
     )
 

@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     folder = _free_folder(Path(words.output))
     console.print(
         f"A model of 0.8M parameters learns {words.steps} steps of symbolic tasks such as "
-        "'max of 42 and 17?'.\nGolden is the right answer; below it stands what the current "
+        "'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the current "
         f"weights say. Folder: {folder}\n",
         highlight=False,
     )

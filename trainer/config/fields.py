@@ -96,7 +96,8 @@ def nearest_key(wrong: str) -> str | None:
 
 def unknown_key_text(wrong: str) -> str:
     """`unknown key 'x'; did you mean 'a.b'?`"""
-    near = nearest_key(wrong)
+    sections = [] if "." in wrong else difflib.get_close_matches(wrong, section_names(), n=1)
+    near = sections[0] if sections else nearest_key(wrong)
     hint = f"; did you mean {near!r}?" if near else "; `trainer config schema` lists all keys"
     return f"unknown key {wrong!r}{hint}"
 

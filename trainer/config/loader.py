@@ -135,7 +135,7 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
         rule = mistake["msg"].removeprefix("Value error, ")
         origin = f"{origins[key]}: " if key in origins else ""
         if mistake["type"] == "value_error":
-            text = f"{origin}{rule}."
+            text = f"{origin}{rule}.{_sources(path, rule, origins)}"
         elif mistake["type"] == "extra_forbidden":
             from trainer.config.fields import unknown_key_text
 
@@ -148,3 +148,13 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
                 text = f"{origin}{key}={got!r} is not one of {', '.join(choices)}."
         lines.setdefault(f"{key}{mistake['type'] == 'value_error' and rule}", text)
     return "\n".join(lines.values())
+
+
+def _sources(path: list[str], rule: str, origins: dict[str, str]) -> str:
+    """Where the fields that a rule names were set; "" where all of them are defaults."""
+    named = [
+        f"{key} from {origin}"
+        for key, origin in origins.items()
+        if key.split(".")[1] in rule and (not path or key.split(".")[0] == path[0])
+    ]
+    return f" Set here: {', '.join(named)}." if named else ""

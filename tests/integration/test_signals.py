@@ -1,0 +1,97 @@
+"""Ctrl-C and SIGTERM: saved at the end of the step, exit 130 and 143, and resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.core.checkpoint import find_latest_checkpoint
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 120
+
+
+@pytest.fixture
+def started(qa_file: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """A function that starts a long run and waits until it has made a few steps."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        words = ["--dataset", str(qa_file), "--model", "tiny", "--output", str(tmp_path / "out")]
+        words += ["--max-steps", "100000", "--batch-size", "2", "--fp32"]
+        words += ["--monitoring.inference_interval", "0"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer", "train", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        deadline = time.monotonic() + WAIT_S
+        while _steps(tmp_path / "out") < 3:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "no step in time"
+            time.sleep(0.1)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def _steps(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_at_the_end_of_the_step_and_names_resume(
+    number: signal.Signals,
+    code: int,
+    started: Callable[[], subprocess.Popen[str]],
+    tmp_path: Path,
+    cli: Callable[..., Any],
+) -> None:
+    process = started()
+    process.send_signal(number)
+    error = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode == code, error
+    assert "Traceback" not in error
+    assert "--resume" in error
+    out = tmp_path / "out"
+    _, manifest, _ = find_latest_checkpoint(out / "checkpoints")
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert status["step"] == manifest.step
+    done = cli("train", "--resume", "--output", out, "--max-steps", str(manifest.step + 2))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "status.json").read_text())["step"] == manifest.step + 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_aborts_and_leaves_a_verified_checkpoint_or_none(
+    started: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = started()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=WAIT_S)[1]
+    assert process.returncode in (130, 143), error
+    assert "Traceback" not in error
+    root = tmp_path / "out" / "checkpoints"
+    if root.is_dir() and any(root.glob("step-*")):
+        find_latest_checkpoint(root)

@@ -1,0 +1,130 @@
+"""defaults < file < environment < flags, the origin of each value, and mistakes that are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import ConfigLoader, TrainerConfig
+from trainer.config.flags import parse_flags
+from trainer.errors import ConfigError
+
+FILES = {
+    "run.json": '{"hyperparams": {"batch_size": 2, "learning_rate": 1e-5}} // comment',
+    "run.yaml": "hyperparams:\n  batch_size: 2\n  learning_rate: 1e-5\n",
+    "run.toml": "[hyperparams]\nbatch_size = 2\nlearning_rate = 1e-5\n",
+}
+
+
+def load(file: Path | None = None, env: dict[str, str] | None = None, *words: str) -> Any:
+    return ConfigLoader.load(file, env or {}, parse_flags(list(words)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_type_gives_the_same_values(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(FILES[name])
+    hyper = load(path).config.hyperparams
+    assert (hyper.batch_size, hyper.learning_rate) == (2, 1e-5)
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"hyperparams": {"batch_size": 2, "max_steps": 7, "num_epochs": 5}}')
+    env = {"TRAINER_HYPERPARAMS__BATCH_SIZE": "3", "TRAINER_HYPERPARAMS__MAX_STEPS": "8"}
+    loaded = load(path, env, "--batch-size", "4")
+    hyper = loaded.config.hyperparams
+    assert (hyper.batch_size, hyper.max_steps, hyper.num_epochs) == (4, 8, 5)
+    assert hyper.gradient_accumulation == TrainerConfig().hyperparams.gradient_accumulation
+    origins = {key: loaded.origins[f"hyperparams.{key}"] for key in ("batch_size", "max_steps")}
+    assert "--batch-size" in origins["batch_size"]
+    assert "TRAINER_HYPERPARAMS__MAX_STEPS" in origins["max_steps"]
+    assert "run.json" in loaded.origins["hyperparams.num_epochs"]
+    assert loaded.origins["hyperparams.gradient_accumulation"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("snippet", "key", "value"),
+    [
+        (
+            '{"monitoring": {"preview_backend": "remote_3090", '
+            '"remote_3090_host": "192.168.1.20", "remote_3090_port": 8765}}',
+            "monitoring.remote_3090_host",
+            "192.168.1.20",
+        ),
+        (
+            '{"monitoring": {"preview_max_tokens": 512, "preview_temperature": 0.8, '
+            '"max_eval_tokens": 4096}}',
+            "monitoring.max_eval_tokens",
+            4096,
+        ),
+        ('{"profile": {"name": "regime3"}}  // or "emoji_think"', "profile.name", "regime3"),
+    ],
+)
+def test_the_three_classic_snippets_load_as_they_stand(
+    snippet: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(snippet)
+    section, name = key.split(".")
+    assert getattr(getattr(load(path).config, section), name) == value
+
+
+@pytest.mark.parametrize("text", ["1e-5", "0.00001", "1E-05"])
+def test_a_small_number_is_a_number_however_written(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"hyperparams: {{learning_rate: {text}}}\n")
+    assert load(path).config.hyperparams.learning_rate == 1e-5
+    assert load(None, {}, "--learning-rate", text).config.hyperparams.learning_rate == 1e-5
+    env = {"TRAINER_HYPERPARAMS__LEARNING_RATE": text}
+    assert load(None, env).config.hyperparams.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"hyperparms": {}}', "hyperparams"),
+        ('{"hyperparams": {"batchsize": 1}}', "batch_size"),
+        ('{"hyperparams": {"batch_size": "many"}}', "batch_size"),
+        ('{"hyperparams": {"batch_size": 1, "batch_size": 2}}', "not valid JSON"),
+        ('{"hyperparams": 3}', "mapping of fields"),
+        ("[1]", "mapping of sections"),
+        ("{", "not valid JSON"),
+        ('{"monitoring": {"preview_backend": "remote_3090"}}', "remote_3090_host"),
+        ('{"hyperparams": {"warmup_steps": 50, "max_steps": 10}}', "max_steps"),
+        ('{"data": {"shuffle": false, "group_by_length": true}}', "group_by_length"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(content: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.json") as caught:
+        load(path)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["TRAINER_NOPE", "TRAINER_HYPERPARAMS__BATCHSIZE"])
+def test_an_unknown_variable_is_an_error_that_names_it(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        load(None, {name: "1"})
+
+
+def test_an_unknown_flag_names_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean --hyperparams\.batch_size"):
+        load(None, {}, "--hyperparams.batch_sise", "3")
+
+
+def test_two_flags_for_one_field_must_agree() -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        load(None, {}, "--bf16", "--fp32")
+
+
+def test_lists_and_mappings_come_from_flags_and_variables() -> None:
+    words = ("--monitoring.preview_prompts", "Hi", "--monitoring.preview_prompts", "Who?")
+    assert load(None, {}, *words).config.monitoring.preview_prompts == ("Hi", "Who?")
+    env = {"TRAINER_MONITORING__PREVIEW_PROMPTS": '["a", "b"]'}
+    assert load(None, env).config.monitoring.preview_prompts == ("a", "b")
+    loaded = load(None, {}, "--profile.options", "share=0.5", "--profile.options", "word=x")
+    assert loaded.config.profile.options == {"share": 0.5, "word": "x"}

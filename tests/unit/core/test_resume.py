@@ -1,0 +1,58 @@
+"""What may change between a checkpoint and its resume, and what may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trainer.config import TrainerConfig
+from trainer.core.resume import check_resumable
+from trainer.errors import ResumeError
+
+CONFIG = TrainerConfig()
+
+
+def changed(section: str, **values: Any) -> TrainerConfig:
+    part = getattr(CONFIG, section).model_copy(update=values)
+    return CONFIG.model_copy(update={section: part})
+
+
+def check(config: TrainerConfig, fingerprint: str = "rows") -> list[str]:
+    record = {"config": CONFIG.model_dump(mode="json"), "data_fingerprint": "rows"}
+    return check_resumable(record, config, fingerprint)
+
+
+def test_an_unchanged_run_goes_on_without_a_word() -> None:
+    assert check(CONFIG) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("hyperparams", {"batch_size": 3}),
+        ("hyperparams", {"learning_rate": 0.5}),
+        ("hyperparams", {"optimizer": "muon"}),
+        ("environment", {"seed": 7}),
+        ("lora", {"r": 3}),
+        ("profile", {"name": "regime3"}),
+        ("data", {"validation_split": 0.3}),
+    ],
+)
+def test_what_decides_the_training_may_not_change(section: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ResumeError, match=f"{section}.{next(iter(values))}"):
+        check(changed(section, **values))
+
+
+def test_the_length_of_the_run_may_change_and_is_told() -> None:
+    assert check(changed("hyperparams", max_steps=99)) == ["hyperparams.max_steps: None -> 99"]
+
+
+def test_monitoring_and_output_may_change() -> None:
+    assert check(changed("monitoring", inference_interval=7)) == []
+    assert check(changed("output", output_dir="moved")) == []
+
+
+def test_changed_rows_are_refused() -> None:
+    with pytest.raises(ResumeError, match="rows are not those of the checkpoint"):
+        check(CONFIG, "other rows")

@@ -1,0 +1,49 @@
+"""One decision gives load dtype, masters, autocast and flags together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.errors import ConfigError
+from trainer.models.precision import resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def test_full_fine_tuning_in_bf16_keeps_fp32_masters() -> None:
+    found = resolve_precision("bf16", "full", CPU)
+    assert (found.load_dtype, found.master_dtype) == (torch.float32, torch.float32)
+    assert (found.compute_dtype, found.autocast_dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (found.use_bf16, found.use_fp16) == (True, False)
+    assert "fp32 master weights" in found.reason
+
+
+def test_lora_keeps_its_frozen_base_in_the_compute_dtype() -> None:
+    found = resolve_precision("bf16", "lora", CPU)
+    assert (found.load_dtype, found.master_dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_fp32_means_fp32_everywhere(mode: str) -> None:
+    found = resolve_precision("fp32", mode, CPU)  # type: ignore[arg-type]
+    assert {found.load_dtype, found.master_dtype, found.compute_dtype} == {torch.float32}
+    assert found.autocast_dtype is None
+    assert not found.use_bf16 | found.use_fp16
+
+
+def test_fp16_without_cuda_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a CUDA GPU"):
+        resolve_precision("fp16", "full", CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp16_on_cuda_scales_gradients() -> None:
+    assert resolve_precision("fp16", "full", torch.device("cuda", 0)).use_fp16
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="CUDA devices"):
+        resolve_device("cuda:99")
+    assert resolve_device("cpu") == CPU
