@@ -146,9 +146,11 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[RawRow]:
             header = next(reader, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{path}:1: a column name stands twice in the header {header}.")
+            end = reader.line_num
             for cells in reader:
+                start, end = end + 1, reader.line_num  # quoted line ends: a row has several lines
                 if cells:
-                    yield f"{path}:{reader.line_num}", _table_row(header, cells)
+                    yield f"{path}:{start}", _table_row(header, cells)
         except csv.Error as error:
             raise DataError(
                 f"{path}:{reader.line_num}: not valid CSV: {error}. Nothing after it can be read."
