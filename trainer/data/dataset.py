@@ -16,6 +16,7 @@ from trainer.data.card import DataCard
 from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
+from trainer.data.turns import check_messages
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
 
@@ -218,9 +219,18 @@ class _Preparer:
         self.system_prompt, self.seed = system_prompt, seed
 
     def encode(self, rows: list[Row]) -> list[_Encoded]:
-        results = self.encoder.encode_all([self._conversation(row) for row in rows])
+        usable: list[Row] = []
+        conversations: list[list[Message]] = []
+        for row in rows:
+            try:
+                conversations.append(self._conversation(row))
+                usable.append(row)
+            except BadRowError as error:
+                text = f"after profile {self.profile.name!r}: {error}"
+                self.errors.add(row.where, text, error.reason)
         encoded = []
-        for row, result in zip(rows, results, strict=True):
+        results = self.encoder.encode_all(conversations)
+        for row, result in zip(usable, results, strict=True):
             if isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
@@ -233,7 +243,8 @@ class _Preparer:
             for turn in row.messages
         ]
         turns = self.profile.transform(clean, index=row.index, seed=self.seed)
-        return with_system_prompt(turns, self.system_prompt)
+        # A profile can leave nothing to train, such as an answer of which nothing remains.
+        return with_system_prompt(check_messages(turns), self.system_prompt)
 
 
 def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[Message]:

@@ -161,6 +161,20 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_only(
     assert len(data.train) > 0
 
 
+def test_a_write_that_fails_half_way_leaves_no_entry_and_no_rest(
+    prepare: Prepare, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.os, "fsync", full)
+        assert prepare().card.cache == "not written: No space left on device"
+    assert list(folder.iterdir()) == []
+    prepare()
+    assert is_cached(prepare())
+
+
 def test_nothing_is_kept_when_the_cache_is_off_or_rows_are_refused(
     prepare: Prepare, folder: Path, write_rows: Callable[..., Path]
 ) -> None:
