@@ -179,7 +179,8 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
                 for row in batch.to_pylist():
                     yield f"{path}[{index}]", row
                     index += 1
-    except pyarrow.ArrowException as error:
+    # The others: cells that are no UTF-8, and dates that Python does not have.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file ({' '.join(str(error).split())})."
         ) from error
