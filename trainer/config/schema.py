@@ -90,7 +90,8 @@ class ModelSection(Section):
     """Which model is trained, and how it is loaded."""
 
     model_path: str = ""
-    """An alias (`trainer models` lists them), a hub id, or a folder. Flag: --model."""
+    """An alias (`trainer models` lists them), a hub id, a folder, or a .gguf file (its weights are
+    unpacked; needs the extra `gguf`). Flag: --model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -1,4 +1,4 @@
-"""Alias, hub id or folder -> tokenizer and model, in the dtype of the run; `locked` checks.
+"""Alias, hub id, folder or .gguf file -> tokenizer and model in the run's dtype; `locked` checks.
 
 transformers and torch are imported inside the functions: `trainer models` and error paths need
 neither.
@@ -6,6 +6,7 @@ neither.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
+
+GGUF_SUFFIX = ".gguf"
 
 if TYPE_CHECKING:  # annotations only: importing torch here would slow every command
     import torch
@@ -71,28 +74,59 @@ def load_model(
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM.from_pretrained, section, path, offline, "model", **extra
     )
+    if Path(path).suffix.lower() == GGUF_SUFFIX:
+        _forget_quantization(model)
     return model
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights of a .gguf file are plain numbers once loaded; saved again, they must say so."""
+    for holder in (model.config, model):
+        for name in ("quantization_config", "hf_quantizer"):
+            if hasattr(holder, name):
+                delattr(holder, name)
 
 
 def _from_pretrained(
     loader: Any, section: ModelSection, path: str, offline: bool, what: str, **extra: Any
 ) -> Any:
-    is_folder = Path(path).is_dir()
-    if not is_folder and _looks_like_path(path):
+    is_folder, folder = Path(path).is_dir(), path
+    if Path(path).suffix.lower() == GGUF_SUFFIX:
+        folder, extra = _gguf_source(section, Path(path), extra)
+        is_folder = True
+    elif not is_folder and _looks_like_path(path):
         raise ModelError(
             f"model.model_path={section.model_path}: there is no such folder. Give an alias "
             f"({', '.join(ALIASES)}), a hub id such as Qwen/Qwen3-0.6B, or a model folder."
         )
     try:
         return loader(
-            path,
+            folder,
             revision=None if is_folder else section.revision,
             trust_remote_code=section.trust_remote_code,
             local_files_only=is_folder or offline or hub_is_offline(),
             **extra,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise _load_error(section, path, what, is_folder, error) from error
+        raise _load_error(section, folder, what, is_folder, error) from error
+
+
+def _gguf_source(
+    section: ModelSection, path: Path, extra: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The folder of a .gguf file, and the loader's arguments with the file's name.
+
+    Raises:
+        ModelError: there is no such file, or the package that reads it is missing.
+    """
+    if not path.is_file():
+        raise ModelError(f"model.model_path={section.model_path}: there is no such .gguf file.")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"model.model_path={section.model_path}: reading .gguf files needs the package gguf; "
+            "`pip install 'ultimate-trainer[gguf]'`."
+        )
+    return str(path.parent), {**extra, "gguf_file": path.name}
 
 
 def _looks_like_path(path: str) -> bool:
