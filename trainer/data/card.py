@@ -39,6 +39,10 @@ class DataCard:
     """Rows that bring their own system turn, which is kept."""
     num_duplicates: int = 0
     """Rows whose content occurs earlier in the file."""
+    num_stripped: int = 0
+    """Rows with text that the chat template leaves out of the tokens."""
+    stripped_example: str = ""
+    """The first such text."""
     num_leaked: int = 0
     """Validation rows whose content is also trained on (only with data.validation_path)."""
     sample: tuple[tuple[str, bool], ...] = ()
@@ -93,6 +97,11 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         ("mask", card.template),
         ("system prompt", _system_text(card)),
     ]
+    if card.num_stripped:
+        text = repr(card.stripped_example[:60])
+        lines.append(
+            ("stripped", f"the template leaves out text of {card.num_stripped:,} rows: {text}")
+        )
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
     if card.num_leaked:
