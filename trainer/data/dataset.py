@@ -185,6 +185,10 @@ def encode_data(
         system_prompt=system_prompt,
         num_own_system=num_own,
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
+        num_stripped=sum(bool(item.example.stripped) for item in everything),
+        stripped_example=next(
+            (item.example.stripped[0] for item in everything if item.example.stripped), ""
+        ),
         num_leaked=sum(item.key in train_keys for item in validation),
         mix=mix,
         sample=marked_text(encoder.tokenizer, train[0].example.input_ids, train[0].example.labels),
