@@ -173,3 +173,48 @@ def test_two_preparations_give_the_same_tokens_in_the_same_order(
 ) -> None:
     assert prepare(qa_file).train.fingerprint() == prepare(qa_file).train.fingerprint()
     assert prepare(qa_file).train.fingerprint() != prepare(qa_file, seed=2).train.fingerprint()
+
+
+TOOLS_TEMPLATE = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' -}}"
+    "{%- if m['role'] == 'assistant' -%}{% generation %}{{- m['content'] -}}"
+    "{%- for call in m.get('tool_calls', []) -%}{{- 'CALL ' + call['function']['name'] -}}"
+    "{%- endfor -%}{{- '<|im_end|>' -}}{% endgeneration %}{{- '\n' -}}"
+    "{%- else -%}{{- m['content'] + '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "x"}}}
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": "rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "yes", "name": "weather"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+}
+
+
+def test_tool_calls_are_trained_and_a_tools_answer_is_not(
+    make_tokenizer: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
+    data = prepare_data(
+        DataSection(dataset_path=str(write_rows([TOOL_ROW])), validation_split=0, cache=False),
+        profile=get_profile("plain"),
+        encoder=RowEncoder(make_tokenizer(TOOLS_TEMPLATE), 256),
+        system_prompt=None,
+        is_prompt_configured=False,
+        seed=1,
+        num_preview=1,
+    )
+    trained = [text for text, is_trained in data.card.sample if is_trained]
+    assert trained == ["CALL weather<|im_end|>", "It rains.<|im_end|>"]
+
+
+def test_tool_calls_that_the_template_or_the_profile_loses_are_bad_rows(
+    prepare: Callable[..., RunData], write_rows: Callable[..., Path]
+) -> None:
+    path = write_rows([TOOL_ROW])
+    with pytest.raises(DataError, match="leaves out the tool calls"):
+        prepare(path)
+    with pytest.raises(DataError, match="tool calls were lost"):
+        prepare(path, profile="regime3")
