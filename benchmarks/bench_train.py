@@ -141,7 +141,7 @@ def trainer_arm(model_dir: Path, data: Path, steps: int, *, precision: str, grou
                 "learning_rate": LEARNING_RATE,
                 "max_length": MAX_LENGTH,
             },
-            data={"validation_split": 0.0, "group_by_length": group},
+            data={"validation_split": 0.0, "group_by_length": group, "cache": False},
             monitoring={"inference_interval": 0, "report_to": ()},
         )
         result = TrainerEngine(observers=[Watch()]).run_job(config)
@@ -246,7 +246,7 @@ def encoded(model_dir: Path, data: Path) -> Any:
     from trainer.profiles import get_profile
 
     return prepare_data(
-        DataSection(dataset_path=str(data), validation_split=0.0),
+        DataSection(dataset_path=str(data), validation_split=0.0, cache=False),
         profile=get_profile("plain"),
         encoder=RowEncoder(load_tokenizer(ModelSection(model_path=str(model_dir))), MAX_LENGTH),
         system_prompt=None,
@@ -285,7 +285,8 @@ def launch_trainer(model_dir: Path, data: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = f"-m trainer train --dataset {data} --model {model_dir} --output {folder}/run"
         options = (
-            f"--max-steps 1 --batch-size {BATCH_SIZE} --monitoring.inference_interval 0 --quiet"
+            f"--max-steps 1 --batch-size {BATCH_SIZE} --monitoring.inference_interval 0 --quiet "
+            "--data.cache false"
         )
         started = time.time()
         subprocess.run([sys.executable, *command.split(), *options.split()], check=True)

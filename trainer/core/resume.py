@@ -93,7 +93,10 @@ def check_resumable(metadata: dict[str, Any], config: TrainerConfig, fingerprint
     Raises:
         ResumeError: a value that decides the training differs, or the rows do.
     """
-    before, now = flat(metadata["config"]), flat(config.model_dump(mode="json"))
+    # A checkpoint of an older version lacks newer keys; it did what their defaults say.
+    defaults = flat(TrainerConfig().model_dump(mode="json"))
+    before = {**defaults, **flat(metadata["config"])}
+    now = flat(config.model_dump(mode="json"))
     changed = {
         key: f"{key}: {before.get(key)!r} -> {value!r}"
         for key, value in now.items()

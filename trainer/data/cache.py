@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from pydantic import BaseModel
 
 from trainer import __version__
@@ -170,7 +171,13 @@ def _describe_own(value: Any) -> Any:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of the tokenizer's rules, its template and its special tokens."""
+    """sha256 of the tokenizer's rules, its template and its special tokens.
+
+    Raises:
+        NotCacheableError: it runs Python code from the model's folder.
+    """
+    if type(tokenizer).__module__.startswith("transformers_modules"):
+        raise NotCacheableError("a tokenizer with code of its own")
     parts = {
         "class": type(tokenizer).__qualname__,
         "rules": tokenizer.backend_tokenizer.to_str(),
@@ -215,6 +222,9 @@ def _add_sources(
         return
     if name in hashes or not (is_wanted or _is_users(name, path)):
         return
+    if path.stat().st_mtime > psutil.Process().create_time():
+        # What runs may be the code from before the edit, so its text says nothing.
+        raise NotCacheableError(f"code edited since this process began ({path})")
     hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     for value in list(vars(module).values()):
         if isinstance(value, types.ModuleType):

@@ -39,6 +39,10 @@ class DataCard:
     """Rows that bring their own system turn, which is kept."""
     num_duplicates: int = 0
     """Rows whose content occurs earlier in the file."""
+    num_stripped: int = 0
+    """Rows with text that the chat template leaves out of the tokens."""
+    stripped_example: str = ""
+    """The first such text."""
     num_leaked: int = 0
     """Validation rows whose content is also trained on (only with data.validation_path)."""
     mix: str = ""
@@ -99,6 +103,11 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
     ]
     if card.mix:
         lines.append(("weights", card.mix))
+    if card.num_stripped:
+        text = repr(card.stripped_example[:60])
+        lines.append(
+            ("stripped", f"the template leaves out text of {card.num_stripped:,} rows: {text}")
+        )
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
     if card.num_leaked:

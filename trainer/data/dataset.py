@@ -16,6 +16,7 @@ from trainer.data.card import DataCard
 from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
+from trainer.data.turns import check_messages, tool_names
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
 
@@ -184,6 +185,10 @@ def encode_data(
         system_prompt=system_prompt,
         num_own_system=num_own,
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
+        num_stripped=sum(bool(item.example.stripped) for item in everything),
+        stripped_example=next(
+            (item.example.stripped[0] for item in everything if item.example.stripped), ""
+        ),
         num_leaked=sum(item.key in train_keys for item in validation),
         mix=mix,
         sample=marked_text(encoder.tokenizer, train[0].example.input_ids, train[0].example.labels),
@@ -218,22 +223,49 @@ class _Preparer:
         self.system_prompt, self.seed = system_prompt, seed
 
     def encode(self, rows: list[Row]) -> list[_Encoded]:
-        results = self.encoder.encode_all([self._conversation(row) for row in rows])
+        usable: list[Row] = []
+        conversations: list[list[Message]] = []
+        for row in rows:
+            try:
+                conversations.append(self._conversation(row))
+                usable.append(row)
+            except BadRowError as error:
+                text = f"after profile {self.profile.name!r}: {error}"
+                self.errors.add(row.where, text, error.reason)
         encoded = []
-        for row, result in zip(rows, results, strict=True):
+        results = self.encoder.encode_all(conversations)
+        for row, result in zip(usable, results, strict=True):
             if isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
+            elif missing := self._calls_left_out(row, result):
+                text = f"the model's chat template leaves out the tool calls {missing}"
+                self.errors.add(row.where, text, "tool calls left out")
             else:
                 encoded.append(_Encoded(row, content_key(row.messages, self.seed), result))
         return encoded
 
+    def _calls_left_out(self, row: Row, example: Example) -> list[str]:
+        """Called functions of a row whose names are not among its trained tokens."""
+        names = _called(row.messages)
+        if not names or example.is_truncated:
+            return []
+        trained = [label for label in example.labels if label != IGNORE_INDEX]
+        said = self.encoder.tokenizer.decode(trained, clean_up_tokenization_spaces=False)
+        return [name for name in names if name not in said]
+
     def _conversation(self, row: Row) -> list[Message]:
-        clean = [
-            Message(role=turn["role"], content=self.profile.clean(turn["content"]))
-            for turn in row.messages
-        ]
+        clean = [turn.copy() for turn in row.messages]
+        for turn in clean:
+            turn["content"] = self.profile.clean(turn["content"])
         turns = self.profile.transform(clean, index=row.index, seed=self.seed)
-        return with_system_prompt(turns, self.system_prompt)
+        if _called(turns) != _called(row.messages):
+            raise BadRowError("tool calls were lost or changed", "tool calls lost")
+        # A profile can leave nothing to train, such as an answer of which nothing remains.
+        return with_system_prompt(check_messages(turns), self.system_prompt)
+
+
+def _called(messages: list[Message]) -> list[str]:
+    return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
 
 
 def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[Message]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.formats import BadRowError
-from trainer.data.template import ChatTemplate, shared_prefix
+from trainer.data.spans import SpanFinder, Spans, assistant_turns
+from trainer.data.template import PROBE, ChatTemplate, is_prefix
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
@@ -29,6 +30,8 @@ class Example:
     is_truncated: bool
     ends_with_stop: bool
     """Every trained turn that was not cut off ends with its stop token."""
+    stripped: tuple[str, ...] = ()
+    """Text of the row's turns that the chat template leaves out."""
 
     @property
     def num_trained(self) -> int:
@@ -55,6 +58,7 @@ class RowEncoder:
             TemplateError: the template cannot be proved.
         """
         self.template = ChatTemplate(tokenizer)
+        self.finder = SpanFinder(self.template)
         self.tokenizer = tokenizer
         self.max_length = max_length
         specials = sorted(
@@ -63,7 +67,24 @@ class RowEncoder:
             key=len,
             reverse=True,
         )
+        self._prove_template()
         self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def _prove_template(self) -> None:
+        """Find the answer of a small conversation, so that a hopeless template stops the run."""
+        row = PROBE
+        [(ids, mask)] = self.template.render_with_mask([row])
+        prompts = self.template.render([row[:1]], generation_prompt=True)
+        try:
+            self.finder.find(row, ids, mask, prompts)
+        except BadRowError as error:
+            raise TemplateError(
+                "it cannot be proved which tokens the assistant writes under the model's chat "
+                f"template: {error}. Put {{% generation %}} ... {{% endgeneration %}} round "
+                "the assistant's content and its end-of-turn token in the folder's "
+                "chat_template.jinja, and see that "
+                "add_generation_prompt writes the header of the answer."
+            ) from error
 
     def encode_all(self, conversations: list[list[Message]]) -> list[Example | BadRowError]:
         """Encode conversations, in order; what cannot be encoded comes back as its error."""
@@ -87,7 +108,7 @@ class RowEncoder:
         try:
             rendered = self.template.render_with_mask(chunk)
             prompts = self.template.render(
-                [row[:turn] for row in chunk for turn in _assistant_turns(row)],
+                [row[:turn] for row in chunk for turn in assistant_turns(row)],
                 generation_prompt=True,
             )
         except TemplateError as error:
@@ -97,77 +118,36 @@ class RowEncoder:
         remaining = iter(prompts)
         results: list[Example | BadRowError] = []
         for row, (ids, mask) in zip(chunk, rendered, strict=True):
-            own_prompts = [next(remaining) for _ in _assistant_turns(row)]
+            own_prompts = [next(remaining) for _ in assistant_turns(row)]
             try:
                 self._refuse_special_text(row)
-                spans = self._spans(row, ids, mask, own_prompts)
+                if not is_prefix(own_prompts[-1], ids):
+                    own_prompts = self._thinking_prompts(row)
+                spans = self.finder.find(row, ids, mask, own_prompts)
                 results.append(self._example(row, ids, spans))
             except BadRowError as error:
                 results.append(error)
         return results
 
-    def _spans(
-        self, row: list[Message], ids: list[int], mask: list[int] | None, prompts: list[list[int]]
-    ) -> list[tuple[int, int]]:
-        """Half-open ranges of trained ids, one per assistant turn.
+    def _thinking_prompts(self, row: list[Message]) -> list[list[int]]:
+        """The prompts that let the model think, for rows whose answer begins with a thought."""
+        return self.template.render(
+            [row[:turn] for turn in assistant_turns(row)],
+            generation_prompt=True,
+            enable_thinking=True,
+        )
 
-        A turn begins where the prompt that asks for it ends: what a template puts there by
-        itself (a header, an empty thought) is never trained. It ends with its first stop token.
-        """
-        starts = [shared_prefix(ids, prompt) for prompt in prompts]
-        if starts[-1] != len(prompts[-1]):
-            raise BadRowError(
-                "the prompt of the last assistant turn is not a prefix of the whole row under the "
-                "model's chat template, so training and generation would not see the same tokens",
-                "template not provable",
-            )
-        if mask is None:
-            return [self._proved_span(row, ids, start, nth) for nth, start in enumerate(starts)]
-        runs = _runs(mask)
-        if len(runs) != len(starts):
-            raise BadRowError(
-                f"the chat template marks {len(runs)} stretches as the assistant's, the row has "
-                f"{len(starts)} assistant turns",
-                "template not provable",
-            )
-        return [
-            self._trim(ids, max(begin, start), end)
-            for (begin, end), start in zip(runs, starts, strict=True)
-        ]
-
-    def _trim(self, ids: list[int], begin: int, end: int) -> tuple[int, int]:
-        """Cut a marked stretch behind its first stop token; take that token in if it follows."""
-        for position in range(begin, min(end + 1, len(ids))):
-            if ids[position] in self.template.stop_ids:
-                return begin, position + 1
-        return begin, end
-
-    def _proved_span(
-        self, row: list[Message], ids: list[int], begin: int, nth: int
-    ) -> tuple[int, int]:
-        """A turn's range without a mask: from its prompt to its stop, proved by its text."""
-        begin, end = self._trim(ids, begin, len(ids))
-        content = row[_assistant_turns(row)[nth]]["content"].strip()
-        said = self.tokenizer.decode(ids[begin : end - 1], clean_up_tokenization_spaces=False)
-        if said.strip() != content:
-            raise BadRowError(
-                f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
-                f"expected {content[:60]!r}, found {said.strip()[:60]!r}",
-                "template not provable",
-            )
-        return begin, end
-
-    def _example(self, row: list[Message], ids: list[int], spans: list[tuple[int, int]]) -> Example:
+    def _example(self, row: list[Message], ids: list[int], spans: Spans) -> Example:
         labels = [IGNORE_INDEX] * len(ids)
-        for begin, end in spans:
+        for begin, end in spans.ranges:
             labels[begin:end] = ids[begin:end]
-        kept = [(b, e) for b, e in spans if e <= self.max_length]
-        first_turn = _assistant_turns(row)[0]
+        kept = [(b, e) for b, e in spans.ranges if e <= self.max_length]
+        first_turn = assistant_turns(row)[0]
         labels = labels[: self.max_length]
         if all(label == IGNORE_INDEX for label in labels):
             raise BadRowError(
                 f"nothing to train is left: the row has {len(ids)} tokens, its answer begins at "
-                f"token {spans[0][0] + 1}, and hyperparams.max_length is {self.max_length}",
+                f"token {spans.ranges[0][0] + 1}, and hyperparams.max_length is {self.max_length}",
                 "no trained token within max_length",
             )
         return Example(
@@ -177,6 +157,7 @@ class RowEncoder:
             golden_answer=row[first_turn]["content"],
             is_truncated=len(ids) > self.max_length,
             ends_with_stop=all(ids[e - 1] in self.template.stop_ids for _, e in kept),
+            stripped=spans.stripped,
         )
 
     def _refuse_special_text(self, row: list[Message]) -> None:
@@ -188,15 +169,3 @@ class RowEncoder:
                     "the tokenizer turns into a control token; take it out of the data",
                     "control token in text",
                 )
-
-
-def _assistant_turns(row: list[Message]) -> list[int]:
-    return [index for index, turn in enumerate(row) if turn["role"] == "assistant"]
-
-
-def _runs(mask: list[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of ones in a mask."""
-    edges = [0, *mask, 0]
-    begins = [i for i in range(len(mask)) if edges[i + 1] and not edges[i]]
-    ends = [i + 1 for i in range(len(mask)) if edges[i + 1] and not edges[i + 2]]
-    return list(zip(begins, ends, strict=True))

@@ -146,9 +146,11 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[RawRow]:
             header = next(reader, [])
             if len(set(header)) < len(header):
                 raise DataError(f"{path}:1: a column name stands twice in the header {header}.")
+            end = reader.line_num
             for cells in reader:
+                start, end = end + 1, reader.line_num  # quoted line ends: a row has several lines
                 if cells:
-                    yield f"{path}:{reader.line_num}", _table_row(header, cells)
+                    yield f"{path}:{start}", _table_row(header, cells)
         except csv.Error as error:
             raise DataError(
                 f"{path}:{reader.line_num}: not valid CSV: {error}. Nothing after it can be read."
@@ -177,7 +179,8 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
                 for row in batch.to_pylist():
                     yield f"{path}[{index}]", row
                     index += 1
-    except pyarrow.ArrowException as error:
+    # The others: cells that are no UTF-8, and dates that Python does not have.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file ({' '.join(str(error).split())})."
         ) from error

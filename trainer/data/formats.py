@@ -181,7 +181,8 @@ def _from_alpaca(row: dict[str, Any]) -> list[Message]:
     if extra is not None and take_text(row, "input").strip():
         question = f"{question}\n\n{extra}"
     turns = _system_turn(row)
-    for position, pair in enumerate(row.get("history") or []):
+    history = take(row, "history", list) if row.get("history") else []
+    for position, pair in enumerate(history):
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
         ):

@@ -22,7 +22,7 @@ from trainer.data.cache import (
 from trainer.data.card import DataCard
 from trainer.data.dataset import EncodedDataset, HeldOutPrompt, RunData, encode_data
 from trainer.data.encode import RowEncoder
-from trainer.data.sources import Source, find_sources
+from trainer.data.sources import find_sources
 from trainer.profiles import DataProfile
 
 logger = logging.getLogger(__name__)
@@ -79,19 +79,22 @@ def prepare_data(
         "num_preview": num_preview,
         "num_final": num_final,
     }
-    entry, note = _find_entry(section, [*sources, *held_out], options)
+    hashes = {source.name: source.content_hash() for source in [*sources, *held_out]}
+    entry, note = _find_entry(section, hashes, options)
     if entry is not None:
         data, note = _read(entry, encoder)
         if data is not None:
             return data
     data = encode_data(section, sources, held_out, **options)
     if entry is not None:
-        note = _write(entry, data, note)
+        # A file that was written to meanwhile must not be kept under its earlier content.
+        is_same = data.file_hashes == hashes
+        note = _write(entry, data, note) if is_same else "not written: a file changed while read"
     return replace(data, card=replace(data.card, cache=note))
 
 
 def _find_entry(
-    section: DataSection, sources: list[Source], options: dict[str, Any]
+    section: DataSection, hashes: dict[str, str], options: dict[str, Any]
 ) -> tuple[CacheEntry | None, str]:
     """The cache entry of these rows, or None and the reason."""
     if not section.cache:
@@ -99,12 +102,12 @@ def _find_entry(
     parts = {
         **options,
         "section": section.model_dump(mode="json", exclude=NO_EFFECT),
-        "files": [[source.name, source.content_hash()] for source in sources],
+        "files": list(hashes.items()),
     }
     try:
-        return find_entry(cache_folder(section.cache_dir), Path(sources[0].name).name, parts), ""
+        return find_entry(cache_folder(section.cache_dir), Path(next(iter(hashes))).name, parts), ""
     except NotCacheableError as error:
-        return None, f"not used: {error} cannot be told from another one"
+        return None, f"not used: {error}"
 
 
 def _read(entry: CacheEntry, encoder: RowEncoder) -> tuple[RunData | None, str]:

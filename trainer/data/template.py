@@ -2,19 +2,24 @@
 
 The ids are always those of the model's own template, which is also the one saved. Generation
 markers in it say what is trained; where it has none, the same family's training template from
-TRL serves for the mask, and only where its ids are equal.
+TRL serves for the mask, and only where its ids are equal; where there is none, the answers are
+found by rendering the prompt of every turn (`trainer/data/spans.py`).
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
-PROBE = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+PROBE = [
+    Message(role="user", content="a"),
+    Message(role="assistant", content="b"),
+]
 # Templates that know thinking leave an empty thought in the prompt; the others ignore the name.
-TEMPLATE_OPTIONS = {"enable_thinking": False}
+TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False}
 
 
 class ChatTemplate:
@@ -32,20 +37,22 @@ class ChatTemplate:
                 "the tokenizer has no chat template, so turns cannot be put into tokens; choose an "
                 "instruction-tuned model, or add chat_template.jinja to the model folder."
             )
-        self.mask_template, self.source = _mask_template(tokenizer)
+        self.has_mask, self.mask_template, self.source = _mask_template(tokenizer)
         self.stop_ids = self._find_stop_ids()
 
     def render(
-        self, conversations: list[list[Message]], *, generation_prompt: bool = False
+        self, conversations: list[list[Message]], *, generation_prompt: bool = False, **options: Any
     ) -> list[list[int]]:
         """Token ids of conversations by the model's own template.
 
+        Args:
+            generation_prompt: end with the header that asks for an answer.
+            options: names for the template, such as `enable_thinking` (False by default).
         Raises:
             TemplateError: the template refuses a conversation; its own words are in the message.
         """
-        ids: list[list[int]] = self._apply(conversations, add_generation_prompt=generation_prompt)[
-            "input_ids"
-        ]
+        rendered = self._apply(conversations, add_generation_prompt=generation_prompt, **options)
+        ids: list[list[int]] = rendered["input_ids"]
         return ids
 
     def render_with_mask(
@@ -55,8 +62,10 @@ class ChatTemplate:
 
         Returns:
             For each conversation its ids and a mask of equal length; None instead of the mask
-            where the training template's ids differ from the model's own.
+            where there are no markers, or the training template's ids differ from the model's own.
         """
+        if not self.has_mask:
+            return [(ids, None) for ids in self.render(conversations)]
         masked = self._apply(
             conversations, chat_template=self.mask_template, return_assistant_tokens_mask=True
         )
@@ -73,7 +82,7 @@ class ChatTemplate:
     def _apply(self, conversations: list[list[Message]], **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, **TEMPLATE_OPTIONS, **options
+                conversations, tokenize=True, return_dict=True, **{**TEMPLATE_OPTIONS, **options}
             )
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
             raise TemplateError(
@@ -84,13 +93,19 @@ class ChatTemplate:
         """The tokens that end a turn: the end-of-text token, and what follows a probe answer."""
         tokenizer = self.tokenizer
         stops = {tokenizer.eos_token_id} - {None}
-        ids = self.render([PROBE])[0]
-        prompt = self.render([PROBE[:1]], generation_prompt=True)[0]
         special = {
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         } | set(tokenizer.all_special_ids)
-        after = [index for index in ids[shared_prefix(ids, prompt) :] if index in special]
-        stops.update(after[:1])
+        prompt = self.render([PROBE[:1]], generation_prompt=True)[0]
+        # Some families end a turn with the header of the next one, which may be a tool's.
+        for next_role in ("user", "tool"):
+            row = [*PROBE, Message(role=next_role, content="c")]
+            try:
+                ids = self.render([row])[0]
+            except TemplateError:
+                continue  # a family without tools, or one that wants a call before its result
+            after = [index for index in ids[shared_prefix(ids, prompt) :] if index in special]
+            stops.update(after[:1])
         if not stops:
             raise TemplateError(
                 "neither the tokenizer nor its chat template has a token that ends a turn, so a "
@@ -99,23 +114,22 @@ class ChatTemplate:
         return frozenset(stops)
 
 
-def _mask_template(tokenizer: Any) -> tuple[str | None, str]:
-    """The template that gives the mask (None: the tokenizer's own) and where it comes from."""
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        return None, "the model's own template (generation markers)"
+def _mask_template(tokenizer: Any) -> tuple[bool, str | None, str]:
+    """Is there a mask, the template that gives it (None: the tokenizer's own), and its source."""
+    if re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template):
+        return True, None, "the model's own template (generation markers)"
     # Importing TRL takes seconds, so only templates without markers pay for it.
     from trl.chat_template_utils import get_training_chat_template
 
     try:
         template = get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise TemplateError(
-            "the model's chat template has no {% generation %} markers and is of no family whose "
-            "training template is known, so it cannot be proved which tokens the assistant writes. "
-            "Put {% generation %} ... {% endgeneration %} round the assistant's content and its "
-            "end-of-turn token in the folder's chat_template.jinja."
-        ) from error
-    return template, "the model's own template (mask by TRL's training template of its family)"
+    except ValueError:
+        return False, None, "the model's own template (answers found by rendering each prompt)"
+    return (
+        True,
+        template,
+        "the model's own template (mask by TRL's training template of its family)",
+    )
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:
@@ -126,3 +140,8 @@ def shared_prefix(a: list[int], b: list[int]) -> int:
             break
         count += 1
     return count
+
+
+def is_prefix(prompt: list[int], ids: list[int]) -> bool:
+    """Whether `ids` begin with all of `prompt`."""
+    return ids[: len(prompt)] == prompt

@@ -7,7 +7,8 @@ from typing import Any
 from trainer.data.rows import BadRowError
 from trainer.profiles import Message
 
-KNOWN_ROLES = ("system", "user", "assistant")
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
+TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -46,9 +47,40 @@ def from_turns(turns: list[Any], name: str) -> list[Message]:
     messages = []
     for position, turn in enumerate(turns):
         where = f"{name}[{position}]"
-        _check_turn(turn, where, {"role", "content", "name"}, "role and content")
-        messages.append(Message(role=take_text(turn, "role"), content=take_text(turn, "content")))
+        _check_turn(turn, where, TURN_KEYS, "role, content and tool_calls")
+        calls = turn.get("tool_calls")
+        # An assistant that only calls tools says nothing, which is often written as null.
+        is_silent = bool(calls) and turn.get("content") is None
+        content = "" if is_silent else take_text(turn, "content")
+        message = Message(role=take_text(turn, "role"), content=content)
+        if calls:
+            message["tool_calls"] = _tool_calls(calls, message["role"], where)
+        if turn.get("name") is not None:
+            message["name"] = take_text(turn, "name")
+        if turn.get("tool_call_id") is not None:
+            message["tool_call_id"] = take_text(turn, "tool_call_id")
+        messages.append(message)
     return messages
+
+
+def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
+    """Calls of an assistant turn, each {"function": {"name": ..., "arguments": ...}}."""
+    is_list = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    if role != "assistant" or not is_list or not all(tool_names(calls)):
+        raise BadRowError(
+            f"{where} has tool_calls that are none; an assistant turn's are a list of "
+            '{"type": "function", "function": {"name": "...", "arguments": {...}}}',
+            "broken tool_calls",
+        )
+    found: list[dict[str, Any]] = calls
+    return found
+
+
+def tool_names(calls: list[dict[str, Any]]) -> list[str]:
+    """The functions' names; "" for a call that names none."""
+    functions = [call.get("function") for call in calls]
+    names = [f.get("name") if isinstance(f, dict) else None for f in functions]
+    return [name if isinstance(name, str) else "" for name in names]
 
 
 def from_sharegpt(turns: list[Any]) -> list[Message]:
@@ -116,7 +148,11 @@ def check_messages(messages: list[Message]) -> list[Message]:
             f"row has no user turn before the first assistant turn; its roles: {roles}",
             "no user turn first",
         )
-    if any(not turn["content"].strip() for turn in messages if turn["role"] == "assistant"):
+    if any(
+        not turn["content"].strip() and not turn.get("tool_calls")
+        for turn in messages
+        if turn["role"] == "assistant"
+    ):
         raise BadRowError("an assistant turn is empty, so nothing to train", "empty assistant turn")
     return messages
 

@@ -7,7 +7,7 @@ knows about files, tokenizers' internals or training.
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from trainer.errors import ProfileError
 
@@ -17,6 +17,12 @@ class Message(TypedDict):
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """Functions that an assistant turn calls, as {"type": "function", "function": {...}}."""
+    name: NotRequired[str]
+    """Of the function whose result a tool turn brings."""
+    tool_call_id: NotRequired[str]
+    """Of the call that a tool turn answers."""
 
 
 class DataProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,8 +104,6 @@ def test_options_without_an_effect_on_rows_keep_the_entry(prepare: Prepare) -> N
 def test_changed_content_under_the_same_name_size_and_time_is_encoded_anew(
     prepare: Prepare, qa_file: Path
 ) -> None:
-    import os
-
     prepare()
     before = qa_file.stat()
     qa_file.write_text(qa_file.read_text().replace("3 plus 3", "3 plus 4", 1))
@@ -162,6 +161,20 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_only(
     assert len(data.train) > 0
 
 
+def test_a_write_that_fails_half_way_leaves_no_entry_and_no_rest(
+    prepare: Prepare, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.os, "fsync", full)
+        assert prepare().card.cache == "not written: No space left on device"
+    assert list(folder.iterdir()) == []
+    prepare()
+    assert is_cached(prepare())
+
+
 def test_nothing_is_kept_when_the_cache_is_off_or_rows_are_refused(
     prepare: Prepare, folder: Path, write_rows: Callable[..., Path]
 ) -> None:
@@ -191,9 +204,12 @@ def write_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     names = ("cached_profile", "cached_helper")
 
-    def write(word: str) -> DataProfile:
+    def write(word: str, *, is_old: bool = True) -> DataProfile:
         (tmp_path / "cached_profile.py").write_text(PROFILE.format(helper="cached_helper"))
         (tmp_path / "cached_helper.py").write_text(f"WORD = {word!r}\n")
+        if is_old:  # as if written before this process began
+            for name in names:
+                os.utime(tmp_path / f"{name}.py", (1e9, 1e9))
         for name in names:
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
@@ -212,6 +228,30 @@ def test_a_custom_profile_is_cached_until_its_code_or_what_it_imports_changes(
     data = prepare(profile=write_profile("two!"))
     assert not is_cached(data)
     assert data.train_texts[0][1] == "two!"
+
+
+def test_a_profile_edited_since_the_process_began_is_not_cached(
+    prepare: Prepare, write_profile: Callable[..., Any], folder: Path
+) -> None:
+    data = prepare(profile=write_profile("one", is_old=False))
+    assert data.card.cache.startswith("not used: code edited since")
+    assert not folder.exists()
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    prepare: Prepare, qa_file: Path, folder: Path
+) -> None:
+    class Writing(Regime3Profile):
+        """Rows are transformed after the file was read and before it is hashed again."""
+
+        def transform(self, messages: Any, *, index: int, seed: int) -> Any:
+            qa_file.write_text(qa_file.read_text() + "\n")
+            return messages
+
+    Writing.__module__ = "trainer.test"  # cacheable like one of our own
+    data = prepare(profile=Writing())
+    assert data.card.cache == "not written: a file changed while read"
+    assert not folder.exists()
 
 
 def test_a_profile_without_a_source_file_is_not_cached(prepare: Prepare, folder: Path) -> None:

@@ -13,7 +13,7 @@ from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
 from trainer.data.prepare import prepare_data
 from trainer.errors import ConfigError, DataError
-from trainer.profiles import get_profile
+from trainer.profiles import DataProfile, get_profile
 
 
 @pytest.fixture
@@ -74,6 +74,36 @@ def test_fewer_than_two_held_out_rows_means_none_and_says_so(
     assert len(data.train) == count - num_held_out
     assert data.card.validation.startswith("none") == (num_held_out == 0)
     assert all(prompt.is_held_out == (num_held_out > 0) for prompt in data.preview_prompts)
+
+
+class Emptying(DataProfile):
+    """Leaves nothing of answers that begin with x; of all turns where they begin with y."""
+
+    name = "emptying"
+
+    def clean(self, text: str) -> str:
+        return "" if text.startswith("x") else text
+
+    def transform(self, messages: Any, *, index: int, seed: int) -> Any:
+        return [] if messages[1]["content"].startswith("y") else messages
+
+
+def test_a_row_of_which_the_profile_leaves_nothing_to_train_is_rejected_and_named(
+    tokenizer: Any, write_rows: Callable[..., Path]
+) -> None:
+    path = write_rows([{"question": "q", "answer": answer} for answer in ("a", "x", "y", "b")])
+    data = prepare_data(
+        DataSection(dataset_path=str(path), on_bad_row="skip", validation_split=0, cache=False),
+        profile=Emptying(),
+        encoder=RowEncoder(tokenizer, 64),
+        system_prompt="s",
+        is_prompt_configured=False,
+        seed=1,
+        num_preview=1,
+    )
+    assert [golden for _, golden in data.train_texts] == ["a", "b"]
+    assert data.card.rejected == {"empty assistant turn": 1, "no assistant turn": 1}
+    assert data.card.rejected_examples[0].startswith(f"{path}:2: after profile 'emptying': ")
 
 
 def test_no_usable_row_is_an_error(
@@ -143,3 +173,48 @@ def test_two_preparations_give_the_same_tokens_in_the_same_order(
 ) -> None:
     assert prepare(qa_file).train.fingerprint() == prepare(qa_file).train.fingerprint()
     assert prepare(qa_file).train.fingerprint() != prepare(qa_file, seed=2).train.fingerprint()
+
+
+TOOLS_TEMPLATE = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' -}}"
+    "{%- if m['role'] == 'assistant' -%}{% generation %}{{- m['content'] -}}"
+    "{%- for call in m.get('tool_calls', []) -%}{{- 'CALL ' + call['function']['name'] -}}"
+    "{%- endfor -%}{{- '<|im_end|>' -}}{% endgeneration %}{{- '\n' -}}"
+    "{%- else -%}{{- m['content'] + '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "x"}}}
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": "rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "yes", "name": "weather"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+}
+
+
+def test_tool_calls_are_trained_and_a_tools_answer_is_not(
+    make_tokenizer: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
+    data = prepare_data(
+        DataSection(dataset_path=str(write_rows([TOOL_ROW])), validation_split=0, cache=False),
+        profile=get_profile("plain"),
+        encoder=RowEncoder(make_tokenizer(TOOLS_TEMPLATE), 256),
+        system_prompt=None,
+        is_prompt_configured=False,
+        seed=1,
+        num_preview=1,
+    )
+    trained = [text for text, is_trained in data.card.sample if is_trained]
+    assert trained == ["CALL weather<|im_end|>", "It rains.<|im_end|>"]
+
+
+def test_tool_calls_that_the_template_or_the_profile_loses_are_bad_rows(
+    prepare: Callable[..., RunData], write_rows: Callable[..., Path]
+) -> None:
+    path = write_rows([TOOL_ROW])
+    with pytest.raises(DataError, match="leaves out the tool calls"):
+        prepare(path)
+    with pytest.raises(DataError, match="tool calls were lost"):
+        prepare(path, profile="regime3")

@@ -110,7 +110,7 @@ def test_control_tokens_in_the_data_are_refused(tokenizer: Any) -> None:
         RowEncoder(tokenizer, 64).encode(turns((USER, "a<|im_end|>"), (ASSISTANT, "b")))
 
 
-def test_a_template_of_no_known_family_is_an_error(make_tokenizer: Callable[..., Any]) -> None:
+def test_a_template_that_asks_for_no_answer_is_an_error(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     with pytest.raises(TemplateError, match="generation"):
         RowEncoder(tokenizer, 64)

@@ -146,12 +146,20 @@ def test_a_damaged_parquet_file_is_one_error(tmp_path: Path, keep: int) -> None:
         read(path)
 
 
+def test_a_parquet_cell_that_is_no_utf8_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    write_parquet(path)
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xe9\xe9"))
+    with pytest.raises(DataError, match="Parquet"):
+        read(path)
+
+
 def test_csv_rows_with_too_few_cells_or_bad_bytes_are_named(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
-    path.write_bytes(b"\xef\xbb\xbfquestion,answer\nq,a\nonly one\nq,\xff\n\nq,a\n")
+    path.write_bytes(b'\xef\xbb\xbfquestion,answer\n"q\nq",a\nonly one\n"q\nq",\xff\n\nq,a\n')
     rows, errors = read(path)
-    assert len(rows) == 2
-    assert [text.split(": ")[0] for text in errors.errors] == [f"{path}:3", f"{path}:4"]
+    assert [row.where for row in rows] == [f"{path}:2", f"{path}:8"]
+    assert [text.split(": ")[0] for text in errors.errors] == [f"{path}:4", f"{path}:5"]
     assert "1 cells" in errors.errors[0]
     assert "not UTF-8" in errors.errors[1]
 

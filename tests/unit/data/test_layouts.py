@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.config.schema import DataSection
-from trainer.data.formats import RowErrors, read_rows
+from trainer.data.formats import FORMATS, RowErrors, read_rows, to_rows
 from trainer.data.rows import Row
 from trainer.data.sources import find_sources, read_sources
 from trainer.errors import ConfigError
@@ -78,6 +80,10 @@ REFUSED = {
     ),
     "weight 0": ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "weight"),
     "history": ({"instruction": "a", "output": "b", "history": ["x"]}, "history[0]"),
+    "history of another type": (
+        {"instruction": "a", "output": "b", "history": 5},
+        "'history' is int",
+    ),
     "input": ({"instruction": "a", "output": "b", "input": 3}, "'input' is int"),
     "prompt with answers": (
         {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
@@ -140,3 +146,28 @@ def test_a_column_for_a_key_that_the_format_lacks_is_an_error(
     section = DataSection(dataset_path=path, columns={"output": "x"})
     with pytest.raises(ConfigError, match="'output'"):
         read_sources(find_sources(path), section, RowErrors("strict"), max_rows=None)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "weight", "name", "tool_calls"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+KEYS = sorted({key for known in FORMATS.values() for key in known.keys | known.optional})
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=st.dictionaries(st.sampled_from([*KEYS, "tools"]), VALUES, max_size=5) | VALUES)
+def test_any_json_value_is_a_row_or_a_bad_row(row: Any) -> None:
+    errors = RowErrors("skip")
+    rows, _ = to_rows([("f:1", row)], "f", "auto", errors, None)
+    assert len(rows) + len(errors.errors) == 1
+    for found in rows:
+        assert all(isinstance(turn["content"], str) for turn in found.messages)
