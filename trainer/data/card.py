@@ -41,6 +41,8 @@ class DataCard:
     """Rows whose content occurs earlier in the file."""
     num_leaked: int = 0
     """Validation rows whose content is also trained on (only with data.validation_path)."""
+    profile_report: dict[str, int] = field(default_factory=dict)
+    """What the profile counted while it rewrote the rows."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -93,6 +95,7 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         ("mask", card.template),
         ("system prompt", _system_text(card)),
     ]
+    lines += [("profile", f"{count:,} {what}") for what, count in card.profile_report.items()]
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
     if card.num_leaked:

@@ -169,6 +169,7 @@ def prepare_data(
         num_own_system=num_own,
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
         num_leaked=sum(item.key in train_keys for item in validation),
+        profile_report=profile.report(),
         sample=_sample(encoder, train[0].example),
     )
     return RunData(
