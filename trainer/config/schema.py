@@ -153,7 +153,7 @@ class ProfileSection(Section):
     """How rows are rewritten, prompted, stopped and compared."""
 
     name: str = "plain"
-    """`plain`, `regime3`, an installed entry point, or `package.module:Class`."""
+    """`plain`, `regime3`, `emoji_think`, an installed entry point, or `package.module:Class`."""
     options: dict[str, JsonValue] = {}
     """Options of the profile itself; unknown ones are errors."""
     system_prompt: str | None = None

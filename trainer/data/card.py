@@ -49,6 +49,8 @@ class DataCard:
     """How often the training rows of each file are used; empty: once each."""
     cache: str = ""
     """Whether the encoded rows were read from the cache, or why not."""
+    profile_report: dict[str, int] = field(default_factory=dict)
+    """What the profile counted while it rewrote the rows."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -108,6 +110,7 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         lines.append(
             ("stripped", f"the template leaves out text of {card.num_stripped:,} rows: {text}")
         )
+    lines += [("profile", f"{count:,} {what}") for what, count in card.profile_report.items()]
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
     if card.num_leaked:

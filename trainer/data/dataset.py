@@ -191,6 +191,7 @@ def encode_data(
         ),
         num_leaked=sum(item.key in train_keys for item in validation),
         mix=mix,
+        profile_report=profile.report(),
         sample=marked_text(encoder.tokenizer, train[0].example.input_ids, train[0].example.labels),
     )
     return RunData(

@@ -152,7 +152,7 @@ class LocalPreviewBackend:
                 self.tokenizer,
                 prompts,
                 settings,
-                self.profile.logits_processors(self.tokenizer),
+                self.profile.logits_processors(self.tokenizer, stop_ids=settings.stop_ids),
             )
         seconds = time.perf_counter() - started
         return [

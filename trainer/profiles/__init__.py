@@ -9,11 +9,14 @@ from typing import Any
 
 from trainer.errors import ProfileError
 from trainer.profiles.base import DataProfile, Message
+from trainer.profiles.emoji_think import EmojiThinkProfile
 from trainer.profiles.plain import PlainProfile
 from trainer.profiles.regime3 import Regime3Profile
 
 ENTRY_POINT_GROUP = "trainer.profiles"
-BUILT_IN: dict[str, type[DataProfile]] = {cls.name: cls for cls in (PlainProfile, Regime3Profile)}
+BUILT_IN: dict[str, type[DataProfile]] = {
+    cls.name: cls for cls in (PlainProfile, Regime3Profile, EmojiThinkProfile)
+}
 
 __all__ = ["DataProfile", "Message", "get_profile", "known_profiles"]
 
@@ -22,8 +25,8 @@ def get_profile(name: str, options: dict[str, Any] | None = None) -> DataProfile
     """Make the profile called `name`.
 
     Args:
-        name: `plain`, `regime3`, the name of an entry point in group `trainer.profiles`,
-            or `package.module:Class`.
+        name: `plain`, `regime3`, `emoji_think`, the name of an entry point in
+            group `trainer.profiles`, or `package.module:Class`.
         options: `profile.options` of the config.
     Raises:
         ProfileError: no such profile, it cannot be imported, or an option is unknown.

@@ -70,8 +70,19 @@ class DataProfile:
         """
         return messages
 
-    def logits_processors(self, tokenizer: Any) -> list[Any]:
-        """Fresh, batch-safe processors for one generation (state per row, none shared)."""
+    def report(self) -> dict[str, int]:
+        """What `transform` did to the rows so far, as counts for the data card."""
+        return {}
+
+    def logits_processors(
+        self, tokenizer: Any, *, stop_ids: frozenset[int] = frozenset()
+    ) -> list[Any]:
+        """Fresh, batch-safe processors for one generation (state per row, none shared).
+
+        Args:
+            tokenizer: of the model that generates.
+            stop_ids: tokens that end an answer.
+        """
         return []
 
     def matches(self, answer: str, golden: str) -> bool:

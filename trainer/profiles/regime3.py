@@ -19,13 +19,12 @@ class Regime3Profile(DataProfile):
     stop_strings = (ANS_END,)
 
     def transform(self, messages: list[Message], *, index: int, seed: int) -> list[Message]:
-        """Wrap the assistant's turns; marked turns stay, half-marked ones are completed."""
-        return [
-            Message(role=turn["role"], content=wrap_answer(turn["content"]))
-            if turn["role"] == "assistant"
-            else turn
-            for turn in messages
-        ]
+        """Wrap the assistant's words; marked turns stay, half-marked ones are completed."""
+        turns = [turn.copy() for turn in messages]
+        for turn in turns:
+            if turn["role"] == "assistant" and not turn.get("tool_calls"):
+                turn["content"] = wrap_answer(turn["content"])
+        return turns
 
     def matches(self, answer: str, golden: str) -> bool:
         """Compare what stands between the markers; an answer without both markers is wrong."""

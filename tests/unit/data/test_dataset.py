@@ -19,7 +19,7 @@ from trainer.profiles import DataProfile, get_profile
 @pytest.fixture
 def prepare(tokenizer: Any) -> Callable[..., RunData]:
     def run(
-        path: Path, *, profile: str = "plain", max_length: int = 256, **changes: Any
+        path: Path, *, profile: str | DataProfile = "plain", max_length: int = 256, **changes: Any
     ) -> RunData:
         options = {
             "system_prompt": None,
@@ -30,7 +30,7 @@ def prepare(tokenizer: Any) -> Callable[..., RunData]:
         section = {k: changes.pop(k) for k in list(changes) if k not in options}
         return prepare_data(
             DataSection(dataset_path=str(path), **section),
-            profile=get_profile(profile),
+            profile=get_profile(profile) if isinstance(profile, str) else profile,
             encoder=RowEncoder(tokenizer, max_length),
             **{**options, **changes},
         )
@@ -210,6 +210,13 @@ def test_tool_calls_are_trained_and_a_tools_answer_is_not(
     assert trained == ["CALL weather<|im_end|>", "It rains.<|im_end|>"]
 
 
+class ForgetfulProfile(DataProfile):
+    """Makes new turns and forgets what else they brought."""
+
+    def transform(self, messages: list[Any], *, index: int, seed: int) -> list[Any]:
+        return [{"role": turn["role"], "content": turn["content"] or "."} for turn in messages]
+
+
 def test_tool_calls_that_the_template_or_the_profile_loses_are_bad_rows(
     prepare: Callable[..., RunData], write_rows: Callable[..., Path]
 ) -> None:
@@ -217,4 +224,4 @@ def test_tool_calls_that_the_template_or_the_profile_loses_are_bad_rows(
     with pytest.raises(DataError, match="leaves out the tool calls"):
         prepare(path)
     with pytest.raises(DataError, match="tool calls were lost"):
-        prepare(path, profile="regime3")
+        prepare(path, profile=ForgetfulProfile())
