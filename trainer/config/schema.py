@@ -95,6 +95,10 @@ class ModelSection(Section):
     """Branch, tag or commit of a hub model."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention code; `auto` is the model's own choice, usually sdpa."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """`chatml`, `plain` or a Jinja file, in place of the model's own; saved with the result.
+    Empty: the model's own, and for base models without one `chatml` if they know its tokens, else
+    `plain`."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder. Only for models whose code you have read."""
 
