@@ -118,6 +118,9 @@ class DataSection(Section):
     """Use only the first rows of the file."""
     on_bad_row: Literal["strict", "skip"] = "strict"
     """`strict` stops and names the lines; `skip` leaves bad rows out, counts and lists them."""
+    truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
+    """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
+    tokens. The data card counts them."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True

@@ -16,6 +16,7 @@ from trainer.config.schema import DataSection
 from trainer.data.card import DataCard
 from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
 from trainer.data.formats import BadRowError, Row, RowErrors, read_rows
+from trainer.data.truncation import RowTooLongError
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
 
@@ -142,7 +143,8 @@ def prepare_data(
     if not train:
         raise DataError(
             f"{path}: nothing to train: {len(errors.errors)} rows were rejected "
-            f"({'; '.join(errors.errors[:3])})."
+            f"({'; '.join(errors.errors[:3])}), {preparer.num_dropped} are longer than "
+            f"hyperparams.max_length={encoder.max_length} and dropped."
         )
     train_keys = {item.key for item in train}
     prompts = sorted(validation or train, key=lambda item: item.key)
@@ -152,7 +154,7 @@ def prepare_data(
         format=format_name,
         template=encoder.template.source,
         profile=profile.name,
-        num_rows=len(encoded) + len(held_out) + len(errors.errors),
+        num_rows=len(encoded) + len(held_out) + len(errors.errors) + preparer.num_dropped,
         num_train_rows=len(train),
         num_validation_rows=len(validation),
         validation=how,
@@ -161,6 +163,8 @@ def prepare_data(
         longest_row=max(len(item.example.input_ids) for item in everything),
         max_length=encoder.max_length,
         num_truncated=sum(item.example.is_truncated for item in everything),
+        truncation=encoder.truncation,
+        num_dropped=preparer.num_dropped,
         num_without_stop=sum(not item.example.ends_with_stop for item in everything),
         num_rejected=len(errors.errors),
         rejected=dict(errors.reasons),
@@ -205,12 +209,15 @@ class _Preparer:
     ) -> None:
         self.profile, self.encoder, self.errors = profile, encoder, errors
         self.system_prompt, self.seed = system_prompt, seed
+        self.num_dropped = 0
 
     def encode(self, rows: list[Row]) -> list[_Encoded]:
         results = self.encoder.encode_all([self._conversation(row) for row in rows])
         encoded = []
         for row, result in zip(rows, results, strict=True):
-            if isinstance(result, BadRowError):
+            if isinstance(result, RowTooLongError):
+                self.num_dropped += 1
+            elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
                 encoded.append(_Encoded(row, content_key(row.messages, self.seed), result))
