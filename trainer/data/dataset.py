@@ -225,7 +225,7 @@ class _Preparer:
 
     def _conversation(self, row: Row) -> list[Message]:
         clean = [
-            Message(role=turn["role"], content=self.profile.clean(turn["content"]))
+            Message(**{**turn, "content": self.profile.clean(turn["content"])})
             for turn in row.messages
         ]
         turns = self.profile.transform(clean, index=row.index, seed=self.seed)
