@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,8 @@ class RowEncoder:
 
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
-            found = self._special_text.search(turn["content"])
+            calls = json.dumps(turn.get("tool_calls", ""), ensure_ascii=False)
+            found = self._special_text.search(turn["content"]) or self._special_text.search(calls)
             if found:
                 raise BadRowError(
                     f"turn {position} ({turn['role']}) contains the text {found.group()!r}, which "
