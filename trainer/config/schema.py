@@ -96,6 +96,10 @@ class ModelSection(Section):
     """Branch, tag or commit of a hub model."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention code; `auto` is the model's own choice, usually sdpa."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """`chatml`, `plain` or a Jinja file, in place of the model's own; saved with the result.
+    Empty: the model's own, and for base models without one `chatml` if they know its tokens, else
+    `plain`."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder. Only for models whose code you have read."""
 
@@ -129,6 +133,9 @@ class DataSection(Section):
     """Keep encoded rows on disk; the next start with the same files and options reads them."""
     cache_dir: str | None = None
     """Folder of encoded rows. Empty: `ultimate-trainer` in $XDG_CACHE_HOME or ~/.cache."""
+    truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
+    """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
+    tokens. The data card counts them."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True

@@ -268,7 +268,11 @@ class TrainerEngine:
         data = prepare_data(
             config.data,
             profile=profile,
-            encoder=RowEncoder(tokenizer, hyper.max_length or DEFAULT_MAX_LENGTH),
+            encoder=RowEncoder(
+                tokenizer,
+                hyper.max_length or DEFAULT_MAX_LENGTH,
+                truncation=config.data.truncation,
+            ),
             system_prompt=self._build_system_prompt(config),
             is_prompt_configured=config.profile.system_prompt is not None,
             seed=config.environment.seed,

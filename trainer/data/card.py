@@ -27,7 +27,7 @@ class DataCard:
     longest_row: int
     max_length: int
     num_truncated: int
-    """Rows, training and validation, that lost their end to max_length."""
+    """Rows, training and validation, that lost an end to max_length."""
     num_without_stop: int
     """Rows with an answer that does not end in the stop token."""
     num_rejected: int
@@ -39,6 +39,10 @@ class DataCard:
     """Rows that bring their own system turn, which is kept."""
     num_duplicates: int = 0
     """Rows whose content occurs earlier in the file."""
+    truncation: str = "keep_start"
+    """What becomes of rows longer than max_length (data.truncation)."""
+    num_dropped: int = 0
+    """Rows left out because they are longer (data.truncation=drop)."""
     num_stripped: int = 0
     """Rows with text that the chat template leaves out of the tokens."""
     stripped_example: str = ""
@@ -91,7 +95,7 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         ("longest row", f"{card.longest_row:,} of at most {card.max_length:,} tokens"),
         (
             "truncated",
-            f"{card.num_truncated:,} rows lose their end" if card.num_truncated else "none",
+            _truncated_text(card),
         ),
         ("rejected", _rejected_text(card)),
         (
@@ -118,6 +122,13 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
     if card.cache:
         lines.append(("cache", card.cache))
     return lines
+
+
+def _truncated_text(card: DataCard) -> str:
+    if card.num_dropped:
+        return f"{card.num_dropped:,} rows dropped: longer than {card.max_length:,} tokens"
+    end = "start" if card.truncation == "keep_end" else "end"
+    return f"{card.num_truncated:,} rows lose their {end}" if card.num_truncated else "none"
 
 
 def _rejected_text(card: DataCard) -> str:

@@ -16,6 +16,7 @@ from trainer.data.card import DataCard
 from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
+from trainer.data.truncation import RowTooLongError
 from trainer.data.turns import check_messages, tool_names
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
@@ -158,7 +159,8 @@ def encode_data(
     if not train:
         raise DataError(
             f"{path}: nothing to train: {len(errors.errors)} rows were rejected "
-            f"({'; '.join(errors.errors[:3])})."
+            f"({'; '.join(errors.errors[:3])}), {preparer.num_dropped} are longer than "
+            f"hyperparams.max_length={encoder.max_length} and dropped."
         )
     train_keys = {item.key for item in train}
     train, mix = _weighted(sources, train)
@@ -169,7 +171,7 @@ def encode_data(
         format=format_name,
         template=encoder.template.source,
         profile=profile.name,
-        num_rows=len(encoded) + len(held_out) + len(errors.errors),
+        num_rows=len(encoded) + len(held_out) + len(errors.errors) + preparer.num_dropped,
         num_train_rows=len(train),
         num_validation_rows=len(validation),
         validation=how,
@@ -178,6 +180,8 @@ def encode_data(
         longest_row=max(len(item.example.input_ids) for item in everything),
         max_length=encoder.max_length,
         num_truncated=sum(item.example.is_truncated for item in everything),
+        truncation=encoder.truncation,
+        num_dropped=preparer.num_dropped,
         num_without_stop=sum(not item.example.ends_with_stop for item in everything),
         num_rejected=len(errors.errors),
         rejected=dict(errors.reasons),
@@ -222,6 +226,7 @@ class _Preparer:
     ) -> None:
         self.profile, self.encoder, self.errors = profile, encoder, errors
         self.system_prompt, self.seed = system_prompt, seed
+        self.num_dropped = 0
 
     def encode(self, rows: list[Row]) -> list[_Encoded]:
         usable: list[Row] = []
@@ -236,23 +241,13 @@ class _Preparer:
         encoded = []
         results = self.encoder.encode_all(conversations)
         for row, result in zip(usable, results, strict=True):
-            if isinstance(result, BadRowError):
+            if isinstance(result, RowTooLongError):
+                self.num_dropped += 1
+            elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
-            elif missing := self._calls_left_out(row, result):
-                text = f"the model's chat template leaves out the tool calls {missing}"
-                self.errors.add(row.where, text, "tool calls left out")
             else:
                 encoded.append(_Encoded(row, content_key(row.messages, self.seed), result))
         return encoded
-
-    def _calls_left_out(self, row: Row, example: Example) -> list[str]:
-        """Called functions of a row whose names are not among its trained tokens."""
-        names = _called(row.messages)
-        if not names or example.is_truncated:
-            return []
-        trained = [label for label in example.labels if label != IGNORE_INDEX]
-        said = self.encoder.tokenizer.decode(trained, clean_up_tokenization_spaces=False)
-        return [name for name in names if name not in said]
 
     def _conversation(self, row: Row) -> list[Message]:
         clean = [turn.copy() for turn in row.messages]

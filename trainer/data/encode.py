@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.data.formats import BadRowError
+from trainer.data.rows import BadRowError
 from trainer.data.spans import SpanFinder, Spans, assistant_turns
 from trainer.data.template import PROBE, ChatTemplate, is_prefix
+from trainer.data.truncation import IGNORE_INDEX as IGNORE_INDEX
+from trainer.data.truncation import cut
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
-IGNORE_INDEX = -100
 CHUNK = 256  # rows per tokenizer call: the fast tokenizer works on a chunk in parallel
 
 
@@ -24,9 +26,11 @@ class Example:
     labels: list[int]
     """As long as input_ids; IGNORE_INDEX where nothing is trained."""
     prompt: str
-    """The user's turn that the first assistant turn answers."""
+    """The turn that the first assistant turn (with keep_end: the first one kept) answers."""
     golden_answer: str
-    """The first assistant turn."""
+    """That assistant turn."""
+    prompt_length: int
+    """Tokens before that assistant turn."""
     is_truncated: bool
     ends_with_stop: bool
     """Every trained turn that was not cut off ends with its stop token."""
@@ -40,27 +44,27 @@ class Example:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The ids before the first trained token: what a preview continues."""
-        first = next(i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)
-        return self.input_ids[:first]
+        """The ids before the first answer: what a preview continues."""
+        return self.input_ids[: self.prompt_length]
 
 
 class RowEncoder:
     """Turns conversations into examples with one tokenizer, one template, one length."""
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, *, truncation: str = "keep_start") -> None:
         """Take a fast tokenizer with a provable chat template.
 
         Args:
             tokenizer: a transformers fast tokenizer.
-            max_length: longest example in tokens; longer ones lose their end.
+            max_length: longest example in tokens.
+            truncation: what becomes of longer ones, as `data.truncation`.
         Raises:
             TemplateError: the template cannot be proved.
         """
         self.template = ChatTemplate(tokenizer)
         self.finder = SpanFinder(self.template)
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length, self.truncation = max_length, truncation
         specials = sorted(
             {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
             | set(tokenizer.all_special_tokens),
@@ -127,6 +131,8 @@ class RowEncoder:
                 results.append(self._example(row, ids, spans))
             except BadRowError as error:
                 results.append(error)
+            except TemplateError as error:
+                results.append(BadRowError(str(error), "refused by the chat template"))
         return results
 
     def _thinking_prompts(self, row: list[Message]) -> list[list[int]]:
@@ -141,31 +147,43 @@ class RowEncoder:
         labels = [IGNORE_INDEX] * len(ids)
         for begin, end in spans.ranges:
             labels[begin:end] = ids[begin:end]
-        kept = [(b, e) for b, e in spans.ranges if e <= self.max_length]
-        first_turn = assistant_turns(row)[0]
-        labels = labels[: self.max_length]
-        if all(label == IGNORE_INDEX for label in labels):
-            raise BadRowError(
-                f"nothing to train is left: the row has {len(ids)} tokens, its answer begins at "
-                f"token {spans.ranges[0][0] + 1}, and hyperparams.max_length is {self.max_length}",
-                "no trained token within max_length",
-            )
+        kept_ids, kept_labels = cut(ids, labels, self.max_length, self.truncation)
+        is_cut_at_end = len(ids) > self.max_length and self.truncation == "keep_start"
+        limit = self.max_length if is_cut_at_end else len(ids)
+        ends = [end for _, end in spans.ranges if end <= limit]
+        removed = len(ids) - len(kept_ids) if self.truncation == "keep_end" else 0
+        nth, prompt_length = _first_whole_answer(spans, kept_labels, removed)
+        first_turn = assistant_turns(row)[nth]
         return Example(
-            input_ids=ids[: self.max_length],
-            labels=labels,
+            input_ids=kept_ids,
+            labels=kept_labels,
             prompt=row[first_turn - 1]["content"],
             golden_answer=row[first_turn]["content"],
             is_truncated=len(ids) > self.max_length,
-            ends_with_stop=all(ids[e - 1] in self.template.stop_ids for _, e in kept),
+            ends_with_stop=all(ids[end - 1] in self.template.stop_ids for end in ends),
             stripped=spans.stripped,
+            prompt_length=prompt_length,
         )
 
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
-            found = self._special_text.search(turn["content"])
+            calls = json.dumps(turn.get("tool_calls", ""), ensure_ascii=False)
+            found = self._special_text.search(turn["content"]) or self._special_text.search(calls)
             if found:
                 raise BadRowError(
                     f"turn {position} ({turn['role']}) contains the text {found.group()!r}, which "
                     "the tokenizer turns into a control token; take it out of the data",
                     "control token in text",
                 )
+
+
+def _first_whole_answer(spans: Spans, labels: list[int], removed: int) -> tuple[int, int]:
+    """The first turn whose prompt is kept, and the tokens before it.
+
+    Where the start of the only answer left is gone too, the prompt is what precedes its rest.
+    """
+    for nth, (begin, _) in enumerate(spans.ranges):
+        if begin > removed:
+            return nth, begin - removed
+    first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    return len(spans.ranges) - 1, first

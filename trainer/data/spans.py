@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.data.formats import BadRowError
+from trainer.data.rows import BadRowError
 from trainer.data.template import ChatTemplate, shared_prefix
 from trainer.profiles import Message
 
@@ -90,19 +90,32 @@ class SpanFinder:
     ) -> tuple[str, ...]:
         """Check that a stretch says what its turn says; return what the template left out."""
         said, content = self._said(ids, span), turn["content"].strip()
+        if turn.get("tool_calls"):
+            return self._prove_calls(turn, said, nth)
         if said.split() == content.split():  # templates choose the spacing round a thought
             return ()
         if said and said in content:
             before, after = (part.strip() for part in content.split(said, 1))
             if not self._is_beside(ids, span, before, after):
                 return tuple(part for part in (before, after) if part)
-        if turn.get("tool_calls") and content in said:
-            return ()
         raise BadRowError(
             f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: tokens "
             f"{span[0]} to {span[1]} should say {content[:60]!r}, but say {said[:60]!r}",
             "template not provable",
         )
+
+    def _prove_calls(self, turn: Message, said: str, nth: int) -> tuple[str, ...]:
+        """Check that a stretch names every function that its turn calls, after what it says."""
+        names = [str(call.get("function", call).get("name", "")) for call in turn["tool_calls"]]
+        missing = [name for name in names if not name or name not in said]
+        if missing:
+            raise BadRowError(
+                f"assistant turn {nth + 1} calls {', '.join(map(repr, missing))}, which the "
+                f"model's chat template does not write; its tokens say {said[:60]!r}",
+                "template without tool calls",
+            )
+        content = turn["content"].strip()
+        return () if content in said else (content,)
 
     def _is_beside(self, ids: list[int], span: tuple[int, int], before: str, after: str) -> bool:
         """Whether the rest of a turn stands beside the stretch, which is too small then."""

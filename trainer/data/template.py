@@ -38,6 +38,9 @@ class ChatTemplate:
                 "instruction-tuned model, or add chat_template.jinja to the model folder."
             )
         self.has_mask, self.mask_template, self.source = _mask_template(tokenizer)
+        origin = getattr(tokenizer, "template_origin", None)
+        if origin is not None:
+            self.source = self.source.replace("the model's own template", f"template {origin}")
         self.stop_ids = self._find_stop_ids()
 
     def render(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
+from trainer.models.chat_template import set_chat_template
 
 GGUF_SUFFIX = ".gguf"
 
@@ -28,12 +29,15 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
 
     Raises:
         ModelError: no such model, or no fast tokenizer in it.
+        ConfigError: `model.chat_template` cannot be used with it.
     """
     path = resolve_alias(section.model_path)
     if path == TINY:
         from trainer.models.tiny import load_tiny_tokenizer
 
-        return load_tiny_tokenizer()
+        tiny = load_tiny_tokenizer()
+        set_chat_template(tiny, section.chat_template)
+        return tiny
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, section, path, offline, "tokenizer")
@@ -42,6 +46,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
             f"model.model_path={section.model_path}: its tokenizer is a slow one; the trained "
             "tokens can be proved with fast tokenizers only. Use a model that ships tokenizer.json."
         )
+    set_chat_template(tokenizer, section.chat_template)
     result: PreTrainedTokenizerBase = tokenizer
     return result
 

@@ -221,7 +221,7 @@ def test_tool_calls_that_the_template_or_the_profile_loses_are_bad_rows(
     prepare: Callable[..., RunData], write_rows: Callable[..., Path]
 ) -> None:
     path = write_rows([TOOL_ROW])
-    with pytest.raises(DataError, match="leaves out the tool calls"):
+    with pytest.raises(DataError, match="does not write"):
         prepare(path)
     with pytest.raises(DataError, match="tool calls were lost"):
         prepare(path, profile=ForgetfulProfile())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.data.encode import IGNORE_INDEX, RowEncoder
-from trainer.data.formats import BadRowError
+from trainer.data.rows import BadRowError
 from trainer.errors import TemplateError
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -131,3 +131,38 @@ def test_one_row_that_the_template_refuses_does_not_spoil_its_neighbours(
     results = RowEncoder(make_tokenizer(template), 64).encode_all(rows)
     assert [isinstance(result, BadRowError) for result in results] == [False, True, False]
     assert "no foxes" in str(results[1])
+
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def row_with_call(city: str) -> list[Any]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+    return [
+        {"role": "user", "content": "rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "drizzle", "name": "weather"},
+        {"role": "assistant", "content": "a drizzle"},
+    ]
+
+
+def test_tool_calls_are_trained_and_results_are_not(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(CALLS)
+    example = RowEncoder(tokenizer, 256).encode(row_with_call("Oslo"))
+    text = trained_text(tokenizer, example)
+    assert text == "CALL weather {'city': 'Oslo'}<|im_end|>a drizzle<|im_end|>"
+
+
+def test_a_template_that_drops_tool_calls_is_an_error_of_the_row(tokenizer: Any) -> None:
+    with pytest.raises(BadRowError, match="calls 'weather', which"):
+        RowEncoder(tokenizer, 256).encode(row_with_call("Oslo"))
+
+
+def test_control_tokens_in_tool_calls_are_refused(make_tokenizer: Callable[..., Any]) -> None:
+    with pytest.raises(BadRowError, match="control token"):
+        RowEncoder(make_tokenizer(CALLS), 256).encode(row_with_call("<|im_end|>"))

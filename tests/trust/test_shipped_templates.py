@@ -1,0 +1,91 @@
+"""N9 over the chat templates that TRL ships: trained exactly, or refused; never trained wrongly."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from trainer.data.encode import IGNORE_INDEX, RowEncoder
+from trainer.data.rows import BadRowError
+from trainer.errors import TemplateError
+from trainer.models.tiny import load_tiny_tokenizer
+
+FOLDER = files("trl") / "chat_templates"
+NAMES = sorted(
+    path.name.removesuffix(".jinja")
+    for path in FOLDER.iterdir()
+    if path.name.endswith(".jinja") and not path.name.endswith("_training.jinja")
+)
+# Their prompts are not prefixes of their rows, or they take content in another shape.
+REFUSED = {
+    "deepseek_r1_distill",
+    "deepseekv3",
+    "gptoss",
+    "idefics3",
+    "llava_next",
+    "muse_glimmer",
+    "smolvlm",
+}
+NO_SYSTEM = {"gemma"}
+SHAPES = {
+    "one": [("user", "what is 12?"), ("assistant", "a dozen eggs")],
+    "many": [
+        ("user", "first of all"),
+        ("assistant", "alpha beta"),
+        ("user", "and then"),
+        ("assistant", "gamma, delta"),
+    ],
+    "system": [("system", "be brief now"), ("user", "say"), ("assistant", "pelican")],
+}
+BAR = "\N{FULLWIDTH VERTICAL LINE}"
+CONTROL = rf"<\|\w+\|>|<{BAR}[^{BAR}\s]+{BAR}>|</?\w+_of_turn>|<\|turn>|<turn\|>|\[gMASK\]|<sop>"
+
+
+def tokenizer_with(name: str) -> Any:
+    text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = load_tiny_tokenizer()
+    tokens: list[Any] = sorted(set(re.findall(CONTROL, text)))
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def trained_stretches(tokenizer: Any, labels: list[int]) -> list[str]:
+    stretches: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORE_INDEX:
+            stretches[-1].append(label)
+        elif stretches[-1]:
+            stretches.append([])
+    return [tokenizer.decode(ids) for ids in stretches if ids]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
+def test_n9_shipped_template_trains_the_answers_and_one_stop(name: str) -> None:
+    tokenizer = tokenizer_with(name)
+    encoder = RowEncoder(tokenizer, 2048)
+    for shape, pairs in SHAPES.items():
+        row: list[Any] = [{"role": role, "content": content} for role, content in pairs]
+        if shape == "system" and name in NO_SYSTEM:
+            with pytest.raises(BadRowError, match="System role not supported"):
+                encoder.encode(row)
+            continue
+        example = encoder.encode(row)
+        answers = [content for role, content in pairs if role == "assistant"]
+        found = trained_stretches(tokenizer, example.labels)
+        assert len(found) == len(answers)
+        for text, answer in zip(found, answers, strict=True):
+            before, _, after = text.partition(answer)
+            assert before.strip() == ""
+            assert after.strip() in {*tokenizer.all_special_tokens, ""}
+            assert after.strip() or not example.ends_with_stop
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED & set(NAMES)))
+def test_n9_a_shipped_template_that_cannot_be_proved_is_refused_with_a_reason(name: str) -> None:
+    with pytest.raises(TemplateError, match=r"cannot be proved|refuses these turns"):
+        RowEncoder(tokenizer_with(name), 2048)
