@@ -118,12 +118,21 @@ class DataSection(Section):
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True
     """Batch rows of like length together, so that little is computed on padding."""
+    enable_packing: bool = False
+    """Fill each training sequence with several whole rows, kept apart, up to `max_length` tokens.
+    `batch_size` then counts packs, not rows, so that a step holds more rows and an epoch has fewer
+    steps. Refused for models whose rows would see each other."""
 
     @model_validator(mode="after")
     def _check_order(self) -> DataSection:
         if self.group_by_length and not self.shuffle and "group_by_length" in self.model_fields_set:
             raise ValueError(
                 "group_by_length=true changes the order of rows, shuffle=false keeps it; "
+                "set one of them only"
+            )
+        if self.enable_packing and not self.shuffle:
+            raise ValueError(
+                "enable_packing=true changes the order of rows, shuffle=false keeps it; "
                 "set one of them only"
             )
         return self

@@ -41,6 +41,8 @@ class DataCard:
     """Rows whose content occurs earlier in the file."""
     num_leaked: int = 0
     """Validation rows whose content is also trained on (only with data.validation_path)."""
+    num_packs: int = 0
+    """Packed training sequences; 0 without data.enable_packing."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
     sample: tuple[tuple[str, bool], ...] = ()
@@ -95,6 +97,9 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         ("mask", card.template),
         ("system prompt", _system_text(card)),
     ]
+    if card.num_packs:
+        fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
+        lines.append(("packing", f"{card.num_packs:,} packs, {fill:.1f} % full"))
     lines += [("profile", f"{count:,} {what}") for what, count in card.profile_report.items()]
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
