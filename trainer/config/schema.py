@@ -140,6 +140,10 @@ class DataSection(Section):
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True
     """Batch rows of like length together, so that little is computed on padding."""
+    enable_packing: bool = False
+    """Fill each training sequence with several whole rows, kept apart, up to `max_length` tokens.
+    `batch_size` then counts packs, not rows, so that a step holds more rows and an epoch has fewer
+    steps. Refused for models whose rows would see each other."""
 
     @model_validator(mode="after")
     def _check_order(self) -> DataSection:
@@ -152,6 +156,11 @@ class DataSection(Section):
             raise ValueError(
                 "max_bad_rows limits what on_bad_row=skip leaves out, and on_bad_row is strict; "
                 "set on_bad_row=skip or leave max_bad_rows empty"
+            )
+        if self.enable_packing and not self.shuffle:
+            raise ValueError(
+                "enable_packing=true changes the order of rows, shuffle=false keeps it; "
+                "set one of them only"
             )
         return self
 

@@ -6,6 +6,7 @@ Each step is a method; what would not fit on a screen lives in its own module (`
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import math
 import os
@@ -29,6 +30,7 @@ from trainer.core.evaluate import Evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import compare_with_own_loss
 from trainer.core.optim import build_optimizer
+from trainer.core.packing_check import check_documents_apart
 from trainer.core.previews import build_scheduler, final_evaluation
 from trainer.core.result import TrainingResult
 from trainer.core.resume import check_resumable, find_resume_point
@@ -39,6 +41,7 @@ from trainer.data.batches import EpochOrder, PadCollator
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
+from trainer.data.packing import PackCollator, pack_training_rows
 from trainer.data.prepare import prepare_data
 from trainer.errors import EXIT_USER_INPUT, ConfigError
 from trainer.models.load import (
@@ -170,7 +173,7 @@ class TrainerEngine:
                     run.config,
                     read_model_config(run.config.model, offline=run.config.environment.offline),
                     run.precision,
-                    longest_row=run.data.card.longest_row,
+                    longest_row=max(run.data.train.lengths),
                 )
                 if run.folder is not None:
                     resolved = run.config.model_dump(mode="json")
@@ -280,6 +283,8 @@ class TrainerEngine:
             num_final=config.monitoring.final_eval_prompts,
             offline=config.environment.offline,
         )
+        if config.data.enable_packing:
+            data = pack_training_rows(data)
         run.set_data(data)
         run.durations_s["encoding"] = time.perf_counter() - started
         total = self._num_steps(config)
@@ -393,7 +398,7 @@ class TrainerEngine:
             model=model,
             args=self._build_training_arguments(config),
             train_dataset=datasets.train,
-            data_collator=self._collator(),
+            data_collator=self._collator(is_packed=config.data.enable_packing),
             optimizers=(build_optimizer(model, config.hyperparams), None),
             callbacks=callbacks,
             order=self._order(config),
@@ -410,6 +415,8 @@ class TrainerEngine:
         run.trainer = trainer
         if run.callback is not None:
             run.callback.trainer = trainer
+        if config.data.enable_packing:
+            self._check_packing(trainer)
         trainer.use_own_forward = not self._is_loss_equal(trainer, datasets)
         return trainer
 
@@ -423,7 +430,7 @@ class TrainerEngine:
                 total_steps=total,
                 start_step=run.resume.step if run.resume else 0,
                 num_epochs=config.hyperparams.num_epochs,
-                num_train_rows=len(run.data.train),
+                num_train_rows=run.data.card.num_train_rows,
                 num_validation_rows=len(run.data.validation or ()),
                 context_window=config.hyperparams.max_length or 0,
                 effective_batch_size=trainer.order.group_size,
@@ -577,14 +584,24 @@ class TrainerEngine:
             return hyper.max_steps
         return math.ceil(hyper.num_epochs * math.ceil(len(order) / order.group_size))
 
-    def _collator(self) -> PadCollator:
-        return PadCollator(self._current.tokenizer.pad_token_id or 0)
+    def _collator(self, *, is_packed: bool = False) -> PadCollator | PackCollator:
+        pad_id = self._current.tokenizer.pad_token_id or 0
+        return PackCollator(pad_id) if is_packed else PadCollator(pad_id)
+
+    def _check_packing(self, trainer: SupervisedTrainer) -> None:
+        """Refuse packing where documents see each other, before the first step."""
+        attention = getattr(trainer.model.config, "_attn_implementation", None)
+        is_flash = attention == "flash_attention_2"  # takes half precision only
+        autocast = trainer.accelerator.autocast() if is_flash else contextlib.nullcontext()
+        with undisturbed(trainer.model), autocast:
+            check_documents_apart(trainer.model)
 
     def _is_loss_equal(self, trainer: SupervisedTrainer, datasets: RunData) -> bool:
         """Compare our loss with the model's own on one batch; say so loudly where they differ."""
         run = self._current
         size = min(len(datasets.train), trainer.args.per_device_train_batch_size)
-        batch = self._collator()([datasets.train[i] for i in range(size)])
+        collate = self._collator(is_packed=run.config.data.enable_packing)
+        batch = collate([datasets.train[i] for i in range(size)])
         batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
         with undisturbed(trainer.model), trainer.accelerator.autocast():
             check = compare_with_own_loss(trainer.model, batch, run.precision.compute_dtype)

@@ -22,6 +22,7 @@ from transformers import Trainer
 from trainer.core.loss import full_loss, supervised_loss
 from trainer.data.batches import EpochOrder
 from trainer.data.encode import IGNORE_INDEX
+from trainer.data.packing import count_tokens
 from trainer.errors import NonFiniteError
 
 MAX_OVERFLOWS_IN_A_ROW = 20
@@ -99,7 +100,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
 
     def _note(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Add this micro-batch to the step's sums, on the device, without waiting for it."""
-        tokens = inputs["attention_mask"].sum()
+        tokens = count_tokens(inputs)
         trained = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         sums = torch.stack([loss.detach().float(), tokens.float(), trained.float()])
         self._sums = sums if self._sums is None else self._sums + sums

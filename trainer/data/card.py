@@ -53,6 +53,8 @@ class DataCard:
     """How often the training rows of each file are used; empty: once each."""
     cache: str = ""
     """Whether the encoded rows were read from the cache, or why not."""
+    num_packs: int = 0
+    """Packed training sequences; 0 without data.enable_packing."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
     sample: tuple[tuple[str, bool], ...] = ()
@@ -114,6 +116,9 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         lines.append(
             ("stripped", f"the template leaves out text of {card.num_stripped:,} rows: {text}")
         )
+    if card.num_packs:
+        fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
+        lines.append(("packing", f"{card.num_packs:,} packs, {fill:.1f} % full"))
     lines += [("profile", f"{count:,} {what}") for what, count in card.profile_report.items()]
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
