@@ -1,0 +1,165 @@
+"""The routes. State comes in through `create_app`; every wait here is asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from trainer import __version__
+from trainer.preview.wire import GenerateRequest
+from trainer.server.auth import Guard
+from trainer.server.jobs import Job, JobQueue, QueueFullError
+from trainer.server.worker import EngineProcess
+
+DISCONNECT_POLL_S = 0.2
+RETRY_AFTER = {"Retry-After": "2"}
+
+
+class Service:
+    """What the routes share: the queue and the model's name."""
+
+    def __init__(self, queue: JobQueue, model_id: str) -> None:
+        """Take the parts; the queue runs with the app's lifespan."""
+        self.queue, self.model_id = queue, model_id
+
+    def submit(self, operation: str, body: Any) -> Job:
+        """Put a job into the queue, or answer 429 or 503."""
+        if not self.queue.is_ready:
+            raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
+        try:
+            return self.queue.submit(operation, body)
+        except QueueFullError:
+            raise HTTPException(429, "the queue is full", RETRY_AFTER) from None
+
+    async def answer(self, request: Request, job: Job) -> dict[str, Any]:
+        """Wait for a job; a client that goes away cancels it."""
+        while not job.done.is_set():
+            await self.queue.wait(job, DISCONNECT_POLL_S)
+            if not job.done.is_set() and await request.is_disconnected():
+                self.queue.cancel(job)
+                raise HTTPException(499, "the client went away")
+        if job.status != "done":
+            headers = RETRY_AFTER if job.code in (429, 503) else None
+            raise HTTPException(job.code, job.error or job.status, headers)
+        assert job.result is not None, "a job that is done has a result"
+        return job.result
+
+    def check_model(self, name: str | None) -> None:
+        """Answer 404 for a model that is not the loaded one."""
+        if name not in (None, self.model_id):
+            raise HTTPException(404, f"no model {name!r}; this server has {self.model_id!r}")
+
+
+def create_app(
+    engine: EngineProcess, model_id: str, *, keys: dict[str, str], host: str = "127.0.0.1"
+) -> Any:
+    """Build the ASGI app round a started engine."""
+    service = Service(JobQueue(engine), model_id)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        runner = asyncio.create_task(service.queue.run())
+        yield
+        runner.cancel()
+        engine.stop()
+
+    app = FastAPI(title="ultimate-trainer", version=__version__, docs_url=None, redoc_url=None)
+    app.router.lifespan_context = lifespan
+    app.state.service = service
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        # The input is left out: it may be large, and it is the client's own anyway.
+        problems = [
+            f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}"
+            for item in error.errors()[:20]
+        ]
+        return JSONResponse({"detail": "; ".join(problems), "code": "invalid"}, 422)
+
+    _add_status_routes(app, service)
+    _add_generate_routes(app, service)
+    names = frozenset({host.lower(), socket.gethostname().lower(), "localhost"})
+    return Guard(app, keys=keys, hosts=names)
+
+
+def _add_status_routes(app: FastAPI, service: Service) -> None:
+    queue = service.queue
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready(response: Response) -> dict[str, Any]:
+        if not queue.is_ready:
+            raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
+        return {"ready": True}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/info")
+    async def info() -> dict[str, Any]:
+        manifest = queue.engine.hello["manifest"]
+        return {
+            "version": __version__,
+            "model_id": service.model_id,
+            "device": queue.engine.hello["device"],
+            "active": queue.active,
+            "queued": queue.waiting,
+            "engine_restarts": queue.restarts,
+            **{
+                name: manifest[name]
+                for name in ("config_hash", "tokenizer_hash", "chat_template_hash")
+            },
+        }
+
+    @app.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"models": [{"model_id": service.model_id, **queue.active}]}
+
+    @app.get("/models/active")
+    async def active() -> dict[str, Any]:
+        return {"model_id": service.model_id, **queue.active}
+
+
+def _add_generate_routes(app: FastAPI, service: Service) -> None:
+    queue = service.queue
+
+    @app.post("/generate", response_model=None)
+    async def generate(
+        body: GenerateRequest, request: Request, wait: Annotated[int, Query(ge=0, le=1)] = 1
+    ) -> Any:
+        service.check_model(body.model_id)
+        job = service.submit("generate", body.model_dump(mode="json"))
+        if not wait:
+            return JSONResponse(job.public(), 202)
+        return await service.answer(request, job)
+
+    def find(job_id: str) -> Job:
+        job = queue.jobs.get(job_id)
+        if job is None:
+            raise HTTPException(404, "no such job; the last 512 are kept")
+        return job
+
+    @app.get("/jobs/{job_id}")
+    async def job_state(
+        job_id: str, wait: Annotated[float, Query(ge=0, le=60)] = 0
+    ) -> dict[str, Any]:
+        job = find(job_id)
+        await queue.wait(job, wait)
+        return job.public()
+
+    @app.delete("/jobs/{job_id}")
+    async def cancel(job_id: str) -> dict[str, Any]:
+        job = find(job_id)
+        queue.cancel(job)
+        return job.public()
