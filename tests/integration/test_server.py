@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.integration.serving import Server, command, running_server
 from trainer.config.schema import ModelSection
 from trainer.models.load import load_model, load_tokenizer
 from trainer.preview.base import PreviewRequest
@@ -20,49 +18,10 @@ from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.remote import Remote3090Backend
 
 
-@dataclass
-class Server:
-    """A running server."""
-
-    port: int
-    process: subprocess.Popen[str]
-    line: str
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "trainer", "serve", "--device", "cpu", *words]
-
-
 @pytest.fixture(scope="module")
-def start_server() -> Iterator[Callable[..., Server]]:
-    """A function that starts a server on a free port; all of them end with the module."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*words: str) -> Server:
-        process = subprocess.Popen(
-            command("--port", "0", *words),
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        started.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        return Server(int(line.split()[1].rsplit(":", 1)[1]), process, line)
-
-    yield start
-    for process in started:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.fixture(scope="module")
-def server(start_server: Callable[..., Server]) -> Server:
-    return start_server()
+def server() -> Iterator[Server]:
+    with running_server() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

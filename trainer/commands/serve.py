@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+import tempfile
 from pathlib import Path
 
 import uvicorn
@@ -19,12 +20,23 @@ def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
     keys = read_keys(words.api_key_file, words.host)
+    weights_dir: Path | None = words.weights_dir
+    if weights_dir is not None and not weights_dir.is_dir():
+        raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")
     listener = _listen(words.host, words.port)
     port = listener.getsockname()[1]
     engine = EngineProcess(words.model, words.device)
+    store = tempfile.TemporaryDirectory(prefix="trainer-serve-")  # mode 700
     try:
         engine.start()
-        app = create_app(engine, words.model, keys=keys, host=words.host)
+        app = create_app(
+            engine,
+            words.model,
+            keys=keys,
+            host=words.host,
+            store_dir=Path(store.name),
+            weights_dir=weights_dir,
+        )
         shown = f"[{words.host}]" if ":" in words.host else words.host
         print(
             f"ready: http://{shown}:{port} model {words.model} on {engine.hello['device']}, "
@@ -43,6 +55,7 @@ def run(argv: list[str]) -> int:
     finally:
         engine.stop()
         listener.close()
+        store.cleanup()
     return 0
 
 
@@ -79,4 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=_port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--api-key-file", type=Path, help="needed for a non-loopback --host")
+    parser.add_argument(
+        "--weights-dir", type=Path, help="folder a trainer on this machine writes weights into"
+    )
     return parser

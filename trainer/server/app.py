@@ -6,61 +6,40 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from trainer import __version__
-from trainer.preview.wire import GenerateRequest
+from trainer.preview.wire import GenerateRequest, WeightsManifest
 from trainer.server.auth import Guard
-from trainer.server.jobs import Job, JobQueue, QueueFullError
+from trainer.server.jobs import Job, JobQueue
+from trainer.server.openai import add_openai_routes
+from trainer.server.publish import add_preview_routes, add_weight_routes
+from trainer.server.service import RETRY_AFTER, Service
+from trainer.server.weights import WeightStore
 from trainer.server.worker import EngineProcess
-
-DISCONNECT_POLL_S = 0.2
-RETRY_AFTER = {"Retry-After": "2"}
-
-
-class Service:
-    """What the routes share: the queue and the model's name."""
-
-    def __init__(self, queue: JobQueue, model_id: str) -> None:
-        """Take the parts; the queue runs with the app's lifespan."""
-        self.queue, self.model_id = queue, model_id
-
-    def submit(self, operation: str, body: Any) -> Job:
-        """Put a job into the queue, or answer 429 or 503."""
-        if not self.queue.is_ready:
-            raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
-        try:
-            return self.queue.submit(operation, body)
-        except QueueFullError:
-            raise HTTPException(429, "the queue is full", RETRY_AFTER) from None
-
-    async def answer(self, request: Request, job: Job) -> dict[str, Any]:
-        """Wait for a job; a client that goes away cancels it."""
-        while not job.done.is_set():
-            await self.queue.wait(job, DISCONNECT_POLL_S)
-            if not job.done.is_set() and await request.is_disconnected():
-                self.queue.cancel(job)
-                raise HTTPException(499, "the client went away")
-        if job.status != "done":
-            headers = RETRY_AFTER if job.code in (429, 503) else None
-            raise HTTPException(job.code, job.error or job.status, headers)
-        assert job.result is not None, "a job that is done has a result"
-        return job.result
-
-    def check_model(self, name: str | None) -> None:
-        """Answer 404 for a model that is not the loaded one."""
-        if name not in (None, self.model_id):
-            raise HTTPException(404, f"no model {name!r}; this server has {self.model_id!r}")
 
 
 def create_app(
-    engine: EngineProcess, model_id: str, *, keys: dict[str, str], host: str = "127.0.0.1"
+    engine: EngineProcess,
+    model_id: str,
+    *,
+    keys: dict[str, str],
+    store_dir: Path,
+    host: str = "127.0.0.1",
+    weights_dir: Path | None = None,
 ) -> Any:
-    """Build the ASGI app round a started engine."""
+    """Build the ASGI app round a started engine.
+
+    Args:
+        keys: keys with their scope; empty: no key is asked for.
+        store_dir: private folder for uploads.
+        weights_dir: folder of transport `dir`; None: refused.
+    """
     service = Service(JobQueue(engine), model_id)
 
     @contextlib.asynccontextmanager
@@ -85,6 +64,10 @@ def create_app(
 
     _add_status_routes(app, service)
     _add_generate_routes(app, service)
+    expected = WeightsManifest.model_validate(engine.hello["manifest"])
+    add_weight_routes(app, service, WeightStore(store_dir, weights_dir, expected))
+    add_preview_routes(app, service)
+    add_openai_routes(app, service)
     names = frozenset({host.lower(), socket.gethostname().lower(), "localhost"})
     return Guard(app, keys=keys, hosts=names)
 
@@ -97,7 +80,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         return {"status": "ok"}
 
     @app.get("/ready")
-    async def ready(response: Response) -> dict[str, Any]:
+    async def ready() -> dict[str, Any]:
         if not queue.is_ready:
             raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
         return {"ready": True}
