@@ -134,6 +134,32 @@ def test_dir_transport_takes_the_file_named_by_its_id(
     assert client.get("/models/active").json()["weights_id"] == manifest.weights_id
 
 
+def test_an_older_kept_set_can_be_made_active_again(client: httpx.Client) -> None:
+    current = client.get("/models/active").json()
+    older = model_of(8)[2].weights_id
+    body = {"weights_id": older}
+    assert client.post("/models/set_active", json=body).json()["weights_id"] == older
+    body = {"weights_id": current["weights_id"]}
+    assert client.post("/models/set_active", json=body).json() == current
+    assert client.post("/models/set_active", json={"weights_id": "0" * 64}).status_code == 404
+
+
+def test_a_retried_request_is_answered_and_not_done_twice(client: httpx.Client) -> None:
+    headers = {"Idempotency-Key": "one"}
+    body = {"prompt_token_ids": [5], "max_new_tokens": 3}
+    first = client.post("/generate?wait=0", json=body, headers=headers).json()
+    again = client.post("/generate?wait=0", json=body, headers=headers).json()
+    assert first["job_id"] == again["job_id"]
+    other = client.post("/generate", json={**body, "max_new_tokens": 4}, headers=headers)
+    assert other.status_code == 422
+
+
+def test_metrics_count_jobs(client: httpx.Client) -> None:
+    lines = client.get("/metrics").text.splitlines()
+    done = next(line for line in lines if line.startswith("trainer_serve_jobs_done "))
+    assert float(done.split()[1]) > 0
+
+
 def test_another_tokenizer_or_shape_is_refused(client: httpx.Client) -> None:
     _, _, manifest, _ = model_of(7)
     other = manifest.model_copy(update={"tokenizer_hash": "0" * 64})

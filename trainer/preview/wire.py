@@ -104,6 +104,12 @@ class WeightsState(Body):
     """Numbers of the parts that have arrived, from 0."""
 
 
+class SetActive(Body):
+    """`POST /models/set_active`: make a kept weight set the active one again."""
+
+    weights_id: Digest
+
+
 class GenerateRequest(Body):
     """`POST /generate`: one prompt, as text or as the exact ids of training."""
 

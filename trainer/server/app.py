@@ -17,9 +17,10 @@ from trainer import __version__
 from trainer.preview.wire import GenerateRequest, WeightsManifest
 from trainer.server.auth import Guard
 from trainer.server.jobs import Job, JobQueue
+from trainer.server.metrics import add_metrics_route
 from trainer.server.openai import add_openai_routes
-from trainer.server.publish import add_preview_routes, add_weight_routes
-from trainer.server.service import RETRY_AFTER, Service
+from trainer.server.publish import add_active_route, add_preview_routes, add_weight_routes
+from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service
 from trainer.server.weights import WeightStore
 from trainer.server.worker import EngineProcess
 
@@ -65,9 +66,12 @@ def create_app(
     _add_status_routes(app, service)
     _add_generate_routes(app, service)
     expected = WeightsManifest.model_validate(engine.hello["manifest"])
-    add_weight_routes(app, service, WeightStore(store_dir, weights_dir, expected))
+    store = WeightStore(store_dir, weights_dir, expected)
+    add_weight_routes(app, service, store)
+    add_active_route(app, service, store)
     add_preview_routes(app, service)
     add_openai_routes(app, service)
+    add_metrics_route(app, service.queue)
     names = frozenset({host.lower(), socket.gethostname().lower(), "localhost"})
     return Guard(app, keys=keys, hosts=names)
 
@@ -119,10 +123,13 @@ def _add_generate_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/generate", response_model=None)
     async def generate(
-        body: GenerateRequest, request: Request, wait: Annotated[int, Query(ge=0, le=1)] = 1
+        body: GenerateRequest,
+        request: Request,
+        wait: Annotated[int, Query(ge=0, le=1)] = 1,
+        idempotency_key: IdempotencyKey = None,
     ) -> Any:
         service.check_model(body.model_id)
-        job = service.submit("generate", body.model_dump(mode="json"))
+        job = service.submit("generate", body.model_dump(mode="json"), idempotency_key)
         if not wait:
             return JSONResponse(job.public(), 202)
         return await service.answer(request, job)

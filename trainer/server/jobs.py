@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import heapq
 import itertools
@@ -24,6 +25,10 @@ MAX_TRIES = 2
 
 class QueueFullError(Exception):
     """No room: the client should come back later."""
+
+
+class KeyReusedError(Exception):
+    """An Idempotency-Key that named another request before."""
 
 
 @dataclass(eq=False)
@@ -71,6 +76,8 @@ class JobQueue:
         self.jobs: dict[str, Job] = {}
         self.is_ready = True
         self.restarts = 0
+        self.ended: collections.Counter[str] = collections.Counter()
+        self._keys: dict[tuple[str, str], str] = {}
         self._heap: list[tuple[int, int, Job]] = []
         self._numbers = itertools.count()
         self._wake = asyncio.Event()
@@ -80,16 +87,26 @@ class JobQueue:
         """Jobs that wait for the engine."""
         return sum(not job.done.is_set() for _, _, job in self._heap)
 
-    def submit(self, operation: str, body: Any) -> Job:
+    def submit(self, operation: str, body: Any, key: str | None = None) -> Job:
         """Put a job into the queue.
 
+        Args:
+            key: the client's Idempotency-Key: the job that it named before is given again.
         Raises:
             QueueFullError: MAX_QUEUED jobs wait already.
+            KeyReusedError: the key came with another body before.
         """
+        known = self.jobs.get(self._keys.get((operation, key), "")) if key else None
+        if known is not None and known.status not in ("failed", "cancelled"):
+            if known.body != body:
+                raise KeyReusedError
+            return known
         if self.waiting >= MAX_QUEUED:
             raise QueueFullError
         job = Job(operation, body)
         self.jobs[job.id] = job
+        if key:
+            self._keys[operation, key] = job.id
         self._forget_old()
         priority = 0 if operation in ("previews", "load_weights") else 1
         heapq.heappush(self._heap, (priority, next(self._numbers), job))
@@ -109,6 +126,7 @@ class JobQueue:
                 return
             if job.done.is_set():
                 del self.jobs[job.id]
+                self._keys = {k: v for k, v in self._keys.items() if v != job.id}
 
     async def run(self) -> None:
         """Serve the queue until cancelled."""
@@ -119,6 +137,7 @@ class JobQueue:
             _, _, job = heapq.heappop(self._heap)
             if not job.done.is_set():
                 await self._run_one(job)
+            self.ended[job.status] += 1
 
     async def _run_one(self, job: Job) -> None:
         job.status, job.tries = "running", job.tries + 1

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Request
 from fastapi.responses import JSONResponse
 
-from trainer.preview.wire import Digest, PreviewsRequest, Run, WeightsOffer, WeightsState
-from trainer.server.service import RETRY_AFTER, Service
+from trainer.preview.wire import Digest, PreviewsRequest, Run, SetActive, WeightsOffer, WeightsState
+from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service
 from trainer.server.weights import Upload, WeightsRefusedError, WeightStore
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
@@ -79,8 +79,23 @@ def add_weight_routes(app: FastAPI, service: Service, store: WeightStore) -> Non
         await job.done.wait()
         if job.status != "done":
             raise HTTPException(job.code, job.error, RETRY_AFTER if job.code == 503 else None)
-        store.committed(upload)
+        store.committed(upload, body)
         return state(upload, committed=True)
+
+
+def add_active_route(app: FastAPI, service: Service, store: WeightStore) -> None:
+    """Go back to one of the last committed weight sets."""
+
+    @app.post("/models/set_active")
+    async def set_active(body: SetActive) -> dict[str, Any]:
+        known = store.tags.get(body.weights_id)
+        if known is None:
+            raise HTTPException(404, "these weights are not kept; publish them again")
+        job = service.submit("load_weights", known)
+        await job.done.wait()
+        if job.status != "done":
+            raise HTTPException(job.code, job.error, RETRY_AFTER if job.code == 503 else None)
+        return {"model_id": service.model_id, **service.queue.active}
 
 
 def add_preview_routes(app: FastAPI, service: Service) -> None:
@@ -88,14 +103,17 @@ def add_preview_routes(app: FastAPI, service: Service) -> None:
     batches: list[dict[str, Any]] = []
 
     @app.post("/previews")
-    async def previews(body: PreviewsRequest, request: Request) -> dict[str, Any]:
+    async def previews(
+        body: PreviewsRequest, request: Request, idempotency_key: IdempotencyKey = None
+    ) -> dict[str, Any]:
         if body.weights_id != service.queue.active["weights_id"]:
             raise HTTPException(409, "these weights are not the active ones; publish them first")
-        job = service.submit("previews", body.model_dump(mode="json"))
+        job = service.submit("previews", body.model_dump(mode="json"), idempotency_key)
         found = await service.answer(request, job)
-        found["seq"] = batches[-1]["seq"] + 1 if batches else 1
-        batches.append(found)
-        del batches[:-KEPT_BATCHES]
+        if not found["seq"]:  # a retried request is answered, not listed twice
+            found["seq"] = batches[-1]["seq"] + 1 if batches else 1
+            batches.append(found)
+            del batches[:-KEPT_BATCHES]
         return found
 
     @app.get("/previews")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import HTTPException, Request
+from fastapi import Header, HTTPException, Request
 
-from trainer.server.jobs import Job, JobQueue, QueueFullError
+from trainer.server.jobs import Job, JobQueue, KeyReusedError, QueueFullError
 
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 DISCONNECT_POLL_S = 0.2
 RETRY_AFTER = {"Retry-After": "2"}
 
@@ -19,12 +20,14 @@ class Service:
         """Take the parts; the queue runs with the app's lifespan."""
         self.queue, self.model_id = queue, model_id
 
-    def submit(self, operation: str, body: Any) -> Job:
-        """Put a job into the queue, or answer 429 or 503."""
+    def submit(self, operation: str, body: Any, key: str | None = None) -> Job:
+        """Put a job into the queue, or answer 422 (key reused), 429 or 503."""
         if not self.queue.is_ready:
             raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
         try:
-            return self.queue.submit(operation, body)
+            return self.queue.submit(operation, body, key)
+        except KeyReusedError:
+            raise HTTPException(422, "this Idempotency-Key named another request") from None
         except QueueFullError:
             raise HTTPException(429, "the queue is full", RETRY_AFTER) from None
 

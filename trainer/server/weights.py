@@ -64,6 +64,8 @@ class WeightStore:
         self.folder, self.weights_dir, self.expected = folder, weights_dir, expected
         self.uploads: dict[str, Upload] = {}
         self.sets: list[str] = []
+        self.tags: dict[str, dict[str, Any]] = {}
+        """Kept sets: file, run and step of each."""
 
     def offer(self, offer: WeightsOffer) -> Upload:
         """Accept an offer; a newer one of the same run replaces an older one.
@@ -179,12 +181,15 @@ class WeightStore:
         os.replace(upload.path, kept)
         return kept
 
-    def committed(self, upload: Upload) -> None:
+    def committed(self, upload: Upload, tag: dict[str, Any]) -> None:
         """Forget the upload; keep the last sets only."""
         self.drop(upload)
+        self.tags[upload.weights_id] = tag
         self.sets = [*(w for w in self.sets if w != upload.weights_id), upload.weights_id]
         while len(self.sets) > KEPT_SETS:
-            self._kept_path(self.sets.pop(0)).unlink(missing_ok=True)
+            old = self.sets.pop(0)
+            self.tags.pop(old, None)
+            self._kept_path(old).unlink(missing_ok=True)  # a file of --weights-dir is not ours
 
     def drop(self, upload: Upload) -> None:
         """Remove an upload and what has arrived of it."""
