@@ -17,6 +17,8 @@ from trainer.preview.base import PreviewRequest
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.remote import Remote3090Backend
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

@@ -22,6 +22,7 @@ from trainer.preview.identity import canonical_tensors, model_manifest
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.wire import WeightsManifest
 
+pytestmark = pytest.mark.slow
 PUBLISH, GENERATE = "p" * 20, "g" * 20
 
 

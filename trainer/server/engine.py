@@ -261,9 +261,9 @@ def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
     engine.watch.job = message["id"]
     operation: str = message["op"]
     body: Any = message["body"]
+    if operation == "load_weights":
+        return _load(engine, body)
     try:
-        if operation == "load_weights":
-            return {"ok": True, "result": engine.load_weights(body["path"], body["weights_id"])}
         if operation == "previews":
             found: Any = engine.previews(PreviewsRequest.model_validate(body))
         elif operation == "chat":
@@ -279,6 +279,15 @@ def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
     except (TrainerError, ValueError) as error:
         return {"ok": False, "status": 422, "error": " ".join(str(error).split())[:300]}
     return {"ok": True, "result": found.model_dump(mode="json")}
+
+
+def _load(engine: Engine, body: dict[str, Any]) -> Reply:
+    try:
+        return {"ok": True, "result": engine.load_weights(body["path"], body["weights_id"])}
+    except RefusedError as error:
+        # Raised before the first copy. Anything later ends this process, on purpose: half a
+        # weight set must never answer.
+        return {"ok": False, "status": error.status, "error": str(error)}
 
 
 def _send(connection: Connection, message: Reply) -> None:
