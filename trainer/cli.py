@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "a tiny model learns in about a minute; nothing is downloaded",
     "train": "fine-tune a model: --dataset data.jsonl --model qwen3 --output outputs",
     "chat": "talk to the model of a finished run: trainer chat outputs",
+    "serve": "answer prompts over HTTP: trainer serve --model qwen3 --port 8765",
     "export": "write a model folder from a run: trainer export outputs --merge",
     "data": "inspect rows and their trained tokens; show or clear the cache",
     "models": "list the short names of models",

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class LocalPreviewBackend:
         stop_ids: frozenset[int] | None = None,
         autocast_dtype: torch.dtype | None = None,
         max_length: int | None = None,
+        processors: Sequence[Any] = (),
     ) -> None:
         """Take a model in any mode, on any device.
 
@@ -46,7 +48,9 @@ class LocalPreviewBackend:
             stop_ids: tokens that end an answer; None: the tokenizer's and the model's own.
             autocast_dtype: the run's compute dtype, so that previews compute as training does.
             max_length: prompt and answer together, in tokens.
+            processors: run behind the profile's own, at every token.
         """
+        self.processors = tuple(processors)
         self.model, self.tokenizer = model, tokenizer
         self.profile = profile or get_profile("plain")
         self.system_prompt = system_prompt
@@ -152,7 +156,10 @@ class LocalPreviewBackend:
                 self.tokenizer,
                 prompts,
                 settings,
-                self.profile.logits_processors(self.tokenizer, stop_ids=settings.stop_ids),
+                [
+                    *self.profile.logits_processors(self.tokenizer, stop_ids=settings.stop_ids),
+                    *self.processors,
+                ],
             )
         seconds = time.perf_counter() - started
         return [

@@ -1,0 +1,98 @@
+"""`trainer serve`: a preview server on this machine, an API process and an engine process."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import tempfile
+from pathlib import Path
+
+import uvicorn
+
+from trainer.commands.arguments import parse
+from trainer.errors import ConfigError
+from trainer.server.app import create_app
+from trainer.server.auth import read_keys
+from trainer.server.worker import EngineProcess
+
+
+def run(argv: list[str]) -> int:
+    """Load the model, listen, serve until a signal."""
+    words = parse(_parser(), argv)
+    keys = read_keys(words.api_key_file, words.host)
+    weights_dir: Path | None = words.weights_dir
+    if weights_dir is not None and not weights_dir.is_dir():
+        raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")
+    listener = _listen(words.host, words.port)
+    port = listener.getsockname()[1]
+    engine = EngineProcess(words.model, words.device)
+    store = tempfile.TemporaryDirectory(prefix="trainer-serve-")  # mode 700
+    try:
+        engine.start()
+        app = create_app(
+            engine,
+            words.model,
+            keys=keys,
+            host=words.host,
+            store_dir=Path(store.name),
+            weights_dir=weights_dir,
+        )
+        shown = f"[{words.host}]" if ":" in words.host else words.host
+        print(
+            f"ready: http://{shown}:{port} model {words.model} on {engine.hello['device']}, "
+            f"weights {engine.hello['weights_id'][:12]}, key {'asked for' if keys else 'none'}",
+            flush=True,
+        )
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            loop="auto",
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        engine.stop()
+        listener.close()
+        store.cleanup()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before the model is loaded, so that a taken port is known at once."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); is "
+            "another server running? Choose another --port (0 picks a free one)."
+        ) from error
+    return listener
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise ValueError(text)
+    return port
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainer serve",
+        description="Answer prompts with a model; take new weights from a training run.",
+    )
+    parser.add_argument("--model", default="tiny", help="alias, hub id or folder (default: tiny)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=_port, default=8765, help="0 picks a free one")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--api-key-file", type=Path, help="needed for a non-loopback --host")
+    parser.add_argument(
+        "--weights-dir", type=Path, help="folder a trainer on this machine writes weights into"
+    )
+    return parser

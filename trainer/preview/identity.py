@@ -1,0 +1,80 @@
+"""Hashes that say which weights, config, tokenizer and chat template a model has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from trainer.preview.wire import TensorEntry, WeightsManifest, canonical_hash
+
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Keys of a config that differ between two loads of the same architecture.
+VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+
+
+def canonical_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by their Hugging Face names, tied ones once, sorted by name."""
+    saved = set(model.state_dict(keep_vars=True))
+    found = dict(model.named_parameters())
+    found |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {name: found[name].detach() for name in sorted(found)}
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes, as safetensors lays them out."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def tensor_entry(name: str, tensor: torch.Tensor) -> TensorEntry:
+    """Name, dtype, shape and hash of one tensor."""
+    return TensorEntry.model_validate(
+        {
+            "name": name,
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "sha256": tensor_hash(tensor),
+        }
+    )
+
+
+def config_hash(config: Any) -> str:
+    """Hash of a model config, without names, versions and dtype."""
+    plain = json.loads(config.to_json_string(use_diff=False))
+    return canonical_hash({key: value for key, value in plain.items() if key not in VOLATILE})
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of everything that turns text into ids, the chat template apart."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Calls with padding or truncation leave their settings there; they are not the vocabulary.
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    return canonical_hash(state)
+
+
+def chat_template_hash(tokenizer: Any) -> str:
+    """Hash of the chat template ("" where there is none)."""
+    return canonical_hash(tokenizer.chat_template or "")
+
+
+def model_manifest(model: Any, tokenizer: Any) -> WeightsManifest:
+    """The manifest of a model as it is now; its `weights_id` names the weights."""
+    return WeightsManifest(
+        config_hash=config_hash(model.config),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        chat_template_hash=chat_template_hash(tokenizer),
+        tensors=[tensor_entry(name, tensor) for name, tensor in canonical_tensors(model).items()],
+    )

@@ -1,0 +1,204 @@
+"""What travels between a trainer and a preview server: closed, bounded bodies. No torch here.
+
+The trainer's publisher and the server both import this module, so a body that one side can write
+is a body that the other side can read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from trainer.preview.base import FinishReason, PreviewResult
+
+PART_BYTES = 16 << 20
+"""Bytes of a part; only the last part of an upload is shorter."""
+MAX_BODY = 64 << 20
+"""Bytes of one request body; more is answered with 413."""
+MAX_PROMPT_CHARS = 200_000
+MAX_PROMPT_TOKENS = 131_072
+MAX_NEW_TOKENS = 8192
+MAX_BATCH = 256
+MAX_TENSORS = 20_000
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:/-]{0,199}$")]
+Run = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Step = Annotated[int, Field(ge=0, le=2**53)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=131_072)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Option = str | int | float | bool | None
+
+
+class Body(BaseModel):
+    """A request body: a field that the server does not know is refused, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorEntry(Body):
+    """One tensor of a weight set."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=300)]
+    dtype: Literal["F32", "F16", "BF16", "F64", "I64", "I32", "U8", "BOOL"]
+    """As safetensors writes it."""
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**40)]], Field(max_length=8)]
+    sha256: Digest
+    """Of the tensor's bytes: contiguous, little endian."""
+
+
+class WeightsManifest(Body):
+    """Everything that identifies a weight set; the step is a tag and not part of it."""
+
+    kind: Literal["full"] = "full"
+    base: Digest | None = None
+    """Weights that an adapter or a delta builds on; None for `full`."""
+    config_hash: Digest
+    tokenizer_hash: Digest
+    chat_template_hash: Digest
+    tensors: Annotated[list[TensorEntry], Field(min_length=1, max_length=MAX_TENSORS)]
+
+    @model_validator(mode="after")
+    def _names_are_sorted(self) -> WeightsManifest:
+        names = [entry.name for entry in self.tensors]
+        if names != sorted(set(names)):
+            raise ValueError("tensors must be sorted by name, each name once")
+        return self
+
+    @property
+    def weights_id(self) -> str:
+        """sha256 of the canonical JSON: sorted keys, no spaces, ASCII."""
+        return canonical_hash(self.model_dump(mode="json"))
+
+
+def canonical_hash(value: Any) -> str:
+    """sha256 of JSON values with sorted keys, no spaces and ASCII only."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class WeightsOffer(Body):
+    """`POST /weights`: these are the weights of this step."""
+
+    manifest: WeightsManifest
+    run: Run
+    step: Step
+    transport: Literal["http", "dir"] = "http"
+
+
+class WeightsState(Body):
+    """The answer to an offer, and to `GET /weights/{upload_id}`."""
+
+    upload_id: str
+    weights_id: str
+    have: list[str] = []
+    """Tensors that the server holds already."""
+    base_ok: bool = True
+    committed: bool = False
+    """True: these weights are active; nothing is to be sent."""
+    part_bytes: int = PART_BYTES
+    parts: list[int] = []
+    """Numbers of the parts that have arrived, from 0."""
+
+
+class SetActive(Body):
+    """`POST /models/set_active`: make a kept weight set the active one again."""
+
+    weights_id: Digest
+
+
+class GenerateRequest(Body):
+    """`POST /generate`: one prompt, as text or as the exact ids of training."""
+
+    prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)] | None = None
+    prompt_token_ids: TokenIds | None = None
+    system_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)] | None = None
+    """Only with `prompt`."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
+    """256 where neither this nor `max_tokens` is given."""
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
+    """Another name of `max_new_tokens`; not both."""
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 42
+    stop: Annotated[list[Stop], Field(max_length=16)] = []
+    model_id: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> GenerateRequest:
+        if (self.prompt is None) == (not self.prompt_token_ids):
+            raise ValueError("give either prompt or prompt_token_ids (at least one id)")
+        if self.prompt is None and self.system_prompt is not None:
+            raise ValueError("system_prompt goes with prompt; prompt_token_ids hold theirs")
+        if self.max_new_tokens is not None and self.max_tokens is not None:
+            raise ValueError("give max_new_tokens or max_tokens, not both")
+        return self
+
+    @property
+    def limit(self) -> int:
+        """Tokens to generate at most."""
+        return self.max_new_tokens or self.max_tokens or 256
+
+
+class GenerateResult(Body):
+    """What `/generate` answers."""
+
+    text: str
+    raw_text: str
+    tokens_generated: int
+    prompt_tokens: int
+    generation_time_sec: float
+    tokens_per_sec: float
+    finish_reason: FinishReason
+    weights_id: str
+    run: str | None = None
+    step: int | None = None
+
+
+class PreviewPrompt(Body):
+    """One prompt of a batch."""
+
+    prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)]
+    golden_answer: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)] | None = None
+    golden_token_ids: TokenIds | None = None
+    """Ids of the golden answer as trained on; needed for its log-probabilities."""
+    prompt_id: Annotated[str, StringConstraints(max_length=200)] = ""
+    held_out: bool = True
+
+
+class PreviewsRequest(Body):
+    """`POST /previews`: a batch of fixed composition, under exactly these weights."""
+
+    run: Run
+    step: Step
+    weights_id: Digest
+    prompts: Annotated[list[PreviewPrompt], Field(min_length=1, max_length=MAX_BATCH)]
+    profile: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,100}$")] = "plain"
+    """A name that the server knows; never a path or code."""
+    profile_options: Annotated[dict[str, Option], Field(max_length=50)] = {}
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 256
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 42
+    stop_ids: Annotated[TokenIds, Field(max_length=100)] = []
+    """Ids that end an answer, beside the model's own."""
+    golden_logprobs: bool = False
+    canary: Annotated[int, Field(ge=0, lt=MAX_BATCH)] | None = None
+    """Index of the prompt whose golden answer is scored to prove the weights."""
+
+
+class PreviewsResult(Body):
+    """The batch's answers, in the order of its prompts."""
+
+    run: str
+    step: int
+    weights_id: str
+    results: list[PreviewResult]
+    golden_logprobs: list[list[float] | None] | None = None
+    """Nats per golden token and prompt; None for a prompt without golden ids."""
+    canary_logprob: float | None = None
+    """Sum of the canary row's golden log-probabilities, nats."""
+    seq: int = 0
+    """Number of this batch on the server, for `GET /previews?after=`."""

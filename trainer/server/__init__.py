@@ -1,0 +1,1 @@
+"""The preview server: an API process and an engine process that owns the model."""

@@ -1,0 +1,166 @@
+"""Who may ask what: keys, scopes, Host and Origin, and the size of a body. No routes here."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from trainer.errors import ConfigError
+from trainer.preview.wire import MAX_BODY
+
+SCOPES = ("generate", "publish")
+MIN_KEY = 16
+OPEN_PATHS = frozenset({"/health"})
+PUBLISH_PREFIXES = ("/weights", "/models/set_active")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_keys(path: Path | None, host: str) -> dict[str, str]:
+    """Read the key file: one key for both scopes, or lines `generate: KEY`, `publish: KEY`.
+
+    Returns:
+        Keys with their scope; `publish` may generate too. Empty: no key is asked for.
+    Raises:
+        ConfigError: unreadable, empty or short, or no key for a non-loopback bind.
+    """
+    if path is None:
+        if not is_loopback(host):
+            raise ConfigError(
+                f"--host {host} is reachable from other machines and no key is set; give "
+                "--api-key-file FILE (one line of at least 16 characters, mode 600), or keep "
+                "--host 127.0.0.1 and use an ssh tunnel."
+            )
+        return {}
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: cannot be read ({error}).") from error
+    keys: dict[str, str] = {}
+    for line in filter(None, lines):
+        scope, colon, key = line.partition(":")
+        scope, key = (scope.strip(), key.strip()) if colon else ("publish", line)
+        if scope not in SCOPES:
+            raise ConfigError(f"--api-key-file {path}: scope {scope!r} is not generate or publish.")
+        if len(key) < MIN_KEY:
+            raise ConfigError(
+                f"--api-key-file {path}: a key has {len(key)} characters, at least {MIN_KEY} are "
+                "needed; make one with `openssl rand -hex 32`."
+            )
+        keys[key] = scope
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: the file holds no key.")
+    return keys
+
+
+def scope_of(path: str) -> str | None:
+    """The scope a path needs; None: open to everyone."""
+    if path in OPEN_PATHS:
+        return None
+    is_publish = any(path == p or path.startswith(p + "/") for p in PUBLISH_PREFIXES)
+    return "publish" if is_publish else "generate"
+
+
+@dataclass
+class Guard:
+    """ASGI middleware: nothing reaches a route that this has not let through."""
+
+    app: Any
+    keys: dict[str, str] = field(default_factory=dict)
+    hosts: frozenset[str] = frozenset()
+    max_body: int = MAX_BODY
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Check Host, Origin, key and length, then count the body while it streams."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await _answer(send, *refusal)
+            return
+        await self.app(scope, self._counted(receive), send)
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str, str] | None:
+        host = _host_name(headers.get("host", ""))
+        if not (host in self.hosts or is_loopback(host) or _is_address(host)):
+            return 421, "host", "this Host is not served here"
+        origin = headers.get("origin")
+        if origin is not None and origin != f"http://{headers.get('host')}":
+            return 403, "origin", "requests from other web pages are refused"
+        needed = scope_of(path)
+        if needed is not None and self.keys:
+            held = self._scope_held(headers.get("authorization", ""))
+            if held is None:
+                return 401, "key", "a key is needed: Authorization: Bearer KEY"
+            if needed == "publish" and held != "publish":
+                return 403, "scope", "this key may generate, not publish"
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.max_body:
+            return 413, "too_large", f"a body may have at most {self.max_body} bytes"
+        return None
+
+    def _scope_held(self, header: str) -> str | None:
+        kind, _, given = header.partition(" ")
+        held = None
+        for key, scope in self.keys.items():  # all of them, so that the time says nothing
+            if hmac.compare_digest(given.encode(), key.encode()) and kind.lower() == "bearer":
+                held = scope
+        return held
+
+    def _counted(self, receive: Any) -> Any:
+        seen = 0
+
+        async def counted() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_body:
+                raise HTTPException(413, f"a body may have at most {self.max_body} bytes")
+            return message
+
+        return counted
+
+
+def _host_name(header: str) -> str:
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.partition(":")[0].lower()
+
+
+def _is_address(host: str) -> bool:
+    """An address cannot be rebound to another machine, a name can."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _answer(send: Any, status: int, code: str, detail: str) -> None:
+    body = json.dumps({"detail": detail, "code": code}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status == 413:
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
