@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
 import uvicorn
 
 from trainer.commands.arguments import parse
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_SIGTERM, ConfigError
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
 from trainer.server.worker import EngineProcess
@@ -26,6 +28,8 @@ def run(argv: list[str]) -> int:
     listener = _listen(words.host, words.port)
     port = listener.getsockname()[1]
     engine = EngineProcess(words.model, words.device)
+    # uvicorn raises the signal again once it is done; by default that would skip the cleaning up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     store = tempfile.TemporaryDirectory(prefix="trainer-serve-")  # mode 700
     try:
         engine.start()
