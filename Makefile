@@ -1,6 +1,7 @@
 # make demo   a tiny model learns in about a minute, golden answers beside what it says
 # make test   every test, on two cores in under 15 minutes
 # make quick  the fast tests        make check  format, lint, types
+# make trust  the numeric checks        make mutants  that each check kills its mutant
 # make bench  the benchmarks that need no data of yours
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick check format docs bench clean
+.PHONY: demo test quick trust mutants check format docs bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,6 +27,12 @@ test: $(STAMP)
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+trust: $(STAMP)
+	$(BIN)/python -m pytest tests/trust
+
+mutants: $(STAMP)
+	$(BIN)/python -m pytest -q -k is_killed
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -53,8 +53,8 @@ class Clock:
 
     @property
     def rate(self) -> float:
-        """Real tokens per second."""
-        return self.tokens / self.seconds
+        """Real tokens per second; NaN after a single step, which is not timed."""
+        return self.tokens / self.seconds if self.seconds else float("nan")
 
 
 def make_tokenizer(texts: list[str]) -> Any:
@@ -292,7 +292,7 @@ def launch_trainer(model_dir: Path, data: Path) -> float:
         subprocess.run([sys.executable, *command.split(), *options.split()], check=True)
         lines = Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()
     first = next(row for row in map(json.loads, lines) if row["type"] == "StepDone")
-    return float(first["time"]) - started
+    return float(first["created_at"]) - started
 
 
 def launch_trl(model_dir: Path, data: Path) -> float:

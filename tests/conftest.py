@@ -137,3 +137,15 @@ def qa_file(write_rows: Callable[..., Path]) -> Path:
             for n in range(40)
         ]
     )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """After runs that hold mutants, say how many of them were killed."""
+
+    def mutants(outcome: str) -> int:
+        reports = terminalreporter.stats.get(outcome, [])
+        return sum("_is_killed" in getattr(report, "nodeid", "") for report in reports)
+
+    killed, alive = mutants("passed"), mutants("failed") + mutants("error")
+    if killed + alive:
+        terminalreporter.write_line(f"{killed} of {killed + alive} mutants killed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -68,6 +69,8 @@ def test_the_callback_of_transformers_writes_into_the_same_file(tmp_path, previe
 
 def test_a_resumed_run_replaces_what_came_after_its_step(tmp_path, evaluated):
     for start_step, value in ((0, 1.0), (4, 2.0)):
+        if start_step:  # event files are read in the order of their names, which tell seconds
+            time.sleep(1.1)
         writer = summary_writer(tmp_path, start_step=start_step)
         tracker = TensorBoardPreviews(writer)
         for step in range(start_step + 1, 7):
