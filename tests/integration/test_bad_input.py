@@ -26,7 +26,7 @@ def refused(
     for name in ("COLUMNS", "TRAINER_HYPERPARAMS__MAX_STEPS"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*words: str, expect_empty: bool = True) -> str:
+    def run(*words: str) -> str:
         usual = {"--model": "tiny", "--output": "out", "--max-steps": "2"}
         given = [word for pair in usual.items() if pair[0] not in words for word in pair]
         code = main(["train", *given, *words])
@@ -34,8 +34,7 @@ def refused(
         assert code == 2, error
         assert "Traceback" not in error
         assert error.count("error: ") == 1, error
-        if expect_empty:
-            assert list(here.iterdir()) == []
+        assert list(here.iterdir()) == []
         return error
 
     return run
@@ -171,8 +170,27 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(
     folder = tmp_path / "small"
     make_model(vocab_size=100).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    error = refused("--dataset", str(qa_file), "--model", str(folder), expect_empty=False)
+    error = refused("--dataset", str(qa_file), "--model", str(folder))
     assert "embedding has 100 rows" in error
+
+
+def test_a_refused_run_leaves_the_other_files_of_its_folder(
+    refused: Callable[..., str],
+    qa_file: Path,
+    tmp_path: Path,
+    tokenizer: Any,
+    make_model: Callable[..., Any],
+) -> None:
+    folder, out = tmp_path / "no_weights", tmp_path / "mine"
+    make_model(vocab_size=len(tokenizer)).config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    words = ["--dataset", str(qa_file), "--model", str(folder), "--output", str(out)]
+    assert "cannot load the model" in refused(*words)
+    names = {path.name for path in out.iterdir()}
+    assert "notes.txt" in names
+    assert not names & {"run.json", "status.json", "checkpoints", ".lock"}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -103,6 +103,7 @@ TrainerEngine().run_job(ConfigLoader.load(sys.argv[1]).config)
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 17, 30])
 def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_for_bit(
     job: Callable[..., Any],

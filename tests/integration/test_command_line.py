@@ -101,6 +101,7 @@ def test_a_dry_run_prints_the_sums_and_trains_nothing(
     assert [path.name for path in out.iterdir()] == ["config.resolved.json"]
 
 
+@pytest.mark.slow
 def test_a_dry_runs_config_file_trains_the_same_run(
     cli: Callable[..., Any], qa_file: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_dry_runs_config_file_trains_the_same_run(
     assert len(losses(tmp_path / "real")) == 2
 
 
+@pytest.mark.slow
 def test_chat_answers_lines_of_standard_input(cli: Callable[..., Any], finished: Path) -> None:
     words = ["chat", finished, "--max-new-tokens", "5"]
     done = cli(*words, input="what is 3 plus 3?\n/reset\nand 4?\n")
@@ -156,6 +158,7 @@ def test_doctor_and_models_print_what_is_here(cli: Callable[..., Any]) -> None:
     assert "Qwen/Qwen3-0.6B" in models.stdout
 
 
+@pytest.mark.slow
 def test_json_display_prints_one_object_per_line(
     cli: Callable[..., Any], qa_file: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +174,7 @@ def test_an_unknown_command_names_the_nearest_one(cli: Callable[..., Any]) -> No
     assert "Did you mean 'train'?" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_minimal_example_trains(tmp_path: Path) -> None:
     script = ROOT / "examples" / "minimal_sft.py"
     assert len(script.read_text().splitlines()) < 100

@@ -35,6 +35,7 @@ def test_the_worked_profile_fits_in_thirty_lines() -> None:
     assert len(block("python").splitlines()) <= 30
 
 
+@pytest.mark.slow
 def test_the_worked_profile_trains_as_an_installed_entry_point(
     cli: Callable[..., Any], model_folder: Path, qa_file: Path, tmp_path: Path
 ) -> None:

@@ -493,7 +493,9 @@ class TrainerEngine:
         if run.folder.run_json.exists():
             ending = {"exit_code": result.exit_code, "summary": result.summary}
             run.folder.update_json(run.folder.run_json, {"state": result.state, **ending})
-        if result.exit_code == EXIT_USER_INPUT:
+        if result.exit_code == EXIT_USER_INPUT and run.resume is None and not run.step:
+            run.folder.discard_unstarted_run()
+        elif result.exit_code == EXIT_USER_INPUT:
             run.folder.discard_if_empty()
         run.folder.close()
 

@@ -25,6 +25,7 @@ from trainer.monitoring.plain_values import plain_values
 from trainer.monitoring.run_files import replace_file
 
 LOCK = ".lock"
+OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl")
 PACKAGES = (
     "torch",
     "transformers",
@@ -164,6 +165,20 @@ class RunFolder:
         (self.path / LOCK).unlink(missing_ok=True)
         if self._is_new and not any(self.path.iterdir()):
             shutil.rmtree(self.path)
+
+    def discard_unstarted_run(self) -> None:
+        """Remove what a run wrote that the user's input stopped before its first step.
+
+        Only names that `create` found free; a folder that was there before keeps its other files.
+        """
+        if (self.path / self.CHECKPOINTS).exists():
+            return
+        for name in OWN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        if self._is_new:
+            shutil.rmtree(self.path)
+        else:
+            self.discard_if_empty()
 
     def close(self) -> None:
         """Let the folder go; may be called twice."""
