@@ -90,6 +90,9 @@ def _forget_quantization(model: Any) -> None:
         for name in ("quantization_config", "hf_quantizer"):
             if hasattr(holder, name):
                 delattr(holder, name)
+    model.is_quantized = False  # else the Trainer refuses to train it
+    # An adapter cannot name the file as its base: without a name, the run saves the base itself.
+    model.config._name_or_path = model.name_or_path = ""
 
 
 def _from_pretrained(
