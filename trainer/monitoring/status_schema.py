@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.monitoring.accuracy import Trend
 from trainer.monitoring.events import RunState
-from trainer.preview.base import FinishReason
+from trainer.preview.base import FinishReason, WeightsProof
 
 SCHEMA_VERSION = 1
 NUM_NOTICES = 20
@@ -53,6 +53,12 @@ class PreviewStatus(StatusPart):
     """What is visibly wrong with the text, such as `repeats` or `never_stopped`."""
     weights_id: str | None
     """Identity of the weights; null: the backend could not tell."""
+    weights: WeightsProof = "unverified"
+    """`in_process`, `verified`, `published` or `unverified`: what is known of these weights."""
+    received_step: int | None = None
+    """The step training was at when the answer arrived."""
+    visible_s: float | None = None
+    """Seconds from the end of the step until the answer arrived."""
     backend_type: str
     """Who generated it, such as `local`."""
     error_message: str | None

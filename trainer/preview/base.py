@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict, Field
 
 FinishReason = Literal["stop", "length", "error"]
+WeightsProof = Literal["in_process", "verified", "published", "unverified"]
 
 
 class PreviewRequest(BaseModel):
@@ -52,11 +53,24 @@ class PreviewResult(BaseModel):
     finish_reason: FinishReason = "stop"
     weights_id: str | None = None
     """Identity of the weights that wrote the text; None: the backend cannot tell (unverified)."""
+    weights: WeightsProof = "unverified"
+    """What is known of these weights: `in_process` (the training process answered), `verified` (the
+    worker names the published id, and its canary agrees), `published` (the id agrees, there was
+    no canary), `unverified` (nobody can tell)."""
     backend_type: str = "local"
     prompt_id: str = ""
     held_out: bool = True
     health: tuple[str, ...] = ()
     """Flags: empty, repeats, never_stopped, template_leak, copies_prompt."""
+    golden_tokens: tuple[str, ...] | None = None
+    """Texts of the golden answer's tokens; with `golden_logprobs` only."""
+    golden_logprobs: tuple[float, ...] | None = None
+    """Nats of each golden token under these weights, given the prompt and the golden tokens
+    before it; None where not asked for."""
+    received_step: int | None = None
+    """The step training was at when the answer arrived: minus `step`, how far behind it is."""
+    visible_s: float | None = None
+    """Seconds from the end of `step` until the answer arrived."""
     error_message: str | None = None
     created_at: float = Field(default_factory=time.time)
     """Unix seconds."""

@@ -187,6 +187,7 @@ class LocalPreviewBackend:
             tokens_per_sec=count / seconds if seconds > 0 else 0.0,
             finish_reason="stop" if answer.is_stopped else "length",
             weights_id=f"step-{step}",
+            weights="in_process",
             backend_type=self.backend_type,
             prompt_id=request.prompt_id,
             held_out=request.held_out,
