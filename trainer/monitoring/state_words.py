@@ -1,0 +1,68 @@
+"""The state of a run in one sentence, the same on the terminal, the page and the report."""
+
+from __future__ import annotations
+
+import re
+
+from trainer.monitoring.text import duration_words, left_words, printable
+
+NON_FINITE = "NonFiniteError"
+REASON_CHARS = 200
+_NON_FINITE = re.compile(r"step (?P<step>\d+): the (?P<what>loss|gradient norm) is")
+
+
+def working_words(
+    phase: str, step: int, total_steps: int | None, eta_s: float | None, *, waited_s: float = 0.0
+) -> str:
+    """A run at work, such as `training, step 420 of 1000, 3 min left`.
+
+    Args:
+        phase: what is done now, in words.
+        eta_s: seconds until the last step as of the last step; None: not known.
+        waited_s: seconds since that was measured.
+    """
+    words = printable(phase, REASON_CHARS) or "at work"
+    if total_steps is None:
+        return words
+    words += f", step {step} of {total_steps}"
+    if eta_s is not None and step < total_steps:
+        words += f", {left_words(max(0.0, eta_s - waited_s))}"
+    return words
+
+
+def ending_words(
+    state: str,
+    step: int,
+    total_steps: int | None,
+    *,
+    error_type: str | None = None,
+    reason: str | None = None,
+) -> str:
+    """How a run ended, such as `stopped on a non-finite loss at step 81`.
+
+    Args:
+        state: `completed`, `stopped` or `failed`.
+        error_type: name of the error class of a failed run.
+        reason: the message of a stop or an error; only its first line is used.
+    """
+    of_total = f" of {total_steps}" if total_steps is not None else ""
+    if state == "completed":
+        return f"completed, step {step}{of_total}"
+    first_line = printable((reason or "").split("\n")[0], REASON_CHARS)
+    if state == "stopped":
+        # The reason of a stop names the step itself.
+        return first_line if first_line.startswith("stopped") else f"stopped at step {step}"
+    if error_type == NON_FINITE:
+        found = _NON_FINITE.match(first_line)
+        if found is not None:
+            return f"stopped on a non-finite {found['what']} at step {found['step']}"
+    return f"failed at step {step}{of_total}: {first_line or error_type or 'no reason given'}"
+
+
+def lost_words(step: int, total_steps: int | None, silent_s: float) -> str:
+    """A run whose process is gone without having said how it ended."""
+    of_total = f" of {total_steps}" if total_steps is not None else ""
+    return (
+        f"broke off at step {step}{of_total}, {duration_words(silent_s)} ago: its process is gone "
+        "and said nothing; continue with --resume"
+    )
