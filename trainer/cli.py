@@ -17,6 +17,9 @@ from trainer.errors import EXIT_COMPLETED, EXIT_SIGINT, EXIT_USER_INPUT, Trainer
 COMMANDS = {
     "demo": "a tiny model learns in about a minute; nothing is downloaded",
     "train": "fine-tune a model: --dataset data.jsonl --model qwen3 --output outputs",
+    "monitor": "the live page of a run or of a folder of runs: trainer monitor outputs",
+    "watch": "show a run that goes on elsewhere in this terminal: trainer watch outputs",
+    "report": "write a run as one offline HTML file: trainer report outputs",
     "chat": "talk to the model of a finished run: trainer chat outputs",
     "serve": "answer prompts over HTTP: trainer serve --model qwen3 --port 8765",
     "export": "write a model folder from a run: trainer export outputs --merge",

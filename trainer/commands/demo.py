@@ -15,6 +15,7 @@ from trainer.config import TrainerConfig, create_default_config
 from trainer.core import TrainerEngine, TrainingResult
 from trainer.demo.tasks import DemoData, operation_of, write_demo_data
 from trainer.errors import OutputError
+from trainer.monitor.records import RunRecords
 from trainer.monitoring.terminal import create_display
 
 STEPS = 260
@@ -40,8 +41,10 @@ def run(argv: list[str]) -> int:
         num_validation_rows=NUM_HELD_OUT,
         seed=words.seed,
     )
-    engine = TrainerEngine(observers=[create_display(words.display)])
+    records = RunRecords({}, is_report=True)
+    engine = TrainerEngine(observers=[create_display(words.display), records])
     result = engine.run_job(demo_config(folder, data, steps=words.steps, seed=words.seed))
+    records.finish(folder)
     if not result.success:
         if words.display == "quiet":
             console.print(f"error: {result.error_message}", highlight=False)
@@ -117,9 +120,9 @@ def _report(console: Console, folder: Path, data: DemoData, result: TrainingResu
         "",
         f"model:     {result.model_path}",
         f"answers:   {found['answers']}",
-        f"previews:  {folder / 'previews.jsonl'}",
+        f"report:    {folder / 'report.html'}",
         f"talk to it:         trainer chat {folder}",
-        f"see its curves:     tensorboard --logdir {folder / 'logs'}",
+        f"look at it:         trainer monitor {folder}",
         "train on your rows: trainer train --dataset data.jsonl --model qwen3 --output outputs",
         "",
         f"by operation: {by_operation}",

@@ -31,16 +31,19 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
     from trainer.core.engine import TrainerEngine, is_main_process
+    from trainer.monitor.records import RunRecords
 
-    observers = [create_display(display_name)] if is_main_process() else []
-    result = TrainerEngine(observers=observers).run_job(loaded.config)
     if not is_main_process():
-        return result.exit_code
+        return TrainerEngine().run_job(loaded.config).exit_code
+    records = RunRecords(loaded.origins, is_report=loaded.config.output.report)
+    observers = [create_display(display_name), records]
+    result = TrainerEngine(observers=observers).run_job(loaded.config)
+    report = records.finish(result.output_dir)
     if result.error_message:
         word = "stopped" if result.state == "stopped" else "error"
         print(f"{word}: {result.error_message}", file=sys.stderr)
     elif display_name not in ("quiet", "json"):
-        _say_what_next(result.output_dir, result.model_path)
+        _say_what_next(result.output_dir, result.model_path, report)
     return result.exit_code
 
 
@@ -78,6 +81,8 @@ def _dry_run(loaded: LoadedConfig) -> int:
     return EXIT_COMPLETED
 
 
-def _say_what_next(output_dir: Path, model_path: Path | None) -> None:
+def _say_what_next(output_dir: Path, model_path: Path | None, report: Path | None) -> None:
     print(f"model: {model_path}")
+    if report is not None:
+        print(f"report: {report}")
     print(f"talk to it: trainer chat {output_dir}")

@@ -241,6 +241,8 @@ class OutputSection(Section):
     """Newest checkpoints kept; the best by validation loss is kept besides."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
+    report: bool = True
+    """Write `report.html` into the run folder at the end: curves, previews, config, in one file."""
 
 
 class EnvironmentSection(Section):

@@ -59,9 +59,8 @@ def test_lines_that_no_run_writes_are_left_out_and_counted(made_up_run: MakeRun)
     run = made_up_run()
     run.step(1)
     with (run.folder / "metrics.jsonl").open("ab") as file:
-        file.write(
-            b'not json\n[1]\n{"step": "x"}\n{"step": 18446744073709551615}\n{"step": 99999999999999999999999}\n\xff\n'
-        )
+        file.write(b'not json\n[1]\n\xff\n{"step": "x"}\n')
+        file.write(b'{"step": 18446744073709551615}\n{"step": 99999999999999999999999}\n')
     with (run.folder / "previews.jsonl").open("ab") as file:
         file.write(b'{"step": 1, "surprise": 1}\n')
     run.step(2)
