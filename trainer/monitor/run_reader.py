@@ -89,11 +89,15 @@ class RunReader:
     def poll(self) -> bool:
         """Read what is new; True when anything changed. Trouble is kept in words, never raised."""
         before = self.versions.copy()
-        self._poll_status()
-        self._poll_manifest()
+        self.poll_summary()
         self._poll_lines(METRICS_NAME)
         self._poll_lines(PREVIEWS_NAME)
         return before != self.versions
+
+    def poll_summary(self) -> None:
+        """Read status.json and run.json only, where they changed."""
+        self._poll_status()
+        self._poll_manifest()
 
     def _is_changed(self, name: str) -> bool:
         try:

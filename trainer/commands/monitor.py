@@ -1,0 +1,116 @@
+"""`trainer monitor RUN_OR_FOLDER`: the live page."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from trainer.commands.arguments import parse
+from trainer.errors import EXIT_SIGTERM
+from trainer.monitor.live.options import PageOptions
+from trainer.monitor.live.store import RunStore
+from trainer.monitor.net import is_loopback, listen, read_page_key
+
+
+def run(argv: list[str]) -> int:
+    """Listen and serve until a signal."""
+    words = parse(_parser(), argv)
+    key = read_page_key(words.key_file, words.host)
+    store = RunStore(Path(words.folder))
+    listener = listen(words.host, words.port)
+    # NiceGUI takes most of a second to import: mistakes are told before.
+    from trainer.monitor.live.server import create_app
+
+    port = listener.getsockname()[1]
+    options = PageOptions(
+        is_control_allowed=words.allow_control, worker_hosts=frozenset(words.allow_worker)
+    )
+    app = create_app(store, options, hosts=_names(words.host, words.allow_host), key=key)
+    shown = f"[{words.host}]" if ":" in words.host else words.host
+    num_runs = len(store.readers)
+    print(
+        f"monitor: http://{shown}:{port} ({num_runs} run{'' if num_runs == 1 else 's'} in "
+        f"{words.folder}; control {'on' if words.allow_control else 'off'}, "
+        f"key {'asked for' if key else 'none'}). Ctrl-C ends it.",
+        flush=True,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
+    logging.getLogger("nicegui").setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=2,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        listener.close()
+    return 0
+
+
+def _names(host: str, more: list[str]) -> frozenset[str]:
+    """Names in a Host header that are ours: others come from somebody else's name server."""
+    names = {"localhost", "127.0.0.1", "::1", host.lower(), *(name.lower() for name in more)}
+    return frozenset(names if is_loopback(host) or more else {*names, *_own_names()})
+
+
+def _own_names() -> set[str]:
+    """Addresses and names of this machine."""
+    import socket
+
+    import psutil
+
+    found = {
+        address.address.partition("%")[0]
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    return {*found, socket.gethostname().lower(), socket.getfqdn().lower()}
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise ValueError(text)
+    return port
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainer monitor",
+        description="Show a run, or all runs of a folder, while they happen and afterwards.",
+    )
+    parser.add_argument("folder", metavar="RUN_OR_FOLDER", help="folder of a run or of runs")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
+    parser.add_argument("--port", type=_port, default=8080, help="0 picks a free one [8080]")
+    parser.add_argument(
+        "--key-file", type=Path, help="file with the key that the page asks for (other --host)"
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name under which the page may be opened besides this machine's own; again for more",
+    )
+    parser.add_argument(
+        "--allow-control",
+        action="store_true",
+        help="let the page act on runs: preview now, save, stop, mark as best",
+    )
+    parser.add_argument(
+        "--allow-worker",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="another machine whose worker may be asked; again for more",
+    )
+    return parser

@@ -1,0 +1,134 @@
+"""ControlFile: commands for a running job, read from RUN/control.json at the end of a step.
+
+The file may be written by anybody who can write the folder, at any moment, so it is read as a
+whole, capped, without following links, and a file that is not what we expect is reported once and
+otherwise ignored. Each command is done once, told apart by its id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.monitoring.run_files import replace_file
+
+CONTROL_NAME = "control.json"
+BEST_NAME = "best.json"
+SCHEMA_VERSION = 1
+MAX_COMMANDS = 20
+MAX_BYTES = 64 * 1024
+
+Command = Literal["preview", "save", "mark_best", "stop"]
+COMMANDS: tuple[Command, ...] = ("preview", "save", "mark_best", "stop")
+
+
+class ControlCommand(BaseModel):
+    """One thing to do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-zA-Z_-]{1,64}$")]
+    """Told apart by it: a command is done once."""
+    command: Command
+    created_at: float = 0.0
+
+
+class ControlContent(BaseModel):
+    """The whole file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: Literal[1]
+    commands: Annotated[list[ControlCommand], Field(max_length=MAX_COMMANDS)]
+
+
+class ControlFile:
+    """What a run folder's control.json asks for. Commands from before the start do not count."""
+
+    def __init__(self, folder: Path, report: Callable[[str, Literal["info", "warning"]], None]):
+        """Take the run folder.
+
+        Args:
+            folder: of the run.
+            report: takes words for the user and how serious they are.
+        """
+        self.path, self._report = folder / CONTROL_NAME, report
+        self._best_path = folder / BEST_NAME
+        self._stamp: tuple[int, int, int] | None = None
+        self._is_reported = False
+        self._pending: list[ControlCommand] = []
+        self._done = {command.id for command in self._read()}
+        self.marked_step = self._read_mark()
+        """The step that a person marked as best; 0: none. Its checkpoint is kept."""
+
+    def poll(self) -> frozenset[Command]:
+        """Commands that are new; a look at the file's date where nothing changed."""
+        for command in self._read():
+            if command.id not in self._done:
+                self._done.add(command.id)
+                self._pending.append(command)
+        return frozenset(command.command for command in self._pending)
+
+    def acknowledge(self, said: dict[Command, str]) -> None:
+        """Say of each pending command what was done, such as `saved at step 42`."""
+        for command in self._pending:
+            self._report(f"control: {said[command.command]} ({command.id})", "info")
+        self._pending.clear()
+
+    def mark_best(self, step: int) -> None:
+        """Remember `step` as the best one, over a resume too.
+
+        Raises:
+            OSError: it cannot be written down.
+        """
+        self.marked_step = step
+        replace_file(self._best_path, json.dumps({"step": step}) + "\n")
+
+    def _read_mark(self) -> int:
+        try:
+            step = json.loads(self._best_path.read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return 0
+        return step if isinstance(step, int) and step > 0 else 0
+
+    def _read(self) -> Sequence[ControlCommand]:
+        """The commands of the file, if it changed since the last look."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            return self._refuse(error.strerror or str(error))
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if stamp == self._stamp:
+                return ()
+            self._stamp = stamp
+            if not stat.S_ISREG(found.st_mode):
+                return self._refuse("it is no regular file")
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            return self._refuse(f"it is larger than {MAX_BYTES} bytes")
+        try:
+            return ControlContent.model_validate_json(data).commands
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            return self._refuse(f"{place}: {first['msg']}")
+
+    def _refuse(self, why: str) -> Sequence[ControlCommand]:
+        if not self._is_reported:
+            self._is_reported = True
+            self._report(
+                f"{self.path} is ignored ({why[:200]}); commands are written by `trainer monitor "
+                "--allow-control`. This is said once.",
+                "warning",
+            )
+        return ()
