@@ -60,6 +60,7 @@ from trainer.models.precision import (
     resolve_precision,
 )
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback, Observers
+from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CardShown, CheckpointSaved, Observer, RunEnded, RunStarted
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.preview.neutral import undisturbed
@@ -374,6 +375,8 @@ class TrainerEngine:
             early_stopping=stopping,
             checkpoint_interval=config.output.checkpoint_interval,
             is_stop_requested=lambda: run.stop.is_set,
+            request_stop=lambda: run.stop.ask("the control file"),
+            control=ControlFile(run.folder.path, run.notice) if run.folder is not None else None,
             row_of_step=lambda step: run.data.train_texts[order.first_row_of_step(step)],
         )
         if is_main_process():
@@ -452,9 +455,9 @@ class TrainerEngine:
     def _finish(self, config: TrainerConfig) -> TrainingResult:
         """Final evaluation and final model; a stopped run has its checkpoint only."""
         run = self._current
-        if run.stop.signal is not None:
+        if run.stop.is_set:
             raise StoppedError(
-                f"stopped by {run.stop.signal.name} after step {run.step}; continue with --resume"
+                f"stopped by {run.stop.by} after step {run.step}; continue with --resume"
             )
         if run.folder is None or run.trainer is None:
             return run.completed(None, None)
@@ -620,13 +623,12 @@ class TrainerEngine:
         run = self._current
         assert run.folder is not None, "only the main process saves"
         started = time.perf_counter()
-        best = run.callback.early_stopping.best_step if run.callback else 0
         run.checkpoint = save_checkpoint(
             run.folder.checkpoints_dir,
             step,
             write_state,
             keep=run.config.output.keep_checkpoints,
-            protect={best} - {0},
+            protect=run.callback.protected_steps if run.callback else set(),
             metadata={
                 "config": run.config.model_dump(mode="json"),
                 "data_fingerprint": run.data.train.fingerprint(),

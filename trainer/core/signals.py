@@ -24,18 +24,31 @@ class StopRequest:
     def __init__(self) -> None:
         """Nobody asked yet, and no step is being made."""
         self.signal: signal.Signals | None = None
+        self.asked_by: str | None = None
+        """Who asked without a signal, in words."""
         self.can_wait = False
         """True while training: the stop then waits for the end of the step."""
 
     @property
     def is_set(self) -> bool:
-        """Whether a signal came."""
-        return self.signal is not None
+        """Whether a signal came, or somebody asked in another way."""
+        return self.signal is not None or self.asked_by is not None
+
+    @property
+    def by(self) -> str:
+        """Who asked, such as `SIGINT`."""
+        return self.signal.name if self.signal is not None else str(self.asked_by)
+
+    def ask(self, who: str) -> None:
+        """Ask for a stop at the end of the step, as a first Ctrl-C does."""
+        self.asked_by = self.asked_by or who
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM."""
-        return EXIT_CODES[self.signal] if self.signal else 0
+        """130 after SIGINT and when asked without a signal, 143 after SIGTERM."""
+        if self.signal is None:
+            return EXIT_SIGINT if self.is_set else 0
+        return EXIT_CODES[self.signal]
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: remember the first signal, abort at the second or outside a step."""

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from trainer.config.schema import MonitoringConfig
+from trainer.monitoring.control import COMMANDS, Command, ControlFile
 from trainer.monitoring.events import (
     EvaluationDone,
     Event,
@@ -107,6 +108,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         early_stopping: EarlyStopping | None = None,
         checkpoint_interval: int = 0,
         is_stop_requested: Callable[[], bool] = lambda: False,
+        request_stop: Callable[[], None] = lambda: None,
+        control: ControlFile | None = None,
         row_of_step: Callable[[int], tuple[str, str]] | None = None,
     ) -> None:
         """Take what to do, each part optional.
@@ -115,6 +118,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             evaluate: unwrapped model -> an object with loss, num_rows, num_trained_tokens.
             checkpoint_interval: steps between checkpoints; 0 = only at the end.
             is_stop_requested: asked once per step.
+            request_stop: told when the control file asks to stop.
+            control: the control file; the main process has it.
             row_of_step: step -> (prompt, golden answer) of one row of its batch.
         """
         self.config, self.observers, self.scheduler = config, observers, scheduler
@@ -124,7 +129,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         self.last_val_loss: float | None = None
         self.stop_reason: str | None = None
         self._evaluate, self._row_of_step = evaluate, row_of_step
-        self._is_stop_requested = is_stop_requested
+        self._is_stop_requested, self._request_stop = is_stop_requested, request_stop
+        self.control_file = control
         self._step_started = 0.0
         self._step_time: float | None = None
 
@@ -144,17 +150,22 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         """Report the step, then measure, preview, save or stop where that is due."""
         step, total = state.global_step, state.max_steps
         self._report(state)
-        should_stop = self._agree(self._is_stop_requested())
+        should_stop, commands = self._asked_for()
         if should_stop:
             self.stop_reason = "asked to stop"
         if self._is_evaluation_due(step, total) and not should_stop:
             should_stop = self._agree(self._measure(step))
         is_last = should_stop or step >= total
         if state.is_world_process_zero:
-            self._preview(step, is_last=is_last and self.stop_reason != "asked to stop")
+            is_last_preview = is_last and self.stop_reason != "asked to stop"
+            self._preview(step, is_last=is_last_preview or "preview" in commands)
+            self._acknowledge(commands, step)
         control.should_training_stop = control.should_training_stop or should_stop
-        control.should_save = is_last or bool(
-            self.checkpoint_interval and step % self.checkpoint_interval == 0
+        is_save_asked = bool({"save", "mark_best"} & commands)
+        control.should_save = (
+            is_last
+            or is_save_asked
+            or bool(self.checkpoint_interval and step % self.checkpoint_interval == 0)
         )
         self._step_started = time.perf_counter()
 
@@ -221,6 +232,31 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         self.observers.emit(Notice(text=self.stop_reason))
         return True
 
+    def _asked_for(self) -> tuple[bool, frozenset[Command]]:
+        """Whether to stop, and what the control file asks for: the same on all processes."""
+        wanted = self.control_file.poll() if self.control_file is not None else frozenset()
+        if "stop" in wanted:
+            self._request_stop()
+        should_stop, *flags = self._agree_on(
+            self._is_stop_requested(), *(command in wanted for command in COMMANDS)
+        )
+        return should_stop, frozenset(
+            command for command, is_wanted in zip(COMMANDS, flags, strict=True) if is_wanted
+        )
+
+    def _acknowledge(self, commands: frozenset[Command], step: int) -> None:
+        """Say what became of the control file's commands."""
+        if self.control_file is None or not commands:
+            return
+        is_previewed = self.scheduler is not None and self.scheduler.is_asked(step)
+        self.control_file.acknowledge(step, is_previewed=is_previewed)
+
+    @property
+    def protected_steps(self) -> set[int]:
+        """Steps whose checkpoints are kept: the best by validation loss, and the marked one."""
+        marked = self.control_file.marked_step if self.control_file is not None else 0
+        return {self.early_stopping.best_step, marked} - {0}
+
     def _preview(self, step: int, *, is_last: bool) -> None:
         if self.scheduler is None:
             return
@@ -237,10 +273,15 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     def _agree(self, wants: bool) -> bool:
         """True when any process wants it, so that all of them stop at the same step."""
+        return self._agree_on(wants)[0]
+
+    def _agree_on(self, *wants: bool) -> list[bool]:
+        """For each flag whether any process has it set; one exchange for all of them."""
         if self.trainer.accelerator.num_processes == 1:
-            return wants
-        flag = torch.tensor([float(wants)], device=self.trainer.accelerator.device)
-        return bool(self.trainer.accelerator.gather(flag).max() > 0)
+            return list(wants)
+        flags = torch.tensor([[float(one) for one in wants]])  # (1, N), (P, N) when gathered
+        gathered = self.trainer.accelerator.gather(flags.to(self.trainer.accelerator.device))
+        return [bool(one) for one in gathered.amax(dim=0) > 0]
 
 
 def memory_gib() -> float:

@@ -75,20 +75,32 @@ class ControlFile:
                 self._pending.append(command)
         return frozenset(command.command for command in self._pending)
 
-    def acknowledge(self, said: dict[Command, str]) -> None:
-        """Say of each pending command what was done, such as `saved at step 42`."""
+    def acknowledge(self, step: int, *, is_previewed: bool) -> None:
+        """Say of each pending command what is done at the end of `step`; marks the best step.
+
+        Args:
+            is_previewed: whether previews of this step were asked for (not where they are off).
+        """
+        said: dict[Command, str] = {
+            "preview": f"previews by the weights of step {step}"
+            if is_previewed
+            else "no previews: this run makes none",
+            "save": f"checkpoint of step {step}",
+            "stop": f"stop after step {step}",
+        }
         for command in self._pending:
-            self._report(f"control: {said[command.command]} ({command.id})", "info")
+            words = said.get(command.command) or self._mark_best(step)
+            self._report(f"control: {words} ({command.id})", "info")
         self._pending.clear()
 
-    def mark_best(self, step: int) -> None:
-        """Remember `step` as the best one, over a resume too.
-
-        Raises:
-            OSError: it cannot be written down.
-        """
+    def _mark_best(self, step: int) -> str:
+        """Remember `step` as the best one, over a resume too."""
         self.marked_step = step
-        replace_file(self._best_path, json.dumps({"step": step}) + "\n")
+        try:
+            replace_file(self._best_path, json.dumps({"step": step}) + "\n")
+        except OSError as error:
+            return f"step {step} marked as best until the run ends ({BEST_NAME}: {error.strerror})"
+        return f"step {step} marked as best; its checkpoint is kept"
 
     def _read_mark(self) -> int:
         try:
@@ -100,20 +112,11 @@ class ControlFile:
     def _read(self) -> Sequence[ControlCommand]:
         """The commands of the file, if it changed since the last look."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return ()
+            data = self._bytes()
         except OSError as error:
             return self._refuse(error.strerror or str(error))
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-            if stamp == self._stamp:
-                return ()
-            self._stamp = stamp
-            if not stat.S_ISREG(found.st_mode):
-                return self._refuse("it is no regular file")
-            data = file.read(MAX_BYTES + 1)
+        if data is None:
+            return ()
         if len(data) > MAX_BYTES:
             return self._refuse(f"it is larger than {MAX_BYTES} bytes")
         try:
@@ -122,6 +125,25 @@ class ControlFile:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "the file"
             return self._refuse(f"{place}: {first['msg']}")
+
+    def _bytes(self) -> bytes | None:
+        """The file's content; None where there is no file or it is the one of the last look."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            found = os.fstat(descriptor)
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if stamp == self._stamp:
+                return None
+            self._stamp = stamp
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError("it is no regular file")
+            # The file is replaced as a whole, so one read gets all of it or more than is allowed.
+            return os.read(descriptor, MAX_BYTES + 1)
+        finally:
+            os.close(descriptor)
 
     def _refuse(self, why: str) -> Sequence[ControlCommand]:
         if not self._is_reported:

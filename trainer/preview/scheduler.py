@@ -87,6 +87,10 @@ class PreviewScheduler:
             return False
         return is_last or step % self.interval == 0
 
+    def is_asked(self, step: int) -> bool:
+        """Whether the newest preview asked for is that of `step`."""
+        return step == self._last_asked
+
     def ask(self, step: int) -> None:
         """Make, or start, the preview of `step` with the weights as they are now."""
         self._last_asked = step
