@@ -144,8 +144,8 @@ class RunReader:
             return
         if not (new.lines or new.is_reset or new.num_too_long):
             return
-        kept, num_bad = _parse_lines(new.lines)
-        results = [_as_preview(row) for row in kept] if name == PREVIEWS_NAME else []
+        kept, num_bad = parse_lines(new.lines)
+        results = [as_preview(row) for row in kept] if name == PREVIEWS_NAME else []
         num_bad += new.num_too_long + sum(result is False for result in results)
         if num_bad:
             self._report(name, f"{num_bad} lines of it are not what a run writes; left out")
@@ -165,7 +165,7 @@ class RunReader:
                 continue
             for row in group:
                 if kind == RESUMED:
-                    self.metrics.drop_after(_limit(row["step"]))
+                    self.metrics.drop_after(limit_of_resume(row["step"]))
                 else:
                     self.metrics.add(row)
         self.versions.metrics += 1
@@ -177,7 +177,7 @@ class RunReader:
             if isinstance(result, PreviewResult):
                 self.previews.add(result)
             elif result is not False:
-                self.previews.drop_after(_limit(result))
+                self.previews.drop_after(limit_of_resume(result))
         self.versions.previews += 1
 
     def _report(self, name: str, what: str) -> None:
@@ -255,7 +255,7 @@ class RunReader:
         return f"{words} (no word for {silent_s / 60:.0f} min)" if silent_s > SILENT_S else words
 
 
-def _parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
+def parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
     """Objects with a whole-number step, and how many lines were none."""
     kept, num_bad = [], 0
     for line in lines:
@@ -270,7 +270,7 @@ def _parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
     return kept, num_bad
 
 
-def _as_preview(values: dict[str, Any]) -> PreviewResult | int | bool:
+def as_preview(values: dict[str, Any]) -> PreviewResult | int | bool:
     """The preview of a line, the step of a resumed line, or False for neither."""
     if values.get("type") == RESUMED:
         step: int = values["step"]
@@ -281,7 +281,7 @@ def _as_preview(values: dict[str, Any]) -> PreviewResult | int | bool:
         return False
 
 
-def _limit(step: int) -> int:
+def limit_of_resume(step: int) -> int:
     """The highest step that still counts; a start at step 0 makes those of step 0 again too."""
     return step if step > 0 else -1
 

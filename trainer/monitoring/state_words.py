@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from trainer.monitoring.text import (
+    duration_words,
+    left_words,
+    non_finite_words,
+    printable,
+)
 
-from trainer.monitoring.text import duration_words, left_words, printable
-
-NON_FINITE = "NonFiniteError"
 REASON_CHARS = 200
-_NON_FINITE = re.compile(r"step (?P<step>\d+): the (?P<what>loss|gradient norm) is")
 
 
 def working_words(
@@ -52,10 +53,9 @@ def ending_words(
     if state == "stopped":
         # The reason of a stop names the step itself.
         return first_line if first_line.startswith("stopped") else f"stopped at step {step}"
-    if error_type == NON_FINITE:
-        found = _NON_FINITE.match(first_line)
-        if found is not None:
-            return f"stopped on a non-finite {found['what']} at step {found['step']}"
+    non_finite = non_finite_words(error_type, reason)
+    if non_finite is not None:
+        return non_finite
     return f"failed at step {step}{of_total}: {first_line or error_type or 'no reason given'}"
 
 

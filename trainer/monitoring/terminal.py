@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TextIO
 
 from trainer.errors import ConfigError
@@ -44,12 +45,15 @@ SHARE_OF_STEPS = 20
 PROMPT_CHARS, ANSWER_CHARS, NOTICE_CHARS = 80, 120, 2000
 
 
-def create_display(kind: DisplayKind = "auto", stream: TextIO | None = None) -> Observer:
+def create_display(
+    kind: DisplayKind = "auto", stream: TextIO | None = None, *, elapsed_s: float = 0.0
+) -> Observer:
     """Make the display of a run.
 
     Args:
         kind: `auto` is `rich` on a terminal and `plain` elsewhere.
         stream: where to write; None: standard output.
+        elapsed_s: seconds that the run has gone on for already.
     Raises:
         ConfigError: the kind is unknown.
     """
@@ -61,11 +65,11 @@ def create_display(kind: DisplayKind = "auto", stream: TextIO | None = None) -> 
         # rich takes a tenth of a second to import, and logs never need it.
         from trainer.monitoring.terminal_rich import RichDisplay
 
-        return RichDisplay(safe)
+        return RichDisplay(safe, elapsed_s=elapsed_s)
     displays: dict[str, Callable[[SafeStream], Observer]] = {
-        "plain": PlainDisplay,
+        "plain": partial(PlainDisplay, elapsed_s=elapsed_s),
         "json": JsonDisplay,
-        "quiet": QuietDisplay,
+        "quiet": partial(QuietDisplay, elapsed_s=elapsed_s),
     }
     if kind not in displays:
         raise ConfigError(
@@ -77,14 +81,21 @@ def create_display(kind: DisplayKind = "auto", stream: TextIO | None = None) -> 
 class _Display:
     """What line displays share: the stream, the clock and the newest events."""
 
-    def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: SafeStream,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        elapsed_s: float = 0.0,
+    ) -> None:
         """Take where to write.
 
         Args:
             clock: seconds that only go forward.
+            elapsed_s: seconds that the run has gone on for already.
         """
         self.stream, self.clock = stream, clock
-        self.began = clock()
+        self.began = clock() - elapsed_s
         self.started: RunStarted | None = None
         self.step: StepDone | None = None
         self.evaluation: EvaluationDone | None = None
@@ -125,9 +136,15 @@ def card_words(card: CardShown) -> str:
 class PlainDisplay(_Display):
     """Lines that are good to read in a log file, few enough to keep it small."""
 
-    def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: SafeStream,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        elapsed_s: float = 0.0,
+    ) -> None:
         """Take where to write; see _Display."""
-        super().__init__(stream, clock)
+        super().__init__(stream, clock, elapsed_s=elapsed_s)
         self._last_line_at = float("-inf")
         self._last_line_step = -1
         self._first_step_at: float | None = None

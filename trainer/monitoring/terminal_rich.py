@@ -42,11 +42,18 @@ _LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
 class RichDisplay:
     """Keeps the view up to date and prints above it what should stay readable."""
 
-    def __init__(self, stream: SafeStream, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: SafeStream,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        elapsed_s: float = 0.0,
+    ) -> None:
         """Take where to write.
 
         Args:
             clock: seconds that only go forward.
+            elapsed_s: seconds that the run has gone on for already.
         """
         self.stream, self.clock = stream, clock
         # Model output is no markup: only Text objects are printed.
@@ -56,7 +63,7 @@ class RichDisplay:
         self._live: Live | None = None
         self._moved: list[tuple[logging.StreamHandler[SafeStream], object]] = []
         self._view = LiveView(clock)
-        self._began = clock()
+        self._began = clock() - elapsed_s
 
     def on_event(self, event: Event) -> None:
         """Show what an event says."""

@@ -23,12 +23,13 @@ from trainer.monitoring.events import (
     RunStarted,
     StepDone,
 )
+from trainer.monitoring.state_words import working_words
 from trainer.monitoring.text import (
     duration_words,
-    left_words,
     mark_of,
     match_words,
     metric_pairs,
+    non_finite_words,
     printable,
     remarks_of,
 )
@@ -124,11 +125,12 @@ class LiveView:
             return printable(self.phase.text, 200) + waited
         if step is None:
             return state
-        words = f"{state}, step {step.step} of {step.total_steps}"
         if self.end is not None:
-            return words
+            error_type, reason = self.end.error_type, self.end.error_message
+            non_finite = non_finite_words(error_type, reason)
+            return non_finite or f"{state}, step {step.step} of {step.total_steps}"
         waited_s = self._clock() - self._step_at
-        words += f", {left_words(max(0.0, step.eta_s - waited_s))}"
+        words = working_words(state, step.step, step.total_steps, step.eta_s, waited_s=waited_s)
         if waited_s > max(LONG_PHASE_S, 3 * step.step_time_s):
             # The next step, a preview or an evaluation: nothing tells which.
             words += f" ({duration_words(waited_s)} since that step)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from trainer.monitoring.events import EvaluationDone, RunEnded, StepDone
@@ -12,6 +13,7 @@ MARKS = {True: "=", False: "x", None: "."}
 """Sign before a preview: matches its golden answer, does not, or cannot be compared."""
 MARK_ERROR = "!"
 _NAMES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_NON_FINITE = re.compile(r"step (?P<step>\d+): the (?P<what>loss|gradient norm) is")
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 """Format characters that stay: Persian and Indian words, and many emoji, are written with them."""
 
@@ -104,6 +106,14 @@ def metric_pairs(step: StepDone, evaluation: EvaluationDone | None) -> list[tupl
     ]
 
 
+def non_finite_words(error_type: str | None, message: str | None) -> str | None:
+    """Such as `stopped on a non-finite loss at step 81`; None for other endings."""
+    found = _NON_FINITE.match(message or "") if error_type == "NonFiniteError" else None
+    if found is None:
+        return None
+    return f"stopped on a non-finite {found['what']} at step {found['step']}"
+
+
 def closing_words(
     event: RunEnded,
     step: StepDone | None,
@@ -113,7 +123,8 @@ def closing_words(
 ) -> str:
     """The run in one line, such as `completed, step 1000 of 1000, loss 0.12, 3 min, outputs`."""
     of_total = f" of {step.total_steps}" if step is not None else ""
-    parts = [event.state, f"step {event.step}{of_total}"]
+    non_finite = non_finite_words(event.error_type, event.error_message)
+    parts = [non_finite or f"{event.state}, step {event.step}{of_total}"]
     if step is not None:
         parts.append(f"loss {step.train_loss:.4f}")
     if evaluation is not None:

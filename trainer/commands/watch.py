@@ -1,0 +1,55 @@
+"""`trainer watch RUN`: the terminal view of a run that goes on in another process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from trainer.commands.arguments import parse
+from trainer.errors import EXIT_COMPLETED, OutputError
+from trainer.monitor.run_reader import RunReader
+from trainer.monitor.watch import NUM_PREVIEWS_BEFORE, watch_run
+from trainer.monitoring.terminal import create_display
+
+
+def run(argv: list[str]) -> int:
+    """Attach, and show the run until it ends or Ctrl-C."""
+    words = parse(_parser(), argv)
+    folder = Path(words.run)
+    reader = RunReader(folder)
+    reader.poll_summary()
+    if reader.status is None:
+        raise OutputError(reader.words())
+    is_live = words.display == "rich" or (words.display == "auto" and sys.stdout.isatty())
+    ended_at = reader.status.updated_at if reader.is_over else time.time()
+    elapsed_s = max(0.0, ended_at - reader.status.started_at)
+    display = create_display(words.display, elapsed_s=elapsed_s)
+    print(f"{reader.name}: {reader.words()}", flush=True)
+    try:
+        return watch_run(
+            folder,
+            display,
+            num_before=NUM_PREVIEWS_BEFORE if is_live else 1,
+            is_once=words.once,
+        )
+    except KeyboardInterrupt:
+        print("detached; the run goes on")
+        return EXIT_COMPLETED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainer watch",
+        description="Show a run that goes on in another process; Ctrl-C leaves it alone.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "--display",
+        choices=("auto", "rich", "plain", "json", "quiet"),
+        default="auto",
+        help="the terminal view [auto]",
+    )
+    parser.add_argument("--once", action="store_true", help="show where it stands, and end")
+    return parser
