@@ -49,8 +49,8 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
     rows = [
         ("model", status.model_name or ""),
         ("folder", status.output_dir or ""),
-        ("began", _moment(status.started_at)),
-        ("last word", _moment(status.updated_at)),
+        ("began", moment(status.started_at)),
+        ("last word", moment(status.updated_at)),
         ("duration", duration_words(max(0.0, status.updated_at - status.started_at))),
         ("steps", f"{reader.step} of {status.total_steps}" if status.total_steps else ""),
         ("epochs", f"{status.epoch:.2f} of {status.num_epochs:g}" if status.num_epochs else ""),
@@ -98,7 +98,8 @@ def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else form.format(value)
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
+    """A time of day for people; empty where it is none."""
     try:
         return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     except (OverflowError, ValueError, OSError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class MetricsTable:
         self.non_finite: dict[int, str] = {}
         """Step -> what was not finite in it, such as `train_loss nan`; the first hundred."""
         self._is_sorted = True
+        self._means: dict[str, ExponentialMean] = {}
 
     def __len__(self) -> int:
         """Steps that count."""
@@ -108,9 +109,11 @@ class MetricsTable:
             keep: Any = slice(0, int(np.searchsorted(self.steps, step, side="right")))
             if keep.stop == len(self.steps):
                 return
+            self._means.clear()
             self.steps = self.steps[keep]
             self.columns = {name: column[keep] for name, column in self.columns.items()}
             return
+        self._means.clear()
         mask = np.asarray(self.steps) <= step
         self.steps = array("q", np.asarray(self.steps)[mask].tolist())
         for name, column in self.columns.items():
@@ -138,30 +141,47 @@ class MetricsTable:
             max_points: most points; of each stretch of steps the lowest and the highest stay.
         """
         steps = np.array(self.steps, dtype=np.int64)
-        values = np.array(self.columns[name], dtype=float)
+        column = self._smoothed(name, smoothing) if smoothing > 0 else self.columns[name]
+        values = np.array(column, dtype=np.float64)
         known = ~np.isnan(values)
         steps, values = steps[known], values[known]
-        if smoothing > 0:
-            values = smooth(values, smoothing)
         picked = pick_points(values, max_points)
         return list(zip(steps[picked].tolist(), values[picked].tolist(), strict=True))
+
+    def _smoothed(self, name: str, weight: float) -> array[float]:
+        """The exponential mean of a column; goes on from where the last call stopped."""
+        kept = self._means.get(name)
+        if kept is None or kept.weight != weight:
+            kept = self._means[name] = ExponentialMean(weight)
+        kept.extend(self.columns[name][len(kept.means) :])
+        return kept.means
+
+
+class ExponentialMean:
+    """The exponential mean of a growing row of numbers."""
+
+    def __init__(self, weight: float) -> None:
+        """Take the weight of the past, from 0 below 1."""
+        self.weight = weight
+        self.means = array("d")
+        self._mean, self._scale = 0.0, 1.0
+
+    def extend(self, values: Iterable[float]) -> None:
+        """Go on; a NaN stays a NaN and changes nothing after it."""
+        weight, mean, scale = self.weight, self._mean, self._scale
+        for value in values:
+            if value != value:
+                self.means.append(value)
+                continue
+            mean = weight * mean + (1 - weight) * value
+            scale *= weight
+            # Divided as in Adam: without it the first values would be pulled towards 0.
+            self.means.append(mean / (1 - scale))
+        self._mean, self._scale = mean, scale
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, float | int) else NAN
-
-
-def smooth(
-    values: np.ndarray[Any, np.dtype[np.float64]], weight: float
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The exponential mean of values, with the start corrected as in Adam (no pull towards 0)."""
-    means = np.empty(len(values))
-    mean, scale = 0.0, 1.0
-    for index, value in enumerate(values.tolist()):
-        mean = weight * mean + (1 - weight) * value
-        scale *= weight
-        means[index] = mean / (1 - scale)
-    return means
 
 
 def pick_points(

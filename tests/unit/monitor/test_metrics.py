@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.monitor.metrics import MetricsTable, pick_points, smooth
+from trainer.monitor.metrics import ExponentialMean, MetricsTable, pick_points
 
 
 def table_of(losses: list[float | None]) -> MetricsTable:
@@ -50,14 +50,26 @@ def test_missing_values_are_left_out() -> None:
     assert table_of([1.0, None, 3.0]).series("train_loss") == [(1, 1.0), (3, 3.0)]
 
 
-def test_smoothing_of_a_constant_is_that_constant() -> None:
-    assert np.allclose(smooth(np.full(50, 2.5), 0.9), 2.5)
-
-
 def test_smoothing_is_the_weighted_mean_of_the_past() -> None:
     values = np.array([4.0, 1.0, 7.0])
     weights = np.array([0.25, 0.5, 1.0])
-    assert smooth(values, 0.5)[-1] == pytest.approx((values * weights).sum() / weights.sum())
+    mean = ExponentialMean(0.5)
+    mean.extend(values)
+    assert mean.means[-1] == pytest.approx((values * weights).sum() / weights.sum())
+
+
+def test_smoothing_goes_on_where_it_stopped_and_begins_again_after_a_resume() -> None:
+    losses = [5.0, 4.0, None, 3.0, 2.0, 6.0, 1.0]
+    growing = table_of(losses[:3])
+    growing.series("train_loss", smoothing=0.9)
+    for step, loss in enumerate(losses[3:], 4):
+        growing.add({"type": "StepDone", "step": step, "train_loss": loss})
+    whole = table_of(losses)
+    assert growing.series("train_loss", smoothing=0.9) == whole.series("train_loss", smoothing=0.9)
+    whole.drop_after(4)
+    expected = table_of(losses[:4]).series("train_loss", smoothing=0.9)
+    assert whole.series("train_loss", smoothing=0.9) == expected
+    assert whole.series("train_loss", smoothing=0.5) != expected
 
 
 @pytest.mark.parametrize("order", [lambda steps: steps, reversed], ids=["in order", "reversed"])

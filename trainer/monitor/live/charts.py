@@ -6,12 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.monitor.metrics import MAX_POINTS
-from trainer.monitor.run_reader import RunReader
+import numpy as np
 
-LOSS_POINTS = (MAX_POINTS - 500) // 2
-"""Of the raw and of the smoothed curve; the rest is left to evaluations."""
-SMALL_POINTS = 1_000
+from trainer.monitor.metrics import MAX_POINTS, pick_points
+from trainer.monitor.run_reader import RunReader
+from trainer.monitor.svg import LOG_RATIO
+
+LOSS_POINTS = 1_600
+"""Of the raw and of the smoothed curve: two for every pixel of a wide screen and half again."""
+SMALL_POINTS = 700
+MAX_EVALUATIONS = MAX_POINTS - 2 * LOSS_POINTS
+PERCENT = (0.0, 100.0)
+DIGITS = 6
+"""Significant digits sent: more would be bytes that no screen shows."""
 INK = {False: "#57606a", True: "#9aa7b4"}
 GRID = {False: "#d0d7de", True: "#30363d"}
 COLOURS = {
@@ -30,7 +37,12 @@ def line(
     return {
         "name": name,
         "type": "line",
-        "data": [list(point) for point in kept],
+        # Whole columns: NiceGUI watches every list it is given, and a list per point is slow.
+        "dataset": {
+            "x": [x for x, _ in kept],
+            "y": [float(f"{y:.{DIGITS}g}") for _, y in kept],
+        },
+        "encode": {"x": "x", "y": "y"},
         "showSymbol": len(kept) <= 60 and bool(more.pop("dots", False)),
         "symbolSize": 6,
         "lineStyle": {"width": 1.5, "color": colour, **more.pop("style", {})},
@@ -40,8 +52,16 @@ def line(
     }
 
 
-def chart(series: list[dict[str, Any]], *, is_dark: bool, is_log: bool = False) -> dict[str, Any]:
+def chart(
+    series: list[dict[str, Any]],
+    *,
+    is_dark: bool,
+    is_log: bool = False,
+    y_range: tuple[float, float] | None = None,
+) -> dict[str, Any]:
     """The options of a chart of step against something."""
+    sources = [{"source": one.pop("dataset")} for one in series]
+    series = [{**one, "datasetIndex": index} for index, one in enumerate(series)]
     ink, grid = INK[is_dark], GRID[is_dark]
     label = {"color": ink, "fontSize": 12}
     return {
@@ -60,11 +80,19 @@ def chart(series: list[dict[str, Any]], *, is_dark: bool, is_log: bool = False) 
         "yAxis": {
             "type": "log" if is_log else "value",
             "scale": True,
+            **({"min": y_range[0], "max": y_range[1]} if y_range is not None else {}),
             "axisLabel": label,
             "splitLine": {"lineStyle": {"color": grid}},
         },
+        "dataset": sources,
         "series": series,
     }
+
+
+def is_spread_wide(reader: RunReader) -> bool:
+    """Whether the loss is better seen on a log scale, as the report decides it too."""
+    losses = reader.metrics.last("train_loss", len(reader.metrics))
+    return bool(len(losses)) and losses.min() > 0 and losses.max() >= LOG_RATIO * losses.min()
 
 
 def loss_chart(
@@ -92,7 +120,9 @@ def validation_line(
     name: str, reader: RunReader, colour: str, *, is_log: bool = False
 ) -> dict[str, Any]:
     """The loss on held-out rows."""
-    points = [(float(one.step), one.val_loss) for one in reader.metrics.evaluations[-450:]]
+    points = [
+        (float(one.step), one.val_loss) for one in reader.metrics.evaluations[-MAX_EVALUATIONS:]
+    ]
     return line(name, points, colour, is_log=is_log, dots=True, style={"type": "dashed"})
 
 
@@ -106,10 +136,11 @@ def match_line(name: str, reader: RunReader, colour: str) -> dict[str, Any]:
     """Share of previews that match, by step, in percent."""
     accuracy = reader.previews.accuracy()
     points = [(float(step), 100 * right / of) for step, (right, of) in accuracy.items()]
-    return line(name, points[-SMALL_POINTS:], colour, dots=True)
+    picked = pick_points(np.array([share for _, share in points]), SMALL_POINTS)
+    return line(name, [points[index] for index in picked.tolist()], colour, dots=True)
 
 
 def match_chart(reader: RunReader, *, is_dark: bool) -> dict[str, Any]:
     """How many previews match."""
     series = [match_line("% of previews that match", reader, COLOURS[is_dark]["extra"])]
-    return chart(series, is_dark=is_dark)
+    return chart(series, is_dark=is_dark, y_range=PERCENT)

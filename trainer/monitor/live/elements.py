@@ -128,6 +128,13 @@ def section(title: str, anchor: str) -> Any:
     return outer
 
 
+def set_options(chart: Any, options: dict[str, Any]) -> None:
+    """Draw a chart anew."""
+    chart.options.clear()
+    chart.options.update(options)
+    chart.update()
+
+
 async def confirm(question: str, action: str, on_yes: Callable[[], None]) -> None:
     """Ask before something is done."""
     with ui.dialog() as dialog, ui.card():

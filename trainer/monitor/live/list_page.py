@@ -6,9 +6,25 @@ from typing import Any
 
 from nicegui import ui
 
-from trainer.monitor.facts import accuracy_words, live_figures, report_figures
-from trainer.monitor.live.charts import COLOURS, chart, line, match_line, validation_line
-from trainer.monitor.live.elements import answer, box, dark_button, mark, open_page, section, text
+from trainer.monitor.facts import accuracy_words, live_figures, moment, report_figures
+from trainer.monitor.live.charts import (
+    COLOURS,
+    PERCENT,
+    chart,
+    line,
+    match_line,
+    validation_line,
+)
+from trainer.monitor.live.elements import (
+    answer,
+    box,
+    dark_button,
+    mark,
+    open_page,
+    section,
+    set_options,
+    text,
+)
 from trainer.monitor.live.store import RunStore
 from trainer.monitor.previews import mark_of
 from trainer.monitor.run_reader import RunReader
@@ -17,6 +33,7 @@ from trainer.monitoring.text import printable
 TICK_S = 1.0
 COMPARE_POINTS = 1_000
 MAX_ROWS = 200
+COLUMNS = ("state", "model", "loss", "validation", "previews that match", "last word")
 
 
 class ListPage:
@@ -25,10 +42,11 @@ class ListPage:
     def __init__(self, store: RunStore) -> None:
         """Build the page in the current client."""
         self.store = store
-        self._shown: list[tuple[str, str]] = []
+        self._keys: list[str] | None = None
+        self._cells: dict[str, list[Any]] = {}
         self._chosen: list[str] = []
         dark = open_page(f"runs in {store.root}")
-        with box("main"):
+        with box("div", "page"):
             with box("header", "top"):
                 text("h1", f"Runs in {store.root}")
                 box("span", "grow")
@@ -41,39 +59,44 @@ class ListPage:
         ui.timer(TICK_S, self.update)
 
     def update(self) -> None:
-        """Draw the list again where it changed."""
-        pairs = self.store.by_age()[:MAX_ROWS]
-        shown = [(key, reader.words()) for key, reader in pairs]
-        if shown == self._shown:
-            return
-        self._shown = shown
+        """Write what changed into the rows; draw them anew only when there are other runs."""
+        runs = self.store.by_age()[:MAX_ROWS]
+        if [key for key, _ in runs] != self._keys:
+            self._keys = [key for key, _ in runs]
+            self._draw(runs)
+        for key, reader in runs:
+            for cell, words in zip(self._cells[key], _cells(reader), strict=True):
+                cell.set_text(words)
+            state = f"state state-{reader.state()}"
+            self._cells[key][0].classes(replace=state)
+
+    def _draw(self, runs: list[tuple[str, RunReader]]) -> None:
         self._hint.set_text(
-            "Choose two runs to compare them." if pairs else "No runs yet; this page looks again."
+            "Choose two runs to compare them." if runs else "No runs yet; this page looks again."
         )
+        self._cells.clear()
         self._table.clear()
         with self._table, box("table", "lined"):
             with box("tr"):
-                for title in ("", "run", "state", "model", "loss", "validation", "last word"):
+                for title in ("", "run", *COLUMNS):
                     text("th", title, scope="col")
-            for key, reader in pairs:
-                self._draw_row(key, reader)
+            for key, reader in runs:
+                with box("tr"):
+                    self._draw_row(key, reader)
         self._refresh_button()
 
     def _draw_row(self, key: str, reader: RunReader) -> None:
-        status, label = reader.status, self.store.label(reader)
-        with box("tr"):
+        label = self.store.label(reader)
+        with box("td"):
+            choice = ui.checkbox(value=key in self._chosen).props("dense")
+            choice.props.update({"aria-label": f"compare {printable(label, 80)}"})
+            choice.on_value_change(lambda event: self._choose(key, is_chosen=event.value))
+        with box("td"), box("a", href=f"/run/{key}"):
+            text("span", label)
+        self._cells[key] = []
+        for _ in COLUMNS:
             with box("td"):
-                choice = ui.checkbox(value=key in self._chosen).props("dense")
-                choice.props.update({"aria-label": f"compare {printable(label, 80)}"})
-                choice.on_value_change(lambda event: self._choose(key, is_chosen=event.value))
-            with box("td"), box("a", href=f"/run/{key}"):
-                text("span", label)
-            with box("td"):
-                text("span", reader.words(), f"state state-{reader.state()}")
-            text("td", (status.model_name or "") if status else "")
-            text("td", _loss(status.train_loss) if status else "")
-            text("td", _loss(status.val_loss) if status else "")
-            text("td", _age(reader))
+                self._cells[key].append(text("span", ""))
 
     def _choose(self, key: str, *, is_chosen: bool) -> None:
         self._chosen = [one for one in self._chosen if one != key] + ([key] if is_chosen else [])
@@ -87,13 +110,15 @@ class ListPage:
             ui.navigate.to(f"/compare/{self._chosen[0]}/{self._chosen[1]}")
 
 
-def _loss(value: float | None) -> str:
-    return f"{value:.4f}" if value is not None else ""
-
-
-def _age(reader: RunReader) -> str:
-    rows = dict(report_figures(reader))
-    return rows.get("last word", "")
+def _cells(reader: RunReader) -> list[str]:
+    """A row of the list, in the order of COLUMNS."""
+    status = reader.status
+    if status is None:
+        return [reader.words(), *[""] * (len(COLUMNS) - 1)]
+    losses = [f"{v:.4f}" if v is not None else "" for v in (status.train_loss, status.val_loss)]
+    recent = status.accuracy_last_20
+    matches = f"{recent.num_matched} of {recent.num_previews}" if recent is not None else ""
+    return [reader.words(), status.model_name or "", *losses, matches, moment(status.updated_at)]
 
 
 class ComparePage:
@@ -105,7 +130,7 @@ class ComparePage:
         self.labels = [store.label(reader) for reader in readers]
         self._seen: list[Any] = []
         dark = open_page("two runs")
-        with box("main"):
+        with box("div", "page"):
             with box("header", "top"):
                 ui.link("\N{LEFTWARDS ARROW} all runs", "/")
                 text("h1", "Two runs")
@@ -168,10 +193,8 @@ class ComparePage:
             loss.append(line(f"{name} training, smoothed", points, colour))
             loss.append(validation_line(f"{name} validation", reader, colour))
             matches.append(match_line(name, reader, colour))
-        for element, series in ((self._loss, loss), (self._matches, matches)):
-            element.options.clear()
-            element.options.update(chart(series, is_dark=False))
-            element.update()
+        set_options(self._loss, chart(loss, is_dark=False))
+        set_options(self._matches, chart(matches, is_dark=False, y_range=PERCENT))
 
     def _draw_answers(self) -> None:
         newest = [{r.prompt: r for r in reader.previews.newest()} for reader in self.readers]

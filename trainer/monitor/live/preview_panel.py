@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from nicegui import ui
@@ -30,6 +31,14 @@ ARROWS = """(event) => {
 }"""
 
 
+PRESSED = """(event) => {
+  const button = event.target.closest('[data-prompt]');
+  if (button) emit([Number(button.dataset.prompt), Number(button.dataset.step ?? -1)]);
+}"""
+GRID_GAP_S = 1.0
+"""Least seconds between two drawings of the grid for new previews, so that a click meets it."""
+
+
 class PreviewPanel:
     """What it shows: one prompt at one of its steps; the newest one unless somebody chose."""
 
@@ -39,6 +48,12 @@ class PreviewPanel:
         self.key: str | None = None
         self.index = 0
         self.is_following = True
+        self._is_raw_open = False
+        self._drawn_grid: object = None
+        self._drawn_line: object = None
+        self._grid_at = 0.0
+        self._cells: dict[tuple[str, int], Any] = {}
+        self._names: dict[str, Any] = {}
         self._empty = text("p", "No previews yet.", "dim")
         self._legend = box("p", "dim legend")
         with self._legend:
@@ -47,6 +62,8 @@ class PreviewPanel:
                 text("span", meaning)
         self._grid = box("div", "wide")
         self._grid.props('tabindex="0" role="region" aria-label="prompts and steps"')
+        # One handler for all cells: a cell's own would be gone when it is drawn again.
+        self._grid.on("click", lambda event: self._pressed(*event.args), js_handler=PRESSED)
         self._timeline = box("div", "timeline", tabindex=0, role="group")
         self._timeline.props('aria-label="time-line; arrow keys move through steps and prompts"')
         self._timeline.on("keydown", lambda event: self._move(*event.args), js_handler=ARROWS)
@@ -86,7 +103,14 @@ class PreviewPanel:
         if self.is_following or self.index >= len(line):
             self.index = len(line) - 1
         self._draw_grid()
+        self._choose_cell(line)
         self._draw_line(line)
+
+    def tick(self) -> None:
+        """Draw what waited; the caller holds the reader's lock."""
+        if self.key in self.reader.previews.timelines:
+            self._draw_grid()
+            self._choose_cell(self.reader.previews.timelines[self.key])
 
     def show(self, key: str, step: int | None = None) -> None:
         """Open the time-line of a prompt at a step (None: the newest)."""
@@ -123,43 +147,66 @@ class PreviewPanel:
     # ---- drawing
 
     def _draw_grid(self) -> None:
-        book = self.reader.previews
+        book, now = self.reader.previews, time.monotonic()
         steps = book.grid_steps(GRID_COLUMNS)
-        chosen = book.timelines[self.key or ""].steps[self.index]
+        rows = {k: [mark_of(one.of_step(s)) for s in steps] for k, one in book.timelines.items()}
+        if (steps, rows) == self._drawn_grid or now - self._grid_at < GRID_GAP_S:
+            return
+        self._drawn_grid, self._grid_at = (steps, rows), now
+        self._cells.clear()
+        self._names.clear()
         self._grid.clear()
         with self._grid, box("table", "marks"):
             with box("tr"):
                 box("td")
                 for step in steps:
                     text("th", str(step), "step", scope="col")
-            for key, line in book.timelines.items():
+            for number, (key, marks) in enumerate(rows.items()):
                 with box("tr"):
-                    self._draw_prompt(key, line)
-                    for step in steps:
+                    self._draw_prompt(number, key)
+                    for step, sign in zip(steps, marks, strict=True):
                         with box("td"):
-                            is_chosen = key == self.key and step == chosen
-                            self._draw_cell(key, line, step, is_chosen)
+                            self._draw_cell(number, key, step, sign)
 
-    def _draw_prompt(self, key: str, line: Timeline) -> None:
+    def _draw_prompt(self, number: int, key: str) -> None:
+        line = self.reader.previews.timelines[key]
         with box("th", "prompt", scope="row"):
             name = text("button", printable(line.prompt, PROMPT_CHARS), "link", type="button")
-            name.props.update({"title": line.verdict(), "aria-current": str(key == self.key)})
-            name.on("click", lambda: self.show(key))
+            name.props.update({"title": line.prompt[:300], "data-prompt": number})
+            self._names[key] = name
 
-    def _draw_cell(self, key: str, line: Timeline, step: int, is_chosen: bool) -> None:
-        sign = mark_of(line.of_step(step))
+    def _draw_cell(self, number: int, key: str, step: int, sign: str) -> None:
         if sign == " ":
             return
         cell = text("button", sign, f"mark mark-{MARK_CLASSES[sign]}", type="button")
-        cell.props.update({"aria-label": f"step {step}: {MARK_WORDS[sign]}", "data-step": step})
-        if is_chosen:
-            cell.classes("chosen").props.update({"aria-current": "true"})
-        cell.on("click", lambda: self._open(key, step))
+        cell.props.update({"aria-label": f"step {step}: {MARK_WORDS[sign]}"})
+        cell.props.update({"data-prompt": number, "data-step": step})
+        self._cells[key, step] = cell
 
-    def _open(self, key: str, step: int) -> None:
-        self.show(key, step)
+    def _choose_cell(self, line: Timeline) -> None:
+        """Frame the cell that the time-line shows."""
+        chosen = (self.key, line.steps[self.index])
+        for place, cell in self._cells.items():
+            if (place == chosen) != ("chosen" in cell.classes):
+                cell.classes(toggle="chosen")
+                cell.props.update({"aria-current": str(place == chosen).lower()})
+                cell.update()
+        for key, name in self._names.items():
+            current = str(key == self.key).lower()
+            if name.props.get("aria-current") != current:
+                name.props.update({"aria-current": current})
+                name.update()
+
+    def _pressed(self, number: int, step: int) -> None:
+        """A prompt or a cell of the grid was pressed: show it, and let arrow keys work there."""
+        with self.reader.lock:
+            keys = list(self.reader.previews.timelines)
+        if not 0 <= number < len(keys):
+            return
+        self.show(keys[number], step if step >= 0 else None)
         name = self._timeline.html_id
-        ui.run_javascript(f"document.getElementById('{name}').focus({{preventScroll: true}})")
+        with self._timeline:
+            ui.run_javascript(f"document.getElementById('{name}').focus({{preventScroll: true}})")
 
     def _draw_line(self, line: Timeline) -> None:
         result = line[self.index]
@@ -168,6 +215,9 @@ class PreviewPanel:
         self._slider.props(f"max={max(1, len(line) - 1)}").set_enabled(len(line) > 1)
         self._slider.set_value(self.index)
         self._place.set_text(f"step {result.step}, {self.index + 1} of {len(line)}")
+        if self._drawn_line is result:
+            return  # whoever reads or selects it is not disturbed
+        self._drawn_line = result
         self._body.clear()
         with self._body:
             with box("p", "facts"):
@@ -202,7 +252,9 @@ class PreviewPanel:
         if tokens:
             label = f"golden, by probability: {golden_words(result)}"
             self._part(label, lambda: golden_by_probability(tokens))
-        with ui.expansion("prompt and raw text").props("dense"):
+        raw = ui.expansion("prompt and raw text", value=self._is_raw_open).props("dense")
+        raw.on_value_change(lambda event: setattr(self, "_is_raw_open", bool(event.value)))
+        with raw:
             self._part("prompt", lambda: answer(result.prompt))
             self._part("generated, with special tokens", lambda: answer(result.raw_text))
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from nicegui import ui
 
-from trainer.monitor.alerts import alerts_of
+from trainer.monitor.alerts import Alert, alerts_of
 from trainer.monitor.card import card_rows, card_sample, environment_rows
 from trainer.monitor.facts import live_figures, report_figures
 from trainer.monitor.live.actions import ActBox, AskBox
-from trainer.monitor.live.charts import loss_chart, match_chart, metric_chart
+from trainer.monitor.live.charts import is_spread_wide, loss_chart, match_chart, metric_chart
 from trainer.monitor.live.elements import (
     answer,
     box,
@@ -20,6 +20,7 @@ from trainer.monitor.live.elements import (
     open_page,
     pairs,
     section,
+    set_options,
     text,
 )
 from trainer.monitor.live.options import PageOptions
@@ -50,10 +51,11 @@ class RunPage:
         """
         self.reader, self.options = reader, options
         self._seen = Versions(-1, -1, -1, -1)
+        self._alerts_shown: list[Alert] = []
         self._charts_at = 0.0
         self._is_dark = False
         self._dark = open_page(label)
-        with box("main"):
+        with box("div", "page"):
             self._build_top(label, is_alone)
             with section("Previews", "previews"):
                 self._panel = PreviewPanel(reader)
@@ -88,7 +90,8 @@ class RunPage:
             with box("div", "chart-big"):
                 with box("div", "chart-head"):
                     text("h3", "loss, nats per trained token")
-                    self._log = ui.switch("log scale", on_change=self._draw_charts)
+                    self._log = ui.switch("log scale", value=is_spread_wide(self.reader))
+                    self._log.on_value_change(self._draw_charts)
                     text("span", "smoothing", "dim")
                     self._smoothing = ui.slider(
                         min=0, max=0.99, step=0.01, value=0.9, on_change=self._draw_charts
@@ -109,6 +112,9 @@ class RunPage:
             self._card = ui.expansion("before training: data card and first answers")
             self._facts = ui.expansion("figures, config, environment")
             self._notices = ui.expansion("notices")
+        # Filled when they are opened: hundreds of cells that few look at.
+        self._card.on_value_change(self._show_background)
+        self._facts.on_value_change(self._show_background)
 
     # ---- keeping it up to date
 
@@ -122,7 +128,8 @@ class RunPage:
                 self._act.refresh()
             if now.previews != seen.previews:
                 self._panel.refresh()
-            if now.manifest != seen.manifest or seen.previews < 0:
+            self._panel.tick()
+            if now.manifest != seen.manifest:
                 self._show_background()
             if now.status != seen.status:
                 self._ask.refresh()
@@ -147,16 +154,19 @@ class RunPage:
                 with box("div", "figure"):
                     text("div", label, "label")
                     text("div", value, "value")
-        self._alerts.clear()
-        with self._alerts:
-            for alert in alerts_of(reader):
-                text("div", f"{alert.level}: {alert.text}", f"alert alert-{alert.level}")
+        alerts = alerts_of(reader)
+        if alerts != self._alerts_shown:  # what is drawn again is read out again
+            self._alerts_shown = alerts
+            self._alerts.clear()
+            with self._alerts:
+                for alert in alerts:
+                    text("div", f"{alert.level}: {alert.text}", f"alert alert-{alert.level}")
 
     def _draw_charts(self) -> None:
         self._charts_at = time.monotonic()
         reader, is_dark = self.reader, self._is_dark
         with reader.lock:
-            _set(
+            set_options(
                 self._loss,
                 loss_chart(
                     reader,
@@ -165,9 +175,9 @@ class RunPage:
                     is_dark=is_dark,
                 ),
             )
-            _set(self._matches, match_chart(reader, is_dark=is_dark))
+            set_options(self._matches, match_chart(reader, is_dark=is_dark))
             for name, chart in self._small.items():
-                _set(chart, metric_chart(reader, name, is_dark=is_dark))
+                set_options(chart, metric_chart(reader, name, is_dark=is_dark))
 
     async def _find_colours(self) -> None:
         """Canvas text knows no style sheet: ask the browser whether it is dark."""
@@ -181,26 +191,33 @@ class RunPage:
             self._draw_charts()
 
     def _show_background(self) -> None:
+        """Fill what is open."""
+        with self.reader.lock:
+            for expansion, fill in ((self._card, self._fill_card), (self._facts, self._fill_facts)):
+                expansion.clear()
+                if expansion.value:
+                    with expansion:
+                        fill()
+
+    def _fill_card(self) -> None:
         manifest = self.reader.manifest
-        self._card.clear()
-        with self._card:
-            pairs(card_rows(manifest))
-            sample = card_sample(manifest)
-            if sample:
-                text("p", "The first row; what is green and underlined is trained:", "dim")
-                with box("div", "answer"):
-                    for content, is_trained in sample:
-                        text("span", content, "trained" if is_trained else "")
-            self._show_first_answers()
-        self._facts.clear()
-        with self._facts:
-            pairs(report_figures(self.reader))
-            with box("div", "wide"), box("table", "lined"):
-                for row in [("key", "value", "origin"), *config_rows(self.reader)]:
-                    with box("tr"):
-                        for cell in row:
-                            text("td", cell)
-            pairs(environment_rows(manifest))
+        pairs(card_rows(manifest))
+        sample = card_sample(manifest)
+        if sample:
+            text("p", "The first row; what is green and underlined is trained:", "dim")
+            with box("div", "answer"):
+                for content, is_trained in sample:
+                    text("span", content, "trained" if is_trained else "")
+        self._show_first_answers()
+
+    def _fill_facts(self) -> None:
+        pairs(report_figures(self.reader))
+        with box("div", "wide"), box("table", "lined"):
+            for row in [("key", "value", "origin"), *config_rows(self.reader)]:
+                with box("tr"):
+                    for cell in row:
+                        text("td", cell)
+        pairs(environment_rows(self.reader.manifest))
 
     def _show_first_answers(self) -> None:
         results = self.reader.previews.of_step(0)
@@ -227,9 +244,3 @@ class RunPage:
                 text("p", f"{notice.level}: {notice.text}", "answer")
             if not notices:
                 text("p", "None.", "dim")
-
-
-def _set(chart: Any, options: dict[str, Any]) -> None:
-    chart.options.clear()
-    chart.options.update(options)
-    chart.update()

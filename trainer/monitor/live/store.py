@@ -15,6 +15,8 @@ from trainer.monitor.run_reader import RunReader, find_runs
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+NUM_AHEAD = 3
+"""Runs, the newest ones, that are read before anybody asks for them."""
 SUMMARY_S = 2.0
 """Runs that nobody looks at are only asked for their status, this often."""
 FIND_S = 5.0
@@ -55,14 +57,16 @@ class RunStore:
         return reader
 
     async def refresh_forever(self) -> None:
-        """Read what is new, until cancelled."""
+        """Read what is new, until cancelled; first the newest runs, as they will be looked at."""
+        for key, _ in self.by_age()[:NUM_AHEAD]:
+            await self.load(key)
         while True:
-            await asyncio.sleep(POLL_S)
             try:
                 async with self._loading:
                     await asyncio.to_thread(self._refresh)
             except Exception:
                 logger.exception("reading the runs failed; it is tried again")
+            await asyncio.sleep(POLL_S)
 
     def _refresh(self) -> None:
         now = time.monotonic()
@@ -82,11 +86,11 @@ class RunStore:
             self._summary_at = now
 
     def by_age(self) -> list[tuple[str, RunReader]]:
-        """(id, run) pairs, the one that said something last first."""
+        """(id, run) pairs, the one that began last first."""
 
         def key(pair: tuple[str, RunReader]) -> float:
             status = pair[1].status
-            return -status.updated_at if status is not None else 0.0
+            return -status.started_at if status is not None else 0.0
 
         return sorted(self.readers.items(), key=key)
 

@@ -1,0 +1,236 @@
+"""The live page in a real browser, on runs that train in another process and on huge ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OpenPage = Callable[..., Any]
+Monitor = Callable[..., str]
+
+
+@pytest.mark.slow
+def test_a_training_run_moves_is_asked_and_is_stopped(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    rows = [{"question": f"max of {n} and 7?", "answer": str(max(n, 7))} for n in range(80)]
+    helpers.write_lines(tmp_path / "rows.jsonl", rows)
+    run = tmp_path / "run"
+    key_file = tmp_path / "key"
+    key_file.write_text("0123456789abcdef0123456789abcdef\n")
+    train = [
+        *("train", "--dataset", str(tmp_path / "rows.jsonl"), "--model", "tiny"),
+        *("--output", str(run), "--fp32", "--hyperparams.max_steps", "100000"),
+        *("--hyperparams.batch_size", "2", "--hyperparams.max_length", "64"),
+        *("--monitoring.inference_interval", "10", "--monitoring.preview_max_tokens", "8"),
+        *("--monitoring.preview_temperature", "0"),
+    ]
+    serve = ["serve", "--model", "tiny", "--port", "0", "--api-key-file", str(key_file)]
+    with helpers.program(*serve, ready="ready:") as (server, line):
+        worker = {"url": line.split()[1], "key_file": str(key_file), "backend": "sidecar"}
+        more = {"model_id": None, "system_prompt": None, "pid": server.pid}
+        with helpers.program(*train, ready="training") as (process, _):
+            (run / "worker.json").write_text(json.dumps({**worker, **more}))
+            page = open_page(monitor(run, "--allow-control"), wait_for=".marks button.mark")
+            _step_and_loss_move(page)
+            _time_line_opens_and_its_slider_moves(page)
+            _model_is_asked(page)
+            _run_is_stopped(page)
+            assert process.wait(60) == 130
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped"
+
+
+def _step_and_loss_move(page: Any) -> None:
+    state = page.locator(".state")
+    figure = page.locator(".figure", has_text="loss").first.locator(".value")
+    words, loss = state.inner_text(), figure.inner_text()
+    assert re.match(r"training, step \d+ of 100000, .* left", words)
+    page.wait_for_function("old => document.querySelector('.state').innerText !== old", arg=words)
+    page.wait_for_function(
+        "old => document.querySelector('.figure .value').innerText !== old", arg=loss
+    )
+    first, second = (int(re.search(r"step (\d+)", text)[1]) for text in (words, state.inner_text()))  # type: ignore[index]
+    assert second > first
+
+
+def _time_line_opens_and_its_slider_moves(page: Any) -> None:
+    page.locator("tr:nth-child(3) button.mark[data-step='0']").click()
+    place = page.locator(".place")
+    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 0, 1 of')")
+    prompt = page.locator(".timeline h3").inner_text()
+    page.wait_for_function("document.activeElement.classList.contains('timeline')")
+    page.wait_for_selector("button.mark[data-step='10']")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 10, 2 of')")
+    slider = page.get_by_role("slider", name="position in the time-line")
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 0, 1 of')")
+    page.locator(".timeline").focus()
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function(
+        "old => document.querySelector('.timeline h3').innerText !== old", arg=prompt
+    )
+    assert "step 0, 1 of" in place.inner_text()
+    assert page.locator(".timeline").get_by_text("golden", exact=True).is_visible()
+
+
+def _model_is_asked(page: Any) -> None:
+    page.get_by_label("Prompt").fill("max of 3 and 4?")
+    page.get_by_role("button", name="Ask the model").click()
+    said = page.locator(".ask").get_by_text("Answered by")
+    said.wait_for()
+    assert re.search(r"weights [0-9a-f]{12}", said.inner_text())
+    assert page.locator(".ask .answer").inner_text().strip()
+
+
+def _run_is_stopped(page: Any) -> None:
+    page.get_by_role("button", name="Stop after this step").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("button", name="Cancel").click()
+    dialog.wait_for(state="hidden")
+    assert page.locator(".state").inner_text().startswith("training")
+    page.get_by_role("button", name="Stop after this step").click()
+    page.get_by_role("dialog").get_by_role("button", name="Stop after this step").click()
+    page.wait_for_function(
+        "document.querySelector('.state').innerText.startsWith('stopped by the control file')"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_100000_rows_and_5000_previews_is_shown(
+    open_page: OpenPage,
+    monitor: Monitor,
+    helpers: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    total = 100_000
+    columns = ("learning_rate", "grad_norm", "tokens_per_s", "step_time_s", "eta_s", "memory_gib")
+    same = dict.fromkeys(columns, 0.5)
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, total + 1):
+            loss = 99.0 if step == 54_321 else 1 + 4 * math.exp(-step / 9000)
+            row = {"type": "StepDone", "created_at": 1.7e9 + step, "step": step, **same}
+            row |= {"total_steps": total, "epoch": 1.0, "train_loss": loss, "num_tokens": 900}
+            file.write(json.dumps({**row, "num_trained_tokens": 300}) + "\n")
+    previews = [helpers.preview_of(s, n) for s in range(0, total + 1, 100) for n in range(5)]
+    helpers.write_lines(run / "previews.jsonl", previews)
+    status = helpers.status_of(step=total, total_steps=total, train_loss=1.0)
+    (run / "status.json").write_text(json.dumps(status))
+    url = monitor(run)
+    started = time.perf_counter()
+    page = open_page(url, wait_for=".chart-big canvas")
+    drawn_s = time.perf_counter() - started
+    paint = page.evaluate(
+        "performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
+    )
+    with capsys.disabled():
+        print(f"\n100,000 rows, {len(previews)} previews: first paint {paint:.2f} s, ", end="")
+        print(f"loss chart drawn {drawn_s:.2f} s after the request")
+    assert page.locator(".state").inner_text() == f"completed, step {total} of {total}"
+    assert page.locator(".place").inner_text() == "step 100000, 1001 of 1001"
+    steps = page.locator(".marks th.step").all_inner_texts()
+    assert (steps[0], steps[-1], len(steps)) == ("0", "100000", 24)
+
+
+def test_a_page_opened_before_the_run_starts_shows_it_and_a_restart_counts_once(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    page = open_page(monitor(tmp_path), wait_for="h1")
+    assert "No runs yet" in page.locator(".page").inner_text()
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [helpers.preview_of(step, 0) for step in (0, 100, 200)]
+    helpers.write_lines(run / "previews.jsonl", lines)
+    (run / "status.json").write_text(json.dumps(helpers.status_of(step=200, total_steps=400)))
+    page.get_by_role("link", name="run").click()
+    page.wait_for_function("document.querySelector('.place')?.innerText === 'step 200, 3 of 3'")
+    with (run / "previews.jsonl").open("a") as file:  # a resume from 100 makes 200 again
+        file.write(json.dumps({"type": "resumed", "step": 100, "created_at": 1.0}) + "\n")
+        file.write(json.dumps(helpers.preview_of(200, 0, text="again")) + "\n")
+    page.wait_for_function("document.body.innerText.includes('again')")
+    assert page.locator(".place").inner_text() == "step 200, 3 of 3"
+    page.reload()
+    page.wait_for_function("document.querySelector('.place')?.innerText === 'step 200, 3 of 3'")
+
+
+def test_two_runs_are_compared(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    for name, text in (("one", "answer 100"), ("two", "answer 7")):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "status.json").write_text(json.dumps(helpers.status_of(step=9, total_steps=9)))
+        line = helpers.preview_of(9, 0, text=text, matches=name == "one")
+        helpers.write_lines(run / "previews.jsonl", [line])
+    page = open_page(monitor(tmp_path), wait_for="table .q-checkbox")
+    button = page.get_by_role("button", name="Compare the two")
+    assert button.is_disabled()
+    for name in ("one", "two"):
+        page.get_by_role("checkbox", name=f"compare {name}").click()
+    button.click()
+    page.wait_for_selector("#previews .answer")
+    shown = page.locator("#previews").inner_text()
+    assert "answer 100" in shown
+    assert "answer 7" in shown
+    assert page.locator("h3", has_text="prompt number 0?").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_enough_contrast_and_a_phone_scrolls_no_page_sideways(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path, scheme: str
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    error = {"type": "OSError", "message": "disk full"}
+    status = helpers.status_of(state="failed", step=200, total_steps=400, error=error)
+    (run / "status.json").write_text(json.dumps(status))
+    lines = [helpers.preview_of(step, n) for step in range(0, 500, 10) for n in range(3)]
+    tokens = {"golden_tokens": ["a", "b", "c", "d"], "golden_logprobs": [-0.01, -0.3, -1.5, -6]}
+    lines.append(helpers.preview_of(500, 0, matches=False, **tokens))
+    helpers.write_lines(run / "previews.jsonl", lines)
+    phone = {"width": 390, "height": 844}
+    page = open_page(
+        monitor(run), wait_for=".marks button.mark", color_scheme=scheme, viewport=phone
+    )
+    assert page.evaluate("document.body.classList.contains('body--dark')") == (scheme == "dark")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390
+    assert page.evaluate(CONTRASTS) == []
+
+
+CONTRASTS = """() => {
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return [m, m[3] ?? 1]; };
+  const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const [colour, alpha] = parse(getComputedStyle(e).backgroundColor);
+      if (alpha > 0.9) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const poor = [];
+  for (const e of document.querySelectorAll('.page *')) {
+    const hasText = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (!hasText || !e.getClientRects().length || e.closest('[disabled]')) continue;
+    const [ink] = parse(getComputedStyle(e).color);
+    const [a, b] = [luminance(ink), luminance(behind(e))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    const words = e.innerText.slice(0, 20);
+    if (ratio < 4.5) poor.push(`${e.tagName}.${e.className} ${words} ${ratio.toFixed(2)}`);
+  }
+  return poor;
+}"""
