@@ -84,12 +84,12 @@ def _time_line_opens_and_its_slider_moves(page: Any) -> None:
 
 
 def _model_is_asked(page: Any) -> None:
-    page.get_by_label("Prompt").fill("max of 3 and 4?")
+    page.get_by_role("textbox", name="Prompt").fill("max of 3 and 4?")
     page.get_by_role("button", name="Ask the model").click()
     said = page.locator(".ask").get_by_text("Answered by")
     said.wait_for()
     assert re.search(r"weights [0-9a-f]{12}", said.inner_text())
-    assert page.locator(".ask .answer").inner_text().strip()
+    assert page.locator(".ask .answer").text_content()  # of an untrained model: anything
 
 
 def _run_is_stopped(page: Any) -> None:

@@ -28,6 +28,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address is taken or not ours.
     """
+    listener: socket.socket | None = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -35,6 +36,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(128)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise ConfigError(
             f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); is "
             "another monitor running? Choose another --port (0 picks a free one)."
