@@ -3,13 +3,14 @@
 # make quick  the fast tests        make check  format, lint, types
 # make trust  the numeric checks        make mutants  that each check kills its mutant
 # make bench  the benchmarks that need no data of yours
+# make screenshots  the pictures in docs/img, from a demo run (needs chromium)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick trust mutants check format docs bench clean
+.PHONY: demo test quick trust mutants check format docs bench screenshots clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -48,6 +49,10 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_startup.py
+	$(BIN)/python benchmarks/bench_monitor.py
+
+screenshots: $(STAMP)
+	$(BIN)/python benchmarks/screenshots.py
 
 clean:
 	rm -rf $(VENV) demo_run build dist *.egg-info

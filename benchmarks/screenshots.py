@@ -1,0 +1,170 @@
+"""The pictures in docs/img: a real demo run, its live page, its report, its terminal view.
+
+    python benchmarks/screenshots.py [--run FOLDER] [--out docs/img]
+
+Without --run the demo is trained first, and the page is taken while it trains. Needs Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import sync_playwright
+from rich.console import Console
+
+from trainer.monitor.report import write_report
+from trainer.monitor.run_reader import RunReader
+from trainer.monitor.watch import Follower
+from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunStarted, StepDone
+from trainer.monitoring.terminal_view import LiveView
+
+ROOT = Path(__file__).parents[1]
+ENOUGH_STEPS = 170
+"""The page is taken when this many steps are done: right and wrong answers stand side by side."""
+TERMINAL_WIDTH = 80
+WAIT_MS = 2_500
+
+
+def main() -> int:
+    """Train, or take a run; then take the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, help="folder of a run; default: train the demo")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
+    words = parser.parse_args()
+    words.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        run = words.run or Path(scratch) / "demo_run"
+        training = None if words.run else stack.enter_context(command("demo", "--output", str(run)))
+        if training is not None:
+            wait_for_step(run, ENOUGH_STEPS)
+        stack.enter_context(command("monitor", str(run), "--port", "18088", "--allow-control"))
+        browser = stack.enter_context(chromium())
+        take_pages(browser, "http://127.0.0.1:18088/", words.out)
+        terminal = Path(scratch) / "terminal.svg"
+        terminal.write_text(terminal_svg(run), encoding="utf-8")
+        take_terminal(browser, terminal, words.out)
+        if training is not None:
+            training.wait()
+        report = Path(scratch) / "report.html"
+        reader = RunReader(run)
+        reader.poll()
+        write_report(reader, report)
+        take_report(browser, report, words.out)
+    for path in sorted(words.out.glob("*.png")):
+        print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
+    return 0
+
+
+@contextlib.contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A `trainer` command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], env=environment)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Wait until a run in another process has made this many steps."""
+    reader = RunReader(run)
+    while reader.step < step:
+        time.sleep(0.5)
+        reader.poll()
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """The system's Chromium."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        raise SystemExit("there is no chromium here: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox", "--disable-background-networking"]
+        )
+        yield browser
+        browser.close()
+
+
+def take_pages(browser: Any, url: str, out: Path) -> None:
+    """The live page: light, dark, and on a phone."""
+    for name, scheme, width, height in (
+        ("page-light", "light", 1280, 1130),
+        ("page-dark", "dark", 1280, 1130),
+        ("page-phone", "light", 390, 844),
+    ):
+        page = browser.new_page(
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            device_scale_factor=1.5 if width < 500 else 1,
+        )
+        for _ in range(60):  # the monitor may still be starting
+            with contextlib.suppress(Exception):
+                page.goto(url)
+                break
+            time.sleep(0.5)
+        page.wait_for_selector(".chart-big canvas")
+        wrong = page.locator("button.mark-wrong")
+        # A wrong answer in the middle of the run shows the diffs.
+        wrong.nth(wrong.count() * 2 // 3).click()
+        page.wait_for_timeout(WAIT_MS)
+        page.evaluate("window.scrollTo(0, 0)")
+        page.screenshot(path=out / f"{name}.png")
+        page.close()
+
+
+def take_report(browser: Any, report: Path, out: Path) -> None:
+    """The top of the report, with one time-line open."""
+    page = browser.new_page(viewport={"width": 1100, "height": 1300})
+    page.goto(report.as_uri())
+    page.locator("details[id^=prompt] > summary").nth(1).click()
+    page.evaluate("window.scrollTo(0, 0)")
+    page.screenshot(path=out / "report.png")
+    page.close()
+
+
+def terminal_svg(run: Path) -> str:
+    """What `trainer watch` shows at 80 columns, as rich draws it."""
+    view = LiveView(time.monotonic)
+    for event in Follower(run, num_before=10).poll():
+        match event:
+            case RunStarted():
+                view.started = event
+            case StepDone():
+                view.set_step(event)
+            case EvaluationDone():
+                view.evaluation = event
+            case PreviewsDone():
+                view.set_previews(event)
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(
+            record=True, width=TERMINAL_WIDTH, height=28, file=nowhere, force_terminal=True
+        )
+        console.print(view)
+        return console.export_svg(title=f"trainer watch {run.name}")
+
+
+def take_terminal(browser: Any, svg: Path, out: Path) -> None:
+    """The terminal picture; offline, as rich names a font on the internet."""
+    context = browser.new_context(viewport={"width": 1000, "height": 800}, offline=True)
+    page = context.new_page()
+    page.goto(svg.as_uri())
+    page.locator("svg").first.screenshot(path=out / "terminal.png")
+    context.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
