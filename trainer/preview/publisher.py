@@ -177,8 +177,6 @@ class Publisher:
                     return None
                 self.base_id = None  # it may have lost the base as well
             except BrokenPipeError:
-                raise
-            except BrokenPipeError:
                 raise  # the trainer is gone, and with it whoever could be told
             except (PreviewError, OSError) as error:
                 self._failed(give, tries, error)

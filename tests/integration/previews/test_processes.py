@@ -55,7 +55,8 @@ def before_ask(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], N
 
 
 def kill_engine() -> None:
-    [engine] = [one for one in process_of("--wait-for-weights").children() if one.cmdline()]
+    children = process_of("--wait-for-weights").children()
+    [engine] = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
     engine.kill()
 
 
