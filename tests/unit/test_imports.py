@@ -29,7 +29,7 @@ SPECIAL = {
     "monitor": {"errors", "config", "monitoring", "monitor"},
     "demo": {"errors", "config", "models", "profiles", "demo"},
 }
-MONITOR_MODULES = {"trainer.preview.base", "trainer.preview.remote"}
+MONITOR_MODULES = {"trainer.preview.base", "trainer.preview.http", "trainer.preview.remote"}
 ONLY_FROM_COMMANDS = {"demo", "server", "monitor", "cli"}
 
 
@@ -91,6 +91,9 @@ def test_every_module_says_what_lives_in_it(path: Path) -> None:
         "from trainer.cli import main; main(['--help'])",
         "from trainer.cli import main; main(['config', 'explain'])",
         "from trainer.cli import main; main(['models'])",
+        "from trainer.cli import main; main(['watch', '.'])",
+        "from trainer.cli import main; main(['report', '.'])",
+        "import trainer.monitor.live.server, trainer.commands.monitor",
     ],
 )
 def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ LOCK_NAME = ".lock"
 STEP_DONE = "StepDone"
 OVER = ("completed", "stopped", "failed")
 MAX_STEP = 2**53
+PIECE = 5_000
+"""Lines that are parsed and taken at a time."""
 SILENT_S = 600.0
 """A run on another machine that says nothing for so long is called silent."""
 
@@ -144,17 +146,23 @@ class RunReader:
             return
         if not (new.lines or new.is_reset or new.num_too_long):
             return
-        kept, num_bad = parse_lines(new.lines)
-        results = [as_preview(row) for row in kept] if name == PREVIEWS_NAME else []
-        num_bad += new.num_too_long + sum(result is False for result in results)
+        num_bad = new.num_too_long
+        is_reset = new.is_reset
+        # In pieces: a hundred thousand rows at once would be hundreds of MiB for a moment.
+        for start in range(0, max(len(new.lines), 1), PIECE):
+            kept, num_bad_rows = parse_lines(new.lines[start : start + PIECE])
+            results = [as_preview(row) for row in kept] if name == PREVIEWS_NAME else []
+            num_bad += num_bad_rows + sum(result is False for result in results)
+            with self.lock:
+                if name == METRICS_NAME:
+                    self._take_metrics(kept, is_reset=is_reset)
+                else:
+                    self._take_previews(results, is_reset=is_reset)
+            is_reset = False
         if num_bad:
             self._report(name, f"{num_bad} lines of it are not what a run writes; left out")
-        with self.lock:
-            self.num_bad_lines += num_bad
-            if name == METRICS_NAME:
-                self._take_metrics(kept, is_reset=new.is_reset)
-            else:
-                self._take_previews(results, is_reset=new.is_reset)
+            with self.lock:
+                self.num_bad_lines += num_bad
 
     def _take_metrics(self, rows: list[dict[str, Any]], *, is_reset: bool) -> None:
         if is_reset:
@@ -257,17 +265,32 @@ class RunReader:
 
 def parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
     """Objects with a whole-number step, and how many lines were none."""
+    if all(line[:1] == b"{" and line[-1:] == b"}" for line in lines):
+        try:  # one call for all of them: twice as fast as one each
+            rows = orjson.loads(b"[" + b",".join(lines) + b"]")
+        except ValueError:
+            rows = []
+        if len(rows) == len(lines) and all(map(_has_step, rows)):
+            return rows, 0
     kept, num_bad = [], 0
     for line in lines:
         try:
             values = orjson.loads(line)
-            step = values["step"]
-            if type(step) is not int or abs(step) > MAX_STEP:
-                raise TypeError("a step is a whole number")
+        except ValueError:
+            values = None
+        if _has_step(values):
             kept.append(values)
-        except (ValueError, TypeError, KeyError):
+        else:
             num_bad += 1
     return kept, num_bad
+
+
+def _has_step(values: Any) -> bool:
+    return (
+        type(values) is dict
+        and type(step := values.get("step")) is int
+        and -MAX_STEP <= step <= MAX_STEP
+    )
 
 
 def as_preview(values: dict[str, Any]) -> PreviewResult | int | bool:

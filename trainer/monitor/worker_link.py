@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trainer.errors import PreviewError
 from trainer.monitor.net import is_loopback
 from trainer.monitor.small_files import read_json_object, read_regular_file
-from trainer.preview.remote import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_BODY
+from trainer.preview.http import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_ANSWER
 
 WORKER_NAME = "worker.json"
 TIMEOUT_S = 120.0
@@ -121,8 +121,8 @@ def ask_worker(
             data = b""
             for piece in response.iter_raw():
                 data += piece
-                if len(data) > MAX_BODY:
-                    raise PreviewError(f"{worker.url} sent more than {MAX_BODY} bytes; not read.")
+                if len(data) > MAX_ANSWER:
+                    raise PreviewError(f"{worker.url} sent more than {MAX_ANSWER} bytes; not read.")
             return _parse(worker, response, data)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise PreviewError(
