@@ -25,7 +25,7 @@ from rich.console import Console
 from trainer.monitor.report import write_report
 from trainer.monitor.run_reader import RunReader
 from trainer.monitor.watch import Follower
-from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunStarted, StepDone
+from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunEnded, RunStarted, StepDone
 from trainer.monitoring.terminal_view import LiveView
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,11 @@ def main() -> int:
     words.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         run = words.run or Path(scratch) / "demo_run"
-        training = None if words.run else stack.enter_context(command("demo", "--output", str(run)))
+        training = None
+        if words.run is None:
+            # From within: the pictures name the folder as a user would.
+            demo = command("demo", "--output", run.name, cwd=Path(scratch))
+            training = stack.enter_context(demo)
         if training is not None:
             wait_for_step(run, ENOUGH_STEPS)
         stack.enter_context(command("monitor", str(run), "--port", "18088", "--allow-control"))
@@ -66,10 +70,11 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def command(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def command(*arguments: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A `trainer` command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], env=environment)
+    words = [sys.executable, "-m", "trainer", *arguments]
+    process = subprocess.Popen(words, env=environment, cwd=cwd)
     try:
         yield process
     finally:
@@ -149,6 +154,8 @@ def terminal_svg(run: Path) -> str:
                 view.evaluation = event
             case PreviewsDone():
                 view.set_previews(event)
+            case RunEnded():
+                view.set_end(event)
     with Path(os.devnull).open("w") as nowhere:
         console = Console(
             record=True, width=TERMINAL_WIDTH, height=28, file=nowhere, force_terminal=True
@@ -161,7 +168,7 @@ def take_terminal(browser: Any, svg: Path, out: Path) -> None:
     """The terminal picture; offline, as rich names a font on the internet."""
     context = browser.new_context(viewport={"width": 1000, "height": 800}, offline=True)
     page = context.new_page()
-    page.goto(svg.as_uri())
+    page.set_content(f"<body style='margin:0'>{svg.read_text(encoding='utf-8')}</body>")
     page.locator("svg").first.screenshot(path=out / "terminal.png")
     context.close()
 

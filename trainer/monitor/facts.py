@@ -17,16 +17,20 @@ def live_figures(reader: RunReader) -> list[tuple[str, str]]:
     status, metrics = reader.status, reader.metrics
     rows = [("loss", _number(metrics.newest("train_loss"), "{:.4f}"))]
     if status is not None and status.val_loss is not None:
-        rows.append(("validation loss", f"{status.val_loss:.4f} (step {status.val_step})"))
+        rows.append((f"validation loss, step {status.val_step}", f"{status.val_loss:.4f}"))
     rows.append(("learning rate", _number(metrics.newest("learning_rate"), "{:.2e}")))
     rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
     rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
     if status is not None and status.eta_s is not None and reader.state() == "training":
         waited = time.time() - status.updated_at
         rows.append(("left", left_words(max(0.0, status.eta_s - waited)).removesuffix(" left")))
-    accuracy = accuracy_words(reader)
+    accuracy = reader.previews.accuracy()
     if accuracy:
-        rows.append(("previews", accuracy))
+        step = max(accuracy)
+        right, of = accuracy[step]
+        trend = reader.previews.history().trend()
+        value = f"{right} of {of}" + (f", {trend}" if trend else "")
+        rows.append((f"previews that match, step {step}", value))
     return [(label, value) for label, value in rows if value]
 
 

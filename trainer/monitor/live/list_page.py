@@ -6,7 +6,7 @@ from typing import Any
 
 from nicegui import ui
 
-from trainer.monitor.facts import accuracy_words, live_figures, moment, report_figures
+from trainer.monitor.facts import moment, report_figures
 from trainer.monitor.live.charts import (
     COLOURS,
     PERCENT,
@@ -179,9 +179,7 @@ class ComparePage:
     def _column(reader: RunReader) -> dict[str, str]:
         return {
             "state": reader.words(),
-            **dict(live_figures(reader)),
             **dict(report_figures(reader)),
-            "previews": accuracy_words(reader),
         }
 
     def _draw_charts(self) -> None:
