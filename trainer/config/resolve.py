@@ -12,10 +12,14 @@ UNTRAINED_LEARNING_RATE = 5e-3
 
 
 def resolve(config: TrainerConfig) -> TrainerConfig:
-    """Fill `hyperparams.learning_rate` where it is empty; doing it twice changes nothing.
+    """Fill what depends on other values; doing it twice changes nothing.
 
-    `hyperparams.max_length` stays as it is: it depends on the model, which is not read here.
+    `hyperparams.learning_rate` where it is empty, and `data.group_by_length`, which is off where
+    `data.shuffle` is. `hyperparams.max_length` stays: it depends on the model, not read here.
     """
+    if config.data.group_by_length and not config.data.shuffle:
+        data = config.data.model_copy(update={"group_by_length": False})
+        config = config.model_copy(update={"data": data})
     hyper = config.hyperparams
     if hyper.learning_rate is not None:
         return config

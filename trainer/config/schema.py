@@ -8,9 +8,19 @@ No torch, no file access.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Interval = Annotated[int, Field(ge=0)]
@@ -24,8 +34,29 @@ class Section(BaseModel):
     """What all sections share: unknown keys are errors, values cannot be changed in place."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, which nobody means."""
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if bool not in kinds and kinds & {int, float}:
+                raise PydanticCustomError("number_type", "a number is needed, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types of an annotation: `Annotated[int, ...] | None` is {int, NoneType}."""
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation} if isinstance(annotation, type) else set()
 
 
 class Hyperparams(Section):

@@ -49,6 +49,10 @@ class RunContext:
     """None on other processes than the main one, and before it is taken."""
     resume: ResumePoint | None = None
     checkpoint: Path | None = None
+    changes: list[str] = field(default_factory=list)
+    """What differs from the checkpoint that is resumed, in words."""
+    is_recorded: bool = False
+    """run.json of the folder is this run's."""
     callbacks: list[Any] = field(default_factory=list)
     trainer: SupervisedTrainer | None = None
     callback: LiveMonitorCallback | None = None
@@ -159,7 +163,7 @@ class RunContext:
             output_dir=Path(self.config.output.output_dir),
             checkpoint_path=self.checkpoint or (self.resume.path if self.resume else None),
             global_step=self.step,
-            train_loss=trainer.last_step.train_loss if trainer is not None and self.step else None,
+            train_loss=trainer.last_step.train_loss if trainer and trainer.last_step else None,
             val_loss=callback.last_val_loss if callback else None,
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import logging
 import math
 import os
 import time
@@ -33,8 +34,8 @@ from trainer.core.optim import build_optimizer
 from trainer.core.packing_check import check_documents_apart
 from trainer.core.previews import build_scheduler, final_evaluation
 from trainer.core.result import TrainingResult
-from trainer.core.resume import check_resumable, find_resume_point
-from trainer.core.run_folder import RunFolder, environment_manifest
+from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
+from trainer.core.run_folder import RunFolder, environment_manifest, package_versions
 from trainer.core.saving import save_final_model
 from trainer.core.signals import StoppedError, stop_on_signals
 from trainer.data.batches import EpochOrder, PadCollator
@@ -64,6 +65,8 @@ from trainer.monitoring.events import CardShown, CheckpointSaved, Observer, RunE
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.preview.neutral import undisturbed
 from trainer.profiles import DataProfile, get_profile
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 2048
 DRAIN_S = 60.0
@@ -175,9 +178,10 @@ class TrainerEngine:
                     run.precision,
                     longest_row=max(run.data.train.lengths),
                 )
-                if run.folder is not None:
-                    resolved = run.config.model_dump(mode="json")
-                    run.folder.write_json(run.folder.config_resolved, resolved)
+                if run.folder is not None and run.resume is None:  # a run's own file stays
+                    run.folder.write_json(
+                        run.folder.config_resolved, resolved_config(run.config)
+                    )
             finally:
                 run.observers.close()
                 if run.folder is not None:
@@ -299,8 +303,8 @@ class TrainerEngine:
                 f"({data.card.validation}); hold some out or set it to 0."
             )
         if run.resume is not None:
-            changes = check_resumable(run.resume.metadata, config, data.train.fingerprint())
-            for change in changes:
+            run.changes = check_resumable(run.resume, config, data.train.fingerprint(), total)
+            for change in run.changes:
                 run.notice(f"changed since the checkpoint: {change}", "warning")
         run.observers.emit(
             CardShown(title="data", lines=tuple(card_lines(data.card)), sample=data.card.sample)
@@ -312,7 +316,8 @@ class TrainerEngine:
         run = self._current
         if run.folder is None:
             return
-        resolved = config.model_dump(mode="json")
+        resolved = resolved_config(config)
+        run.is_recorded = True
         run.folder.write_json(run.folder.config_resolved, resolved)
         run.folder.write_json(
             run.folder.run_json,
@@ -327,6 +332,7 @@ class TrainerEngine:
                 "data_files_sha256": run.data.file_hashes,
                 "data_fingerprint": run.data.train.fingerprint(),
                 "resumed_from_step": run.resume.step if run.resume else None,
+                "changed_since_checkpoint": list(run.changes),
                 "environment": environment_manifest(),
             },
         )
@@ -442,12 +448,21 @@ class TrainerEngine:
         run.durations_s["launch_to_training"] = started - run.started
         run.stop.can_wait = True
         try:
-            trainer.train(resume_from_checkpoint=str(run.resume.path) if run.resume else None)
+            if run.resume is not None and self._is_trained(run.resume, total):
+                trainer.restore(run.resume.path)
+                run.notice(f"all {run.resume.step} steps are done; nothing is left to train")
+            else:
+                trainer.train(resume_from_checkpoint=str(run.resume.path) if run.resume else None)
         finally:
             run.stop.can_wait = False
             run.durations_s["training"] = time.perf_counter() - started
         if run.scheduler is not None:
             run.scheduler.drain(DRAIN_S)
+
+    def _is_trained(self, resume: ResumePoint, total: int) -> bool:
+        """Whether the run had reached its end; HF's loop would make one step more."""
+        callback = self._current.callback
+        return resume.step >= total or (callback is not None and callback.early_stopping.is_over)
 
     def _finish(self, config: TrainerConfig) -> TrainingResult:
         """Final evaluation and final model; a stopped run has its checkpoint only."""
@@ -488,16 +503,24 @@ class TrainerEngine:
         )
         run.observers.close()
         self._run = None
-        if run.folder is None:
-            return
-        if run.folder.run_json.exists():
-            ending = {"exit_code": result.exit_code, "summary": result.summary}
-            run.folder.update_json(run.folder.run_json, {"state": result.state, **ending})
-        if result.exit_code == EXIT_USER_INPUT and run.resume is None and not run.step:
-            run.folder.discard_unstarted_run()
-        elif result.exit_code == EXIT_USER_INPUT:
-            run.folder.discard_if_empty()
-        run.folder.close()
+        if run.folder is not None:
+            self._leave_folder(run, run.folder, result)
+
+    @staticmethod
+    def _leave_folder(run: RunContext, folder: RunFolder, result: TrainingResult) -> None:
+        """run.json says how it ended; a refused run leaves a folder as it was."""
+        is_refused = result.exit_code == EXIT_USER_INPUT and not run.step
+        try:
+            if not run.is_recorded:  # what is there, if anything, is an earlier run's
+                folder.discard_if_empty()
+            elif is_refused and run.resume is None:
+                folder.discard_unstarted_run()
+            else:
+                ending = {"exit_code": result.exit_code, "summary": result.summary}
+                folder.update_json(folder.run_json, {"state": result.state, **ending})
+        except OSError as error:
+            logger.error("%s: cannot be written at the end (%s)", folder.path, error)
+        folder.close()
 
     # ---- helpers whose names users know
 
@@ -631,6 +654,7 @@ class TrainerEngine:
                 "config": run.config.model_dump(mode="json"),
                 "data_fingerprint": run.data.train.fingerprint(),
                 "date": run.date.isoformat(),
+                "versions": package_versions(),
             },
         )
         seconds = time.perf_counter() - started
@@ -640,6 +664,13 @@ class TrainerEngine:
         callback = self._current.callback
         assert callback is not None, "built before training"
         return {"early_stopping": callback.early_stopping.state()}
+
+
+def resolved_config(config: TrainerConfig) -> dict[str, Any]:
+    """The config as JSON values that start the same run anew: where it was resumed is no part."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    values["output"]["resume"] = None
+    return values
 
 
 def is_main_process() -> bool:

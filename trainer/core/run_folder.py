@@ -187,12 +187,19 @@ class RunFolder:
             self._lock = None
 
 
-def environment_manifest() -> dict[str, Any]:
-    """The machine and software of this run, without names of people or variables."""
+def package_versions() -> dict[str, Any]:
+    """Of everything whose version can change what a training step computes."""
     return {
         "trainer": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def environment_manifest() -> dict[str, Any]:
+    """The machine and software of this run, without names of people or variables."""
+    return {
+        **package_versions(),
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),

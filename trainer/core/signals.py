@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a stop at the end of the step, the second aborts."""
+"""Ctrl-C, SIGTERM, SIGHUP: the first asks for a stop at the end of the step, a second aborts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from trainer.errors import EXIT_SIGINT, EXIT_SIGTERM
+from trainer.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM
 
-EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+EXIT_CODES = {
+    signal.SIGINT: EXIT_SIGINT,
+    signal.SIGTERM: EXIT_SIGTERM,
+    signal.SIGHUP: EXIT_SIGHUP,  # the terminal or the connection is gone
+}
 
 
 class StoppedError(BaseException):
@@ -34,7 +38,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM."""
+        """130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP."""
         return EXIT_CODES[self.signal] if self.signal else 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -47,12 +51,17 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals(request: StopRequest) -> Iterator[None]:
-    """Send SIGINT and SIGTERM to `request` within the block; only the main thread can."""
+    """Send the signals to `request` within the block; only the main thread can.
+
+    A signal that is ignored stays so: `nohup` asks for that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, request.handle) for number in EXIT_CODES
+        number: signal.signal(number, request.handle)
+        for number in EXIT_CODES
+        if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield

@@ -85,13 +85,18 @@ class EarlyStopping:
         for name, value in state.items():
             setattr(self, name, value)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is time to stop."""
+        return 0 < self.patience <= self.num_without
+
     def update(self, loss: float, step: int) -> bool:
         """Take a loss; True when it is time to stop."""
         if self.best_loss is None or loss < self.best_loss - self.min_delta:
             self.best_loss, self.best_step, self.num_without = loss, step, 0
         else:
             self.num_without += 1
-        return 0 < self.patience <= self.num_without
+        return self.is_over
 
 
 class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
