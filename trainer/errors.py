@@ -32,6 +32,15 @@ class TrainerError(Exception):
     exit_code = EXIT_FAILED
 
 
+class StoppedError(BaseException):
+    """A signal asked this process to stop; not an Exception, so that no library swallows it."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        """Keep what the process ends with: 129, 130 or 143."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class UserInputError(TrainerError):
     """The user's input is wrong: one clear message, exit code 2, no traceback."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import at_least, parse
 from trainer.config import TrainerConfig, create_default_config
 from trainer.core import TrainerEngine, TrainingResult
 from trainer.demo.tasks import DemoData, operation_of, write_demo_data
@@ -53,8 +53,10 @@ def run(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer demo", description=__doc__)
     parser.add_argument("--output", default="demo_run", help="folder of the run [demo_run]")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps [{STEPS}]")
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights [0]")
+    parser.add_argument(
+        "--steps", type=at_least(int, 1), default=STEPS, help=f"optimizer steps [{STEPS}]"
+    )
+    parser.add_argument("--seed", type=at_least(int, 0), default=0, help="of data and weights [0]")
     parser.add_argument(
         "--display",
         choices=("auto", "rich", "plain", "json", "quiet"),

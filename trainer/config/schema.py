@@ -247,7 +247,8 @@ class MonitoringConfig(Section):
     remote_3090_model_id: str | None = None
     """Model the server is asked for. Empty: its active one."""
     report_to: tuple[str, ...] = ("tensorboard",)
-    """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed."""
+    """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed; `none` alone
+    turns them off."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 

@@ -17,9 +17,9 @@ from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.result import TrainingResult
 from trainer.core.resume import ResumePoint
 from trainer.core.run_folder import RunFolder
-from trainer.core.signals import StoppedError, StopRequest
+from trainer.core.signals import StopRequest
 from trainer.data.dataset import RunData
-from trainer.errors import EXIT_COMPLETED, EXIT_FAILED, TrainerError
+from trainer.errors import EXIT_COMPLETED, EXIT_FAILED, StoppedError, TrainerError
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.callbacks import LiveMonitorCallback, Observers
 from trainer.monitoring.events import Notice, PhaseChanged, RunState
@@ -138,8 +138,10 @@ class RunContext:
         """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""
         more: dict[str, Any] = {"error_type": type(error).__name__}
         if isinstance(error, StoppedError):
-            code = self.stop.exit_code or EXIT_FAILED
-            return self._result("stopped", more, exit_code=code, error_message=str(error))
+            message = str(error)
+            if self.checkpoint is not None and self.folder is not None:
+                message += f"; continue with --resume --output {self.folder.path}"
+            return self._result("stopped", more, exit_code=error.exit_code, error_message=message)
         message = str(error) or type(error).__name__
         if isinstance(error, TrainerError):
             return self._result("failed", more, exit_code=error.exit_code, error_message=message)

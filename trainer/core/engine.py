@@ -7,6 +7,7 @@ Each step is a method; what would not fit on a screen lives in its own module (`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import logging
 import math
@@ -37,15 +38,16 @@ from trainer.core.result import TrainingResult
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run_folder import RunFolder, environment_manifest, package_versions
 from trainer.core.saving import save_final_model
-from trainer.core.signals import StoppedError, stop_on_signals
+from trainer.core.signals import stop_on_signals
 from trainer.data.batches import EpochOrder, PadCollator
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
 from trainer.data.packing import PackCollator, pack_training_rows
 from trainer.data.prepare import prepare_data
-from trainer.errors import EXIT_USER_INPUT, ConfigError
+from trainer.errors import EXIT_USER_INPUT, ConfigError, StoppedError
 from trainer.models.load import (
+    SAVED_BASE,
     add_lora,
     check_locked,
     check_vocabulary,
@@ -63,6 +65,7 @@ from trainer.models.precision import (
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback, Observers
 from trainer.monitoring.events import CardShown, CheckpointSaved, Observer, RunEnded, RunStarted
 from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.monitoring.tracking import check_trackers, guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.profiles import DataProfile, get_profile
 
@@ -82,6 +85,15 @@ class DryRun:
     precision: ResolvedPrecision
     memory: MemoryEstimate
     num_steps: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures as plain JSON values, sizes in bytes."""
+        return {
+            "precision": self.precision.reason,
+            "num_steps": self.num_steps,
+            "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total},
+            "data_card": self.data.card.as_json(),
+        }
 
 
 class TrainerEngine:
@@ -179,9 +191,7 @@ class TrainerEngine:
                     longest_row=max(run.data.train.lengths),
                 )
                 if run.folder is not None and run.resume is None:  # a run's own file stays
-                    run.folder.write_json(
-                        run.folder.config_resolved, resolved_config(run.config)
-                    )
+                    run.folder.write_json(run.folder.config_resolved, resolved_config(run.config))
             finally:
                 run.observers.close()
                 if run.folder is not None:
@@ -226,6 +236,7 @@ class TrainerEngine:
         disable_progress_bar()  # transformers' own bars would tear the terminal view
         if environment.num_threads is not None:
             torch.set_num_threads(environment.num_threads)
+        check_trackers(config.monitoring.report_to)
         device = resolve_device(environment.device)
         run.set_numerics(device, resolve_precision(hyper.fp_precision, hyper.training_mode, device))
 
@@ -359,7 +370,7 @@ class TrainerEngine:
         run.use_cache = bool(getattr(run.model.config, "use_cache", True))
         if config.hyperparams.training_mode == "lora":
             self._keep_unsaved_base()
-            run.model = add_lora(run.model, config.lora, seed=seed)
+            run.model = add_lora(run.model, config.lora, seed=seed, revision=config.model.revision)
             if config.hyperparams.gradient_checkpointing:
                 # Inputs of a frozen model need no gradient, and then nothing would be recomputed.
                 run.model.enable_input_require_grads()
@@ -387,10 +398,8 @@ class TrainerEngine:
             run.callback.scheduler = run.scheduler
         callbacks: list[Any] = [run.callback]
         if "tensorboard" in config.monitoring.report_to and run.folder is not None:
-            # TensorBoard takes most of a second to import.
-            from trainer.monitoring.tracking import tensorboard_callback
-
-            callback, tracker = tensorboard_callback(run.folder.logs_dir)
+            start_step = run.resume.step if run.resume else 0
+            callback, tracker = tensorboard_callback(run.folder.logs_dir, start_step=start_step)
             run.observers.add(tracker)
             callbacks.append(callback)
         return callbacks
@@ -418,6 +427,7 @@ class TrainerEngine:
                 "cannot save; start it with plain torchrun (DDP)."
             )
         trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
+        guard_trackers(trainer)
         run.trainer = trainer
         if run.callback is not None:
             run.callback.trainer = trainer
@@ -468,9 +478,8 @@ class TrainerEngine:
         """Final evaluation and final model; a stopped run has its checkpoint only."""
         run = self._current
         if run.stop.signal is not None:
-            raise StoppedError(
-                f"stopped by {run.stop.signal.name} after step {run.step}; continue with --resume"
-            )
+            name = run.stop.signal.name
+            raise StoppedError(f"by {name} after step {run.step}", exit_code=run.stop.exit_code)
         if run.folder is None or run.trainer is None:
             return run.completed(None, None)
         if config.monitoring.final_eval_prompts:
@@ -573,7 +582,7 @@ class TrainerEngine:
         run = self._current
         if run.model.config._name_or_path or run.folder is None:
             return
-        base = (run.folder.path / "base_model").resolve()
+        base = (run.folder.path / SAVED_BASE).resolve()
         if not base.exists():
             run.model.save_pretrained(base)
             run.tokenizer.save_pretrained(base)
@@ -617,7 +626,9 @@ class TrainerEngine:
         """Refuse packing where documents see each other, before the first step."""
         attention = getattr(trainer.model.config, "_attn_implementation", None)
         is_flash = attention == "flash_attention_2"  # takes half precision only
-        autocast = trainer.accelerator.autocast() if is_flash else contextlib.nullcontext()
+        is_mixed = len({p.dtype for p in trainer.model.parameters()}) > 1
+        needs_autocast = is_flash or is_mixed
+        autocast = trainer.accelerator.autocast() if needs_autocast else contextlib.nullcontext()
         with undisturbed(trainer.model), autocast:
             check_documents_apart(trainer.model)
 

@@ -32,8 +32,12 @@ class FinishedRun:
 
     def load(self, dtype: Any = None) -> tuple[Any, Any]:
         """Model (in `dtype`, fp32 if None) and tokenizer."""
-        tokenizer = load_tokenizer(ModelSection(model_path=str(self.model_dir.resolve())))
-        return load_finished_model(self.model_dir, dtype=dtype), tokenizer
+        trust = self.config.model.trust_remote_code
+        tokenizer = load_tokenizer(
+            ModelSection(model_path=str(self.model_dir.resolve()), trust_remote_code=trust)
+        )
+        model = load_finished_model(self.model_dir, dtype=dtype, trust_remote_code=trust)
+        return model, tokenizer
 
 
 def open_run(path: Path) -> FinishedRun:

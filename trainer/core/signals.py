@@ -9,17 +9,13 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from trainer.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM
+from trainer.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM, StoppedError
 
 EXIT_CODES = {
     signal.SIGINT: EXIT_SIGINT,
     signal.SIGTERM: EXIT_SIGTERM,
     signal.SIGHUP: EXIT_SIGHUP,  # the terminal or the connection is gone
 }
-
-
-class StoppedError(BaseException):
-    """Raised out of the work at hand; not an Exception, so that no library swallows it."""
 
 
 class StopRequest:
@@ -46,7 +42,7 @@ class StopRequest:
         is_second = self.is_set
         self.signal = self.signal or signal.Signals(number)
         if is_second or not self.can_wait:
-            raise StoppedError(f"stopped by {self.signal.name}")
+            raise StoppedError(f"by {self.signal.name}", exit_code=self.exit_code)
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def find_sources(
         ConfigError: another number of weights than of names, or a name given twice.
     """
     names = [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
-    names = [name for name in names if name] or [text]
+    names = [os.path.expanduser(name) for name in names if name] or [text]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
