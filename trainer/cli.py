@@ -11,6 +11,7 @@ import importlib
 import io
 import logging
 import sys
+import warnings
 
 from trainer import __version__
 from trainer.errors import EXIT_COMPLETED, EXIT_SIGINT, EXIT_USER_INPUT, StoppedError, TrainerError
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the locale cannot show
             stream.reconfigure(errors="replace")
+    if not sys.warnoptions:  # of libraries, about each other
+        warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())

@@ -17,7 +17,8 @@ def resolve(config: TrainerConfig) -> TrainerConfig:
     """Fill what depends on other values; doing it twice changes nothing.
 
     `hyperparams.learning_rate` where it is empty, `~` in `output.output_dir`, and
-    `data.group_by_length`, which is off where `data.shuffle` is. `hyperparams.max_length` stays: it depends on the model, not read here.
+    `data.group_by_length`, which is off where `data.shuffle` is. `hyperparams.max_length` stays
+    as it is: it depends on the model, which is not read here.
     """
     if config.data.group_by_length and not config.data.shuffle:
         data = config.data.model_copy(update={"group_by_length": False})

@@ -98,7 +98,8 @@ class Hyperparams(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower."""
     early_stopping_patience: Interval = 0
-    """Stop after this many micro-evaluations without a lower validation loss; 0 = off."""
+    """Stop after this many micro-evaluations without a lower validation loss; 0 = off. The best
+    weights have a checkpoint, which is kept; the final model has the last ones."""
     early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     """By how much (nats per token) validation loss must fall to count as lower."""
 
@@ -270,7 +271,7 @@ class OutputSection(Section):
     checkpoint_interval: Interval = 500
     """Steps between checkpoints; the last step and a stop by signal always make one."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept; the best by validation loss is kept besides."""
+    """Newest checkpoints kept; one of the step with the lowest validation loss is kept besides."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
 

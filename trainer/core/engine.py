@@ -45,7 +45,8 @@ from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
 from trainer.data.packing import PackCollator, pack_training_rows
 from trainer.data.prepare import prepare_data
-from trainer.errors import EXIT_USER_INPUT, ConfigError, StoppedError
+from trainer.errors import EXIT_USER_INPUT, ConfigError, OutputError, StoppedError
+from trainer.models.hub import go_offline, hub_setting_kept
 from trainer.models.load import (
     SAVED_BASE,
     add_lora,
@@ -121,7 +122,7 @@ class TrainerEngine:
     def run_job(self, config: TrainerConfig) -> TrainingResult:
         """Train as `config` says. Never raises: what went wrong is in the result."""
         run = self._begin(config)
-        with stop_on_signals(run.stop):
+        with stop_on_signals(run.stop), hub_setting_kept():
             try:
                 self.prepare_dataset(config)
                 self.load_model(config)
@@ -181,7 +182,7 @@ class TrainerEngine:
             TrainerError: what would also stop the run.
         """
         run = self._run = RunContext(config, Observers(self._extra_observers))
-        with stop_on_signals(run.stop):
+        with stop_on_signals(run.stop), hub_setting_kept():
             try:
                 self._prepare(config)
                 estimate = estimate_memory(
@@ -237,6 +238,8 @@ class TrainerEngine:
         if environment.num_threads is not None:
             torch.set_num_threads(environment.num_threads)
         check_trackers(config.monitoring.report_to)
+        if environment.offline:
+            go_offline()
         device = resolve_device(environment.device)
         run.set_numerics(device, resolve_precision(hyper.fp_precision, hyper.training_mode, device))
 
@@ -445,7 +448,7 @@ class TrainerEngine:
                 model_name=config.model.model_path,
                 total_steps=total,
                 start_step=run.resume.step if run.resume else 0,
-                num_epochs=config.hyperparams.num_epochs,
+                num_epochs=total / trainer.order.steps_per_epoch,
                 num_train_rows=run.data.card.num_train_rows,
                 num_validation_rows=len(run.data.validation or ()),
                 context_window=config.hyperparams.max_length or 0,
@@ -483,6 +486,11 @@ class TrainerEngine:
         if run.folder is None or run.trainer is None:
             return run.completed(None, None)
         if config.monitoring.final_eval_prompts:
+            if run.data.validation is None:
+                run.notice(
+                    "the final evaluation asks prompts that were trained on: no rows are held out",
+                    "warning",
+                )
             run.phase("training", f"answering {len(run.data.final_prompts)} held-out prompts")
         evaluation = final_evaluation(run, run.folder.final_evaluation_jsonl)
         run.phase("saving", "saving the final model")
@@ -527,7 +535,7 @@ class TrainerEngine:
             else:
                 ending = {"exit_code": result.exit_code, "summary": result.summary}
                 folder.update_json(folder.run_json, {"state": result.state, **ending})
-        except OSError as error:
+        except (OSError, OutputError) as error:
             logger.error("%s: cannot be written at the end (%s)", folder.path, error)
         folder.close()
 
@@ -616,7 +624,7 @@ class TrainerEngine:
         hyper, order = config.hyperparams, self._order(config)
         if hyper.max_steps is not None:
             return hyper.max_steps
-        return math.ceil(hyper.num_epochs * math.ceil(len(order) / order.group_size))
+        return math.ceil(hyper.num_epochs * order.steps_per_epoch)
 
     def _collator(self, *, is_packed: bool = False) -> PadCollator | PackCollator:
         pad_id = self._current.tokenizer.pad_token_id or 0

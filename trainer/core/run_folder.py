@@ -65,6 +65,19 @@ class RunFolder:
             OutputError: it cannot be written, holds a run already, or another process runs in it.
             ResumeError: there is no run to resume.
         """
+        cls._check_content(path, resume=resume)
+        is_new = not path.exists()
+        folder = cls(path, None, is_new=is_new)
+        folder._take_lock()
+        try:  # again, now that nobody else can: a run may have come and gone meanwhile
+            cls._check_content(path, resume=resume)
+        except (OutputError, ResumeError):
+            folder.close()
+            raise
+        return folder
+
+    @classmethod
+    def _check_content(cls, path: Path, *, resume: bool) -> None:
         holds_run = cls._holds_run(path)
         if holds_run and not resume:
             raise OutputError(
@@ -76,10 +89,6 @@ class RunFolder:
                 f"--resume: {path} holds no run, so there is nothing to resume. Give the --output "
                 "of the run, or leave --resume out."
             )
-        is_new = not path.exists()
-        folder = cls(path, None, is_new=is_new)
-        folder._take_lock()
-        return folder
 
     @classmethod
     def _holds_run(cls, path: Path) -> bool:
@@ -154,7 +163,14 @@ class RunFolder:
 
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Replace a JSON file as a whole; numbers JSON cannot hold become null."""
-        replace_file(path, json.dumps(plain_values(values), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(plain_values(values), indent=2, allow_nan=False) + "\n"
+        try:
+            replace_file(path, text)
+        except OSError as error:
+            raise OutputError(
+                f"{path}: cannot be written ({error.strerror}); free some space or give another "
+                "--output."
+            ) from error
 
     def update_json(self, path: Path, values: dict[str, Any]) -> None:
         """Replace some top-level values of a JSON file."""

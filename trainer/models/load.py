@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
+from trainer.models.hub import hub_answers
 
 GGUF_SUFFIX = ".gguf"
 SAVED_BASE = "base_model"
@@ -127,7 +127,7 @@ def _from_pretrained(
             folder,
             revision=None if is_folder else section.revision,
             trust_remote_code=section.trust_remote_code,
-            local_files_only=is_folder or offline or hub_is_offline(),
+            local_files_only=is_folder or offline or not hub_answers(),
             **extra,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -154,14 +154,6 @@ def _gguf_source(
 
 def _looks_like_path(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or "\\" in path
-
-
-def hub_is_offline() -> bool:
-    """True when the user's environment forbids asking the model hub."""
-    return any(
-        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
 
 
 def _load_error(

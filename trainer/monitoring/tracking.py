@@ -46,8 +46,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
                 f"monitoring.report_to names {name!r}, which is no tracker.{hint} Installed here: "
-                f"{', '.join(installed) or 'none'}; known: {', '.join(known)}; {NO_TRACKER!r} alone "
-                "turns them off. On the command line, give the flag once per tracker."
+                f"{', '.join(installed) or 'none'}; known: {', '.join(known)}; {NO_TRACKER!r} "
+                "alone turns them off. On the command line, give the flag once per tracker."
             )
         if name not in installed:
             raise ConfigError(
