@@ -5,6 +5,7 @@ Also the description of the machine for `run.json`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -123,9 +124,18 @@ class RunFolder:
                 f"{self.path} is on a file system without locks ({error.strerror}): nothing keeps "
                 "a second run out of it"
             )
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
+        except OSError as error:  # a full disk
+            with contextlib.suppress(OSError):
+                self._lock.close()
+            self.discard_if_empty()
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space or give "
+                "another --output."
+            ) from error
 
     # ---- names
 

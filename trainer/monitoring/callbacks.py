@@ -51,19 +51,29 @@ class Observers:
         for observer in self._observers:
             try:
                 observer.on_event(event)
-            except Exception:
-                if id(observer) not in self._failed:
-                    self._failed.add(id(observer))
-                    logger.exception(
-                        "%s failed on %s; training goes on, its output may have gaps",
-                        type(observer).__name__,
-                        type(event).__name__,
-                    )
+            except Exception as error:
+                self._report(observer, f"failed on {type(event).__name__}", error)
 
     def close(self) -> None:
-        """Close everybody."""
+        """Close everybody; never raises."""
         for observer in self._observers:
-            observer.close()
+            try:
+                observer.close()
+            except Exception as error:
+                self._report(observer, "could not be closed", error)
+
+    def _report(self, observer: Observer, what: str, error: Exception) -> None:
+        """Say once per observer that it failed; a full disk needs no traceback."""
+        if id(observer) in self._failed:
+            return
+        self._failed.add(id(observer))
+        logger.error(
+            "%s %s (%s); training goes on, its output may have gaps",
+            type(observer).__name__,
+            what,
+            error,
+            exc_info=not isinstance(error, OSError),
+        )
 
 
 @dataclass

@@ -77,9 +77,14 @@ def _guarded(method: Callable[..., Any], tracker: type) -> Callable[..., Any]:
         nonlocal has_failed
         try:
             return method(*args, **kwargs)
-        except Exception:
+        except Exception as error:
             if not has_failed:
-                logger.exception("%s failed; training goes on without it", tracker.__name__)
+                logger.warning(
+                    "%s failed (%s: %s); training goes on, its output may have gaps",
+                    tracker.__name__,
+                    type(error).__name__,
+                    error,
+                )
             has_failed = True
             return None
 
