@@ -56,7 +56,7 @@ def test_resuming_a_finished_run_makes_no_step_and_the_same_model(
     again = train("again", output=RESUME, **SHORT)
     assert (again.success, again.global_step) == (True, 3), again.error_message
     assert_same_weights(run.model_path, again.model_path)
-    path, manifest, _ = find_latest_checkpoint(again.output_dir / "checkpoints")
+    _, manifest, _ = find_latest_checkpoint(again.output_dir / "checkpoints")
     assert manifest.step == 3
     assert TrainingStatusReader(again.output_dir).read().state == "completed"
 
