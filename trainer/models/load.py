@@ -185,9 +185,10 @@ def _load_error(
 
 
 def _attention_error(section: ModelSection, error: Exception) -> ModelError:
+    cause = " ".join(str(error).split()).rpartition("following error: ")[2][:300]
     return ModelError(
         f"model.attn_implementation={section.attn_implementation} cannot be used here; use auto or "
-        f"sdpa. Cause: {' '.join(str(error).split())[:300]}"
+        f"sdpa. Cause: {cause}"
     )
 
 
