@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ class Example:
     def prompt_ids(self) -> list[int]:
         """The ids before the first answer: what a preview continues."""
         return self.input_ids[: self.prompt_length]
+
+    @property
+    def golden_ids(self) -> list[int]:
+        """The trained ids of the first answer, its stop token included."""
+        labels = self.labels[self.prompt_length :]
+        return list(itertools.takewhile(lambda label: label != IGNORE_INDEX, labels))
 
 
 class RowEncoder:
