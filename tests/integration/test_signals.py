@@ -126,9 +126,9 @@ def test_a_signal_before_the_first_step_ends_at_once_with_one_line(
 ) -> None:
     script = (
         "import os, signal, sys\n"
-        "import trainer.core.engine as engine\n"
+        "import trainer.core.preparation as preparation\n"
         "def interrupted(*args, **options): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "engine.prepare_data = interrupted\n"
+        "preparation.prepare_data = interrupted\n"
         "from trainer.cli import main; sys.exit(main(['train', *sys.argv[1:]]))"
     )
     usual = ["--dataset", qa_file, "--model", "tiny", "--output", tmp_path / "out"]

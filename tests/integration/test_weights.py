@@ -42,16 +42,16 @@ def test_n20_exactly_the_intended_parameters_move(
 def test_mutant_n20_a_frozen_adapter_is_killed(
     job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.core.engine as engine
+    import trainer.core.loading as loading
 
-    add = engine.add_lora
+    add = loading.add_lora
 
     def freeze_one(*args: Any, **options: Any) -> Any:
         model = add(*args, **options)
         next(p for p in model.parameters() if p.requires_grad).requires_grad = False
         return model
 
-    monkeypatch.setattr(engine, "add_lora", freeze_one)
+    monkeypatch.setattr(loading, "add_lora", freeze_one)
     hyper = {"training_mode": "lora", "max_steps": 3}
     with pytest.raises(AssertionError):
         check_n20(job(hyperparams=hyper, monitoring={"inference_interval": 0}))
@@ -122,3 +122,25 @@ def test_mutant_n24_rotation_in_bf16_is_killed(make_model: Callable[..., Any]) -
     )
     with pytest.raises(AssertionError):
         check_n24(model)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_gradient_checkpointing_computes_again_and_changes_no_bit(
+    job: Callable[..., Any], mode: str
+) -> None:
+    weights, forwards = [], []
+    for is_on in (False, True):
+        hyper = {"training_mode": mode, "gradient_checkpointing": is_on, "max_steps": 4}
+        quiet = {"inference_interval": 0, "micro_eval_interval": 0}
+        config = job(f"{mode}{is_on}", hyperparams=hyper, monitoring=quiet)
+        engine = TrainerEngine()
+        model, _ = engine.load_model(config)
+        seen: list[bool] = []
+        for name, module in model.named_modules():
+            if name.endswith("self_attn"):
+                module.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(True))
+        assert engine.run_job(config).success
+        forwards.append(len(seen))
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *weights))
+    assert forwards[1] - forwards[0] == 2 * 4  # each of two blocks once more in each of 4 steps

@@ -31,7 +31,8 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     if flags.dry_run:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
-    from trainer.core.engine import TrainerEngine, is_main_process
+    from trainer.core.context import is_main_process
+    from trainer.core.engine import TrainerEngine
 
     observers = [create_display(display_name)] if is_main_process() else []
     result = TrainerEngine(observers=observers).run_job(loaded.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -176,3 +177,8 @@ class RunContext:
             },
             **options,
         )
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files and talks to the user (rank 0 under torchrun)."""
+    return int(os.environ.get("RANK", "0")) == 0
