@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def run(argv: list[str]) -> int:
     )
     result = engine.run_job(config)
     if not result.success:
-        if words.display == "quiet":
-            console.print(f"error: {result.error_message}", highlight=False)
+        word = "stopped" if result.state == "stopped" else "error"
+        print(f"{word}: {result.error_message}", file=sys.stderr)
         return result.exit_code
     _report(console, folder, data, result)
     return result.exit_code

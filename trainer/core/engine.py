@@ -42,7 +42,7 @@ from trainer.core.result import TrainingResult
 from trainer.core.resume import ResumePoint
 from trainer.core.run_folder import package_versions
 from trainer.core.saving import save_final_model
-from trainer.core.signals import stop_on_signals
+from trainer.core.signals import ignore_dead_workers, stop_on_signals
 from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
 from trainer.data.packing import PackCollator
@@ -92,6 +92,7 @@ class TrainerEngine:
                 self._execute_training(trainer, run.config)
                 result = self._finish(run.config)
             except (Exception, StoppedError) as error:
+                ignore_dead_workers()
                 result = run.failed(error)
             self._close(result)
             return result

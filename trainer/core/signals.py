@@ -64,3 +64,13 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ignore_dead_workers() -> None:
+    """Take away torch's handler of SIGCHLD, for a run that has failed already.
+
+    Where a DataLoader worker was killed it raises again for every child that ends, out of whatever
+    is being done: writing how the run ended, for instance.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
