@@ -6,7 +6,8 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -30,18 +31,22 @@ def command(*words: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def running_server(*words: str) -> Iterator[Server]:
-    """A server on a free port, ended with the block."""
-    process = subprocess.Popen(
-        command("--port", "0", *words),
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
+def running_server(*words: str, prefix: Sequence[str] = ()) -> Iterator[Server]:
+    """A server on a free port, ended with the block; `prefix` runs its command line."""
+    with contextlib.ExitStack() as stack:
+        errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+        process = stack.enter_context(
+            subprocess.Popen(
+                [*prefix, *command("--port", "0", *words)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        )
+        stack.callback(process.terminate)
         assert process.stdout is not None
         line = process.stdout.readline()
+        errors.seek(0)
+        assert line.startswith("ready:"), errors.read()
         yield Server(int(line.split()[1].rsplit(":", 1)[1]), process, line)
-    finally:
-        process.terminate()
-        process.wait(20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import sys
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> int:
         engine.start()
         app = create_app(
             engine,
-            words.model,
+            _public_name(words.model),
             keys=keys,
             host=words.host,
             store_dir=Path(store.name),
@@ -68,6 +69,13 @@ def run(argv: list[str]) -> int:
         listener.close()
         store.cleanup()
     return 0
+
+
+def _public_name(model: str) -> str:
+    """What clients call the model: of a folder its name, without where it lies."""
+    if not Path(model).exists():
+        return model
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).resolve().name).strip("-._") or "model"
 
 
 def _end_with_stdin() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from trainer.config.schema import MonitoringConfig
 from trainer.core.context import RunContext
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, PreviewError
 from trainer.models.precision import resolve_device
 from trainer.preview.base import PreviewRequest
 from trainer.preview.http import AwayError, read_key
@@ -73,6 +73,7 @@ def build_published(
             "transport": transport,
             "timeout_s": monitoring.remote_3090_timeout,
             "weights_dir": str(weights_dir) if weights_dir else None,
+            "folder": str(folder),
             "hashes": hashes.model_dump(),
             "previews": _previews(run, requests, local, profile, canary),
         }
@@ -93,8 +94,13 @@ def build_published(
             notice=lambda text: run.notice(text, "warning"),
             log=run.folder.log("publisher"),
         )
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise PreviewError(
+                f"previews need copies of the weights in {folder.parent}, which cannot be written "
+                f"({error.strerror}); free some room, or use monitoring.preview_backend=local."
+            ) from error
         raise
 
 

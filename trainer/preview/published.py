@@ -319,12 +319,13 @@ class PublishedPreviews:
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None, "spawned with a pipe"
-        for line in process.stdout:
-            try:
-                event = json.loads(line)
-                getattr(self, f"_on_{event.pop('event')}")(**event)
-            except Exception:
-                logger.exception("an event of the publisher could not be used; training goes on")
+        with process.stdout as lines:
+            for line in lines:
+                try:
+                    event = json.loads(line)
+                    getattr(self, f"_on_{event.pop('event')}")(**event)
+                except Exception:
+                    logger.exception("an event of the publisher is of no use; training goes on")
         self._publisher_ended(process)
 
     def _publisher_ended(self, process: subprocess.Popen[bytes]) -> None:

@@ -19,6 +19,7 @@ import json
 import os
 import queue
 import random
+import shutil
 import sys
 import threading
 import time
@@ -40,10 +41,14 @@ MAX_OPEN_PAUSE_S = 600.0
 MAX_SLOW_TRIES = 2
 """Generations of one step that may run out of time before the step counts as failed."""
 MAX_REFUSALS = 3
-"""Times that a server may have lost the weights of a step before the step counts as failed."""
+"""Refusals after which a step is published again before it counts as failed."""
 NICENESS = 10
-LOST = ("base_missing", "not_active", "no_upload", "no_file", "parts_missing")
-"""Codes of refusals after which publishing again helps: the server restarted or was overrun."""
+AGAIN = (
+    *("base_missing", "not_active", "no_upload", "no_file", "parts_missing"),
+    *("bad_part_hash", "bad_tensors", "bad_file"),
+)
+"""Codes of refusals after which publishing again helps: the server restarted, another trainer was
+quicker, or bytes were damaged on the way."""
 
 
 class Message(BaseModel):
@@ -61,6 +66,8 @@ class Setup(Message):
     transport: Transport
     timeout_s: float
     weights_dir: str | None = None
+    folder: str
+    """The run's private folder of snapshots: removed with the run, also when it is killed."""
     hashes: ServerHashes
     adapter: AdapterConfig | None = None
     base_path: str | None = None
@@ -165,10 +172,12 @@ class Publisher:
                     return newer
             except RefusedError as error:
                 tries.refused += 1
-                if error.code not in LOST or tries.refused >= MAX_REFUSALS:
+                if error.code not in AGAIN or tries.refused >= MAX_REFUSALS:
                     self._failed(give, tries, error)
                     return None
                 self.base_id = None  # it may have lost the base as well
+            except BrokenPipeError:
+                raise  # the trainer is gone, and with it whoever could be told
             except (PreviewError, OSError) as error:
                 self._failed(give, tries, error)
                 return None
@@ -265,12 +274,13 @@ class Publisher:
         return command if isinstance(command, Give) else None
 
 
-def read_commands(stream: IO[bytes], commands: queue.Queue[Any]) -> None:
+def read_commands(stream: IO[bytes], commands: queue.Queue[Any], folder: str) -> None:
     """Put commands into the queue; the end of the stream is the end of this process."""
     for line in stream:
         values = json.loads(line)
         kind = values.pop("op")
         commands.put(Give.model_validate(values) if kind == "give" else kind)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)  # the trainer is gone or done: nobody is left to be told anything
 
 
@@ -281,8 +291,14 @@ def main() -> None:
     stream, out = sys.stdin.buffer, sys.stdout.buffer
     setup = Setup.model_validate_json(stream.readline())
     commands: queue.Queue[Any] = queue.Queue()
-    threading.Thread(target=read_commands, args=(stream, commands), daemon=True).start()
-    Publisher(setup, commands, out).run()
+    reader = threading.Thread(
+        target=read_commands, args=(stream, commands, setup.folder), daemon=True
+    )
+    reader.start()
+    try:
+        Publisher(setup, commands, out).run()
+    except BrokenPipeError:
+        reader.join()  # the trainer is gone: the reader sees it too, tidies up and ends us
 
 
 if __name__ == "__main__":

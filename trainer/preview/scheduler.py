@@ -7,6 +7,7 @@ what became of every step that was asked for; nothing is dropped in silence.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -121,7 +122,7 @@ def _milliseconds(values: list[float], share: float) -> float | None:
         return None
     if share == 0.5:
         return round(1000 * statistics.median(values), 3)
-    return round(1000 * sorted(values)[int(share * (len(values) - 1))], 3)
+    return round(1000 * sorted(values)[math.ceil(share * len(values)) - 1], 3)
 
 
 class PreviewScheduler:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from trainer.errors import PreviewError
@@ -30,6 +31,7 @@ from trainer.preview.identity import DTYPES
 
 SHARED_MEMORY = Path("/dev/shm")
 HEADER_ALIGNMENT = 8
+FOLDER_PREFIX = "trainer-weights-"
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,17 @@ class Snapshotter:
 def arena_folder(size: int, run_dir: Path) -> Path:
     """A private folder (mode 700) with room for `size` bytes: shared memory, else the run folder.
 
+    What killed runs left in either is removed first.
+
     Raises:
         PreviewError: neither has room.
     """
     for parent in (SHARED_MEMORY, run_dir):
         try:
+            _remove_abandoned(parent)
             if shutil.disk_usage(parent).free > size * 1.05 and os.access(parent, os.W_OK):
-                return Path(tempfile.mkdtemp(prefix="trainer-weights-", dir=parent))
+                prefix = f"{FOLDER_PREFIX}{os.getpid()}-"
+                return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         except OSError:
             continue  # not there: the next one
     raise PreviewError(
@@ -227,3 +233,12 @@ def arena_folder(size: int, run_dir: Path) -> Path:
         f"{SHARED_MEMORY} nor {run_dir} has that room; free some, or use "
         "monitoring.preview_backend=local."
     )
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove folders of this user whose process is gone: a killed run cannot tidy up."""
+    for path in parent.glob(f"{FOLDER_PREFIX}*-*"):
+        number = path.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
+        is_ours = number.isdigit() and path.stat().st_uid == os.getuid()
+        if is_ours and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)

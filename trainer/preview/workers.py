@@ -135,15 +135,16 @@ class SidecarWorker:
     def _watch(self, process: subprocess.Popen[str]) -> None:
         """Wait for the line that says it is ready; what comes after it is of no use here."""
         assert process.stdout is not None, "spawned with a pipe"
-        for line in process.stdout:
-            words = line.split()
-            if words[:1] == ["ready:"] and len(words) > 1:
-                with self._lock:
-                    if self._is_closing:
-                        return
-                    self.url = words[1]
-                self.announce(words[1], process.pid)
-                self._on_ready()
+        with process.stdout as lines:
+            for line in lines:
+                words = line.split()
+                if words[:1] == ["ready:"] and len(words) > 1:
+                    with self._lock:
+                        if self._is_closing:
+                            break
+                        self.url = words[1]
+                    self.announce(words[1], process.pid)
+                    self._on_ready()
         code = process.wait()
         if not self._is_closing:
             where = f"; see {self.log}" if self.log is not None else ""

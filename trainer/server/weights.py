@@ -179,6 +179,23 @@ class WeightStore:
         if upload.offer.transport != "http" or start >= upload.limit:
             raise WeightsRefusedError(422, "bad_part", f"this upload takes no part {number}")
         upload.parts.discard(number)
+        try:
+            found, length = await self._write(upload, start, stream)
+        except OSError as error:
+            raise WeightsRefusedError(
+                507, "no_room", f"part {number} cannot be stored ({error.strerror})"
+            ) from error
+        if found.hexdigest() != digest:
+            raise WeightsRefusedError(
+                422, "bad_part_hash", f"part {number} does not have the hash that came with it"
+            )
+        upload.parts.add(number)
+        upload.size = max(upload.size, start + length)
+
+    async def _write(
+        self, upload: Upload, start: int, stream: AsyncIterator[bytes]
+    ) -> tuple[Any, int]:
+        """Put a stream at its place in the file; its hash and length."""
         found, length = hashlib.sha256(), 0
         descriptor = os.open(upload.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "r+b") as file:
@@ -186,15 +203,10 @@ class WeightStore:
             async for piece in stream:
                 length += len(piece)
                 if length > PART_BYTES or start + length > upload.limit:
-                    raise WeightsRefusedError(413, "too_large", f"part {number} is too long")
+                    raise WeightsRefusedError(413, "too_large", "the part is too long")
                 found.update(piece)
                 file.write(piece)
-        if found.hexdigest() != digest:
-            raise WeightsRefusedError(
-                422, "bad_part_hash", f"part {number} does not have the hash that came with it"
-            )
-        upload.parts.add(number)
-        upload.size = max(upload.size, start + length)
+        return found, length
 
     def verify(self, upload: Upload) -> Path:
         """Check the whole set (slow: run it in a thread).
@@ -218,7 +230,11 @@ class WeightStore:
         if missing:
             raise WeightsRefusedError(409, "parts_missing", f"parts missing: {sorted(missing)}")
         os.truncate(upload.path, upload.size)
-        check_file(upload.path, upload.offer.manifest)
+        try:
+            check_file(upload.path, upload.offer.manifest)
+        except WeightsRefusedError:
+            upload.parts.clear()  # which of them is wrong cannot be told: all are sent again
+            raise
         os.replace(upload.path, kept)
         return kept
 

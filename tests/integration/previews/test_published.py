@@ -1,0 +1,126 @@
+"""Previews made elsewhere say what local ones say, with this run's weights, and change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.integration.serving import Server, running_server
+from trainer.preview.scheduler import PreviewScheduler
+
+pytestmark = pytest.mark.slow
+KEY = "k" * 20
+SHOWN = ("step", "prompt_id", "text", "raw_text", "matches", "tokens_generated", "finish_reason")
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for each preview, so that none is superseded: for comparing all of them."""
+    ask = PreviewScheduler.ask
+
+    def ask_and_wait(self: PreviewScheduler, step: int, **options: Any) -> None:
+        ask(self, step, **options)
+        self.drain(120)
+
+    monkeypatch.setattr(PreviewScheduler, "ask", ask_and_wait)
+
+
+@pytest.fixture
+def server(model_folder: Path, tmp_path: Path) -> Iterator[Server]:
+    """With a key, and with the model of `train`."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    with running_server("--model", str(model_folder), "--api-key-file", str(keys)) as found:
+        yield found
+
+
+def remote(server: Server, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "preview_backend": "remote_3090",
+        "remote_3090_host": "127.0.0.1",
+        "remote_3090_port": server.port,
+        "remote_3090_key_file": str(tmp_path / "keys"),
+        **more,
+    }
+
+
+def previews(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "previews.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def shown(folder: Path) -> list[tuple[Any, ...]]:
+    rows = [row for row in previews(folder) if row.get("type") != "resumed"]
+    return [tuple(row[name] for name in SHOWN) for row in rows]
+
+
+def leftovers() -> list[str]:
+    """Children of this process, and arenas in shared memory."""
+    children = [" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True)]
+    arenas = [name for name in os.listdir("/dev/shm") if name.startswith("trainer-weights-")]
+    return [line for line in children if "trainer" in line] + arenas
+
+
+def test_a_sidecar_says_what_local_previews_say_and_every_one_is_verified(
+    train: Callable[..., Any], assert_same_weights: Any, tmp_path: Path, patient: None
+) -> None:
+    before = leftovers()
+    sidecar = {"preview_backend": "sidecar", "preview_golden_logprobs": True}
+    local = train("local", monitoring={"preview_golden_logprobs": True})
+    result = train("sidecar", monitoring=sidecar)
+    assert result.success, result.error_message
+    assert_same_weights(local.model_path, result.model_path)
+    assert shown(tmp_path / "sidecar") == shown(tmp_path / "local")
+    rows, ours = previews(tmp_path / "sidecar"), previews(tmp_path / "local")
+    assert {row["weights"] for row in rows} == {"verified"}
+    assert {row["backend_type"] for row in rows} == {"sidecar"}
+    assert [row["golden_tokens"] for row in rows] == [row["golden_tokens"] for row in ours]
+    for row, mine in zip(rows, ours, strict=True):
+        assert row["golden_logprobs"] == pytest.approx(mine["golden_logprobs"], abs=1e-4)
+    counts = result.summary["previews"]
+    assert (counts["asked"], counts["verified"], counts["failed"]) == (len(rows), len(rows), 0)
+    assert leftovers() == before
+    assert not (tmp_path / "sidecar" / "worker.json").exists()
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_pushed_over_http_the_answers_equal_the_local_ones_byte_for_byte(
+    train: Callable[..., Any],
+    assert_same_weights: Any,
+    tmp_path: Path,
+    server: Server,
+    patient: None,
+    mode: str,
+) -> None:
+    hyper = {"training_mode": mode}
+    local = train("local", hyperparams=hyper)
+    result = train("remote", hyperparams=hyper, monitoring=remote(server, tmp_path))
+    assert result.success, result.error_message
+    assert_same_weights(local.model_path, result.model_path)
+    assert shown(tmp_path / "remote") == shown(tmp_path / "local")
+    rows = previews(tmp_path / "remote")
+    assert {row["weights"] for row in rows} == {"verified"}
+    ids = {row["step"]: row["weights_id"] for row in rows}
+    assert len(set(ids.values())) == len(ids) == 4
+    # Step 0 of a full run, and the base of an adapter, are what the server loaded itself.
+    num_sent = 3 if mode == "full" else 4
+    [saved] = result.model_path.glob("*model.safetensors")
+    sent = result.summary["previews"]["bytes_sent"]
+    assert sent == pytest.approx(num_sent * saved.stat().st_size, rel=0.1)
+
+
+def test_bf16_weights_are_verified_within_the_tolerance_of_their_dtype(
+    train: Callable[..., Any], tmp_path: Path, server: Server, patient: None
+) -> None:
+    for name, mode in (("full", "full"), ("lora", "lora")):
+        hyper = {"fp_precision": "bf16", "training_mode": mode}
+        result = train(name, hyperparams=hyper, monitoring=remote(server, tmp_path))
+        assert result.success, result.error_message
+        found = [(row["weights"], row["error_message"]) for row in previews(tmp_path / name)]
+        assert found == [("verified", None)] * len(found)
