@@ -22,6 +22,7 @@ class RunStarted:
     start_step: int
     """Above 0 after a resume."""
     num_epochs: float
+    """Passes over the training rows that `total_steps` make."""
     num_train_rows: int
     num_validation_rows: int
     context_window: int
@@ -66,6 +67,7 @@ class StepDone:
     num_trained_tokens: int
     step_time_s: float
     eta_s: float
+    """Until the last step, at the pace of the steps and pauses so far."""
     memory_gib: float
     """Peak device memory, or the resident memory of the process on CPU."""
 
