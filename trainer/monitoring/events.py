@@ -94,6 +94,17 @@ class PreviewsDone:
     duration_s: float
     """Seconds that training waited for them."""
 
+    @property
+    def common_error(self) -> str | None:
+        """Why nothing was answered, where all prompts have the same reason."""
+        reasons = {result.error_message for result in self.results}
+        return reasons.pop() if len(reasons) == 1 else None
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether a newer step took this one's place: there is nothing to show."""
+        return all(result.is_superseded for result in self.results)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowShown:

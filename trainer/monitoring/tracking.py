@@ -145,7 +145,7 @@ class TensorBoardPreviews:
         """Send what an event brings, if it is a preview or an evaluation."""
         if isinstance(event, EvaluationDone):
             self.writer.add_scalar("val_loss", event.val_loss, event.step)
-        elif isinstance(event, PreviewsDone):
+        elif isinstance(event, PreviewsDone) and not event.is_superseded:
             for index, result in enumerate(event.results):
                 tag = f"previews/{result.prompt_id or f'prompt-{index}'}"
                 self.writer.add_text(tag, preview_markdown(result), event.step)

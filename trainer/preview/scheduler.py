@@ -312,7 +312,12 @@ class ThreadLane:
 
     def _fail(self, step: int, reason: str, *, is_superseded: bool = False) -> None:
         kind = self.backend.backend_type
-        results = [PreviewResult.failed(one, step, reason, kind) for one in self.requests]
+        results = [
+            PreviewResult.failed(one, step, reason, kind).model_copy(
+                update={"is_superseded": is_superseded}
+            )
+            for one in self.requests
+        ]
         self._on_finished(Finished(step, results, is_superseded=is_superseded))
 
     def _run(self) -> None:
