@@ -16,7 +16,7 @@ import torch
 
 from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}
 """Nats per golden token by which two machines may differ, by the dtype in which weights travel.
 Measured in docs/previews.md."""
 
