@@ -577,6 +577,7 @@ class TrainerEngine:
             seed=config.environment.seed,
             shuffle=config.data.shuffle,
             group_by_length=config.data.group_by_length,
+            multiple_of=hyper.batch_size * world if world > 1 else 1,
         )
 
     def _num_steps(self, config: TrainerConfig) -> int:
