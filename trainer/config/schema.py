@@ -111,7 +111,7 @@ class DataSection(Section):
     """File of rows (JSONL, JSON, CSV, TSV, Parquet; text kinds also as .gz), several of them with
     commas between, or a hub id `owner/name` or `owner/name:split`. Flag: --dataset."""
     format: Literal[
-        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca"
+        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca", "text"
     ] = "auto"
     """The rows' layout; `auto` looks at the first row of each file and says what it found."""
     columns: dict[str, str] = {}

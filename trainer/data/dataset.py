@@ -9,6 +9,7 @@ from trainer.data.card import DataCard
 from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedDataset as EncodedDataset
 from trainer.data.encoded import marked_text as marked_text
+from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
 from trainer.data.split import EncodedRow, first_prompts, split_rows, weigh_rows
@@ -74,10 +75,17 @@ def encode_data(
     rows, format_name = read_sources(sources, section, errors, max_rows=section.max_rows)
     validation_rows, _ = read_sources(validation_sources, section, errors, max_rows=None)
     num_own = sum(row.messages[0]["role"] == "system" for row in rows)
-    if is_prompt_configured and rows and num_own == len(rows):
+    num_text = sum(is_text(row.messages) for row in rows)
+    if is_prompt_configured and rows and num_own + num_text == len(rows):
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
-            "which is kept; remove the system turns or the option."
+            "which is kept, or is plain text, which has none; remove the system turns or the "
+            "option."
+        )
+    if num_text and type(profile).transform is not DataProfile.transform:
+        raise ConfigError(
+            f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
+            "plain text, which has none; use the profile plain, or another data.format."
         )
     preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
     encoded = preparer.encode(rows)
@@ -97,7 +105,7 @@ def encode_data(
     card = DataCard(
         dataset_path=path,
         format=format_name,
-        template=encoder.template.source,
+        template=_mask_source(encoder, num_text, len(rows)),
         profile=profile.name,
         num_rows=len(encoded) + len(held_out) + len(errors.errors) + preparer.num_dropped,
         num_train_rows=len(train),
@@ -108,6 +116,8 @@ def encode_data(
         longest_row=max(len(item.example.input_ids) for item in everything),
         max_length=encoder.max_length,
         num_truncated=sum(item.example.is_truncated for item in everything),
+        num_cut_tokens=preparer.num_dropped_tokens
+        + sum(item.example.num_removed for item in [*encoded, *held_out]),
         truncation=encoder.truncation,
         num_dropped=preparer.num_dropped,
         num_without_stop=sum(not item.example.ends_with_stop for item in everything),
@@ -141,6 +151,14 @@ def encode_data(
     )
 
 
+def _mask_source(encoder: RowEncoder, num_text: int, num_rows: int) -> str:
+    """Where the trained tokens are known from, in words."""
+    texts = "every token of plain text, and end-of-text behind it"
+    if num_text == num_rows:
+        return texts
+    return encoder.template.source + (f"; {texts}" if num_text else "")
+
+
 class _Preparer:
     """Cleans, transforms, prompts and encodes rows; rejected ones go to `errors`."""
 
@@ -154,7 +172,7 @@ class _Preparer:
     ) -> None:
         self.profile, self.encoder, self.errors = profile, encoder, errors
         self.system_prompt, self.seed = system_prompt, seed
-        self.num_dropped = 0
+        self.num_dropped = self.num_dropped_tokens = 0
 
     def encode(self, rows: list[Row]) -> list[EncodedRow]:
         usable: list[Row] = []
@@ -171,6 +189,7 @@ class _Preparer:
         for row, result in zip(usable, results, strict=True):
             if isinstance(result, RowTooLongError):
                 self.num_dropped += 1
+                self.num_dropped_tokens += result.num_tokens
             elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
@@ -181,6 +200,8 @@ class _Preparer:
         clean = [turn.copy() for turn in row.messages]
         for turn in clean:
             turn["content"] = self.profile.clean(turn["content"])
+        if is_text(clean):
+            return [check_text_row(turn["content"]) for turn in clean]
         turns = self.profile.transform(clean, index=row.index, seed=self.seed)
         if _called(turns) != _called(row.messages):
             raise BadRowError("tool calls were lost or changed", "tool calls lost")

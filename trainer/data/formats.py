@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.files import RawRow, raw_rows
+from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rows import MAX_ERRORS_SHOWN, BadRowError, Row, RowErrors
 from trainer.data.turns import check_messages, from_sharegpt, from_turns, take, take_text
 from trainer.errors import DataError
@@ -100,7 +101,10 @@ def to_rows(
             row = _renamed(_as_object(parsed), columns or {})
             known = known or detect_format(row)
             _refuse_change(row, known, is_found=format_name == "auto")
-            rows.append(Row(where, index, check_messages(FORMATS[known].convert(row)), source))
+            messages = FORMATS[known].convert(row)
+            if not is_text(messages):
+                check_messages(messages)
+            rows.append(Row(where, index, messages, source))
         except BadRowError as error:
             errors.add(where, str(error), error.reason)
     if count == 0:
@@ -214,6 +218,10 @@ def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
     return [*prompt, *from_turns(take(row, "completion", list), "completion")]
 
 
+def _from_text(row: dict[str, Any]) -> list[Message]:
+    return [check_text_row(take_text(row, "text"))]
+
+
 def _two_turns(user: str, assistant: str) -> list[Message]:
     return [Message(role="user", content=user), Message(role="assistant", content=assistant)]
 
@@ -246,5 +254,6 @@ FORMATS: dict[str, Format] = {
         frozenset({"input", "system", "history"}),
         _from_alpaca,
     ),
+    "text": Format(frozenset({"text"}), frozenset(), _from_text),
 }
 """The layouts by name, in the order in which they are looked for."""

@@ -136,7 +136,7 @@ def check_messages(messages: list[Message]) -> list[Message]:
                 f"messages[{position}] is a system turn; it must be the first",
                 "system turn not first",
             )
-        _check_text(turn["content"], position)
+        check_text(turn["content"], f"turn {position}")
     roles = [turn["role"] for turn in messages]
     if "assistant" not in roles:
         raise BadRowError(
@@ -157,15 +157,19 @@ def check_messages(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _check_text(text: str, position: int) -> None:
-    """JSON can spell characters that are no text: half of a pair, and NUL."""
+def check_text(text: str, where: str) -> None:
+    """JSON can spell characters that are no text: half of a pair, and NUL.
+
+    Raises:
+        BadRowError: `where` holds one of them.
+    """
     if "\0" in text:
-        raise BadRowError(f"turn {position} contains a NUL character", "NUL in text")
+        raise BadRowError(f"{where} contains a NUL character", "NUL in text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRowError(
-            f"turn {position} contains half of a surrogate pair at character {error.start}, which "
-            "is no text",
+            f"{where} contains half of a surrogate pair at character {error.start}, which is no "
+            "text",
             "not text",
         ) from error
