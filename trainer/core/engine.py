@@ -44,6 +44,7 @@ from trainer.data.encode import RowEncoder
 from trainer.data.packing import PackCollator, pack_training_rows
 from trainer.data.prepare import prepare_data
 from trainer.errors import EXIT_USER_INPUT, ConfigError
+from trainer.models.added_tokens import grow_embeddings
 from trainer.models.load import (
     add_lora,
     check_locked,
@@ -349,6 +350,8 @@ class TrainerEngine:
             seed=seed,
             offline=config.environment.offline,
         )
+        if config.model.add_tokens:
+            grow_embeddings(run.model, run.tokenizer, config.model.add_tokens)
         check_vocabulary(run.model, run.tokenizer)
         run.use_cache = bool(getattr(run.model.config, "use_cache", True))
         if config.hyperparams.training_mode == "lora":

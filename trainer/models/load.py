@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
+from trainer.models.added_tokens import add_tokens
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
 
@@ -29,7 +30,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
 
     Raises:
         ModelError: no such model, or no fast tokenizer in it.
-        ConfigError: `model.chat_template` cannot be used with it.
+        ConfigError: `model.chat_template` or `model.add_tokens` cannot be used with it.
     """
     path = resolve_alias(section.model_path)
     if path == TINY:
@@ -37,6 +38,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
 
         tiny = load_tiny_tokenizer()
         set_chat_template(tiny, section.chat_template)
+        add_tokens(tiny, section.add_tokens)
         return tiny
     from transformers import AutoTokenizer
 
@@ -47,6 +49,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
             "tokens can be proved with fast tokenizers only. Use a model that ships tokenizer.json."
         )
     set_chat_template(tokenizer, section.chat_template)
+    add_tokens(tokenizer, section.add_tokens)
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
