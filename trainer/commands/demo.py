@@ -41,7 +41,10 @@ def run(argv: list[str]) -> int:
         seed=words.seed,
     )
     engine = TrainerEngine(observers=[create_display(words.display)])
-    result = engine.run_job(demo_config(folder, data, steps=words.steps, seed=words.seed))
+    config = demo_config(
+        folder, data, steps=words.steps, seed=words.seed, backend=words.preview_backend
+    )
+    result = engine.run_job(config)
     if not result.success:
         if words.display == "quiet":
             console.print(f"error: {result.error_message}", highlight=False)
@@ -56,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps [{STEPS}]")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights [0]")
     parser.add_argument(
+        "--preview-backend",
+        choices=("local", "sidecar"),
+        default="local",
+        help="who answers while it trains: this process, or one of its own beside it [local]",
+    )
+    parser.add_argument(
         "--display",
         choices=("auto", "rich", "plain", "json", "quiet"),
         default="auto",
@@ -64,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def demo_config(folder: Path, data: DemoData, *, steps: int, seed: int) -> TrainerConfig:
+def demo_config(
+    folder: Path, data: DemoData, *, steps: int, seed: int, backend: str = "local"
+) -> TrainerConfig:
     """The recipe: Muon for the matrices learns these tasks in 100 steps, AdamW needs far more."""
     return create_default_config(
         model_path="tiny",
@@ -83,6 +94,7 @@ def demo_config(folder: Path, data: DemoData, *, steps: int, seed: int) -> Train
         data={"validation_path": str(data.validation_path)},
         profile={"name": "regime3", "system_prompt": "Answer in canonical form."},
         monitoring={
+            "preview_backend": backend,
             "inference_interval": PREVIEW_EVERY_STEPS,
             "num_eval_samples": 5,
             "preview_max_tokens": 32,

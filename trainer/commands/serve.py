@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import uvicorn
@@ -15,6 +17,7 @@ from trainer.commands.arguments import parse
 from trainer.errors import EXIT_SIGTERM, ConfigError
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
+from trainer.server.weights import KEPT_SETS
 from trainer.server.worker import EngineProcess
 
 
@@ -27,9 +30,11 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")
     listener = _listen(words.host, words.port)
     port = listener.getsockname()[1]
-    engine = EngineProcess(words.model, words.device)
+    engine = EngineProcess(words.model, words.device, wait_for_weights=words.wait_for_weights)
     # uvicorn raises the signal again once it is done; by default that would skip the cleaning up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
+    if words.end_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     store = tempfile.TemporaryDirectory(prefix="trainer-serve-")  # mode 700
     try:
         engine.start()
@@ -40,11 +45,13 @@ def run(argv: list[str]) -> int:
             host=words.host,
             store_dir=Path(store.name),
             weights_dir=weights_dir,
+            num_kept=words.keep_weights,
         )
         shown = f"[{words.host}]" if ":" in words.host else words.host
         print(
             f"ready: http://{shown}:{port} model {words.model} on {engine.hello['device']}, "
-            f"weights {engine.hello['weights_id'][:12]}, key {'asked for' if keys else 'none'}",
+            f"weights {(engine.hello['weights_id'] or 'awaited')[:12]}, "
+            f"key {'asked for' if keys else 'none'}",
             flush=True,
         )
         config = uvicorn.Config(
@@ -61,6 +68,13 @@ def run(argv: list[str]) -> int:
         listener.close()
         store.cleanup()
     return 0
+
+
+def _end_with_stdin() -> None:
+    """End when whoever holds the other end of stdin does, however it ended."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -86,6 +100,13 @@ def _port(text: str) -> int:
     return port
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trainer serve",
@@ -98,5 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key-file", type=Path, help="needed for a non-loopback --host")
     parser.add_argument(
         "--weights-dir", type=Path, help="folder a trainer on this machine writes weights into"
+    )
+    parser.add_argument(
+        "--wait-for-weights",
+        action="store_true",
+        help="take architecture and tokenizer from --model, and the weights from a trainer",
+    )
+    parser.add_argument(
+        "--keep-weights", type=_count, default=KEPT_SETS, metavar="N", help="sets kept for a return"
+    )
+    parser.add_argument(
+        "--end-with-stdin", action="store_true", help="end when standard input closes"
     )
     return parser

@@ -202,9 +202,15 @@ class MonitoringConfig(Section):
     """Longest generation in the final evaluation, in tokens."""
     final_eval_prompts: Interval = 0
     """Held-out prompts answered after the last step and compared with golden; 0 = none."""
-    preview_backend: Literal["local", "remote_3090"] = "local"
-    """Who generates previews: `local` (this process) or `remote_3090` (a server on another
-    machine)."""
+    preview_backend: Literal["local", "sidecar", "remote_3090", "openai"] = "local"
+    """Who generates previews: `local` (this process, training waits), `sidecar` (a process of its
+    own on this machine), `remote_3090` (a `trainer serve` on another machine; this run sends it its
+    weights) or `openai` (any OpenAI-compatible server, with the weights it has: unverified)."""
+    preview_golden_logprobs: bool = False
+    """Also say how likely each token of the golden answer is: one forward pass a prompt. Not from
+    `openai`."""
+    preview_drain_timeout: Annotated[float, Field(ge=0.0)] = 60
+    """Seconds that the end of a run waits for previews still being made elsewhere."""
     preview_max_tokens: PositiveInt = 256
     """Longest preview, in tokens."""
     preview_temperature: Annotated[float, Field(ge=0.0)] = 0.7
@@ -217,7 +223,18 @@ class MonitoringConfig(Section):
     remote_3090_timeout: Annotated[float, Field(gt=0.0)] = 30
     """Seconds until a remote preview is given up."""
     remote_3090_model_id: str | None = None
-    """Model the server is asked for. Empty: its active one."""
+    """Model that the server must hold. Empty: whichever fits the weights of this run."""
+    remote_3090_key_file: str | None = None
+    """File with the server's key. Empty: the environment variable ULTIMATE_TRAINER_KEY."""
+    sidecar_device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "cpu"
+    """Where the sidecar computes; `cuda:1` is a second GPU."""
+    sidecar_num_threads: PositiveInt | None = None
+    """CPU threads of the sidecar. Empty: one when training is on the CPU, else half the cores."""
+    openai_base_url: str | None = None
+    """Address of an OpenAI-compatible server, such as `http://127.0.0.1:8000/v1`. Its key is the
+    environment variable OPENAI_API_KEY, if it needs one."""
+    openai_model: str | None = None
+    """Model that server is asked for. Empty: the only one that it lists."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
@@ -230,7 +247,20 @@ class MonitoringConfig(Section):
                 "preview_backend=remote_3090 needs remote_3090_host, the name or address of the "
                 "machine that runs the preview server"
             )
+        if self.preview_backend == "openai":
+            self._check_openai()
         return self
+
+    def _check_openai(self) -> None:
+        if not (self.openai_base_url or "").startswith(("http://", "https://")):
+            raise ValueError(
+                "preview_backend=openai needs openai_base_url, such as http://127.0.0.1:8000/v1"
+            )
+        if self.preview_golden_logprobs:
+            raise ValueError(
+                "preview_golden_logprobs=true needs this run's weights, and preview_backend=openai "
+                "has its own; set one of them otherwise"
+            )
 
 
 class OutputSection(Section):

@@ -163,7 +163,7 @@ class RunContext:
             val_loss=callback.last_val_loss if callback else None,
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
-                "previews": self.scheduler.counters.summary() if self.scheduler else None,
+                "previews": self.scheduler.summary() if self.scheduler else None,
                 "fp16_overflows": trainer.num_overflows if trainer is not None else 0,
                 "stop_reason": callback.stop_reason if callback else None,
                 **more,

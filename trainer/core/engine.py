@@ -64,11 +64,10 @@ from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback, Obs
 from trainer.monitoring.events import CardShown, CheckpointSaved, Observer, RunEnded, RunStarted
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.preview.neutral import undisturbed
+from trainer.preview.published import PublishedPreviews
 from trainer.profiles import DataProfile, get_profile
 
 DEFAULT_MAX_LENGTH = 2048
-DRAIN_S = 60.0
-"""How long the end of a run waits for previews made elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -414,6 +413,8 @@ class TrainerEngine:
                 "this run was started under FSDP or DeepSpeed, whose sharded weights this version "
                 "cannot save; start it with plain torchrun (DDP)."
             )
+        if run.scheduler is not None and isinstance(run.scheduler.lane, PublishedPreviews):
+            run.scheduler.lane.snapshotter.guard(trainer.optimizer)
         trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
         run.trainer = trainer
         if run.callback is not None:
@@ -446,11 +447,22 @@ class TrainerEngine:
         run.stop.can_wait = True
         try:
             trainer.train(resume_from_checkpoint=str(run.resume.path) if run.resume else None)
+            run.durations_s["training"] = time.perf_counter() - started
+            self._drain_previews(config)
         finally:
             run.stop.can_wait = False
-            run.durations_s["training"] = time.perf_counter() - started
-        if run.scheduler is not None:
-            run.scheduler.drain(DRAIN_S)
+
+    def _drain_previews(self, config: TrainerConfig) -> None:
+        """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""
+        run = self._current
+        if run.scheduler is None or not run.scheduler.lane.pending():
+            return
+        run.phase("training", "waiting for the last previews")
+        started = time.perf_counter()
+        run.scheduler.drain(
+            config.monitoring.preview_drain_timeout, should_stop=lambda: run.stop.is_set
+        )
+        run.durations_s["preview_drain"] = time.perf_counter() - started
 
     def _finish(self, config: TrainerConfig) -> TrainingResult:
         """Final evaluation and final model; a stopped run has its checkpoint only."""

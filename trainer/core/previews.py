@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.context import RunContext
+from trainer.core.published import build_published
 from trainer.data.dataset import HeldOutPrompt
 from trainer.models.load import context_length
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
+from trainer.preview.http import AwayError
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.scheduler import Deliver, PreviewScheduler
+from trainer.preview.openai import OpenAIPreviewBackend
+from trainer.preview.scheduler import Deliver, Lane, PreviewScheduler
 
 PROMPTS_AT_ONCE = 50
 """Batch of the final evaluation; previews are one batch of their own."""
@@ -35,6 +38,7 @@ def local_backend(run: RunContext) -> LocalPreviewBackend:
         stop_ids=run.data.encoder.template.stop_ids,
         autocast_dtype=run.precision.autocast_dtype,
         max_length=context_length(run.model.config),
+        with_golden_logprobs=config.monitoring.preview_golden_logprobs,
     )
     assert isinstance(backend, LocalPreviewBackend), "asked for local"
     return backend
@@ -53,22 +57,40 @@ def build_scheduler(run: RunContext, deliver: Deliver) -> PreviewScheduler | Non
         )
         for index, text in enumerate(monitoring.preview_prompts)
     ]
-    backend: PreviewBackend = local
-    if monitoring.preview_backend != "local":
-        backend = create_preview_backend(
-            monitoring,
-            stop=run.profile.stop_strings,
-            system_prompt=run.data.system_prompt,
-            compare=run.profile.matches,
-        )
+    backend: PreviewBackend | Lane = local
+    if monitoring.preview_backend == "openai":
+        backend = openai_backend(run)
         run.notice(
-            f"previews come from {monitoring.remote_3090_host}:{monitoring.remote_3090_port} with "
-            "the weights that server holds, not with this run's: they are marked unverified",
+            f"previews come from {monitoring.openai_base_url} with the weights that server has, "
+            "not with this run's: they are marked unverified",
             "warning",
         )
+    elif monitoring.preview_backend != "local":
+        backend = build_published(run, requests, local)
     return PreviewScheduler(
         backend, requests, interval=monitoring.inference_interval, deliver=deliver
     )
+
+
+def openai_backend(run: RunContext) -> PreviewBackend:
+    """A client of any OpenAI-compatible server.
+
+    Raises:
+        ConfigError: it refuses the key or does not have the model.
+    """
+    backend = create_preview_backend(
+        run.config.monitoring,
+        stop=run.profile.stop_strings,
+        system_prompt=run.data.system_prompt,
+        compare=run.profile.matches,
+        seed=run.config.environment.seed,
+    )
+    assert isinstance(backend, OpenAIPreviewBackend), "asked for openai"
+    try:
+        backend.check()
+    except AwayError as error:
+        run.notice(f"previews: {error}", "warning")
+    return backend
 
 
 def held_out_requests(prompts: Iterable[HeldOutPrompt]) -> list[PreviewRequest]:
@@ -78,6 +100,7 @@ def held_out_requests(prompts: Iterable[HeldOutPrompt]) -> list[PreviewRequest]:
             prompt=held.prompt,
             prompt_token_ids=held.prompt_ids,
             golden_answer=held.golden_answer,
+            golden_token_ids=held.golden_ids or None,
             prompt_id=held.prompt_id,
             held_out=held.is_held_out,
         )

@@ -25,7 +25,7 @@ from trainer.monitoring.plain_values import plain_values
 from trainer.monitoring.run_files import replace_file
 
 LOCK = ".lock"
-OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl")
+OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
 PACKAGES = (
     "torch",
     "transformers",
@@ -144,6 +144,16 @@ class RunFolder:
     def logs_dir(self) -> Path:
         """TensorBoard's files."""
         return self.path / "logs"
+
+    def log(self, name: str) -> Path:
+        """Where a helper process of this run complains."""
+        self.logs_dir.mkdir(exist_ok=True)
+        return self.logs_dir / f"{name}.log"
+
+    @property
+    def worker_json(self) -> Path:
+        """Where this run's preview server is, while it has one."""
+        return self.path / "worker.json"
 
     @property
     def final_evaluation_jsonl(self) -> Path:

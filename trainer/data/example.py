@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from trainer.data.truncation import IGNORE_INDEX
@@ -37,3 +38,9 @@ class Example:
     def prompt_ids(self) -> list[int]:
         """The ids before the first answer: what a preview continues."""
         return self.input_ids[: self.prompt_length]
+
+    @property
+    def golden_ids(self) -> list[int]:
+        """The trained ids of the first answer, its stop token included."""
+        labels = self.labels[self.prompt_length :]
+        return list(itertools.takewhile(lambda label: label != IGNORE_INDEX, labels))

@@ -35,6 +35,8 @@ class HeldOutPrompt:
     """`validation-12` or `train-3`: source and position in the file."""
     is_held_out: bool
     """False when the row is also trained on."""
+    golden_ids: tuple[int, ...] = ()
+    """The row's trained ids behind that prefix, up to the end of the turn."""
 
 
 def content_key(messages: list[Message], seed: int) -> str:
@@ -111,5 +113,6 @@ def first_prompts(
                 golden_answer=item.example.golden_answer,
                 prompt_id=f"{source}-{item.row.index}",
                 is_held_out=is_held_out,
+                golden_ids=tuple(item.example.golden_ids),
             )
     return tuple(chosen.values())

@@ -7,6 +7,7 @@ stopping when somebody asked for it. Observers (status files, terminal, trackers
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,12 +36,16 @@ RATE_MEMORY = 0.9
 
 
 class Observers:
-    """Sends each event to every observer; one that fails is reported and goes on being told."""
+    """Sends each event to every observer; one that fails is reported and goes on being told.
+
+    Previews made elsewhere arrive in a thread of their own: one event is told at a time.
+    """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         """Take the observers in the order in which they are told."""
         self._observers = list(observers)
         self._failed: set[int] = set()
+        self._lock = threading.RLock()
 
     def add(self, observer: Observer) -> None:
         """Tell one more from now on."""
@@ -48,6 +53,10 @@ class Observers:
 
     def emit(self, event: Event) -> None:
         """Tell everybody; never raises."""
+        with self._lock:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
         for observer in self._observers:
             try:
                 observer.on_event(event)
@@ -224,9 +233,9 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
     def _preview(self, step: int, *, is_last: bool) -> None:
         if self.scheduler is None:
             return
-        self.scheduler.poll()
+        self.scheduler.note_step(step)
         if self.scheduler.is_due(step, is_last=is_last):
-            self.scheduler.ask(step)
+            self.scheduler.ask(step, is_last=is_last)
 
     def deliver_previews(self, step: int, results: list[PreviewResult], waited_s: float) -> None:
         """What the scheduler calls with finished previews."""

@@ -7,7 +7,9 @@ from typing import Any
 from trainer.config.schema import MonitoringConfig
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
+from trainer.preview.http import read_key
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.openai import OpenAIPreviewBackend
 from trainer.preview.remote import Remote3090Backend
 
 __all__ = [
@@ -19,7 +21,11 @@ __all__ = [
     "create_preview_backend",
 ]
 
-BACKENDS = ("local", "remote_3090")
+BACKENDS: dict[str, Any] = {
+    "local": LocalPreviewBackend,
+    "remote_3090": Remote3090Backend,
+    "openai": OpenAIPreviewBackend,
+}
 
 
 def create_preview_backend(
@@ -28,22 +34,27 @@ def create_preview_backend(
     """Make a preview backend.
 
     Args:
-        kind: `local` or `remote_3090` with the options of that backend as keywords, or a
-            MonitoringConfig, whose values are the defaults of the keywords.
-        **options: for `local` model and tokenizer at least; for `remote_3090` host at least.
+        kind: `local`, `remote_3090` or `openai` with the options of that backend as keywords, or
+            a MonitoringConfig, whose values are the defaults of the keywords.
+        **options: at least model and tokenizer for `local`, host for `remote_3090`, base_url for
+            `openai`.
     Raises:
         ConfigError: no such backend, or an option it needs is missing or unknown.
     """
     if isinstance(kind, MonitoringConfig):
         options = {**_from_config(kind), **options}
         kind = kind.preview_backend
+    if kind == "sidecar":
+        raise ConfigError(
+            "monitoring.preview_backend='sidecar' belongs to a training run, which starts and ends "
+            "the sidecar; use it in a config, or `trainer serve` and 'remote_3090' here."
+        )
     if kind not in BACKENDS:
         raise ConfigError(
             f"monitoring.preview_backend={kind!r} is not known; choose {' or '.join(BACKENDS)}."
         )
-    backend: Any = LocalPreviewBackend if kind == "local" else Remote3090Backend
     try:
-        made: PreviewBackend = backend(**options)
+        made: PreviewBackend = BACKENDS[kind](**options)
     except TypeError as error:
         raise ConfigError(f"preview backend {kind!r}: {error}; check the keywords.") from error
     return made
@@ -56,8 +67,11 @@ def _from_config(config: MonitoringConfig) -> dict[str, Any]:
     }
     if config.preview_backend == "local":
         return common
+    if config.preview_backend == "openai":
+        return {**common, "base_url": config.openai_base_url, "model": config.openai_model}
     return {
         **common,
+        "api_key": read_key(config.remote_3090_key_file),
         "host": config.remote_3090_host,
         "port": config.remote_3090_port,
         "timeout": config.remote_3090_timeout,

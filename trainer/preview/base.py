@@ -25,6 +25,9 @@ class PreviewRequest(BaseModel):
     """Ids to continue, system prompt and template included; None: the backend renders `prompt`."""
     golden_answer: str | None = None
     """What the data says the answer is; None for prompts without one."""
+    golden_token_ids: tuple[int, ...] | None = None
+    """The answer's ids as trained on, behind `prompt_token_ids`; needed for its
+    log-probabilities."""
     prompt_id: str = ""
     """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
     held_out: bool = True

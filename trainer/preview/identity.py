@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.preview.wire import TensorEntry, WeightsManifest, canonical_hash
+from trainer.preview.wire import AdapterConfig, TensorEntry, WeightsManifest, canonical_hash
 
 DTYPES = {
     torch.float32: "F32",
@@ -25,11 +25,50 @@ VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "us
 
 
 def canonical_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers by their Hugging Face names, tied ones once, sorted by name."""
+    """Parameters and saved buffers by their Hugging Face names, tied ones once, sorted by name.
+
+    The parameters themselves, as in the two functions below: detach before changing them.
+    """
     saved = set(model.state_dict(keep_vars=True))
-    found = dict(model.named_parameters())
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
     found |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return {name: found[name].detach() for name in sorted(found)}
+    return {name: found[name] for name in sorted(found)}
+
+
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What an adapter run trains (`modules_to_save` too), sorted by name, of a PEFT model.
+
+    The adapter's own name is left out of the names, so that both sides may call it as they like.
+    """
+    found = {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name or ".modules_to_save." in name
+    }
+    return {name: found[name] for name in sorted(found)}
+
+
+def base_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The weights under the adapters of a PEFT model, by the names of the plain model."""
+    found = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+        for name, value in canonical_tensors(model.get_base_model()).items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
+    return {name: found[name] for name in sorted(found)}
+
+
+def adapter_config(model: Any) -> AdapterConfig:
+    """How the adapters of a PEFT model are built, with every target module by its full name."""
+    config = model.peft_config["default"]
+    base = model.get_base_model()
+    targets = sorted(name for name, module in base.named_modules() if hasattr(module, "lora_A"))
+    return AdapterConfig(
+        r=config.r,
+        alpha=config.lora_alpha,
+        target_modules=targets,
+        modules_to_save=sorted(config.modules_to_save or ()),
+    )
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:

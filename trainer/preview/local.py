@@ -15,6 +15,7 @@ from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.generate import Generation, GenerationSettings, generate
 from trainer.preview.health import health_flags
 from trainer.preview.neutral import undisturbed
+from trainer.preview.score import golden_logprobs
 from trainer.profiles import DataProfile, Message, get_profile
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class LocalPreviewBackend:
         autocast_dtype: torch.dtype | None = None,
         max_length: int | None = None,
         processors: Sequence[Any] = (),
+        with_golden_logprobs: bool = False,
     ) -> None:
         """Take a model in any mode, on any device.
 
@@ -49,7 +51,9 @@ class LocalPreviewBackend:
             autocast_dtype: the run's compute dtype, so that previews compute as training does.
             max_length: prompt and answer together, in tokens.
             processors: run behind the profile's own, at every token.
+            with_golden_logprobs: also score golden answers whose ids are known.
         """
+        self.with_golden_logprobs = with_golden_logprobs
         self.processors = tuple(processors)
         self.model, self.tokenizer = model, tokenizer
         self.profile = profile or get_profile("plain")
@@ -161,11 +165,22 @@ class LocalPreviewBackend:
                     *self.processors,
                 ],
             )
-        seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            scores = [self._score(request) for request in requests]
         return [
-            self._result(request, answer, step, seconds)
-            for request, answer in zip(requests, answers, strict=True)
+            self._result(request, answer, step, seconds).model_copy(update=score)
+            for request, answer, score in zip(requests, answers, scores, strict=True)
         ]
+
+    def _score(self, request: PreviewRequest) -> dict[str, Any]:
+        """The golden answer's tokens and log-probabilities, where they are wanted and known."""
+        prompt, golden = request.prompt_token_ids, request.golden_token_ids
+        if not (self.with_golden_logprobs and prompt and golden):
+            return {}
+        return {
+            "golden_tokens": tuple(str(self.tokenizer.decode([token])) for token in golden),
+            "golden_logprobs": tuple(golden_logprobs(self.model, prompt, golden).tolist()),
+        }
 
     def _result(
         self, request: PreviewRequest, answer: Generation, step: int, seconds: float

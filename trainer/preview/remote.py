@@ -7,7 +7,6 @@ with whatever identity the server claims, and None (unverified) where it claims 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +17,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import PreviewError
 from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult
+from trainer.preview.http import (
+    KEY_VARIABLE,
+    MIN_RETRY_S,
+    AwayError,
+    BoundedClient,
+    TooSlowError,
+)
 
-MAX_BODY = 1 << 20
-"""Bytes of an answer that are read; a preview is far smaller."""
-CONNECT_TIMEOUT_S = 3.0
 LONG_POLL_S = 25
-MIN_RETRY_S = 0.1
-KEY_VARIABLE = "ULTIMATE_TRAINER_KEY"
 DONE, FAILED = ("done", "completed", "succeeded"), ("failed", "error", "cancelled")
 
 
@@ -76,11 +77,8 @@ class Remote3090Backend:
         self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)
         self.system_prompt, self.compare = system_prompt, compare
         key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
-        self._client = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            follow_redirects=False,  # a key must not be carried to another place
-            trust_env=False,  # a proxy of this shell is not meant for the machine under the desk
+        self._client = BoundedClient(
+            self.url, key, timeout_s=timeout, timeout_name="monitoring.remote_3090_timeout"
         )
 
     def preview(
@@ -106,7 +104,9 @@ class Remote3090Backend:
                 if away is not None:
                     raise PreviewError(away)
                 results.append(self._ask(request, step, max_new_tokens or self.max_new_tokens))
-            except _AwayError as error:
+            except TooSlowError as error:  # the next prompt may be a quicker one
+                results.append(PreviewResult.failed(request, step, str(error), self.backend_type))
+            except AwayError as error:
                 away = str(error)
                 results.append(PreviewResult.failed(request, step, away, self.backend_type))
             except PreviewError as error:
@@ -132,7 +132,7 @@ class Remote3090Backend:
             body["prompt_token_ids"] = list(request.prompt_token_ids)
         else:
             body |= {"prompt": request.prompt, "system_prompt": self.system_prompt}
-        status, found = self._call("POST", "/generate", deadline, body)
+        status, found = self._client.call("POST", "/generate", deadline, body)
         if status == httpx.codes.ACCEPTED:
             found = self._poll(found, deadline)
         answer = self._parse(found)
@@ -164,7 +164,7 @@ class Remote3090Backend:
         try:
             while True:
                 wait = max(0, min(LONG_POLL_S, int(deadline - time.monotonic())))
-                _, job = self._call("GET", f"/jobs/{job_id}?wait={wait}", deadline)
+                _, job = self._client.call("GET", f"/jobs/{job_id}?wait={wait}", deadline)
                 state = job.get("status") if isinstance(job, dict) else None
                 if state in DONE:
                     return job.get("result", job)
@@ -173,14 +173,8 @@ class Remote3090Backend:
                     raise PreviewError(f"{self.url}: the job failed: {reason}")
                 time.sleep(min(MIN_RETRY_S, max(deadline - time.monotonic(), 0)))
         except PreviewError:
-            self._cancel(job_id)
+            self._client.cancel(f"/jobs/{job_id}")
             raise
-
-    def _cancel(self, job_id: str) -> None:
-        try:
-            self._client.delete(f"/jobs/{job_id}", timeout=1.0)
-        except httpx.HTTPError:
-            return  # it is being given up because the server is slow or away: nothing more to do
 
     def _parse(self, found: Any) -> _Answer:
         try:
@@ -192,94 +186,3 @@ class Remote3090Backend:
                 f"{self.url} sent an answer of another shape ({field}: {first['msg']}); is it a "
                 "preview server of this program?"
             ) from error
-
-    # ---- one HTTP exchange
-
-    def _call(
-        self, method: str, path: str, deadline: float, body: dict[str, Any] | None = None
-    ) -> tuple[int, Any]:
-        """Send a request until it is answered or the time is over; busy servers are asked again."""
-        while True:
-            status, headers, data = self._exchange(method, path, deadline, body)
-            if status not in (429, 503):
-                return status, self._decode(status, data)
-            pause = _retry_after(headers)
-            if time.monotonic() + pause >= deadline:
-                raise PreviewError(
-                    f"{self.url} is busy (HTTP {status}) and asks to come back in {pause:g} s, "
-                    "which is after monitoring.remote_3090_timeout."
-                )
-            time.sleep(pause)
-
-    def _exchange(
-        self, method: str, path: str, deadline: float, body: dict[str, Any] | None
-    ) -> tuple[int, httpx.Headers, bytes]:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise self._too_late()
-        timeout = httpx.Timeout(remaining, connect=min(CONNECT_TIMEOUT_S, remaining))
-        data = bytearray()
-        try:
-            with self._client.stream(method, path, json=body, timeout=timeout) as response:
-                for piece in response.iter_raw():
-                    data += piece
-                    if len(data) > MAX_BODY:
-                        raise PreviewError(f"{self.url} sent more than {MAX_BODY} bytes; not read.")
-                    if time.monotonic() > deadline:  # a read time-out never sees a slow trickle
-                        raise self._too_late()
-                return response.status_code, response.headers, bytes(data)
-        except httpx.ConnectTimeout as error:
-            raise _AwayError(self._away_text("no connection in time")) from error
-        except httpx.TimeoutException as error:
-            raise self._too_late() from error
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            raise _AwayError(self._away_text(f"{type(error).__name__}: {error}")) from error
-
-    def _decode(self, status: int, data: bytes) -> Any:
-        if 300 <= status < 400:
-            raise PreviewError(
-                f"{self.url} answers with a redirect (HTTP {status}), which is not followed; give "
-                "the server's own host and port."
-            )
-        if status in (401, 403):
-            raise PreviewError(
-                f"{self.url} refuses the key (HTTP {status}); "
-                f"set {KEY_VARIABLE} to the server's key."
-            )
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise PreviewError(
-                f"{self.url} answered HTTP {status} with something that is not JSON; "
-                "is it a preview server of this program?"
-            ) from error
-        if status >= 400:
-            detail = found.get("detail", found) if isinstance(found, dict) else found
-            raise PreviewError(
-                f"{self.url} refused the prompt (HTTP {status}): {str(detail)[:300]}"
-            )
-        return found
-
-    def _too_late(self) -> PreviewError:
-        return PreviewError(
-            f"{self.url} did not answer within {self.timeout:g} s (monitoring.remote_3090_timeout)."
-        )
-
-    def _away_text(self, cause: str) -> str:
-        return (
-            f"{self.url} cannot be reached ({cause}); is the preview server running there, "
-            "and does the firewall let it through? Training goes on."
-        )
-
-
-class _AwayError(PreviewError):
-    """Nobody is there: asking again in the same batch would only wait again."""
-
-
-def _retry_after(headers: httpx.Headers) -> float:
-    """Seconds of a Retry-After header, within reason; dates and garbage count as one second."""
-    try:
-        wanted = float(headers.get("retry-after", "1"))
-    except ValueError:
-        wanted = 1.0
-    return wanted if wanted == wanted and wanted >= MIN_RETRY_S else MIN_RETRY_S

@@ -1,22 +1,73 @@
 """When previews are made and by whom: always the same prompts, at fixed steps.
 
-A local backend answers between two steps while training waits. Any other backend answers in one
-background thread; while it is busy, newer steps wait as "the newest" and replace each other, and
-what was replaced is counted as superseded, never dropped in silence.
+A lane is a way of getting answers: in the training thread (`local`), in one background thread (any
+other PreviewBackend), or elsewhere with published weights (`trainer.preview.published`). Lanes tell
+what became of every step that was asked for; nothing is dropped in silence.
 """
 
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
 
 Deliver = Callable[[int, list[PreviewResult], float], None]
+WAIT_S = 0.25
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of one step: answers, or one error per prompt."""
+
+    step: int
+    results: list[PreviewResult]
+    waited_s: float = 0.0
+    """Seconds that training waited for it."""
+    is_superseded: bool = False
+    """A newer step took its place before it was answered."""
+
+
+OnFinished = Callable[[Finished], None]
+
+
+class Lane(Protocol):
+    """A way of getting answers."""
+
+    is_local: bool
+    """Whether `ask` answers before it returns."""
+
+    def start(self, on_finished: OnFinished) -> None:
+        """Begin; `on_finished` may be called from any thread, once per step that was asked."""
+        ...
+
+    def ask(self, step: int, *, is_kept: bool) -> None:
+        """Answer with the weights as they are now; kept steps are not superseded."""
+        ...
+
+    def pending(self) -> list[int]:
+        """Steps that `on_finished` has not been called for."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until something may have changed; called by the training thread at the end."""
+        ...
+
+    def give_up(self, reason: str) -> None:
+        """Finish what is pending with this error."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of its own for the run's summary."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; may be called twice."""
+        ...
 
 
 @dataclass
@@ -28,38 +79,57 @@ class PreviewCounters:
     failed: int = 0
     superseded: int = 0
     matched: int = 0
+    verified: int = 0
     stalls_s: list[float] = field(default_factory=list)
     """Seconds that training waited, one value per preview step."""
+    visible_s: list[float] = field(default_factory=list)
+    """Seconds from step to visible answer, one value per answered step."""
 
-    def note(self, results: list[PreviewResult]) -> None:
-        """Count results that came back."""
+    def note(self, finished: Finished) -> None:
+        """Count what became of a step."""
+        results = finished.results
+        if finished.is_superseded:
+            self.superseded += len(results)
+            return
         self.failed += sum(not result.ok for result in results)
         self.done += sum(result.ok for result in results)
         self.matched += sum(result.matches is True for result in results)
+        self.verified += sum(result.weights == "verified" for result in results)
+        seen = [one.visible_s for one in results if one.ok and one.visible_s is not None]
+        self.visible_s += seen[:1]
 
     def summary(self) -> dict[str, Any]:
-        """Counts and stall figures as JSON values."""
-        stalls = sorted(self.stalls_s)
+        """Counts, stall and latency figures as JSON values."""
         return {
             "asked": self.asked,
             "done": self.done,
             "failed": self.failed,
             "superseded": self.superseded,
             "matched": self.matched,
-            "stall_ms_median": round(1000 * statistics.median(stalls), 3) if stalls else None,
-            "stall_ms_p99": round(1000 * stalls[int(0.99 * (len(stalls) - 1))], 3)
-            if stalls
+            "verified": self.verified,
+            "stall_ms_median": _milliseconds(self.stalls_s, 0.5),
+            "stall_ms_p99": _milliseconds(self.stalls_s, 0.99),
+            "stall_s_total": round(sum(self.stalls_s), 3),
+            "visible_s_median": round(statistics.median(self.visible_s), 3)
+            if self.visible_s
             else None,
-            "stall_s_total": round(sum(stalls), 3),
         }
 
 
+def _milliseconds(values: list[float], share: float) -> float | None:
+    if not values:
+        return None
+    if share == 0.5:
+        return round(1000 * statistics.median(values), 3)
+    return round(1000 * sorted(values)[int(share * (len(values) - 1))], 3)
+
+
 class PreviewScheduler:
-    """Asks a backend for the same prompts every `interval` steps."""
+    """Asks a lane for the same prompts every `interval` steps."""
 
     def __init__(
         self,
-        backend: PreviewBackend,
+        backend: PreviewBackend | Lane,
         requests: list[PreviewRequest],
         *,
         interval: int,
@@ -69,17 +139,23 @@ class PreviewScheduler:
 
         Args:
             interval: steps between previews; 0 = none at all.
-            deliver: called with step, results and the seconds training waited, in the
-                training thread, whenever there is something new.
+            deliver: called with step, results and the seconds training waited, whenever there is
+                something new; by another thread than the training one, unless the backend is
+                local.
         """
         self.backend, self.requests, self.interval = backend, requests, interval
         self.counters = PreviewCounters()
         self._deliver = deliver
-        self._is_local = backend.backend_type == "local"
-        self._thread: ThreadPoolExecutor | None = None
-        self._running: tuple[int, Future[list[PreviewResult]]] | None = None
-        self._next_step: int | None = None
+        self._lock = threading.Lock()
         self._last_asked: int | None = None
+        self._now = 0
+        self.lane: Lane
+        if isinstance(backend, PreviewBackend):
+            is_local = backend.backend_type == "local"
+            self.lane = (InlineLane if is_local else ThreadLane)(backend, requests)
+        else:
+            self.lane = backend
+        self.lane.start(self._finished)
 
     def is_due(self, step: int, *, is_last: bool = False) -> bool:
         """Whether `step` has a preview: step 0, every `interval` steps, and the last one."""
@@ -87,69 +163,174 @@ class PreviewScheduler:
             return False
         return is_last or step % self.interval == 0
 
-    def ask(self, step: int) -> None:
+    def ask(self, step: int, *, is_last: bool = False) -> None:
         """Make, or start, the preview of `step` with the weights as they are now."""
-        self._last_asked = step
-        self.counters.asked += len(self.requests)
+        self._last_asked = self._now = step
+        with self._lock:
+            self.counters.asked += len(self.requests)
         started = time.perf_counter()
-        if self._is_local:
-            results = self.backend.preview_batch(self.requests, step)
-            waited = time.perf_counter() - started
+        # Not under the lock: lanes call `_finished` from threads of their own.
+        self.lane.ask(step, is_kept=is_last or step == 0)
+        waited = time.perf_counter() - started
+        with self._lock:
             self.counters.stalls_s.append(waited)
-            self._hand_over(step, results, waited)
-            return
-        if self._next_step is not None:
-            self.counters.superseded += len(self.requests)
-        self._next_step = step
-        self.poll()
-        self.counters.stalls_s.append(time.perf_counter() - started)
 
-    def poll(self) -> None:
-        """Deliver what a background backend has finished, and start what waits; never blocks."""
-        if self._is_local:
-            return
-        if self._running is not None and self._running[1].done():
-            step, future = self._running
-            self._running = None
-            self._hand_over(step, future.result(), 0.0)
-        if self._running is None and self._next_step is not None:
-            self._thread = self._thread or ThreadPoolExecutor(1, "previews")
-            step, self._next_step = self._next_step, None
-            future = self._thread.submit(self.backend.preview_batch, self.requests, step)
-            self._running = (step, future)
+    def note_step(self, step: int) -> None:
+        """Where training is now: an answer that arrives is so many steps behind."""
+        self._now = step
 
-    def drain(self, timeout_s: float) -> None:
+    def drain(self, timeout_s: float, *, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Wait for what is under way, no longer than `timeout_s`; the rest counts as failed."""
         deadline = time.monotonic() + timeout_s
-        while self._running is not None or self._next_step is not None:
-            if self._running is not None:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    self._give_up()
-                    return
-                wait([self._running[1]], timeout=remaining)
-            self.poll()
+        while self.lane.pending():
+            if should_stop():
+                self.lane.give_up("the run was stopped before the answer came")
+                return
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                self.lane.give_up("no answer before the run ended")
+                return
+            self.lane.wait(min(WAIT_S, remaining))
 
-    def _give_up(self) -> None:
-        assert self._running is not None, "nothing to give up"
-        steps = [self._running[0], *([self._next_step] if self._next_step is not None else [])]
-        self._running = self._next_step = None
-        for step in steps:
-            results = [
-                PreviewResult.failed(
-                    request, step, "no answer before the run ended", self.backend.backend_type
-                )
-                for request in self.requests
-            ]
-            self._hand_over(step, results, 0.0)
+    def summary(self) -> dict[str, Any]:
+        """Counts and figures of this run's previews."""
+        with self._lock:
+            return {**self.counters.summary(), **self.lane.summary()}
 
-    def _hand_over(self, step: int, results: list[PreviewResult], waited: float) -> None:
-        self.counters.note(results)
-        self._deliver(step, results, waited)
+    def _finished(self, finished: Finished) -> None:
+        results = [
+            result.model_copy(update={"received_step": self._now}) for result in finished.results
+        ]
+        with self._lock:
+            self.counters.note(finished)
+        self._deliver(finished.step, results, finished.waited_s)
 
     def close(self) -> None:
-        """Let go of the thread and the backend; does not wait."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-            self._thread = None
+        """Let go of the lane."""
+        self.lane.close()
+
+
+class InlineLane:
+    """Answers in the training thread, between two steps, while training waits."""
+
+    is_local = True
+
+    def __init__(self, backend: PreviewBackend, requests: list[PreviewRequest]) -> None:
+        """Take who answers what."""
+        self.backend, self.requests = backend, requests
+
+    def start(self, on_finished: OnFinished) -> None:
+        """Remember whom to tell."""
+        self._on_finished = on_finished
+
+    def ask(self, step: int, *, is_kept: bool) -> None:
+        """Answer now."""
+        started = time.perf_counter()
+        results = self.backend.preview_batch(self.requests, step)
+        waited = time.perf_counter() - started
+        results = [one.model_copy(update={"visible_s": round(waited, 3)}) for one in results]
+        self._on_finished(Finished(step, results, waited))
+
+    def pending(self) -> list[int]:
+        """Never anything."""
+        return []
+
+    def wait(self, timeout_s: float) -> None:
+        """Nothing to wait for."""
+
+    def give_up(self, reason: str) -> None:
+        """Nothing to give up."""
+
+    def summary(self) -> dict[str, Any]:
+        """Nothing beside the counters."""
+        return {}
+
+    def close(self) -> None:
+        """Close the backend."""
         self.backend.close()
+
+
+class ThreadLane:
+    """Asks a backend with weights of its own in one thread; newer steps replace waiting ones."""
+
+    is_local = False
+
+    def __init__(self, backend: PreviewBackend, requests: list[PreviewRequest]) -> None:
+        """Take who answers what."""
+        self.backend, self.requests = backend, requests
+        self._changed = threading.Condition()
+        self._next: tuple[int, float] | None = None
+        self._running: tuple[int, float] | None = None
+        self._is_closing = False
+
+    def start(self, on_finished: OnFinished) -> None:
+        """Start the thread."""
+        self._on_finished = on_finished
+        threading.Thread(target=self._run, name="previews", daemon=True).start()
+
+    def ask(self, step: int, *, is_kept: bool) -> None:
+        """Put the step in line; the backend's weights are its own, so no step is special."""
+        one, older = (step, time.monotonic()), None
+        with self._changed:
+            if self._running is None:
+                self._running = one
+            else:
+                older, self._next = self._next, one
+            self._changed.notify_all()
+        if older is not None:
+            self._fail(older[0], f"superseded by step {step}", is_superseded=True)
+
+    def pending(self) -> list[int]:
+        """What runs and what waits."""
+        with self._changed:
+            return [one[0] for one in (self._running, self._next) if one is not None]
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the thread."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def give_up(self, reason: str) -> None:
+        """Fail what is pending; an answer that still comes is left aside."""
+        with self._changed:
+            steps = [one[0] for one in (self._running, self._next) if one is not None]
+            self._running = self._next = None
+        for step in steps:
+            self._fail(step, reason)
+
+    def summary(self) -> dict[str, Any]:
+        """Nothing beside the counters."""
+        return {}
+
+    def close(self) -> None:
+        """Let the thread end when it can; does not wait."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self.backend.close()
+
+    def _fail(self, step: int, reason: str, *, is_superseded: bool = False) -> None:
+        kind = self.backend.backend_type
+        results = [PreviewResult.failed(one, step, reason, kind) for one in self.requests]
+        self._on_finished(Finished(step, results, is_superseded=is_superseded))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closing or self._running is not None)
+                if self._is_closing:
+                    return
+                current = self._running
+            assert current is not None, "waited for"
+            step, asked_at = current
+            results = self.backend.preview_batch(self.requests, step)
+            seconds = round(time.monotonic() - asked_at, 3)
+            results = [one.model_copy(update={"visible_s": seconds}) for one in results]
+            with self._changed:
+                is_wanted = self._running is current
+            if is_wanted:
+                self._on_finished(Finished(step, results))
+            with self._changed:
+                if self._running is current:
+                    self._running, self._next = self._next, None
+                self._changed.notify_all()

@@ -50,12 +50,26 @@ class TensorEntry(Body):
     """Of the tensor's bytes: contiguous, little endian."""
 
 
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
+
+
+class AdapterConfig(Body):
+    """How a LoRA adapter is built: names of modules, never patterns or classes."""
+
+    r: Annotated[int, Field(ge=1, le=4096)]
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=2000)]
+    modules_to_save: Annotated[list[ModuleName], Field(max_length=200)] = []
+
+
 class WeightsManifest(Body):
     """Everything that identifies a weight set; the step is a tag and not part of it."""
 
-    kind: Literal["full"] = "full"
+    kind: Literal["full", "adapter"] = "full"
     base: Digest | None = None
-    """Weights that an adapter or a delta builds on; None for `full`."""
+    """The full weights that an adapter builds on; None for `full`."""
+    adapter: AdapterConfig | None = None
+    """Only with kind `adapter`."""
     config_hash: Digest
     tokenizer_hash: Digest
     chat_template_hash: Digest
@@ -66,6 +80,8 @@ class WeightsManifest(Body):
         names = [entry.name for entry in self.tensors]
         if names != sorted(set(names)):
             raise ValueError("tensors must be sorted by name, each name once")
+        if (self.kind == "adapter") != (self.base is not None and self.adapter is not None):
+            raise ValueError("kind=adapter goes with base and adapter, kind=full with neither")
         return self
 
     @property
@@ -182,6 +198,8 @@ class PreviewsRequest(Body):
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 256
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 42
+    stop: Annotated[list[Stop], Field(max_length=16)] = []
+    """Stop strings beside the profile's own."""
     stop_ids: Annotated[TokenIds, Field(max_length=100)] = []
     """Ids that end an answer, beside the model's own."""
     golden_logprobs: bool = False

@@ -15,13 +15,14 @@ from fastapi.responses import JSONResponse
 
 from trainer import __version__
 from trainer.preview.wire import GenerateRequest, WeightsManifest
+from trainer.profiles import known_profiles
 from trainer.server.auth import Guard
 from trainer.server.jobs import Job, JobQueue
 from trainer.server.metrics import add_metrics_route
 from trainer.server.openai import add_openai_routes
 from trainer.server.publish import add_active_route, add_preview_routes, add_weight_routes
 from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service
-from trainer.server.weights import WeightStore
+from trainer.server.weights import KEPT_SETS, WeightStore
 from trainer.server.worker import EngineProcess
 
 
@@ -33,6 +34,7 @@ def create_app(
     store_dir: Path,
     host: str = "127.0.0.1",
     weights_dir: Path | None = None,
+    num_kept: int = KEPT_SETS,
 ) -> Any:
     """Build the ASGI app round a started engine.
 
@@ -40,6 +42,7 @@ def create_app(
         keys: keys with their scope; empty: no key is asked for.
         store_dir: private folder for uploads.
         weights_dir: folder of transport `dir`; None: refused.
+        num_kept: weight sets that can be made active again.
     """
     service = Service(JobQueue(engine), model_id)
 
@@ -66,10 +69,16 @@ def create_app(
     _add_status_routes(app, service)
     _add_generate_routes(app, service)
     expected = WeightsManifest.model_validate(engine.hello["manifest"])
-    store = WeightStore(store_dir, weights_dir, expected)
+    store = WeightStore(
+        store_dir,
+        weights_dir,
+        expected,
+        original_id=engine.hello["weights_id"],
+        num_kept=num_kept,
+    )
     add_weight_routes(app, service, store)
     add_active_route(app, service, store)
-    add_preview_routes(app, service)
+    add_preview_routes(app, service, store)
     add_openai_routes(app, service)
     add_metrics_route(app, service.queue)
     names = frozenset({host.lower(), socket.gethostname().lower(), "localhost"})
@@ -87,6 +96,8 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
     async def ready() -> dict[str, Any]:
         if not queue.is_ready:
             raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
+        if queue.active["weights_id"] is None:
+            raise HTTPException(503, "waiting for the first weights of a trainer", RETRY_AFTER)
         return {"ready": True}
 
     @app.get("/version")
@@ -102,6 +113,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
             "device": queue.engine.hello["device"],
             "active": queue.active,
             "queued": queue.waiting,
+            "profiles": known_profiles(),
             "engine_restarts": queue.restarts,
             **{
                 name: manifest[name]

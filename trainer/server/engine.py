@@ -13,34 +13,28 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import LogitsProcessor
 
-from trainer.config.schema import ModelSection
 from trainer.errors import TrainerError
-from trainer.models.load import check_vocabulary, context_length, load_model, load_tokenizer
-from trainer.models.precision import resolve_device
+from trainer.models.load import context_length
 from trainer.preview.base import PreviewRequest, PreviewResult
-from trainer.preview.identity import canonical_tensors, model_manifest
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.neutral import undisturbed
-from trainer.preview.wire import GenerateRequest, GenerateResult, PreviewsRequest, PreviewsResult
+from trainer.preview.score import golden_logprobs
+from trainer.preview.wire import (
+    AdapterConfig,
+    GenerateRequest,
+    GenerateResult,
+    PreviewsRequest,
+    PreviewsResult,
+)
 from trainer.profiles import Message, get_profile
+from trainer.server.held import HeldModel, RefusedError
 
 Reply = dict[str, Any]
 
 
 class JobCancelledError(BaseException):
     """Nobody waits for this generation any more; not an Exception, so that no edge eats it."""
-
-
-class RefusedError(Exception):
-    """The request cannot be answered by this model; the caller gets `status`."""
-
-    def __init__(self, message: str, status: int = 422) -> None:
-        """Take what the client is told and its HTTP status."""
-        super().__init__(message)
-        self.status = status
 
 
 class CancelWatch(LogitsProcessor):  # type: ignore[misc]
@@ -60,53 +54,36 @@ class CancelWatch(LogitsProcessor):  # type: ignore[misc]
 
 
 class Engine:
-    """A model, its tokenizer, and the identity of the weights that it holds now."""
+    """Answers with the held model."""
 
-    def __init__(self, model_path: str, device: str, control: Connection) -> None:
-        """Load the model in fp32.
-
-        Raises:
-            TrainerError: no such model, or no such device.
-        """
-        section = ModelSection(model_path=model_path)
-        self.device = resolve_device(device)
-        self.tokenizer = load_tokenizer(section)
-        self.model = load_model(section, dtype=torch.float32)
-        check_vocabulary(self.model, self.tokenizer)
-        self.model.to(self.device).eval()
-        self.manifest = model_manifest(self.model, self.tokenizer)
-        self.weights_id = self.manifest.weights_id
+    def __init__(self, held: HeldModel, control: Connection) -> None:
+        """Take the model, and the pipe on which cancellations arrive."""
+        self.held = held
         self.watch = CancelWatch(control)
 
     def hello(self) -> Reply:
         """What the API process needs to know of the model."""
         return {
-            "device": str(self.device),
-            "weights_id": self.weights_id,
-            "manifest": self.manifest.model_dump(mode="json"),
+            "device": str(self.held.device),
+            "weights_id": self.held.weights_id,
+            "manifest": self.held.manifest.model_dump(mode="json"),
         }
 
-    # ---- weights
+    def _weights_id(self) -> str:
+        """Of the weights that answer now.
 
-    def load_weights(self, path: str, weights_id: str) -> Reply:
-        """Copy a verified safetensors file over the model's weights, in place.
-
-        An error in the middle is not caught here: the process ends, and the next one starts with
-        a whole set.
+        Raises:
+            RefusedError: none were sent yet.
         """
-        mine = canonical_tensors(self.model)
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            if set(file.keys()) != set(mine):
-                raise RefusedError("the file's tensors are not the model's")
-            for name, target in mine.items():
-                target.copy_(file.get_tensor(name))
-        self.weights_id = weights_id
-        return {"weights_id": weights_id}
+        if self.held.weights_id is None:
+            raise RefusedError("waiting for the first weights of a trainer", 503)
+        return self.held.weights_id
 
     # ---- generation
 
     def generate(self, request: GenerateRequest) -> GenerateResult:
         """Answer one prompt."""
+        self._weights_id()
         backend = self._backend(
             "plain", {}, limit=request.limit, temperature=request.temperature, seed=request.seed
         )
@@ -128,12 +105,12 @@ class Engine:
 
     def complete(self, text: str, request: dict[str, Any]) -> GenerateResult:
         """Continue plain text, without a template."""
-        ids = self.tokenizer(text)["input_ids"]
+        ids = self.held.tokenizer(text)["input_ids"]
         return self.generate(GenerateRequest.model_validate({**request, "prompt_token_ids": ids}))
 
     def previews(self, request: PreviewsRequest) -> PreviewsResult:
         """Answer a batch, all with the weights that it names."""
-        if request.weights_id != self.weights_id:
+        if request.weights_id != self.held.weights_id:
             raise RefusedError("these weights are not the active ones; publish them first", 409)
         backend = self._backend(
             request.profile,
@@ -143,6 +120,8 @@ class Engine:
             seed=request.seed,
             stop_ids=frozenset(request.stop_ids),
         )
+        stops = (*backend.settings.stop_strings, *request.stop)
+        backend.settings = dataclasses.replace(backend.settings, stop_strings=stops)
         for row in request.prompts:
             self._check_ids([*row.prompt_token_ids, *(row.golden_token_ids or ())])
         asked = [
@@ -154,8 +133,8 @@ class Engine:
         ]
         results = backend.preview_batch(asked, request.step)
         scores = [
-            self._golden(row.prompt_token_ids, row.golden_token_ids)
-            if request.golden_logprobs or index == request.canary
+            golden_logprobs(self.held.model, row.prompt_token_ids, row.golden_token_ids).tolist()
+            if row.golden_token_ids and (request.golden_logprobs or index == request.canary)
             else None
             for index, row in enumerate(request.prompts)
         ]
@@ -163,7 +142,7 @@ class Engine:
         return PreviewsResult(
             run=request.run,
             step=request.step,
-            weights_id=self.weights_id,
+            weights_id=self._weights_id(),
             results=[self._signed(result) for result in results],
             golden_logprobs=scores if request.golden_logprobs else None,
             canary_logprob=None if canary is None else sum(canary),
@@ -180,29 +159,29 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(),
     ) -> LocalPreviewBackend:
         return LocalPreviewBackend(
-            model=self.model,
-            tokenizer=self.tokenizer,
+            model=self.held.model,
+            tokenizer=self.held.tokenizer,
             profile=get_profile(profile, options),
             max_new_tokens=limit,
             temperature=temperature,
             seed=seed,
             stop_ids=stop_ids,
-            max_length=context_length(self.model.config),
+            max_length=context_length(self.held.model.config),
             processors=(self.watch,),
         )
 
     def _render(self, backend: LocalPreviewBackend, request: GenerateRequest) -> list[int]:
-        if not self.tokenizer.chat_template:
+        if not self.held.tokenizer.chat_template:
             raise RefusedError("the model has no chat template; send prompt_token_ids")
         return backend.render(request.prompt or "")
 
     def _check_ids(self, ids: list[int]) -> None:
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = self.held.model.get_input_embeddings().weight.shape[0]
         if not ids:
             raise RefusedError("the prompt has no token")
         if max(ids) >= rows:
             raise RefusedError(f"token id {max(ids)} is not below the model's {rows} rows")
-        longest = context_length(self.model.config)
+        longest = context_length(self.held.model.config)
         if longest is not None and len(ids) >= longest:
             raise RefusedError(f"{len(ids)} tokens leave no room in a context of {longest}")
 
@@ -220,31 +199,22 @@ class Engine:
             generation_time_sec=found.generation_time_sec,
             tokens_per_sec=found.tokens_per_sec,
             finish_reason=found.finish_reason,
-            weights_id=self.weights_id,
+            weights_id=self._weights_id(),
         )
 
     def _signed(self, result: PreviewResult) -> PreviewResult:
-        return result.model_copy(
-            update={"weights_id": self.weights_id, "backend_type": "remote_3090"}
-        )
-
-    def _golden(self, prompt: list[int], golden: list[int] | None) -> list[float] | None:
-        """Log-probability of each golden token behind its prompt, one forward pass."""
-        if not golden:
-            return None
-        ids = torch.tensor([[*prompt, *golden]], device=self.device)
-        with undisturbed(self.model):
-            logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-        chosen = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])
-        values: list[float] = chosen[:, 0].tolist()
-        return values
+        signs = {"weights_id": self.held.weights_id, "weights": "published"}
+        return result.model_copy(update={**signs, "backend_type": "remote_3090"})
 
 
-def engine_main(jobs: Connection, control: Connection, model_path: str, device: str) -> None:
+def engine_main(
+    jobs: Connection, control: Connection, model_path: str, device: str, wait_for_weights: bool
+) -> None:
     """Body of the engine process: say hello or why not, then answer until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
     try:
-        engine = Engine(model_path, device, control)
+        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights)
+        engine = Engine(held, control)
     except (TrainerError, OSError, RuntimeError) as error:
         _send(jobs, {"ok": False, "error": str(error)})
         return
@@ -262,7 +232,7 @@ def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
     operation: str = message["op"]
     body: Any = message["body"]
     if operation == "load_weights":
-        return _load(engine, body)
+        return _load(engine.held, body)
     try:
         if operation == "previews":
             found: Any = engine.previews(PreviewsRequest.model_validate(body))
@@ -281,13 +251,21 @@ def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
     return {"ok": True, "result": found.model_dump(mode="json")}
 
 
-def _load(engine: Engine, body: dict[str, Any]) -> Reply:
+def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
+    adapter = body.get("adapter")
     try:
-        return {"ok": True, "result": engine.load_weights(body["path"], body["weights_id"])}
+        held.load_weights(
+            body["path"],
+            body["weights_id"],
+            adapter=None if adapter is None else AdapterConfig.model_validate(adapter),
+            base_id=body.get("base_id"),
+            base_path=body.get("base_path"),
+        )
     except RefusedError as error:
         # Raised before the first copy. Anything later ends this process, on purpose: half a
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}
+    return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 
 def _send(connection: Connection, message: Reply) -> None:

@@ -71,8 +71,8 @@ class JobQueue:
             "run": None,
             "step": None,
         }
-        self.committed: tuple[str, str] | None = None
-        """File and id of the weights that a restarted engine has to load."""
+        self.committed: dict[str, Any] | None = None
+        """Body of the `load_weights` that a restarted engine has to repeat."""
         self.jobs: dict[str, Job] = {}
         self.is_ready = True
         self.restarts = 0
@@ -163,7 +163,7 @@ class JobQueue:
 
     def _note(self, job: Job, result: dict[str, Any]) -> None:
         if job.operation == "load_weights":
-            self.committed = (job.body["path"], job.body["weights_id"])
+            self.committed = job.body
             self.active = {name: job.body[name] for name in ("weights_id", "run", "step")}
         elif job.operation != "previews":
             result |= {"run": self.active["run"], "step": self.active["step"]}
@@ -177,10 +177,10 @@ class JobQueue:
         try:
             await asyncio.to_thread(self.engine.start)
             if self.committed is not None:
-                path, weights_id = self.committed
-                body = {"path": path, "weights_id": weights_id}
                 number = self.engine.new_id()
-                reply = await asyncio.to_thread(self.engine.ask, number, "load_weights", body)
+                reply = await asyncio.to_thread(
+                    self.engine.ask, number, "load_weights", self.committed
+                )
                 if not reply["ok"]:
                     raise ModelError(f"the committed weights do not load: {reply['error']}")
             self.is_ready = True

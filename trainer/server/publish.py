@@ -68,17 +68,8 @@ def add_weight_routes(app: FastAPI, service: Service, store: WeightStore) -> Non
     async def commit(upload_id: UploadId) -> WeightsState:
         upload = store.find(upload_id)
         path = await asyncio.to_thread(store.verify, upload)
-        body = {
-            "path": str(path),
-            "weights_id": upload.weights_id,
-            "run": upload.offer.run,
-            "step": upload.offer.step,
-        }
-        job = service.submit("load_weights", body)
-        # Not tied to the client: a swap that has begun is finished, whoever is still there.
-        await job.done.wait()
-        if job.status != "done":
-            raise HTTPException(job.code, job.error, RETRY_AFTER if job.code == 503 else None)
+        body = store.load_body(upload, path)
+        await service.load(body)
         store.committed(upload, body)
         return state(upload, committed=True)
 
@@ -91,14 +82,11 @@ def add_active_route(app: FastAPI, service: Service, store: WeightStore) -> None
         known = store.tags.get(body.weights_id)
         if known is None:
             raise HTTPException(404, "these weights are not kept; publish them again")
-        job = service.submit("load_weights", known)
-        await job.done.wait()
-        if job.status != "done":
-            raise HTTPException(job.code, job.error, RETRY_AFTER if job.code == 503 else None)
+        await service.load(known)
         return {"model_id": service.model_id, **service.queue.active}
 
 
-def add_preview_routes(app: FastAPI, service: Service) -> None:
+def add_preview_routes(app: FastAPI, service: Service, store: WeightStore) -> None:
     """A batch under pinned weights, and what was answered since."""
     batches: list[dict[str, Any]] = []
 
@@ -107,7 +95,13 @@ def add_preview_routes(app: FastAPI, service: Service) -> None:
         body: PreviewsRequest, request: Request, idempotency_key: IdempotencyKey = None
     ) -> dict[str, Any]:
         if body.weights_id != service.queue.active["weights_id"]:
-            raise HTTPException(409, "these weights are not the active ones; publish them first")
+            kept = store.tags.get(body.weights_id)
+            if kept is None:
+                raise WeightsRefusedError(
+                    409, "not_active", "these weights are not the active ones; publish them first"
+                )
+            # Another trainer's weights are active: this one's are put back, in the same breath.
+            service.submit("load_weights", {**kept, "run": body.run, "step": body.step})
         job = service.submit("previews", body.model_dump(mode="json"), idempotency_key)
         found = await service.answer(request, job)
         if not found["seq"]:  # a retried request is answered, not listed twice

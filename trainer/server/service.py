@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import Header, HTTPException, Request
 
 from trainer.server.jobs import Job, JobQueue, KeyReusedError, QueueFullError
+from trainer.server.weights import WeightsRefusedError
 
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 DISCONNECT_POLL_S = 0.2
@@ -39,10 +40,19 @@ class Service:
                 self.queue.cancel(job)
                 raise HTTPException(499, "the client went away")
         if job.status != "done":
+            if job.code == 409:
+                raise WeightsRefusedError(409, "not_active", job.error or job.status)
             headers = RETRY_AFTER if job.code in (429, 503) else None
             raise HTTPException(job.code, job.error or job.status, headers)
         assert job.result is not None, "a job that is done has a result"
         return job.result
+
+    async def load(self, body: dict[str, Any]) -> None:
+        """Swap weights, to the end: a swap that has begun does not care who is still there."""
+        job = self.submit("load_weights", body)
+        await job.done.wait()
+        if job.status != "done":
+            raise HTTPException(job.code, job.error, RETRY_AFTER if job.code == 503 else None)
 
     def check_model(self, name: str | None) -> None:
         """Answer 404 for a model that is not the loaded one."""

@@ -53,19 +53,30 @@ class Upload:
 class WeightStore:
     """Uploads in a private folder, and the folder that a trainer on this machine writes into."""
 
-    def __init__(self, folder: Path, weights_dir: Path | None, expected: WeightsManifest) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        weights_dir: Path | None,
+        expected: WeightsManifest,
+        *,
+        original_id: str | None = None,
+        num_kept: int = KEPT_SETS,
+    ) -> None:
         """Take where files go.
 
         Args:
             folder: private to this server; uploads and committed sets lie here.
             weights_dir: for transport `dir`; None: that transport is refused.
             expected: manifest of the loaded model; an offer must fit it.
+            original_id: weights that the engine can load by itself; None: it started without any.
+            num_kept: committed sets that can be made active again, their bases apart.
         """
         self.folder, self.weights_dir, self.expected = folder, weights_dir, expected
+        self.original_id, self.num_kept = original_id, num_kept
         self.uploads: dict[str, Upload] = {}
         self.sets: list[str] = []
         self.tags: dict[str, dict[str, Any]] = {}
-        """Kept sets: file, run and step of each."""
+        """Kept sets: the engine's `load_weights` of each."""
 
     def offer(self, offer: WeightsOffer) -> Upload:
         """Accept an offer; a newer one of the same run replaces an older one.
@@ -105,6 +116,9 @@ class WeightStore:
                     f"{name} is not that of the loaded model; start the server with the base "
                     "model of the run (trainer serve --model ...)",
                 )
+        if manifest.kind == "adapter":
+            self._check_adapter(manifest)
+            return
         mine = {entry.name: entry for entry in self.expected.tensors}
         bad = sorted(
             {entry.name for entry in manifest.tensors if not _fits(entry, mine.get(entry.name))}
@@ -114,6 +128,33 @@ class WeightStore:
             raise WeightsRefusedError(
                 422, "tensors_differ", "tensors are missing or of another shape or dtype", bad
             )
+
+    def _check_adapter(self, manifest: WeightsManifest) -> None:
+        """The base must be here; names and shapes are the engine's to check, before it copies."""
+        if manifest.base != self.original_id and manifest.base not in self.tags:
+            raise WeightsRefusedError(
+                409, "base_missing", "the adapter's base weights are not here; publish them first"
+            )
+        if sum(map(_num_bytes, manifest.tensors)) > sum(map(_num_bytes, self.expected.tensors)):
+            raise WeightsRefusedError(413, "too_large", "an adapter larger than its model")
+
+    def load_body(self, upload: Upload, path: Path) -> dict[str, Any]:
+        """The engine's `load_weights` for a verified upload."""
+        manifest = upload.offer.manifest
+        body: dict[str, Any] = {
+            "path": str(path),
+            "weights_id": upload.weights_id,
+            "run": upload.offer.run,
+            "step": upload.offer.step,
+        }
+        if manifest.adapter is not None:
+            base = self.tags.get(manifest.base or "")
+            body |= {
+                "adapter": manifest.adapter.model_dump(mode="json"),
+                "base_id": manifest.base,
+                "base_path": base["path"] if base is not None else None,
+            }
+        return body
 
     def find(self, upload_id: str) -> Upload:
         """The upload called so.
@@ -186,9 +227,11 @@ class WeightStore:
         self.drop(upload)
         self.tags[upload.weights_id] = tag
         self.sets = [*(w for w in self.sets if w != upload.weights_id), upload.weights_id]
-        while len(self.sets) > KEPT_SETS:
-            old = self.sets.pop(0)
-            self.tags.pop(old, None)
+        newest = self.sets[-self.num_kept :]
+        needed = {*newest, *(self.tags[one].get("base_id") for one in newest)}
+        for old in [one for one in self.sets if one not in needed]:
+            self.sets.remove(old)
+            self.tags.pop(old)
             self._kept_path(old).unlink(missing_ok=True)  # a file of --weights-dir is not ours
 
     def drop(self, upload: Upload) -> None:

@@ -20,9 +20,10 @@ class EngineDiedError(Exception):
 class EngineProcess:
     """One engine process; `ask` is for one thread at a time."""
 
-    def __init__(self, model_path: str, device: str) -> None:
+    def __init__(self, model_path: str, device: str, *, wait_for_weights: bool = False) -> None:
         """Take what the engine will load; nothing is started yet."""
         self.model_path, self.device = model_path, device
+        self.wait_for_weights = wait_for_weights
         self.hello: dict[str, Any] = {}
         self.starts = 0
         self._ids = itertools.count(1)
@@ -44,7 +45,7 @@ class EngineProcess:
         self._control, their_control = context.Pipe()
         self._process = context.Process(
             target=engine_main,
-            args=(theirs, their_control, self.model_path, self.device),
+            args=(theirs, their_control, self.model_path, self.device, self.wait_for_weights),
             name="trainer-engine",
             daemon=True,
         )

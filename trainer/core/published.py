@@ -1,0 +1,277 @@
+"""From a run to previews made elsewhere: worker, snapshots, canary, publisher."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config.schema import MonitoringConfig
+from trainer.core.context import RunContext
+from trainer.errors import ConfigError
+from trainer.models.precision import resolve_device
+from trainer.preview.base import PreviewRequest
+from trainer.preview.http import AwayError, read_key
+from trainer.preview.identity import (
+    adapter_config,
+    adapter_tensors,
+    base_tensors,
+    canonical_tensors,
+    chat_template_hash,
+    config_hash,
+    tokenizer_hash,
+)
+from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.published import PublishedPreviews, Worker
+from trainer.preview.push import ServerHashes, WorkerClient
+from trainer.preview.results import TOLERANCE, Canary
+from trainer.preview.score import golden_logprobs
+from trainer.preview.snapshot import Snapshotter, arena_folder
+from trainer.preview.workers import Announce, RemoteWorker, SidecarWorker
+from trainer.profiles import DataProfile, known_profiles
+
+NUM_SLOTS = {"http": 2, "dir": 3}
+"""With `dir` the server reads the newest file where it lies: one more is in use."""
+
+
+def build_published(
+    run: RunContext, requests: list[PreviewRequest], local: LocalPreviewBackend
+) -> PublishedPreviews:
+    """The lane of `sidecar` and `remote_3090`.
+
+    Raises:
+        ConfigError: the server is misconfigured; one that is away is only told.
+        PreviewError: no room for copies of the weights.
+    """
+    assert run.folder is not None, "previews are the main process's"
+    monitoring, is_adapter = run.config.monitoring, hasattr(run.model, "peft_config")
+    tensors = adapter_tensors(run.model) if is_adapter else canonical_tensors(run.model)
+    snapshots = Snapshotter(tensors, run.precision.compute_dtype, run.device)
+    transport = "dir" if monitoring.preview_backend == "sidecar" else "http"
+    hashes = ServerHashes(
+        config_hash=config_hash(run.model.config),
+        tokenizer_hash=tokenizer_hash(run.tokenizer),
+        chat_template_hash=chat_template_hash(run.tokenizer),
+    )
+    profile = _profile_for_worker(run.config.profile.name, run.profile, local)
+    name = _run_name(run.folder.path)
+    base = _base(run) if is_adapter else None
+    room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
+    folder = arena_folder(room, run.folder.path)
+    try:
+        worker, key, weights_dir = _worker(run, folder, hashes, profile[0], name)
+        canary = _canary(run, requests)
+        setup = {
+            "key": key,
+            "run": name,
+            "transport": transport,
+            "timeout_s": monitoring.remote_3090_timeout,
+            "weights_dir": str(weights_dir) if weights_dir else None,
+            "hashes": hashes.model_dump(),
+            "previews": _previews(run, requests, local, profile, canary),
+        }
+        if base is not None:
+            setup["adapter"] = adapter_config(run.model).model_dump()
+            setup["base_path"] = str(_write_base(base, folder))
+        return PublishedPreviews(
+            worker=worker,
+            setup=setup,
+            snapshotter=snapshots,
+            folder=folder,
+            num_slots=NUM_SLOTS[transport],
+            requests=requests,
+            canary=canary,
+            matches=run.profile.matches,
+            decode=lambda token: str(run.tokenizer.decode([token])),
+            backend_type=monitoring.preview_backend,
+            notice=lambda text: run.notice(text, "warning"),
+            log=run.folder.log("publisher"),
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _run_name(path: Path) -> str:
+    """Names this run on a server; another start of the same run is another name."""
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-._")[:80]
+    return f"{words or 'run'}-{secrets.token_hex(4)}"
+
+
+def _profile_for_worker(
+    name: str, profile: DataProfile, local: LocalPreviewBackend
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Name, options and stop strings that stand for the profile on the worker.
+
+    Raises:
+        ConfigError: it has code that a worker would have to run and does not know by name.
+    """
+    options = dict(profile.options)
+    if ":" not in name and name in known_profiles():
+        return name, options, ()
+    stop_ids = local.settings.stop_ids
+    if profile.logits_processors(local.tokenizer, stop_ids=stop_ids):
+        raise ConfigError(
+            f"profile.name={name} has logits processors, and a preview server takes profiles by "
+            "name, never as code: install it as an entry point in group trainer.profiles "
+            "(docs/profiles.md), or use monitoring.preview_backend=local."
+        )
+    return "plain", {}, tuple(profile.stop_strings)
+
+
+def _worker(
+    run: RunContext, folder: Path, hashes: ServerHashes, profile: str, name: str
+) -> tuple[Worker, str | None, Path | None]:
+    """The server of this run, its key, and the folder of transport `dir`."""
+    monitoring = run.config.monitoring
+    announce = _announcer(run, folder / "key" if monitoring.preview_backend == "sidecar" else None)
+    if monitoring.preview_backend == "sidecar":
+        key = secrets.token_hex(32)
+        worker, weights_dir = _sidecar(run, folder, key, announce)
+        return worker, key, weights_dir
+    host = monitoring.remote_3090_host or ""
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{monitoring.remote_3090_port}"
+    secret = read_key(monitoring.remote_3090_key_file)
+    client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
+    try:
+        info = client.check(hashes, profile)
+        wanted = monitoring.remote_3090_model_id
+        if wanted is not None and wanted != info.model_id:
+            raise ConfigError(
+                f"monitoring.remote_3090_model_id={wanted}: the server at {url} holds "
+                f"{info.model_id!r}."
+            )
+    except AwayError as error:
+        run.notice(f"previews: {error}", "warning")
+    finally:
+        client.close()
+    return RemoteWorker(url, announce), secret, None
+
+
+def _announcer(run: RunContext, key_file: Path | None) -> Announce:
+    """Writes worker.json, by which the live page finds the server; never the key itself."""
+    folder, monitoring = run.folder, run.config.monitoring
+    assert folder is not None, "previews are the main process's"
+
+    def announce(url: str | None, pid: int | None) -> None:
+        if url is None:
+            folder.worker_json.unlink(missing_ok=True)
+            return
+        folder.write_json(
+            folder.worker_json,
+            {
+                "url": url,
+                "key_file": str(key_file or monitoring.remote_3090_key_file or "") or None,
+                "backend": monitoring.preview_backend,
+                "model_id": None,
+                "system_prompt": run.data.system_prompt,
+                "pid": pid,
+            },
+        )
+
+    return announce
+
+
+def _sidecar(
+    run: RunContext, folder: Path, key: str, announce: Announce
+) -> tuple[SidecarWorker, Path]:
+    monitoring, config = run.config.monitoring, run.model.config
+    assert run.folder is not None, "previews are the main process's"
+    if getattr(config, "auto_map", None):
+        raise ConfigError(
+            "monitoring.preview_backend=sidecar: this model needs code from its own folder, which "
+            "a preview server does not run; use monitoring.preview_backend=local."
+        )
+    device = resolve_device(monitoring.sidecar_device)
+    model_dir, weights_dir, key_file = folder / "model", folder / "weights", folder / "key"
+    weights_dir.mkdir(mode=0o700)
+    config.save_pretrained(model_dir)
+    run.tokenizer.save_pretrained(model_dir)
+    key_file.touch(mode=0o600)
+    key_file.write_text(key + "\n", encoding="ascii")
+    cores = os.cpu_count() or 1
+    threads = 1 if run.device.type == "cpu" else max(1, cores // 2)
+    worker = SidecarWorker(
+        model_dir=model_dir,
+        weights_dir=weights_dir,
+        key_file=key_file,
+        device=str(device),
+        num_threads=monitoring.sidecar_num_threads or threads,
+        announce=announce,
+        log=run.folder.log("sidecar"),
+    )
+    return worker, weights_dir
+
+
+def _canary(run: RunContext, requests: Sequence[PreviewRequest]) -> Canary | None:
+    """The golden answer with the fewest tokens, scored by this process; None without any."""
+    usable = [
+        (len(one.prompt_token_ids) + len(one.golden_token_ids), index)
+        for index, one in enumerate(requests)
+        if one.prompt_token_ids and one.golden_token_ids
+    ]
+    if not usable:
+        return None
+    index = min(usable)[1]
+    prompt, golden = requests[index].prompt_token_ids or (), requests[index].golden_token_ids or ()
+    model, dtype = run.model, run.precision.autocast_dtype
+    is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+
+    def score() -> torch.Tensor:
+        # fp32 weights are scored in fp32, as the worker does; half ones need training's autocast.
+        with torch.autocast(run.device.type, dtype=dtype, enabled=is_half and dtype is not None):
+            return golden_logprobs(model, prompt, golden)
+
+    return Canary(index, len(golden), TOLERANCE.get(run.precision.compute_dtype, 0.05), score)
+
+
+def _previews(
+    run: RunContext,
+    requests: Sequence[PreviewRequest],
+    local: LocalPreviewBackend,
+    profile: tuple[str, dict[str, Any], tuple[str, ...]],
+    canary: Canary | None,
+) -> dict[str, Any]:
+    """What every `POST /previews` of this run has in common."""
+    monitoring: MonitoringConfig = run.config.monitoring
+    prompts: list[Mapping[str, Any]] = [
+        {
+            "prompt": one.prompt,
+            "prompt_token_ids": list(one.prompt_token_ids or ()),
+            "golden_answer": one.golden_answer,
+            "golden_token_ids": list(one.golden_token_ids) if one.golden_token_ids else None,
+            "prompt_id": one.prompt_id,
+            "held_out": one.held_out,
+        }
+        for one in requests
+    ]
+    return {
+        "prompts": prompts,
+        "profile": profile[0],
+        "profile_options": profile[1],
+        "stop": list(profile[2]),
+        "stop_ids": sorted(local.settings.stop_ids),
+        "max_new_tokens": monitoring.preview_max_tokens,
+        "temperature": monitoring.preview_temperature,
+        "seed": run.config.environment.seed,
+        "golden_logprobs": monitoring.preview_golden_logprobs,
+        "canary": canary.index if canary is not None else None,
+    }
+
+
+def _base(run: RunContext) -> Snapshotter:
+    return Snapshotter(base_tensors(run.model), run.precision.load_dtype, run.device)
+
+
+def _write_base(base: Snapshotter, folder: Path) -> Path:
+    """The frozen weights under the adapters, once per run."""
+    arena = base.arena(folder / "base")
+    base.copy(arena)()
+    return arena.path

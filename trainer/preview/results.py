@@ -1,0 +1,112 @@
+"""From a worker's answers to PreviewResults: what the trainer knows itself is not taken from it.
+
+Prompt, golden answer, step and comparison are the trainer's own; text and counts are the worker's.
+The canary decides whether they are shown: the log-probability of one golden answer, computed on
+both sides, can only agree when the weights do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Nats per golden token by which two machines may differ, by the dtype in which weights travel.
+Measured in docs/previews.md."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """One golden answer that both sides score."""
+
+    index: int
+    """Its place among the requests."""
+    num_tokens: int
+    tolerance: float
+    """Nats per token."""
+    score: Callable[[], torch.Tensor]
+    """The trainer's own log-probabilities, (num_tokens,), under the weights as they are now."""
+
+    def disagreement(self, mine: float | None, theirs: float | None) -> str | None:
+        """Why the two sums cannot come from the same weights; None when they agree."""
+        if mine is None or theirs is None:
+            return "the worker returned no canary"
+        allowed = self.tolerance * self.num_tokens + 1e-5 * abs(mine)
+        if math.isfinite(mine) and math.isfinite(theirs) and abs(mine - theirs) <= allowed:
+            return None
+        return (
+            f"the canary's log-probability is {theirs:.5f} there and {mine:.5f} here, and may "
+            f"differ by {allowed:.5f}"
+        )
+
+
+def results_of(
+    answer: dict[str, Any],
+    requests: Sequence[PreviewRequest],
+    step: int,
+    *,
+    canary: tuple[Canary | None, float | None],
+    matches: Callable[[str, str], bool],
+    decode: Callable[[int], str],
+    backend_type: str,
+    visible_s: float,
+) -> list[PreviewResult]:
+    """Judge the answers of one step.
+
+    Args:
+        answer: the publisher's event `done`: weights_id, results, golden_logprobs, canary_logprob.
+        canary: the canary, if there is one, and the trainer's own sum for this step.
+        matches: the profile's comparison of an answer with golden.
+        decode: one token id -> text.
+    """
+    proof: WeightsProof = "published"
+    if canary[0] is not None:
+        wrong = canary[0].disagreement(canary[1], answer["canary_logprob"])
+        if wrong is not None:
+            message = f"mismatch, not shown: {wrong}; other weights, or another computation"
+            return [PreviewResult.failed(one, step, message, backend_type) for one in requests]
+        proof = "verified"
+    scores = answer["golden_logprobs"] or [None] * len(requests)
+    return [
+        _result(request, found, score, matches, decode).model_copy(
+            update={
+                "step": step,
+                "weights_id": answer["weights_id"],
+                "weights": proof,
+                "backend_type": backend_type,
+                "visible_s": round(visible_s, 3),
+            }
+        )
+        for request, found, score in zip(requests, answer["results"], scores, strict=True)
+    ]
+
+
+def _result(
+    request: PreviewRequest,
+    found: dict[str, Any],
+    score: list[float] | None,
+    matches: Callable[[str, str], bool],
+    decode: Callable[[int], str],
+) -> PreviewResult:
+    """One answer: the worker's words about it, our own about everything else."""
+    theirs = PreviewResult.model_validate(found)
+    golden, ids = request.golden_answer, request.golden_token_ids
+    is_comparable = golden is not None and theirs.ok
+    is_scored = score is not None and ids is not None and len(score) == len(ids)
+    return theirs.model_copy(
+        update={
+            "prompt": request.prompt,
+            "prompt_id": request.prompt_id,
+            "held_out": request.held_out,
+            "golden_answer": golden,
+            "matches": matches(theirs.text, golden or "") if is_comparable else None,
+            "golden_tokens": tuple(map(decode, ids or ())) if is_scored else None,
+            "golden_logprobs": tuple(score or ()) if is_scored else None,
+        }
+    )
