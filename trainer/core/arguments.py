@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from trainer.config.schema import TrainerConfig
+from trainer.errors import ConfigError
 from trainer.models.precision import ResolvedPrecision
 
+INTEGRATIONS = frozenset(INTEGRATION_TO_CALLBACK)
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that nobody knows or that are not installed, before anything is loaded.
+
+    Raises:
+        ConfigError: names the tracker, and those that can be used here.
+    """
+    here = sorted({*get_available_reporting_integrations(), "tensorboard"} & INTEGRATIONS)
+    for name in names:
+        if name != "none" and name not in here:
+            why = "is not installed here" if name in INTEGRATIONS else "is no tracker"
+            raise ConfigError(
+                f"monitoring.report_to names {name!r}, which {why}; usable now: "
+                f"{', '.join(here)}, or none."
+            )
 
 
 def build_training_arguments(

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.config.resolve import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
-from trainer.core.arguments import build_training_arguments
+from trainer.core.arguments import build_training_arguments, check_trackers
 from trainer.core.checkpoint import clean_staging, save_checkpoint
 from trainer.core.context import RunContext
 from trainer.core.estimate import MemoryEstimate, estimate_memory
@@ -216,6 +216,7 @@ class TrainerEngine:
     def _check_config(self, config: TrainerConfig) -> None:
         """Fill derived values; decide device and precision; set threads and hub mode."""
         required_for_training(config)
+        check_trackers(config.monitoring.report_to)
         run = self._current
         run.config = config = resolve(config)
         environment, hyper = config.environment, config.hyperparams

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from trainer.data.files import SUFFIXES, RawRow, raw_rows
 from trainer.data.formats import FORMATS, to_rows
 from trainer.data.rows import Row, RowErrors
 from trainer.errors import ConfigError, DataError
+from trainer.models.hub import asking_hub, hub_is_offline
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 DEFAULT_SPLIT = "train"
@@ -69,14 +69,15 @@ class Source:
         import datasets
 
         repository, _, split = self.name.partition(":")
-        offline = self.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        offline = self.offline or hub_is_offline()
         datasets.disable_progress_bars()
         try:
-            return datasets.load_dataset(
-                repository,
-                split=split or DEFAULT_SPLIT,
-                download_config=datasets.DownloadConfig(local_files_only=offline),
-            )
+            with asking_hub(is_allowed=not offline):
+                return datasets.load_dataset(
+                    repository,
+                    split=split or DEFAULT_SPLIT,
+                    download_config=datasets.DownloadConfig(local_files_only=offline),
+                )
         except Exception as error:  # what the hub, the network and the format raise
             why = "offline, and not in the cache" if offline else " ".join(str(error).split())
             raise DataError(

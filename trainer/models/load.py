@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ from trainer.errors import ConfigError, ModelError
 from trainer.models.added_tokens import add_tokens
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
+from trainer.models.hub import asking_hub
+from trainer.models.hub import hub_is_offline as hub_is_offline
 
 GGUF_SUFFIX = ".gguf"
 
@@ -33,6 +34,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
         ConfigError: `model.chat_template` or `model.add_tokens` cannot be used with it.
     """
     path = resolve_alias(section.model_path)
+    _check_revision(section, path)
     if path == TINY:
         from trainer.models.tiny import load_tiny_tokenizer
 
@@ -87,6 +89,14 @@ def load_model(
     return model
 
 
+def _check_revision(section: ModelSection, path: str) -> None:
+    if section.revision is not None and (path == TINY or Path(path).exists()):
+        raise ConfigError(
+            f"model.revision={section.revision} chooses among a hub model's versions, and "
+            f"model.model_path={section.model_path} is none; leave it empty."
+        )
+
+
 def _forget_quantization(model: Any) -> None:
     """The weights of a .gguf file are plain numbers once loaded; saved again, they must say so."""
     for holder in (model.config, model):
@@ -110,14 +120,16 @@ def _from_pretrained(
             f"model.model_path={section.model_path}: there is no such folder. Give an alias "
             f"({', '.join(ALIASES)}), a hub id such as Qwen/Qwen3-0.6B, or a model folder."
         )
+    is_local = is_folder or offline or hub_is_offline()
     try:
-        return loader(
-            folder,
-            revision=None if is_folder else section.revision,
-            trust_remote_code=section.trust_remote_code,
-            local_files_only=is_folder or offline or hub_is_offline(),
-            **extra,
-        )
+        with asking_hub(is_allowed=not is_local):
+            return loader(
+                folder,
+                revision=None if is_folder else section.revision,
+                trust_remote_code=section.trust_remote_code,
+                local_files_only=is_local,
+                **extra,
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _load_error(section, folder, what, is_folder, error) from error
 
@@ -144,20 +156,12 @@ def _looks_like_path(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or "\\" in path
 
 
-def hub_is_offline() -> bool:
-    """True when the user's environment forbids asking the model hub."""
-    return any(
-        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
-
-
 def _load_error(
     section: ModelSection, path: str, what: str, is_folder: bool, error: Exception
 ) -> ModelError:
-    first = " ".join(str(error).split())[:300]
-    name = section.model_path
-    if "trust_remote_code" in first:
+    whole = " ".join(str(error).split())
+    first, name = whole[:300], section.model_path
+    if "trust_remote_code" in whole:
         return ModelError(
             f"model.model_path={name}: this {what} needs Python code from its own folder. If you "
             "have read that code and trust it, set model.trust_remote_code=true."
