@@ -28,6 +28,7 @@ def test_n26_every_field_of_the_schema_is_in_the_table() -> None:
     assert not set(EFFECTS) - set(config_fields())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
 def test_n26_the_field_has_the_effect_it_names(check: Any, lab: Lab) -> None:
     check(lab)
@@ -36,6 +37,7 @@ def test_n26_the_field_has_the_effect_it_names(check: Any, lab: Lab) -> None:
 FIELDS = ("hyperparams.weight_decay", "data.truncation", "monitoring.num_eval_samples", "lora.r")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", FIELDS)
 def test_mutant_n26_field_ignored_is_killed(
     field: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
