@@ -15,6 +15,7 @@ from trainer.data.sources import Source, read_sources
 from trainer.data.split import EncodedRow, first_prompts, split_rows, weigh_rows
 from trainer.data.split import HeldOutPrompt as HeldOutPrompt
 from trainer.data.split import content_key as content_key
+from trainer.data.tools import tools_of
 from trainer.data.truncation import RowTooLongError
 from trainer.data.turns import check_messages, tool_names
 from trainer.errors import ConfigError, DataError
@@ -205,6 +206,8 @@ class _Preparer:
         turns = self.profile.transform(clean, index=row.index, seed=self.seed)
         if _called(turns) != _called(row.messages):
             raise BadRowError("tool calls were lost or changed", "tool calls lost")
+        if tools_of(turns) != tools_of(row.messages):
+            raise BadRowError("the row's tools were lost or changed", "tools lost")
         # A profile can leave nothing to train, such as an answer of which nothing remains.
         return with_system_prompt(check_messages(turns), self.system_prompt)
 

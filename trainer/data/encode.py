@@ -11,6 +11,7 @@ from trainer.data.plain_text import TextEncoder, is_text
 from trainer.data.rows import BadRowError
 from trainer.data.spans import SpanFinder, Spans, assistant_turns
 from trainer.data.template import PROBE, ChatTemplate, is_prefix
+from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.truncation import IGNORE_INDEX as IGNORE_INDEX
 from trainer.data.truncation import cut
 from trainer.errors import TemplateError
@@ -109,6 +110,8 @@ class RowEncoder:
                 self._refuse_special_text(row)
                 if not is_prefix(own_prompts[-1], ids):
                     own_prompts = self._thinking_prompts(row)
+                if tools_of(row):
+                    refuse_lost_tools(row, self.tokenizer.decode(ids))
                 spans = self.finder.find(row, ids, mask, own_prompts)
                 results.append(self._example(row, ids, spans))
             except BadRowError as error:
@@ -150,8 +153,8 @@ class RowEncoder:
 
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
-            calls = json.dumps(turn.get("tool_calls", ""), ensure_ascii=False)
-            for text in (turn["content"], calls):
+            tools = [turn.get("tool_calls", ""), turn.get("tools", "")]
+            for text in (turn["content"], json.dumps(tools, ensure_ascii=False)):
                 self._refuse_control(text, f"turn {position} ({turn['role']})")
 
     def _refuse_control(self, text: str, where: str = "the text") -> None:

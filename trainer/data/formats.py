@@ -10,6 +10,7 @@ from typing import Any
 from trainer.data.files import RawRow, raw_rows
 from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rows import MAX_ERRORS_SHOWN, BadRowError, Row, RowErrors
+from trainer.data.tools import with_tools
 from trainer.data.turns import check_messages, from_sharegpt, from_turns, take, take_text
 from trainer.errors import DataError
 from trainer.profiles import Message
@@ -168,14 +169,12 @@ def _refuse_change(row: dict[str, Any], name: str, *, is_found: bool) -> None:
 
 
 def _from_messages(row: dict[str, Any]) -> list[Message]:
-    _refuse_tools(row)
-    return from_turns(take(row, "messages", list), "messages")
+    return with_tools(row, from_turns(take(row, "messages", list), "messages"))
 
 
 def _from_sharegpt(row: dict[str, Any]) -> list[Message]:
-    _refuse_tools(row)
     turns = from_sharegpt(take(row, "conversations", list))
-    return [*_system_turn(row), *turns]
+    return with_tools(row, [*_system_turn(row), *turns])
 
 
 def _from_alpaca(row: dict[str, Any]) -> list[Message]:
@@ -207,7 +206,6 @@ def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
     """Both are texts, or both are lists of turns, of which the completion's are trained."""
     if not isinstance(row.get("prompt"), list):
         return _two_turns(take_text(row, "prompt"), take_text(row, "completion"))
-    _refuse_tools(row)
     prompt = from_turns(row["prompt"], "prompt")
     if any(turn["role"] == "assistant" for turn in prompt):
         raise BadRowError(
@@ -215,7 +213,7 @@ def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
             "use the format 'messages' if it should be, else take it out",
             "assistant turn in prompt",
         )
-    return [*prompt, *from_turns(take(row, "completion", list), "completion")]
+    return with_tools(row, [*prompt, *from_turns(take(row, "completion", list), "completion")])
 
 
 def _from_text(row: dict[str, Any]) -> list[Message]:
@@ -233,21 +231,16 @@ def _system_turn(row: dict[str, Any]) -> list[Message]:
     return [Message(role="system", content=row["system"])]
 
 
-def _refuse_tools(row: dict[str, Any]) -> None:
-    if row.get("tools"):
-        raise BadRowError(
-            "row has 'tools', which this version cannot train on; take them out", "unsupported row"
-        )
-
-
 FORMATS: dict[str, Format] = {
-    "messages": Format(frozenset({"messages"}), frozenset(), _from_messages),
-    "sharegpt": Format(frozenset({"conversations"}), frozenset({"system"}), _from_sharegpt),
+    "messages": Format(frozenset({"messages"}), frozenset({"tools"}), _from_messages),
+    "sharegpt": Format(
+        frozenset({"conversations"}), frozenset({"system", "tools"}), _from_sharegpt
+    ),
     "question_answer": Format(
         frozenset({"question", "answer"}), frozenset({"system"}), _from_question_answer
     ),
     "prompt_completion": Format(
-        frozenset({"prompt", "completion"}), frozenset(), _from_prompt_completion
+        frozenset({"prompt", "completion"}), frozenset({"tools"}), _from_prompt_completion
     ),
     "alpaca": Format(
         frozenset({"instruction", "output"}),
