@@ -13,6 +13,7 @@ from tests.trust import effects_data, effects_monitoring, effects_training  # no
 from tests.trust.effects import EFFECTS  # noqa: E402
 from tests.trust.lab import Lab  # noqa: E402
 from trainer.config.fields import config_fields  # noqa: E402
+from trainer.errors import TrainerError  # noqa: E402
 
 CHECKS = list(dict.fromkeys(EFFECTS.values()))
 
@@ -34,7 +35,14 @@ def test_n26_the_field_has_the_effect_it_names(check: Any, lab: Lab) -> None:
     check(lab)
 
 
-FIELDS = ("hyperparams.weight_decay", "data.truncation", "monitoring.num_eval_samples", "lora.r")
+FIELDS = (
+    *("hyperparams.weight_decay", "hyperparams.max_length", "hyperparams.warmup_steps"),
+    *("model.chat_template", "model.add_tokens", "model.attn_implementation"),
+    *("data.format", "data.columns", "data.weights", "data.validation_split", "data.max_rows"),
+    *("data.truncation", "data.max_bad_rows", "data.cache_dir", "data.group_by_length"),
+    *("profile.options", "profile.system_prompt", "monitoring.num_eval_samples"),
+    *("monitoring.report_to", "locked.vocab_size", "lora.r", "lora.alpha", "output.resume"),
+)
 
 
 @pytest.mark.slow
@@ -51,5 +59,5 @@ def test_mutant_n26_field_ignored_is_killed(
         return make(self, **{**sections, section: kept})
 
     monkeypatch.setattr(Lab, "config", forgetful)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, TrainerError)):
         EFFECTS[field](lab)
