@@ -132,6 +132,9 @@ class ModelSection(Section):
     """`chatml`, `plain` or a Jinja file, in place of the model's own; saved with the result.
     Empty: the model's own, and for base models without one `chatml` if they know its tokens, else
     `plain`."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become one token each, such as the markers of a profile; the embedding grows and
+    is saved with them. With `hyperparams.training_mode=full` only."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder. Only for models whose code you have read."""
 
@@ -143,7 +146,7 @@ class DataSection(Section):
     """File of rows (JSONL, JSON, CSV, TSV, Parquet; text kinds also as .gz), several of them with
     commas between, or a hub id `owner/name` or `owner/name:split`. Flag: --dataset."""
     format: Literal[
-        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca"
+        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca", "text"
     ] = "auto"
     """The rows' layout; `auto` looks at the first row of each file and says what it found."""
     columns: dict[str, str] = {}
@@ -361,6 +364,15 @@ class TrainerConfig(Section):
     environment: EnvironmentSection = EnvironmentSection()
     locked: LockedSection = LockedSection()
     lora: LoraSection = LoraSection()
+
+    @model_validator(mode="after")
+    def _check_added_tokens(self) -> TrainerConfig:
+        if self.model.add_tokens and self.hyperparams.training_mode == "lora":
+            raise ValueError(
+                "model.add_tokens needs trained embeddings, and hyperparams.training_mode=lora "
+                "freezes them; set training_mode=full or leave add_tokens empty"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_early_stopping(self) -> TrainerConfig:

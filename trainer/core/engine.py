@@ -183,6 +183,7 @@ class TrainerEngine:
     def _check_config(self, config: TrainerConfig) -> None:
         """Fill derived values; decide device and precision; set threads and hub mode."""
         required_for_training(config)
+        check_trackers(config.monitoring.report_to)
         run = self._current
         run.config = config = resolve(config)
         environment, hyper = config.environment, config.hyperparams

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.context import RunContext
+from trainer.models.added_tokens import grow_embeddings
 from trainer.models.load import SAVED_BASE, add_lora, check_vocabulary, load_model
 
 
@@ -25,6 +26,8 @@ def load_for_training(run: RunContext, config: TrainerConfig) -> tuple[Any, Any]
         seed=seed,
         offline=config.environment.offline,
     )
+    if config.model.add_tokens:
+        grow_embeddings(run.model, run.tokenizer, config.model.add_tokens)
     check_vocabulary(run.model, run.tokenizer)
     run.use_cache = bool(getattr(run.model.config, "use_cache", True))
     if config.hyperparams.training_mode == "lora":

@@ -151,6 +151,7 @@ def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
         seed=config.environment.seed,
         shuffle=config.data.shuffle,
         group_by_length=config.data.group_by_length,
+        multiple_of=hyper.batch_size * world if world > 1 else 1,
     )
 
 

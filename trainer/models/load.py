@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
+from trainer.models.added_tokens import add_tokens
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
 from trainer.models.hub import hub_answers
@@ -31,7 +32,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
 
     Raises:
         ModelError: no such model, or no fast tokenizer in it.
-        ConfigError: `model.chat_template` cannot be used with it.
+        ConfigError: `model.chat_template` or `model.add_tokens` cannot be used with it.
     """
     path = resolve_alias(section.model_path)
     if section.revision is not None and (path == TINY or Path(path).exists()):
@@ -44,6 +45,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
 
         tiny = load_tiny_tokenizer()
         set_chat_template(tiny, section.chat_template)
+        add_tokens(tiny, section.add_tokens)
         return tiny
     from transformers import AutoTokenizer
 
@@ -54,6 +56,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
             "tokens can be proved with fast tokenizers only. Use a model that ships tokenizer.json."
         )
     set_chat_template(tokenizer, section.chat_template)
+    add_tokens(tokenizer, section.add_tokens)
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
@@ -159,11 +162,11 @@ def _looks_like_path(path: str) -> bool:
 def _load_error(
     section: ModelSection, path: str, what: str, is_folder: bool, error: Exception
 ) -> ModelError:
-    first = " ".join(str(error).split())[:300]
-    name = section.model_path
+    whole = " ".join(str(error).split())
+    first, name = whole[:300], section.model_path
     if "flash" in first.lower() and section.attn_implementation == "flash_attention_2":
         return _attention_error(section, error)
-    if "trust_remote_code" in first:
+    if "trust_remote_code" in whole:
         return ModelError(
             f"model.model_path={name}: this {what} needs Python code from its own folder. If you "
             "have read that code and trust it, set model.trust_remote_code=true."

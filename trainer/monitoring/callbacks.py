@@ -7,6 +7,7 @@ stopping when somebody asked for it. Observers (status files, terminal, trackers
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -111,7 +112,8 @@ class EarlyStopping:
 
     def update(self, loss: float, step: int) -> bool:
         """Take a loss; True when it is time to stop."""
-        if self.best_loss is None or loss < self.best_loss - self.min_delta:
+        is_lower = self.best_loss is None or loss < self.best_loss - self.min_delta
+        if is_lower and math.isfinite(loss):
             self.best_loss, self.best_step, self.num_without = loss, step, 0
         else:
             self.num_without += 1
@@ -266,7 +268,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             return False
         best = self.early_stopping
         self.stop_reason = (
-            f"early stopping: no validation loss below {best.best_loss:.4f} (step "
+            f"early stopping: no validation loss below {_shown(best.best_loss)} (step "
             f"{best.best_step}, whose checkpoint is kept) in {best.num_without} evaluations"
         )
         self.observers.emit(Notice(text=self.stop_reason))
@@ -292,6 +294,10 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             return wants
         flag = torch.tensor([float(wants)], device=self.trainer.accelerator.device)
         return bool(self.trainer.accelerator.gather(flag).max() > 0)
+
+
+def _shown(loss: float | None) -> str:
+    return "infinity" if loss is None else f"{loss:.4f}"
 
 
 def memory_gib() -> float:
