@@ -35,7 +35,8 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory, weights_dir: Path) -> Iterator[Server]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"generate: {GENERATE}\npublish: {PUBLISH}\n")
-    with running_server("--api-key-file", str(keys), "--weights-dir", str(weights_dir)) as found:
+    words = ("--api-key-file", str(keys), "--weights-dir", str(weights_dir))
+    with running_server("--model", "tiny", *words) as found:
         yield found
 
 
@@ -221,7 +222,7 @@ def test_the_openai_client_works_and_streams(server: Server) -> None:
         assert text == whole.choices[0].message.content
         assert len(whole.system_fingerprint or "") == 64
         assert client.completions.create(prompt="max", **options).usage.completion_tokens > 0
-        assert [model.id for model in client.models.list()] == ["tiny"]
+        assert "tiny" in [model.id for model in client.models.list()]
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(messages=turns, model="other")
 

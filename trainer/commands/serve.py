@@ -28,6 +28,10 @@ def run(argv: list[str]) -> int:
     weights_dir: Path | None = words.weights_dir
     if weights_dir is not None and not weights_dir.is_dir():
         raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")
+    if words.wait_for_weights and words.model is None:
+        raise ConfigError(
+            "--wait-for-weights takes architecture and tokenizer from a model; give --model too."
+        )
     listener = _listen(words.host, words.port)
     port = listener.getsockname()[1]
     engine = EngineProcess(words.model, words.device, wait_for_weights=words.wait_for_weights)
@@ -37,10 +41,10 @@ def run(argv: list[str]) -> int:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     store = tempfile.TemporaryDirectory(prefix="trainer-serve-")  # mode 700
     try:
-        engine.start()
+        if words.model is not None:
+            engine.start()
         app = create_app(
             engine,
-            words.model,
             keys=keys,
             host=words.host,
             store_dir=Path(store.name),
@@ -49,8 +53,7 @@ def run(argv: list[str]) -> int:
         )
         shown = f"[{words.host}]" if ":" in words.host else words.host
         print(
-            f"ready: http://{shown}:{port} model {words.model} on {engine.hello['device']}, "
-            f"weights {(engine.hello['weights_id'] or 'awaited')[:12]}, "
+            f"ready: http://{shown}:{port} {_describe(engine)}, "
             f"key {'asked for' if keys else 'none'}",
             flush=True,
         )
@@ -68,6 +71,13 @@ def run(argv: list[str]) -> int:
         listener.close()
         store.cleanup()
     return 0
+
+
+def _describe(engine: EngineProcess) -> str:
+    if engine.model_path is None:
+        return "waiting for a model (POST /models/register)"
+    weights = (engine.hello["weights_id"] or "awaited")[:12]
+    return f"model {engine.model_path} on {engine.hello['device']}, weights {weights}"
 
 
 def _end_with_stdin() -> None:
@@ -112,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="trainer serve",
         description="Answer prompts with a model; take new weights from a training run.",
     )
-    parser.add_argument("--model", default="tiny", help="alias, hub id or folder (default: tiny)")
+    parser.add_argument(
+        "--model", help="alias, hub id or folder; without it, the server waits to be told which"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=_port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

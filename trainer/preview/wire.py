@@ -120,6 +120,29 @@ class WeightsState(Body):
     """Numbers of the parts that have arrived, from 0."""
 
 
+class RegisterModel(Body):
+    """`POST /models/register`: load this model into a server that has none."""
+
+    model: Annotated[
+        str,
+        StringConstraints(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
+        ),
+    ]
+    """An alias or a hub id (`owner/name`), never a path."""
+
+
+class ModelState(Body):
+    """What `/models/active`, `set_active` and `register` answer: the model and its weights."""
+
+    model_id: str | None
+    """None: this server has no model yet."""
+    weights_id: str | None
+    """None: no weights yet."""
+    run: str | None = None
+    step: int | None = None
+
+
 class SetActive(Body):
     """`POST /models/set_active`: make a kept weight set the active one again."""
 
