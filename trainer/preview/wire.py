@@ -36,7 +36,8 @@ Option = str | int | float | bool | None
 class Body(BaseModel):
     """A request body: a field that the server does not know is refused, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: "5" is no number and true is no 1. What the description forbids is refused.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class TensorEntry(Body):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
@@ -25,6 +26,8 @@ from trainer.server.publish import add_active_route, add_preview_routes, add_wei
 from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service
 from trainer.server.weights import KEPT_SETS, WeightStore
 from trainer.server.worker import EngineProcess
+
+JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{24}$")]
 
 
 class Health(BaseModel):
@@ -213,7 +216,7 @@ def _add_generate_routes(app: FastAPI, service: Service) -> None:
         return JobState.model_validate(job.public())
 
     @app.delete("/jobs/{job_id}", responses=documented(404, 422), response_model_exclude_unset=True)
-    async def cancel(job_id: str) -> JobState:
+    async def cancel(job_id: JobId) -> JobState:
         job = find(job_id)
         queue.cancel(job)
         return JobState.model_validate(job.public())

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 logger = logging.getLogger(__name__)
 OPENAI_PREFIX = "/v1/"
 CODES = {
+    400: "bad_request",
     404: "not_found",
     405: "method_not_allowed",
     409: "conflict",
@@ -75,7 +76,7 @@ def documented(*statuses: int, openai: bool = False) -> dict[int | str, dict[str
     """Error answers of a route for its OpenAPI description, beside those that any route gives."""
     model = OpenAIProblem if openai else Problem
     found: dict[int | str, dict[str, Any]] = {}
-    for status in (401, 403, 413, 421, *statuses):
+    for status in (400, 401, 403, 413, 421, *statuses):
         found[status] = {"model": model}
         if status in (429, 503):
             found[status]["headers"] = {
