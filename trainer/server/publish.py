@@ -20,7 +20,7 @@ from trainer.preview.wire import (
 )
 from trainer.server.problems import WeightsRefusedError, documented
 from trainer.server.service import IdempotencyKey, Service
-from trainer.server.weights import Upload
+from trainer.server.upload import Upload
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
 KEPT_BATCHES = 200
@@ -79,19 +79,20 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
         x_part_sha256: Annotated[Digest, Header()],
     ) -> WeightsState:
         upload = store.find(upload_id)
-        await store.put_part(upload, number, x_part_sha256, request.stream())
+        await upload.put(number, x_part_sha256, request.stream())
         return state(upload)
 
     @app.post("/weights/{upload_id}/commit", responses=documented(404, 409, 422, 429, 503, 507))
     async def commit(upload_id: UploadId) -> WeightsState:
         upload = store.find(upload_id)
-        store.seal(upload)
+        upload.seal()
         try:
             path = await asyncio.to_thread(store.verify, upload)
             body = store.load_body(upload, path)
             await service.load(body)
-        finally:
-            upload.is_sealed = False
+        except BaseException:
+            upload.is_sealed = False  # to be sent or committed again
+            raise
         store.committed(upload, body)
         return state(upload, committed=True)
 

@@ -5,41 +5,21 @@ A set is one safetensors file; `safetensors_file` compares it with its manifest.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.preview.wire import PART_BYTES, TensorEntry, WeightsManifest, WeightsOffer
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.safetensors_file import MAX_HEADER, check_file, num_bytes
+from trainer.server.upload import Upload, no_room
 
 MAX_UPLOADS = 4
 KEPT_SETS = 2
 MAX_NAMES = 200
 FLOATS = {"F32", "F16", "BF16"}
 """Dtypes that an fp32 model holds without loss."""
-
-
-@dataclass
-class Upload:
-    """One offer and the parts of it that have arrived."""
-
-    id: str
-    offer: WeightsOffer
-    weights_id: str
-    path: Path
-    limit: int
-    """Bytes the file may have."""
-    parts: set[int] = field(default_factory=set)
-    size: int = 0
-    writers: int = 0
-    """Parts that are being written now."""
-    is_sealed: bool = False
-    """True while the file is checked and committed: nothing may be written to it."""
 
 
 class WeightStore:
@@ -187,64 +167,10 @@ class WeightStore:
             raise WeightsRefusedError(404, "no_upload", "no such upload; offer the weights again")
         return upload
 
-    async def put_part(
-        self, upload: Upload, number: int, digest: str, stream: AsyncIterator[bytes]
-    ) -> None:
-        """Write one part to its place; it counts only when its hash is right.
-
-        Raises:
-            WeightsRefusedError: outside the file, too long, or another hash.
-        """
-        start = number * PART_BYTES
-        if upload.offer.transport != "http" or start >= upload.limit:
-            raise WeightsRefusedError(422, "bad_part", f"this upload takes no part {number}")
-        if upload.is_sealed:
-            raise WeightsRefusedError(409, "committing", "this upload is being committed")
-        upload.parts.discard(number)
-        upload.writers += 1
-        try:
-            found, length = await self._write(upload, start, stream)
-        except OSError as error:
-            raise _no_room(f"part {number}", error) from error
-        finally:
-            upload.writers -= 1
-        if found.hexdigest() != digest:
-            raise WeightsRefusedError(
-                422, "bad_part_hash", f"part {number} does not have the hash that came with it"
-            )
-        upload.parts.add(number)
-        upload.size = max(upload.size, start + length)
-
-    async def _write(
-        self, upload: Upload, start: int, stream: AsyncIterator[bytes]
-    ) -> tuple[Any, int]:
-        """Put a stream at its place in the file; its hash and length."""
-        found, length = hashlib.sha256(), 0
-        descriptor = os.open(upload.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "r+b") as file:
-            file.seek(start)
-            async for piece in stream:
-                length += len(piece)
-                if length > PART_BYTES or start + length > upload.limit:
-                    raise WeightsRefusedError(413, "too_large", "the part is too long")
-                found.update(piece)
-                file.write(piece)
-        return found, length
-
     def holds(self, weights_id: str) -> bool:
         """Whether nothing of this set would have to be sent."""
         tag = self.tags.get(weights_id)
         return tag is not None and (tag["path"] is None or Path(tag["path"]).is_file())
-
-    def seal(self, upload: Upload) -> None:
-        """Take no more parts of an upload: what is checked must be what is loaded.
-
-        Raises:
-            WeightsRefusedError: a part of it is being written, or it is being committed already.
-        """
-        if upload.writers or upload.is_sealed:
-            raise WeightsRefusedError(409, "committing", "a part or a commit is under way")
-        upload.is_sealed = True
 
     def verify(self, upload: Upload) -> Path | None:
         """Check the whole set of a sealed upload (slow: run it in a thread).
@@ -268,8 +194,9 @@ class WeightStore:
             os.truncate(upload.path, upload.size)
             check_file(upload.path, upload.offer.manifest)
             os.replace(upload.path, kept)
+            upload.path = kept  # where a second try finds it, if the engine dies on the first
         except OSError as error:
-            raise _no_room("the set", error) from error
+            raise no_room("the set", error) from error
         except WeightsRefusedError as error:
             if error.status == 422:
                 upload.parts.clear()  # which of them is wrong cannot be told: all are sent again
@@ -286,7 +213,9 @@ class WeightStore:
 
     def committed(self, upload: Upload, tag: dict[str, Any]) -> None:
         """Forget the upload; keep the last sets only."""
-        self.drop(upload)
+        self.uploads.pop(upload.id, None)
+        if upload.path != self._kept_path(upload.weights_id):
+            upload.path.unlink(missing_ok=True)
         self.tags[upload.weights_id] = tag
         self.name(upload.offer.run, upload.offer.step, upload.weights_id)
         if upload.weights_id == self.original_id:
@@ -313,7 +242,3 @@ def _fits(entry: TensorEntry, mine: TensorEntry | None) -> bool:
     if mine is None or entry.shape != mine.shape:
         return False
     return entry.dtype == mine.dtype or {entry.dtype, mine.dtype} <= FLOATS
-
-
-def _no_room(what: str, error: OSError) -> WeightsRefusedError:
-    return WeightsRefusedError(507, "no_room", f"{what} cannot be stored ({error.strerror})")
