@@ -27,6 +27,8 @@ class Upload:
     size: int = 0
     is_sealed: bool = False
     """True while the file is checked, and ever after: nothing may be written to it."""
+    is_stored: bool = False
+    """True once it was checked: the file lies where the kept sets do."""
 
     async def put(self, number: int, digest: str, stream: AsyncIterator[bytes]) -> None:
         """Write one part to its place; it counts only when its hash is right.
@@ -37,6 +39,8 @@ class Upload:
         start = number * PART_BYTES
         if self.offer.transport != "http" or start >= self.limit:
             raise WeightsRefusedError(422, "bad_part", f"this upload takes no part {number}")
+        if self.is_stored:
+            raise WeightsRefusedError(409, "committing", "this upload is whole; commit it")
         self.parts.discard(number)
         try:
             found, length = await self._write(start, stream)

@@ -185,16 +185,20 @@ class WeightStore:
             return None
         if upload.weights_id in self.sets and kept.is_file():
             return kept
+        if upload.is_stored and not kept.is_file():  # stored by another offer, and forgotten since
+            upload.is_stored = False
+            upload.parts.clear()
         try:
             if upload.offer.transport == "dir":
                 return self._verify_shared(upload)
             missing = set(range(-(-upload.size // PART_BYTES) or 1)) - upload.parts
             if missing:
                 raise WeightsRefusedError(409, "parts_missing", f"parts missing: {sorted(missing)}")
-            os.truncate(upload.path, upload.size)
-            check_file(upload.path, upload.offer.manifest)
-            os.replace(upload.path, kept)
-            upload.path = kept  # where a second try finds it, if the engine dies on the first
+            if not upload.is_stored:
+                os.truncate(upload.path, upload.size)
+                check_file(upload.path, upload.offer.manifest)
+                os.replace(upload.path, kept)
+                upload.is_stored = True  # a second try finds it, if the engine dies on the first
         except OSError as error:
             raise no_room("the set", error) from error
         except WeightsRefusedError as error:
@@ -214,8 +218,7 @@ class WeightStore:
     def committed(self, upload: Upload, tag: dict[str, Any]) -> None:
         """Forget the upload; keep the last sets only."""
         self.uploads.pop(upload.id, None)
-        if upload.path != self._kept_path(upload.weights_id):
-            upload.path.unlink(missing_ok=True)
+        upload.path.unlink(missing_ok=True)
         self.tags[upload.weights_id] = tag
         self.name(upload.offer.run, upload.offer.step, upload.weights_id)
         if upload.weights_id == self.original_id:
@@ -233,6 +236,8 @@ class WeightStore:
         """Remove an upload and what has arrived of it."""
         self.uploads.pop(upload.id, None)
         upload.path.unlink(missing_ok=True)
+        if upload.is_stored and upload.weights_id not in self.sets:
+            self._kept_path(upload.weights_id).unlink(missing_ok=True)
 
     def _kept_path(self, weights_id: str) -> Path:
         return self.folder / f"{weights_id}.safetensors"
