@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from tests.integration.serving import Server, running_server
 from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
@@ -40,7 +41,7 @@ def client(server: Server) -> httpx.Client:
 @pytest.fixture(scope="module")
 def manifest() -> dict[str, Any]:
     tokenizer = load_tiny_tokenizer()
-    model = build_tiny_model(seed=3, vocab_size=len(tokenizer))
+    model = build_tiny_model(seed=3, vocab_size=len(tokenizer), dtype=torch.float32)
     return model_manifest(model, tokenizer).model_dump(mode="json")
 
 

@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     if words.end_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    store = tempfile.TemporaryDirectory(prefix="trainer-serve-")  # mode 700
+    store = _store()
     try:
         if words.model is not None:
             engine.start()
@@ -71,6 +71,17 @@ def run(argv: list[str]) -> int:
         listener.close()
         store.cleanup()
     return 0
+
+
+def _store() -> tempfile.TemporaryDirectory[str]:
+    """A private folder (mode 700) for what is uploaded."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="trainer-serve-")
+    except OSError as error:
+        raise ConfigError(
+            f"no folder for uploads can be made in {tempfile.gettempdir()} "
+            f"({error.strerror or error}); set TMPDIR to one with room."
+        ) from error
 
 
 def _describe(engine: EngineProcess) -> str:

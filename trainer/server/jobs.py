@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 MAX_QUEUED = 64
 KEPT_JOBS = 512
+RESTART_PAUSE_S = 5.0
 MAX_TRIES = 2
 """A job that the engine died on is tried again once."""
 
@@ -93,6 +94,7 @@ class JobQueue:
         self._heap: list[tuple[int, int, Job]] = []
         self._numbers = itertools.count()
         self._wake = asyncio.Event()
+        self._is_broken = False
 
     @property
     def waiting(self) -> int:
@@ -158,12 +160,21 @@ class JobQueue:
     async def run(self) -> None:
         """Serve the queue until cancelled."""
         while True:
-            while not self._heap:
+            if self._is_broken:
+                await asyncio.sleep(RESTART_PAUSE_S)
+                await self._restart()
+                continue
+            if not self._heap:
                 self._wake.clear()
                 await self._wake.wait()
+                continue
             _, _, job = heapq.heappop(self._heap)
-            if not job.done.is_set():
-                await self._run_one(job)
+            try:
+                if not job.done.is_set():
+                    await self._run_one(job)
+            except Exception:  # this loop must go on whatever a job does
+                logger.exception("a %s job failed in the queue", job.operation)
+                job.finish("failed", 500, "internal error; the server's log says more")
             self.ended[job.status] += 1
 
     async def _run_one(self, job: Job) -> None:
@@ -247,9 +258,10 @@ class JobQueue:
                     logger.error("the committed weights do not load again: %s", reply["error"])
                     self.committed = None
                     self.engine_started()
-            self.is_ready = True
+            self.is_ready, self._is_broken = True, False
         except (ModelError, EngineDiedError) as error:
-            logger.error("the engine could not be started again: %s", error)
+            logger.error("the engine could not be started again, trying later: %s", error)
+            self._is_broken = True
 
     async def wait(self, job: Job, timeout_s: float) -> None:
         """Wait until the job ended, or for `timeout_s`."""
