@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from trainer.commands.arguments import parse
-from trainer.errors import EXIT_SIGTERM, ConfigError
+from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
 from trainer.server.weights import KEPT_SETS
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     store = _store()
     try:
         if words.model is not None:
-            engine.start()
+            _start(engine)
         app = create_app(
             engine,
             keys=keys,
@@ -71,6 +71,15 @@ def run(argv: list[str]) -> int:
         listener.close()
         store.cleanup()
     return 0
+
+
+def _start(engine: EngineProcess) -> None:
+    try:
+        engine.start()
+    except ModelError as error:
+        # The loader names options of a training run; here the same are flags.
+        words = str(error).replace("model.model_path=", "--model ")
+        raise ModelError(words.replace("environment.device=", "--device ")) from error
 
 
 def _store() -> tempfile.TemporaryDirectory[str]:
@@ -115,17 +124,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError(text)
-    return port
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 (a free one) to 65535")
+    return int(text)
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError(text)
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:

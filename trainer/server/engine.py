@@ -198,8 +198,12 @@ def engine_main(
         held = HeldModel(model_path, device, wait_for_weights=wait_for_weights)
         watch = TokenWatch(control, held.tokenizer, lambda text: _send(jobs, {"text": text}))
         engine = Engine(held, watch)
-    except (TrainerError, OSError, RuntimeError) as error:
+    except TrainerError as error:
         _send(jobs, {"ok": False, "error": str(error)})
+        return
+    except Exception as error:  # a model folder can be wrong in any way
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        _send(jobs, {"ok": False, "error": f"--model {model_path}: it does not load ({words})."})
         return
     _send(jobs, {"ok": True, "result": engine.hello()})
     while True:
