@@ -36,7 +36,7 @@ mutants: $(STAMP)
 	$(BIN)/python -m pytest -q -k is_killed
 
 fuzz: $(STAMP)
-	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest --durations=25 tests/integration/test_server_fuzz.py
+	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -s tests/integration/test_server_fuzz.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

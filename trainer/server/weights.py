@@ -168,9 +168,9 @@ class WeightStore:
         return upload
 
     def holds(self, weights_id: str) -> bool:
-        """Whether nothing of this set would have to be sent."""
+        """Whether the file of this set is here, so that nothing has to be sent."""
         tag = self.tags.get(weights_id)
-        return tag is not None and (tag["path"] is None or Path(tag["path"]).is_file())
+        return tag is not None and tag["path"] is not None and Path(tag["path"]).is_file()
 
     def verify(self, upload: Upload) -> Path | None:
         """Check the whole set of a sealed upload (slow: run it in a thread).
