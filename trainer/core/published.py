@@ -235,7 +235,7 @@ def _canary(run: RunContext, requests: Sequence[PreviewRequest]) -> Canary | Non
         with torch.autocast(run.device.type, dtype=dtype, enabled=is_half and dtype is not None):
             return golden_logprobs(model, prompt, golden)
 
-    return Canary(index, len(golden), TOLERANCE.get(run.precision.compute_dtype, 0.05), score)
+    return Canary(index, len(golden), TOLERANCE[run.precision.compute_dtype], score)
 
 
 def _previews(

@@ -44,10 +44,14 @@ class EpochOrder(Sampler[int]):
         """Choose the epoch, from 0; called by the training loop."""
         self.epoch = epoch
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may have fewer rows."""
+        return -(-len(self.lengths) // self.group_size)
+
     def first_row_of_step(self, step: int) -> int:
         """The first row of optimizer step `step`, from 1, counted over all epochs."""
-        steps_per_epoch = -(-len(self.lengths) // self.group_size)
-        epoch, nth = divmod(step - 1, steps_per_epoch)
+        epoch, nth = divmod(step - 1, self.steps_per_epoch)
         return self.epoch_rows(epoch)[nth * self.group_size]
 
     def __len__(self) -> int:

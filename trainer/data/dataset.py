@@ -248,8 +248,15 @@ class _Preparer:
             elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
-                encoded.append(_Encoded(row, content_key(row.messages, self.seed), result))
+                encoded.append(_Encoded(row, self._key(row), result))
         return encoded
+
+    def _key(self, row: Row) -> str:
+        """The key of the cleaned content: rows that are trained alike go to one side."""
+        turns = [turn.copy() for turn in row.messages]
+        for turn in turns:
+            turn["content"] = " ".join(self.profile.clean(turn["content"]).split())
+        return content_key(turns, self.seed)
 
     def _conversation(self, row: Row) -> list[Message]:
         clean = [turn.copy() for turn in row.messages]

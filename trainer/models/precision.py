@@ -47,7 +47,12 @@ def resolve_device(device: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    wanted = torch.device(device)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device {device!r} is not one of auto, cpu, mps, cuda, cuda:N.")
     if wanted.type == "cuda":
         count = torch.cuda.device_count()
         if (wanted.index or 0) >= count:

@@ -460,7 +460,9 @@ class PublishedPreviews:
                 else "superseded: older weights were still on their way"
             )
         results = [
-            PreviewResult.failed(request, step, error, self.backend_type)
+            PreviewResult.failed(request, step, error, self.backend_type).model_copy(
+                update={"is_superseded": superseded_by is not None}
+            )
             for request in self.requests
         ]
         self._hand_over(Finished(step, results, is_superseded=superseded_by is not None))

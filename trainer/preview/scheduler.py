@@ -7,6 +7,7 @@ what became of every step that was asked for; nothing is dropped in silence.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -121,7 +122,7 @@ def _milliseconds(values: list[float], share: float) -> float | None:
         return None
     if share == 0.5:
         return round(1000 * statistics.median(values), 3)
-    return round(1000 * sorted(values)[int(share * (len(values) - 1))], 3)
+    return round(1000 * sorted(values)[math.ceil(share * len(values)) - 1], 3)
 
 
 class PreviewScheduler:
@@ -311,7 +312,12 @@ class ThreadLane:
 
     def _fail(self, step: int, reason: str, *, is_superseded: bool = False) -> None:
         kind = self.backend.backend_type
-        results = [PreviewResult.failed(one, step, reason, kind) for one in self.requests]
+        results = [
+            PreviewResult.failed(one, step, reason, kind).model_copy(
+                update={"is_superseded": is_superseded}
+            )
+            for one in self.requests
+        ]
         self._on_finished(Finished(step, results, is_superseded=is_superseded))
 
     def _run(self) -> None:
