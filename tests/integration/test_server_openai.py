@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.integration.serving import Server, running_server
@@ -149,3 +150,26 @@ def test_refusals_come_before_the_stream_begins(server: Server, client: openai.O
     answer = httpx.post(server.url + "/v1/completions", content=b"{")
     assert answer.status_code == 422
     assert set(json.loads(answer.text)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_an_engine_that_dies_ends_the_stream_with_an_error_and_is_replaced(
+    server: Server, client: openai.OpenAI
+) -> None:
+    children = psutil.Process(server.process.pid).children()
+    [engine] = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+    pieces: list[str] = []
+
+    def read(stream: openai.Stream[Any]) -> None:
+        for chunk in stream:
+            assert chunk.choices[0].finish_reason is None, "an answer that was never whole"
+            pieces.extend(filter(None, [chunk.choices[0].delta.content]))
+            if len(pieces) == 3:
+                engine.kill()
+
+    stream = client.chat.completions.create(messages=TURNS, stream=True, **LONG)
+    with stream, pytest.raises(openai.APIError, match="the engine process died"):
+        read(stream)
+    assert len(pieces) >= 3
+    whole = client.chat.completions.create(messages=TURNS, **SHORT)
+    assert whole.choices[0].finish_reason in ("stop", "length")
+    assert httpx.get(server.url + "/info").json()["engine_restarts"] == 1
