@@ -29,8 +29,16 @@ from trainer.server.service import Service, result_of
 
 logger = logging.getLogger(__name__)
 Completion = ChatRequest | CompletionRequest
+EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {"type": "string", "description": "A chunk as JSON, or [DONE]."},
+        "event": {"const": "message"},
+    },
+    "required": ["data"],
+}
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"schema": EVENT}}}
 }
 
 
