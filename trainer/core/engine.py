@@ -325,6 +325,9 @@ class TrainerEngine:
             self._drain_previews(config)
         finally:
             run.stop.can_wait = False
+            run.durations_s.setdefault("training", time.perf_counter() - started)
+            if run.scheduler is not None:  # a run that fails says what became of its previews too
+                run.scheduler.give_up("the run ended before the answer came")
 
     def _drain_previews(self, config: TrainerConfig) -> None:
         """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""

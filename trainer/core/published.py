@@ -36,6 +36,8 @@ from trainer.preview.snapshot import Snapshotter, arena_folder
 from trainer.preview.workers import Announce, RemoteWorker, SidecarWorker
 from trainer.profiles import DataProfile, known_profiles
 
+SIDECAR_S = 900.0
+"""Seconds a prompt may take on a sidecar, which is slow on a CPU, and known to be alive."""
 NUM_SLOTS = {"http": 2, "dir": 3}
 """With `dir` the server reads the newest file where it lies: one more is in use."""
 
@@ -71,7 +73,7 @@ def build_published(
             "key": key,
             "run": name,
             "transport": transport,
-            "timeout_s": monitoring.remote_3090_timeout,
+            "timeout_s": monitoring.remote_3090_timeout if transport == "http" else SIDECAR_S,
             "weights_dir": str(weights_dir) if weights_dir else None,
             "folder": str(folder),
             "hashes": hashes.model_dump(),

@@ -10,7 +10,6 @@ import hashlib
 import json
 import mmap
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -268,7 +267,9 @@ class WorkerClient:
             PreviewError: the answer is not one to this request: nothing of it may be shown.
         """
         deadline = time.monotonic() + timeout_s
-        headers = {"Idempotency-Key": secrets.token_hex(16)}
+        # A retry after a broken connection is answered from what was made before.
+        key = f"{request.run}-{request.step}-{request.weights_id[:32]}"
+        headers = {"Idempotency-Key": key}
         body = request.model_dump(mode="json")
         _, found = self.http.call("POST", "/previews", deadline, body, headers=headers)
         try:
