@@ -2,6 +2,7 @@
 # make test   every test, on two cores in under 15 minutes
 # make quick  the fast tests        make check  format, lint, types
 # make trust  the numeric checks        make mutants  that each check kills its mutant
+# make fuzz   500 drawn requests to every route of a real server
 # make bench  the benchmarks that need no data of yours
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick trust mutants check format docs bench clean
+.PHONY: demo test quick trust mutants fuzz check format docs bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,6 +37,9 @@ trust: $(STAMP)
 
 mutants: $(STAMP)
 	$(BIN)/python -m pytest -q $(TWO) -k is_killed
+
+fuzz: $(STAMP)
+	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -s tests/integration/test_server_fuzz.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
