@@ -28,10 +28,10 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's model in double precision."""
-    import trainer.core.engine as engine
+    import trainer.core.loading as loading
 
-    load = engine.load_model
-    monkeypatch.setattr(engine, "load_model", lambda *args, **named: load(*args, **named).double())
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *args, **named: load(*args, **named).double())
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def revision(lab: Lab) -> None:
         for asked, width in ((None, 32), ("wide", 64)):
             trainer = lab.trainer(model={"model_path": "somebody/small", "revision": asked})
             assert trainer.model.config.intermediate_size == width
-    assert "model.revision=wide" in lab.refusal(model={"revision": "wide"})
+    assert "model.revision='wide'" in lab.refusal(model={"revision": "wide"})
 
 
 @shows("model.attn_implementation")

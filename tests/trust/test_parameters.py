@@ -87,9 +87,9 @@ def test_n20_exactly_the_intended_parameters_move(config: Callable[..., Any], mo
 def test_mutant_n20_frozen_adapter_is_killed(
     config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.core.engine as engine
+    import trainer.core.loading as loading
 
-    add = engine.add_lora
+    add = loading.add_lora
 
     def frozen(*args: Any, **named: Any) -> Any:
         model = add(*args, **named)
@@ -97,7 +97,7 @@ def test_mutant_n20_frozen_adapter_is_killed(
         model.get_parameter(name).requires_grad_(False)
         return model
 
-    monkeypatch.setattr(engine, "add_lora", frozen)
+    monkeypatch.setattr(loading, "add_lora", frozen)
     with pytest.raises(AssertionError):
         check_what_moves(config, "lora")
 

@@ -149,7 +149,7 @@ def _worker(
     secret = read_key(monitoring.remote_3090_key_file)
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
-        info = client.check(hashes, profile)
+        info = client.check(hashes, profile, run.config.model.model_path)
         wanted = monitoring.remote_3090_model_id
         if wanted is not None and wanted != info.model_id:
             raise ConfigError(
