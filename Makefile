@@ -2,6 +2,7 @@
 # make test   every test, on two cores in under 15 minutes
 # make quick  the fast tests        make check  format, lint, types
 # make trust  the numeric checks        make mutants  that each check kills its mutant
+# make fuzz   500 drawn requests to every route of a real server
 # make bench  the benchmarks that need no data of yours
 # make screenshots  the pictures in docs/img, from a demo run (needs chromium)
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick trust mutants check format docs bench screenshots clean
+.PHONY: demo test quick trust mutants fuzz check format docs bench screenshots clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -23,17 +24,23 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/trainer demo
 
+# Tests compute in one thread each, so that two files at a time use two cores.
+TWO := -n 2 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 trust: $(STAMP)
-	$(BIN)/python -m pytest tests/trust
+	$(BIN)/python -m pytest $(TWO) tests/trust
 
 mutants: $(STAMP)
-	$(BIN)/python -m pytest -q -k is_killed
+	$(BIN)/python -m pytest -q $(TWO) -k is_killed
+
+fuzz: $(STAMP)
+	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -s tests/integration/test_server_fuzz.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

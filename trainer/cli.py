@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import logging
 import sys
+import warnings
 
 from trainer import __version__
-from trainer.errors import EXIT_COMPLETED, EXIT_SIGINT, EXIT_USER_INPUT, TrainerError
+from trainer.errors import EXIT_COMPLETED, EXIT_SIGINT, EXIT_USER_INPUT, StoppedError, TrainerError
 
 COMMANDS = {
     "demo": "a tiny model learns in about a minute; nothing is downloaded",
@@ -36,9 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: words after the program's name; None: those of the process.
     Returns:
-        0 completed, 1 a failed run, 2 the user's input, 130 and 143 signals.
+        0 completed, 1 a failed run, 2 the user's input, 129, 130 and 143 signals.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the locale cannot show
+            stream.reconfigure(errors="replace")
+    if not sys.warnoptions:  # of libraries, about each other
+        warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -50,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         return _run(words[0], words[1:])
     except TrainerError as error:
         print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except StoppedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

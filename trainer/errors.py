@@ -21,6 +21,7 @@ from __future__ import annotations
 EXIT_COMPLETED = 0
 EXIT_FAILED = 1
 EXIT_USER_INPUT = 2
+EXIT_SIGHUP = 129
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 
@@ -29,6 +30,15 @@ class TrainerError(Exception):
     """A failure this program explains itself; `exit_code` is what the process ends with."""
 
     exit_code = EXIT_FAILED
+
+
+class StoppedError(BaseException):
+    """A signal asked this process to stop; not an Exception, so that no library swallows it."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        """Keep what the process ends with: 129, 130 or 143."""
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class UserInputError(TrainerError):

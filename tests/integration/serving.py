@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 
 @dataclass
@@ -18,6 +19,12 @@ class Server:
     port: int
     process: subprocess.Popen[str]
     line: str
+    errors: IO[str]
+
+    def log(self) -> str:
+        """What it has written to stderr so far."""
+        self.errors.seek(0)
+        return self.errors.read()
 
     @property
     def url(self) -> str:
@@ -49,4 +56,4 @@ def running_server(*words: str, prefix: Sequence[str] = ()) -> Iterator[Server]:
         line = process.stdout.readline()
         errors.seek(0)
         assert line.startswith("ready:"), errors.read()
-        yield Server(int(line.split()[1].rsplit(":", 1)[1]), process, line)
+        yield Server(int(line.split()[1].rsplit(":", 1)[1]), process, line, errors)

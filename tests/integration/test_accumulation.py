@@ -15,12 +15,23 @@ CUTS = [(1, 8), (2, 4), (8, 1)]
 
 @pytest.fixture
 def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain SGD at rate 1: AdamW would hide errors of scale."""
+    """Plain SGD at the config's rate: AdamW would hide errors of scale."""
     import trainer.core.engine as engine
 
     monkeypatch.setattr(
-        engine, "build_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=1.0)
+        engine,
+        "build_optimizer",
+        lambda model, hyper: torch.optim.SGD(model.parameters(), lr=hyper.learning_rate),
     )
+
+
+@pytest.fixture
+def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's model in double precision."""
+    import trainer.core.loading as loading
+
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *args, **named: load(*args, **named).double())
 
 
 @pytest.fixture
@@ -37,18 +48,20 @@ def change(before: Path, after: Path) -> torch.Tensor:
     return torch.cat([(new[name].double() - old[name].double()).flatten() for name in sorted(new)])
 
 
-def test_accumulation_1x8_equals_2x4_equals_8x1_on_ragged_rows(
-    train: Callable[..., Any], no_dropout: Path, sgd: None
-) -> None:
+def check_cuts(train: Callable[..., Any], start: Path, rate: float, tolerance: float) -> None:
+    """37 rows in five steps of 8 rows, the last of 5, move the weights alike however they are cut.
+
+    At rate 1 the third step doubles the distance walked, and in fp32 multiplies the rounding of
+    those before it by ten (1e-7 becomes 2e-6); in fp64 the cuts agree to 6e-16 even there.
+    """
     moved = []
     for batch_size, accumulation in CUTS:
-        # 40 rows in steps of 8, validation off, and a 36-row run would leave a partial window.
         result = train(
             f"cut{batch_size}",
             hyperparams={
                 "batch_size": batch_size,
                 "gradient_accumulation": accumulation,
-                "learning_rate": 0.1,
+                "learning_rate": rate,
                 "max_steps": None,
                 "max_grad_norm": 0.0,
                 "lr_scheduler": "constant",
@@ -58,7 +71,31 @@ def test_accumulation_1x8_equals_2x4_equals_8x1_on_ragged_rows(
             monitoring={"inference_interval": 0},
         )
         assert result.success, result.error_message
-        assert result.global_step == 5  # the last window has 5 rows only
-        moved.append(change(no_dropout, result.model_path))
+        assert result.global_step == 5
+        moved.append(change(start, result.model_path))
     for other in moved[1:]:
-        assert (other - moved[0]).norm() <= 2e-6 * moved[0].norm()
+        assert (other - moved[0]).norm() <= tolerance * moved[0].norm()
+
+
+def test_accumulation_1x8_equals_2x4_equals_8x1_on_ragged_rows(
+    train: Callable[..., Any], no_dropout: Path, sgd: None
+) -> None:
+    check_cuts(train, no_dropout, rate=0.1, tolerance=2e-6)
+
+
+def test_accumulation_at_rate_1_is_equal_to_the_last_digits_of_fp64(
+    train: Callable[..., Any],
+    no_dropout: Path,
+    sgd: None,
+    fp64: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import trainer.core.engine as engine
+
+    save = engine.save_final_model
+    monkeypatch.setattr(
+        engine,
+        "save_final_model",
+        lambda *args, **named: save(*args, **{**named, "dtype": torch.float64}),
+    )
+    check_cuts(train, no_dropout, rate=1.0, tolerance=1e-12)

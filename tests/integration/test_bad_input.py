@@ -112,6 +112,13 @@ def test_all_bad_rows_are_named_at_once(
         (["--dataset", "DATA", "--environment.device", "cuda:7"], "CUDA devices"),
         (["--dataset", "DATA", "--config", "absent.json"], "no such config file"),
         (["--dataset", "DATA", "--monitoring.preview_backend", "remote_3090"], "remote_3090_host"),
+        (["--dataset", "DATA", "--monitoring.report_to", "wandb_"], "Did you mean 'wandb'?"),
+        (["--dataset", "DATA", "--model.revision", "main"], "model.revision='main'"),
+        (
+            ["--dataset", "DATA", "--model.attn_implementation", "flash_attention_2"],
+            "model.attn_implementation=flash_attention_2",
+        ),
+        (["--dataset", "DATA", "--epochs", "inf"], "finite number"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )

@@ -189,3 +189,25 @@ def test_the_minimal_example_trains(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shown = [float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines()]
     assert shown[-1] < 0.5 * shown[0]
+
+
+def test_a_dry_run_prints_json_for_programs_and_little_when_quiet(
+    cli: Callable[..., Any], qa_file: Path, tmp_path: Path
+) -> None:
+    words = ["--dry-run", "--dataset", qa_file, "--model", "tiny", "--output", tmp_path / "dry"]
+    done = cli("train", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    last = [json.loads(line) for line in done.stdout.splitlines()][-1]
+    assert (last["event"], last["num_steps"]) == ("DryRun", 5)
+    assert last["memory"]["weights"] == 4 * last["memory"]["num_parameters"]
+    quiet = cli("train", *words, "--quiet").stdout
+    assert "card" not in quiet
+    assert "memory" in quiet
+
+
+def test_a_path_that_the_locale_cannot_show_is_printed_all_the_same(
+    cli: Callable[..., Any], qa_file: Path
+) -> None:
+    words = ["train", "--dry-run", "--dataset", qa_file, "--model", "tiny"]
+    done = cli(*words, "--output", "\u00fc", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr

@@ -52,7 +52,7 @@ def test_stop_saves_and_a_resume_goes_on_without_obeying_it_again(
     result = TrainerEngine(observers=[person]).run_job(config)
     assert (result.state, result.exit_code, result.global_step) == ("stopped", 130, 3)
     assert result.error_message is not None
-    assert "stopped by the control file after step 3" in result.error_message
+    assert "by the control file after step 3" in result.error_message
     assert any("control: stop after step 3" in text for text in texts_of(result.output_dir))
     output = config.output.model_copy(update={"resume": "latest"})
     again = TrainerEngine().run_job(config.model_copy(update={"output": output}))

@@ -34,6 +34,7 @@ def test_a_run_writes_what_it_promises(train: Callable[..., Any]) -> None:
     } <= names
     status = TrainingStatusReader(result.output_dir).read()
     assert (status.state, status.step, status.total_steps) == ("completed", 12, 12)
+    assert status.epoch == status.num_epochs == 12 / 8  # max_steps wins over num_epochs
     losses = [
         row["train_loss"]
         for row in rows_of(result.output_dir / "metrics.jsonl")
@@ -231,10 +232,15 @@ def test_early_stopping_stops_and_says_why(train: Callable[..., Any]) -> None:
         "early_stopping_min_delta": 0.01,
         "weight_decay": 0.0,
     }
-    result = train(hyperparams=hyper, monitoring={"micro_eval_interval": 2})
+    options = {"micro_eval_interval": 2}
+    result = train(hyperparams=hyper, monitoring=options, output={"keep_checkpoints": 1})
     assert result.success, result.error_message
     assert result.global_step == 6
     assert "early stopping" in result.summary["stop_reason"]
+    # The best step has a checkpoint, and keeps it beside the newest one.
+    kept = sorted(path.name for path in (result.output_dir / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000006"]
+    assert "step 2, whose checkpoint is kept" in result.summary["stop_reason"]
 
 
 def test_the_final_evaluation_answers_held_out_prompts(train: Callable[..., Any]) -> None:

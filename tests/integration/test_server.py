@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running_server() as found:
+    with running_server("--model", "tiny") as found:
         yield found
 
 

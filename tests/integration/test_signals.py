@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: saved at the end of the step, exit 130 and 143, and resumable."""
+"""Ctrl-C, SIGTERM, SIGHUP: saved at the end of the step, exit 130, 143, 129, and resumable."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def _steps(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_at_the_end_of_the_step_and_names_resume(
     number: signal.Signals,
     code: int,
@@ -95,3 +97,42 @@ def test_a_second_signal_aborts_and_leaves_a_verified_checkpoint_or_none(
     root = tmp_path / "out" / "checkpoints"
     if root.is_dir() and any(root.glob("step-*")):
         find_latest_checkpoint(root)
+
+
+@pytest.mark.slow
+def test_a_hangup_that_is_ignored_changes_nothing(
+    qa_file: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    words = ["--dataset", qa_file, "--model", "tiny", "--output", tmp_path / "out", "--fp32"]
+    words += ["--max-steps", "3", "--monitoring.preview_max_tokens", "4"]
+    script = (  # what nohup does, then a hangup in the first step
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from trainer.monitoring import callbacks\n"
+        "begin = callbacks.LiveMonitorCallback.on_train_begin\n"
+        "def hung_up(self, *args, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP); begin(self, *args, **options)\n"
+        "callbacks.LiveMonitorCallback.on_train_begin = hung_up\n"
+        "from trainer.cli import main; sys.exit(main(['train', *sys.argv[1:]]))"
+    )
+    done = cli(*words, command=[sys.executable, "-c", script])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["train", "dry run"])
+def test_a_signal_before_the_first_step_ends_at_once_with_one_line(
+    words: list[str], qa_file: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "import trainer.core.preparation as preparation\n"
+        "def interrupted(*args, **options): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "preparation.prepare_data = interrupted\n"
+        "from trainer.cli import main; sys.exit(main(['train', *sys.argv[1:]]))"
+    )
+    usual = ["--dataset", qa_file, "--model", "tiny", "--output", tmp_path / "out"]
+    done = cli(*usual, *words, command=[sys.executable, "-c", script])
+    assert done.returncode == 143
+    assert done.stderr.strip() == "stopped: by SIGTERM"
+    assert not (tmp_path / "out").exists()

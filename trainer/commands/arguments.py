@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import NoReturn
 
 from trainer.errors import ConfigError
+
+
+def at_least(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
+    """An argparse type: a finite number of this kind, not below `least`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least} up")
+        return value
+
+    return read
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

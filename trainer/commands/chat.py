@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import at_least, parse
 from trainer.core.finished import open_run
 from trainer.models.load import context_length
-from trainer.models.precision import resolve_device
+from trainer.models.precision import DTYPES, resolve_device
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.profiles import Message
@@ -25,8 +25,11 @@ def run(argv: list[str]) -> int:
     console = Console(stderr=not sys.stdin.isatty())
     finished = open_run(Path(words.run))
     with console.status(f"loading {finished.model_dir}"):
-        model, tokenizer = finished.load()
-        model.to(resolve_device(words.device))
+        device = resolve_device(words.device)
+        # A GPU that trained in half precision need not have room for fp32 weights.
+        dtype = DTYPES[finished.config.hyperparams.fp_precision] if device.type == "cuda" else None
+        model, tokenizer = finished.load(dtype)
+        model.to(device)
         backend = LocalPreviewBackend(
             model=model,
             tokenizer=tokenizer,
@@ -44,9 +47,15 @@ def run(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer chat", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of the run (--output of trainer train)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer [256]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy [0]")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling noise [42]")
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(int, 1), default=256, help="longest answer [256]"
+    )
+    parser.add_argument(
+        "--temperature", type=at_least(float, 0), default=0.0, help="0 = greedy [0]"
+    )
+    parser.add_argument(
+        "--seed", type=at_least(int, 0), default=42, help="seed of the sampling noise [42]"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N [auto]")
     return parser
 
@@ -68,12 +77,20 @@ def _talk(backend: LocalPreviewBackend, is_terminal: bool) -> int:
         elif text:
             turns.append(Message(role="user", content=text))
             result = _answer(backend, turns, text)
-            turns.append(Message(role="assistant", content=result.text))
+            if result.ok:
+                turns.append(Message(role="assistant", content=result.text))
+            else:
+                turns.pop()
             print(("model> " if is_terminal else "") + _shown(result), flush=True)
 
 
 def _answer(backend: LocalPreviewBackend, turns: list[Message], text: str) -> PreviewResult:
     ids = tuple(backend.render_turns(turns))
+    limit = backend.settings.max_length
+    if limit is not None and len(ids) >= limit:
+        request = PreviewRequest(prompt=text, prompt_token_ids=ids)
+        full = f"{len(ids)} tokens so far, and the model's context is {limit}; /reset starts anew"
+        return PreviewResult.failed(request, 0, full, backend.backend_type)
     return backend.preview_batch([PreviewRequest(prompt=text, prompt_token_ids=ids)], 0)[0]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import at_least, parse
 from trainer.config import TrainerConfig, create_default_config
 from trainer.core import TrainerEngine, TrainingResult
 from trainer.demo.tasks import DemoData, operation_of, write_demo_data
@@ -49,8 +50,8 @@ def run(argv: list[str]) -> int:
     result = engine.run_job(config)
     records.finish(folder)
     if not result.success:
-        if words.display == "quiet":
-            console.print(f"error: {result.error_message}", highlight=False)
+        word = "stopped" if result.state == "stopped" else "error"
+        print(f"{word}: {result.error_message}", file=sys.stderr)
         return result.exit_code
     _report(console, folder, data, result)
     return result.exit_code
@@ -59,8 +60,10 @@ def run(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer demo", description=__doc__)
     parser.add_argument("--output", default="demo_run", help="folder of the run [demo_run]")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps [{STEPS}]")
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights [0]")
+    parser.add_argument(
+        "--steps", type=at_least(int, 1), default=STEPS, help=f"optimizer steps [{STEPS}]"
+    )
+    parser.add_argument("--seed", type=at_least(int, 0), default=0, help="of data and weights [0]")
     parser.add_argument(
         "--preview-backend",
         choices=("local", "sidecar"),

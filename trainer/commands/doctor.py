@@ -24,7 +24,6 @@ OPTIONAL = {
     "flash_attn": "model.attn_implementation=flash_attention_2",
     "wandb": "monitoring.report_to=wandb",
 }
-HUB_TIMEOUT_S = 5.0
 
 
 def run(argv: list[str]) -> int:
@@ -100,7 +99,7 @@ def _hub() -> str:
     import httpx
     from huggingface_hub import constants
 
-    from trainer.models.load import hub_is_offline
+    from trainer.models.hub import HUB_TIMEOUT_S, hub_is_offline
 
     if hub_is_offline():
         return "not asked: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"

@@ -11,6 +11,7 @@ from rich.console import Console
 from trainer.commands.arguments import parse
 from trainer.core.finished import FinishedRun, open_run
 from trainer.core.saving import save_final_model
+from trainer.data.template import ChatTemplate
 from trainer.errors import OutputError
 from trainer.models.load import is_adapter_folder
 from trainer.models.precision import DTYPES
@@ -30,6 +31,8 @@ def run(argv: list[str]) -> int:
             _merge(finished, target)
         else:
             _copy(finished.model_dir, target)
+    if words.merge and not is_adapter:
+        console.print("this run trained all weights: there is nothing to merge")
     kind = "merged model" if is_adapter and words.merge else "adapter" if is_adapter else "model"
     console.print(f"{kind} written to {target} (from the {finished.note})", highlight=False)
     return 0
@@ -49,15 +52,20 @@ def _merge(finished: FinishedRun, target: Path) -> None:
     """Merge in fp32, then save in the run's compute dtype: merging in bf16 loses small updates."""
     model, tokenizer = finished.load()
     merged = model.merge_and_unload()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_final_model(
-        merged,
-        tokenizer,
-        target,
-        dtype=DTYPES[finished.config.hyperparams.fp_precision],
-        stop_ids=frozenset(),
-        use_cache=True,
-    )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_final_model(
+            merged,
+            tokenizer,
+            target,
+            dtype=DTYPES[finished.config.hyperparams.fp_precision],
+            stop_ids=ChatTemplate(tokenizer).stop_ids,
+            use_cache=True,
+        )
+    except OSError as error:
+        raise OutputError(
+            f"{target}: cannot write it ({error}); choose another --output."
+        ) from error
 
 
 def _copy(source: Path, target: Path) -> None:

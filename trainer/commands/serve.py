@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from trainer.commands.arguments import parse
-from trainer.errors import EXIT_SIGTERM, ConfigError
+from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
 from trainer.server.weights import KEPT_SETS
@@ -28,6 +28,10 @@ def run(argv: list[str]) -> int:
     weights_dir: Path | None = words.weights_dir
     if weights_dir is not None and not weights_dir.is_dir():
         raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")
+    if words.wait_for_weights and words.model is None:
+        raise ConfigError(
+            "--wait-for-weights takes architecture and tokenizer from a model; give --model too."
+        )
     listener = _listen(words.host, words.port)
     port = listener.getsockname()[1]
     engine = EngineProcess(words.model, words.device, wait_for_weights=words.wait_for_weights)
@@ -35,12 +39,12 @@ def run(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     if words.end_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    store = tempfile.TemporaryDirectory(prefix="trainer-serve-")  # mode 700
+    store = _store()
     try:
-        engine.start()
+        if words.model is not None:
+            _start(engine)
         app = create_app(
             engine,
-            words.model,
             keys=keys,
             host=words.host,
             store_dir=Path(store.name),
@@ -49,8 +53,7 @@ def run(argv: list[str]) -> int:
         )
         shown = f"[{words.host}]" if ":" in words.host else words.host
         print(
-            f"ready: http://{shown}:{port} model {words.model} on {engine.hello['device']}, "
-            f"weights {(engine.hello['weights_id'] or 'awaited')[:12]}, "
+            f"ready: http://{shown}:{port} {_describe(engine)}, "
             f"key {'asked for' if keys else 'none'}",
             flush=True,
         )
@@ -68,6 +71,33 @@ def run(argv: list[str]) -> int:
         listener.close()
         store.cleanup()
     return 0
+
+
+def _start(engine: EngineProcess) -> None:
+    try:
+        engine.start()
+    except ModelError as error:
+        # The loader names options of a training run; here the same are flags.
+        words = str(error).replace("model.model_path=", "--model ")
+        raise ModelError(words.replace("environment.device=", "--device ")) from error
+
+
+def _store() -> tempfile.TemporaryDirectory[str]:
+    """A private folder (mode 700) for what is uploaded."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="trainer-serve-")
+    except OSError as error:
+        raise ConfigError(
+            f"no folder for uploads can be made in {tempfile.gettempdir()} "
+            f"({error.strerror or error}); set TMPDIR to one with room."
+        ) from error
+
+
+def _describe(engine: EngineProcess) -> str:
+    if engine.model_path is None:
+        return "waiting for a model (POST /models/register)"
+    weights = (engine.hello["weights_id"] or "awaited")[:12]
+    return f"model {engine.model_path} on {engine.hello['device']}, weights {weights}"
 
 
 def _end_with_stdin() -> None:
@@ -94,17 +124,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError(text)
-    return port
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 (a free one) to 65535")
+    return int(text)
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError(text)
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="trainer serve",
         description="Answer prompts with a model; take new weights from a training run.",
     )
-    parser.add_argument("--model", default="tiny", help="alias, hub id or folder (default: tiny)")
+    parser.add_argument(
+        "--model", help="alias, hub id or folder; without it, the server waits to be told which"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=_port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
 from trainer.config.resolve import required_for_training
 from trainer.errors import EXIT_COMPLETED
-from trainer.monitoring.terminal import create_display
+from trainer.monitoring.terminal import DisplayKind, create_display
 
 RESOLVED_FILE = "config.resolved.json"
 
@@ -30,7 +31,8 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     if flags.dry_run:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
-    from trainer.core.engine import TrainerEngine, is_main_process
+    from trainer.core.context import is_main_process
+    from trainer.core.engine import TrainerEngine
     from trainer.monitor.records import RunRecords
 
     if not is_main_process():
@@ -60,8 +62,14 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
 def _dry_run(loaded: LoadedConfig) -> int:
     from trainer.core.engine import TrainerEngine
 
-    found = TrainerEngine(observers=[create_display("plain")]).dry_run(loaded.config)
+    display = loaded.config.monitoring.display
+    kind: DisplayKind = display if display in ("json", "quiet") else "plain"
+    found = TrainerEngine(observers=[create_display(kind)]).dry_run(loaded.config)
     hyper = found.config.hyperparams
+    resolved = Path(found.config.output.output_dir) / RESOLVED_FILE
+    if display == "json":
+        print(json.dumps({"event": "DryRun", **found.as_json(), "config": str(resolved)}))
+        return EXIT_COMPLETED
     rows = hyper.batch_size * hyper.gradient_accumulation
     lines: Sequence[tuple[str, str]] = [
         ("precision", found.precision.reason),
@@ -71,7 +79,7 @@ def _dry_run(loaded: LoadedConfig) -> int:
             f"{found.num_steps:,} of {rows} rows ({hyper.batch_size} rows x "
             f"{hyper.gradient_accumulation} forward passes)",
         ),
-        ("config", str(Path(found.config.output.output_dir) / RESOLVED_FILE)),
+        ("config", str(resolved)),
     ]
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, text in lines:

@@ -26,6 +26,7 @@ SHORT_FLAGS: dict[str, tuple[str, ...]] = {
     "hyperparams.num_epochs": ("--epochs", "--num-epochs", "--num_epochs"),
     "hyperparams.max_steps": ("--max-steps", "--max_steps"),
     "hyperparams.max_length": ("--max-length", "--max_length"),
+    "monitoring.preview_backend": ("--preview-backend", "--preview_backend"),
     "profile.system_prompt": ("--system-prompt", "--system_prompt"),
 }
 CONSTANT_FLAGS: dict[str, tuple[str, str, str]] = {

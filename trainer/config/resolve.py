@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from trainer.config.schema import TrainerConfig
 from trainer.errors import ConfigError
 
@@ -12,10 +14,19 @@ UNTRAINED_LEARNING_RATE = 5e-3
 
 
 def resolve(config: TrainerConfig) -> TrainerConfig:
-    """Fill `hyperparams.learning_rate` where it is empty; doing it twice changes nothing.
+    """Fill what depends on other values; doing it twice changes nothing.
 
-    `hyperparams.max_length` stays as it is: it depends on the model, which is not read here.
+    `hyperparams.learning_rate` where it is empty, `~` in `output.output_dir`, and
+    `data.group_by_length`, which is off where `data.shuffle` is. `hyperparams.max_length` stays
+    as it is: it depends on the model, which is not read here.
     """
+    if config.data.group_by_length and not config.data.shuffle:
+        data = config.data.model_copy(update={"group_by_length": False})
+        config = config.model_copy(update={"data": data})
+    folder = os.path.expanduser(config.output.output_dir)
+    if folder != config.output.output_dir:
+        output = config.output.model_copy(update={"output_dir": folder})
+        config = config.model_copy(update={"output": output})
     hyper = config.hyperparams
     if hyper.learning_rate is not None:
         return config

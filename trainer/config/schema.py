@@ -8,9 +8,19 @@ No torch, no file access.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Interval = Annotated[int, Field(ge=0)]
@@ -24,8 +34,29 @@ class Section(BaseModel):
     """What all sections share: unknown keys are errors, values cannot be changed in place."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, which nobody means."""
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if bool not in kinds and kinds & {int, float}:
+                raise PydanticCustomError("number_type", "a number is needed, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types of an annotation: `Annotated[int, ...] | None` is {int, NoneType}."""
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation} if isinstance(annotation, type) else set()
 
 
 class Hyperparams(Section):
@@ -67,7 +98,8 @@ class Hyperparams(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower."""
     early_stopping_patience: Interval = 0
-    """Stop after this many micro-evaluations without a lower validation loss; 0 = off."""
+    """Stop after this many micro-evaluations without a lower validation loss; 0 = off. The best
+    weights have a checkpoint, which is kept; the final model has the last ones."""
     early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     """By how much (nats per token) validation loss must fall to count as lower."""
 
@@ -100,6 +132,9 @@ class ModelSection(Section):
     """`chatml`, `plain` or a Jinja file, in place of the model's own; saved with the result.
     Empty: the model's own, and for base models without one `chatml` if they know its tokens, else
     `plain`."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become one token each, such as the markers of a profile; the embedding grows and
+    is saved with them. With `hyperparams.training_mode=full` only."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder. Only for models whose code you have read."""
 
@@ -111,7 +146,7 @@ class DataSection(Section):
     """File of rows (JSONL, JSON, CSV, TSV, Parquet; text kinds also as .gz), several of them with
     commas between, or a hub id `owner/name` or `owner/name:split`. Flag: --dataset."""
     format: Literal[
-        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca"
+        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca", "text"
     ] = "auto"
     """The rows' layout; `auto` looks at the first row of each file and says what it found."""
     columns: dict[str, str] = {}
@@ -233,7 +268,8 @@ class MonitoringConfig(Section):
     openai_model: str | None = None
     """Model that server is asked for. Empty: the only one that it lists."""
     report_to: tuple[str, ...] = ("tensorboard",)
-    """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed."""
+    """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed; `none` alone
+    turns them off."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 
@@ -268,7 +304,7 @@ class OutputSection(Section):
     checkpoint_interval: Interval = 500
     """Steps between checkpoints; the last step and a stop by signal always make one."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept; the best by validation loss is kept besides."""
+    """Newest checkpoints kept; one of the step with the lowest validation loss is kept besides."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
     report: bool = True
@@ -330,6 +366,15 @@ class TrainerConfig(Section):
     environment: EnvironmentSection = EnvironmentSection()
     locked: LockedSection = LockedSection()
     lora: LoraSection = LoraSection()
+
+    @model_validator(mode="after")
+    def _check_added_tokens(self) -> TrainerConfig:
+        if self.model.add_tokens and self.hyperparams.training_mode == "lora":
+            raise ValueError(
+                "model.add_tokens needs trained embeddings, and hyperparams.training_mode=lora "
+                "freezes them; set training_mode=full or leave add_tokens empty"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_early_stopping(self) -> TrainerConfig:

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 from trainer.config.schema import TrainerConfig
 from trainer.models.precision import ResolvedPrecision
 
+OWN_TRACKERS = {"tensorboard", "none"}
+"""Not for HF to start: TensorBoard's callback is ours, with previews in the same file."""
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -62,7 +64,7 @@ def build_training_arguments(
         logging_steps=config.monitoring.status_update_interval,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it hides NaN losses in the log
-        report_to=[name for name in config.monitoring.report_to if name != "tensorboard"],
+        report_to=[name for name in config.monitoring.report_to if name not in OWN_TRACKERS],
         save_strategy="no",
         eval_strategy="no",
         disable_tqdm=True,

@@ -71,7 +71,8 @@ def save_checkpoint(
     target = step_dir(root, step)
     try:
         fs_ops.make_dir(staging)
-        write_state(staging)
+        with fs_ops.library_errors():
+            write_state(staging)
         _write_manifest(staging, step, metadata)
         retired = _set_aside(target)
         fs_ops.replace(staging, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -17,9 +18,9 @@ from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.result import TrainingResult
 from trainer.core.resume import ResumePoint
 from trainer.core.run_folder import RunFolder
-from trainer.core.signals import StoppedError, StopRequest
+from trainer.core.signals import StopRequest
 from trainer.data.dataset import RunData
-from trainer.errors import EXIT_COMPLETED, EXIT_FAILED, TrainerError
+from trainer.errors import EXIT_COMPLETED, EXIT_FAILED, StoppedError, TrainerError
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.callbacks import LiveMonitorCallback, Observers
 from trainer.monitoring.events import Notice, PhaseChanged, RunState
@@ -49,6 +50,10 @@ class RunContext:
     """None on other processes than the main one, and before it is taken."""
     resume: ResumePoint | None = None
     checkpoint: Path | None = None
+    changes: list[str] = field(default_factory=list)
+    """What differs from the checkpoint that is resumed, in words."""
+    is_recorded: bool = False
+    """run.json of the folder is this run's."""
     callbacks: list[Any] = field(default_factory=list)
     trainer: SupervisedTrainer | None = None
     callback: LiveMonitorCallback | None = None
@@ -134,8 +139,10 @@ class RunContext:
         """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""
         more: dict[str, Any] = {"error_type": type(error).__name__}
         if isinstance(error, StoppedError):
-            code = self.stop.exit_code or EXIT_FAILED
-            return self._result("stopped", more, exit_code=code, error_message=str(error))
+            message = str(error)
+            if self.checkpoint is not None and self.folder is not None:
+                message += f"; continue with --resume --output {self.folder.path}"
+            return self._result("stopped", more, exit_code=error.exit_code, error_message=message)
         message = str(error) or type(error).__name__
         if isinstance(error, TrainerError):
             return self._result("failed", more, exit_code=error.exit_code, error_message=message)
@@ -159,7 +166,7 @@ class RunContext:
             output_dir=Path(self.config.output.output_dir),
             checkpoint_path=self.checkpoint or (self.resume.path if self.resume else None),
             global_step=self.step,
-            train_loss=trainer.last_step.train_loss if trainer is not None and self.step else None,
+            train_loss=trainer.last_step.train_loss if trainer and trainer.last_step else None,
             val_loss=callback.last_val_loss if callback else None,
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
@@ -170,3 +177,8 @@ class RunContext:
             },
             **options,
         )
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files and talks to the user (rank 0 under torchrun)."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,18 +1,15 @@
 """TrainerEngine.run_job: a whole run, from a config to a finished model, in about ten steps.
 
-Each step is a method; what would not fit on a screen lives in its own module (`models/load.py`,
-`data/dataset.py`, `core/arguments.py`, `core/previews.py`, ...).
+Each step is a method; what would not fit on a screen lives in its own module (`preparation.py`,
+`manifest.py`, `loading.py`, `arguments.py`, `previews.py`, ...).
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +20,43 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.config.resolve import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.arguments import build_training_arguments
-from trainer.core.checkpoint import clean_staging, save_checkpoint
-from trainer.core.context import RunContext
-from trainer.core.estimate import MemoryEstimate, estimate_memory
-from trainer.core.evaluate import Evaluator
+from trainer.core.checkpoint import save_checkpoint
+from trainer.core.context import RunContext, is_main_process
+from trainer.core.dry_run import DryRun, finish_dry_run
+from trainer.core.evaluate import build_evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.loss import compare_with_own_loss
+from trainer.core.loading import load_for_training
+from trainer.core.loss_check import is_loss_equal
+from trainer.core.manifest import leave_folder, write_manifest
 from trainer.core.optim import build_optimizer
 from trainer.core.packing_check import check_documents_apart
+from trainer.core.preparation import (
+    epoch_order,
+    fit_to_model,
+    num_steps,
+    open_run_folder,
+    prepare_rows,
+)
 from trainer.core.previews import build_scheduler, final_evaluation
 from trainer.core.result import TrainingResult
-from trainer.core.resume import check_resumable, find_resume_point
-from trainer.core.run_folder import RunFolder, environment_manifest
+from trainer.core.resume import ResumePoint
+from trainer.core.run_folder import package_versions
 from trainer.core.saving import save_final_model
-from trainer.core.signals import StoppedError, stop_on_signals
-from trainer.data.batches import EpochOrder, PadCollator
-from trainer.data.card import card_lines
+from trainer.core.signals import ignore_dead_workers, stop_on_signals
+from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
-from trainer.data.encode import RowEncoder
-from trainer.data.packing import PackCollator, pack_training_rows
-from trainer.data.prepare import prepare_data
-from trainer.errors import EXIT_USER_INPUT, ConfigError
-from trainer.models.load import (
-    add_lora,
-    check_locked,
-    check_vocabulary,
-    context_length,
-    load_model,
-    load_tokenizer,
-    read_model_config,
-)
-from trainer.models.precision import (
-    DTYPES,
-    ResolvedPrecision,
-    resolve_device,
-    resolve_precision,
-)
+from trainer.data.packing import PackCollator
+from trainer.errors import ConfigError, StoppedError
+from trainer.models.hub import go_offline, hub_setting_kept
+from trainer.models.precision import DTYPES, resolve_device, resolve_precision
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback, Observers
 from trainer.monitoring.control import ControlFile
-from trainer.monitoring.events import CardShown, CheckpointSaved, Observer, RunEnded, RunStarted
+from trainer.monitoring.events import CheckpointSaved, Observer, RunEnded, RunStarted
 from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.monitoring.tracking import check_trackers, guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.published import PublishedPreviews
 from trainer.profiles import DataProfile, get_profile
-
-DEFAULT_MAX_LENGTH = 2048
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What `--dry-run` found."""
-
-    config: TrainerConfig
-    data: RunData
-    precision: ResolvedPrecision
-    memory: MemoryEstimate
-    num_steps: int
 
 
 class TrainerEngine:
@@ -106,7 +84,7 @@ class TrainerEngine:
     def run_job(self, config: TrainerConfig) -> TrainingResult:
         """Train as `config` says. Never raises: what went wrong is in the result."""
         run = self._begin(config)
-        with stop_on_signals(run.stop):
+        with stop_on_signals(run.stop), hub_setting_kept():
             try:
                 self.prepare_dataset(config)
                 self.load_model(config)
@@ -115,6 +93,7 @@ class TrainerEngine:
                 self._execute_training(trainer, run.config)
                 result = self._finish(run.config)
             except (Exception, StoppedError) as error:
+                ignore_dead_workers()
                 result = run.failed(error)
             self._close(result)
             return result
@@ -166,26 +145,15 @@ class TrainerEngine:
             TrainerError: what would also stop the run.
         """
         run = self._run = RunContext(config, Observers(self._extra_observers))
-        with stop_on_signals(run.stop):
+        with stop_on_signals(run.stop), hub_setting_kept():
             try:
                 self._prepare(config)
-                estimate = estimate_memory(
-                    run.config,
-                    read_model_config(run.config.model, offline=run.config.environment.offline),
-                    run.precision,
-                    longest_row=max(run.data.train.lengths),
-                )
-                if run.folder is not None:
-                    resolved = run.config.model_dump(mode="json")
-                    run.folder.write_json(run.folder.config_resolved, resolved)
+                return finish_dry_run(run)
             finally:
                 run.observers.close()
                 if run.folder is not None:
                     run.folder.discard_if_empty()
                     run.folder.close()
-            return DryRun(
-                run.config, run.data, run.precision, estimate, self._num_steps(run.config)
-            )
 
     def inspect_data(self, config: TrainerConfig) -> RunData:
         """The rows as a run would train on them; nothing is written but the cache of rows.
@@ -216,120 +184,45 @@ class TrainerEngine:
     def _check_config(self, config: TrainerConfig) -> None:
         """Fill derived values; decide device and precision; set threads and hub mode."""
         required_for_training(config)
+        check_trackers(config.monitoring.report_to)
         run = self._current
         run.config = config = resolve(config)
         environment, hyper = config.environment, config.hyperparams
         disable_progress_bar()  # transformers' own bars would tear the terminal view
         if environment.num_threads is not None:
             torch.set_num_threads(environment.num_threads)
+        check_trackers(config.monitoring.report_to)
+        if environment.offline:
+            go_offline()
         device = resolve_device(environment.device)
         run.set_numerics(device, resolve_precision(hyper.fp_precision, hyper.training_mode, device))
 
     def _fit_to_model(self, config: TrainerConfig) -> None:
         """Tokenizer and model config: compare `locked` and max_length before weights are read."""
-        run, offline = self._current, config.environment.offline
-        run.phase("loading", f"loading the tokenizer of {config.model.model_path}")
-        run.tokenizer = load_tokenizer(config.model, offline=offline)
-        model_config = read_model_config(config.model, offline=offline)
-        check_locked(config.locked, config.model, model_config)
-        limit, wanted = context_length(model_config), config.hyperparams.max_length
-        if wanted is not None and limit is not None and wanted > limit:
-            raise ConfigError(
-                f"hyperparams.max_length={wanted} is above the model's context of {limit} tokens; "
-                f"give at most {limit}."
-            )
-        length = wanted or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-        hyper = config.hyperparams.model_copy(update={"max_length": length})
-        run.config = config.model_copy(update={"hyperparams": hyper})
+        fit_to_model(self._current, config)
 
     def _open_run_folder(self, config: TrainerConfig) -> None:
         """Take the run folder for this process, and find what to resume from."""
-        run = self._current
-        is_resume = config.output.resume is not None
-        if is_main_process():
-            run.folder = RunFolder.create(Path(config.output.output_dir), resume=is_resume)
-            for text in run.folder.notices:
-                run.notice(text, "warning")
-            removed = clean_staging(run.folder.checkpoints_dir)
-            if removed:
-                run.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
-        if config.output.resume is not None:
-            root = Path(config.output.output_dir) / RunFolder.CHECKPOINTS
-            run.resume = find_resume_point(config.output.resume, root)
-            run.date = run.resume.date or run.date
-            for text in run.resume.problems:
-                run.notice(text, "warning")
-            run.notice(f"resuming from step {run.resume.step} ({run.resume.path})")
+        open_run_folder(self._current, config)
 
     def _prepare_dataset(
         self, config: TrainerConfig, profile: DataProfile, tokenizer: Any
     ) -> RunData:
         """Read, split, transform and encode the rows; the data card is part of the result."""
-        run, hyper = self._current, config.hyperparams
-        run.phase("loading", f"encoding {config.data.dataset_path}")
-        started = time.perf_counter()
-        data = prepare_data(
-            config.data,
+        return prepare_rows(
+            self._current,
+            config,
             profile=profile,
-            encoder=RowEncoder(
-                tokenizer,
-                hyper.max_length or DEFAULT_MAX_LENGTH,
-                truncation=config.data.truncation,
-            ),
+            tokenizer=tokenizer,
             system_prompt=self._build_system_prompt(config),
-            is_prompt_configured=config.profile.system_prompt is not None,
-            seed=config.environment.seed,
-            num_preview=config.monitoring.num_eval_samples,
-            num_final=config.monitoring.final_eval_prompts,
-            offline=config.environment.offline,
         )
-        if config.data.enable_packing:
-            data = pack_training_rows(data)
-        run.set_data(data)
-        run.durations_s["encoding"] = time.perf_counter() - started
-        total = self._num_steps(config)
-        if hyper.warmup_steps >= total:
-            raise ConfigError(
-                f"hyperparams.warmup_steps={hyper.warmup_steps:g} is not below the {total} steps "
-                "that these rows and epochs make; lower it or train longer."
-            )
-        if hyper.early_stopping_patience and data.validation is None:
-            raise ConfigError(
-                "hyperparams.early_stopping_patience is set, but no rows are held out "
-                f"({data.card.validation}); hold some out or set it to 0."
-            )
-        if run.resume is not None:
-            changes = check_resumable(run.resume.metadata, config, data.train.fingerprint())
-            for change in changes:
-                run.notice(f"changed since the checkpoint: {change}", "warning")
-        run.observers.emit(
-            CardShown(title="data", lines=tuple(card_lines(data.card)), sample=data.card.sample)
-        )
-        return data
 
     def _write_manifest(self, config: TrainerConfig) -> None:
         """config.resolved.json and run.json: from here on the run is on disk."""
         run = self._current
         if run.folder is None:
             return
-        resolved = config.model_dump(mode="json")
-        run.folder.write_json(run.folder.config_resolved, resolved)
-        run.folder.write_json(
-            run.folder.run_json,
-            {
-                "state": "training",
-                "config": resolved,
-                "date": run.date.isoformat(),
-                "system_prompt": run.data.system_prompt,
-                "precision": run.precision.reason,
-                "device": str(run.device),
-                "data_card": run.data.card.as_json(),
-                "data_files_sha256": run.data.file_hashes,
-                "data_fingerprint": run.data.train.fingerprint(),
-                "resumed_from_step": run.resume.step if run.resume else None,
-                "environment": environment_manifest(),
-            },
-        )
+        write_manifest(run, run.folder, config)
         self.status_writer.attach(
             run_dir=run.folder.path,
             context_window=config.hyperparams.max_length,
@@ -340,37 +233,19 @@ class TrainerEngine:
 
     def _load_model_and_tokenizer(self, config: TrainerConfig) -> tuple[Any, Any]:
         """The model in its load dtype, with adapters in LoRA mode, and the tokenizer."""
-        run, seed = self._current, config.environment.seed
-        run.phase("loading", f"loading {config.model.model_path}")
-        started = time.perf_counter()
-        run.model = load_model(
-            config.model,
-            dtype=run.precision.load_dtype,
-            seed=seed,
-            offline=config.environment.offline,
-        )
-        check_vocabulary(run.model, run.tokenizer)
-        run.use_cache = bool(getattr(run.model.config, "use_cache", True))
-        if config.hyperparams.training_mode == "lora":
-            self._keep_unsaved_base()
-            run.model = add_lora(run.model, config.lora, seed=seed)
-            if config.hyperparams.gradient_checkpointing:
-                # Inputs of a frozen model need no gradient, and then nothing would be recomputed.
-                run.model.enable_input_require_grads()
-        run.durations_s["loading"] = time.perf_counter() - started
-        run.notice(f"precision: {run.precision.reason}")
-        return run.model, run.tokenizer
+        return load_for_training(self._current, config)
 
     def _build_callbacks(self, config: TrainerConfig) -> list[Any]:
         """The live monitor with its preview scheduler, and TensorBoard."""
-        run, hyper, order = self._current, config.hyperparams, self._order(config)
+        run, hyper = self._current, config.hyperparams
+        order = epoch_order(config, run.data)
         stopping = EarlyStopping(hyper.early_stopping_patience, hyper.early_stopping_min_delta)
         if run.resume is not None:
             stopping.restore(run.resume.run_state["early_stopping"])
         run.callback = LiveMonitorCallback(
             config.monitoring,
             observers=run.observers,
-            evaluate=self._evaluator(config),
+            evaluate=build_evaluator(run, collate=self._collator()),
             early_stopping=stopping,
             checkpoint_interval=config.output.checkpoint_interval,
             is_stop_requested=lambda: run.stop.is_set,
@@ -383,10 +258,8 @@ class TrainerEngine:
             run.callback.scheduler = run.scheduler
         callbacks: list[Any] = [run.callback]
         if "tensorboard" in config.monitoring.report_to and run.folder is not None:
-            # TensorBoard takes most of a second to import.
-            from trainer.monitoring.tracking import tensorboard_callback
-
-            callback, tracker = tensorboard_callback(run.folder.logs_dir)
+            start_step = run.resume.step if run.resume else 0
+            callback, tracker = tensorboard_callback(run.folder.logs_dir, start_step=start_step)
             run.observers.add(tracker)
             callbacks.append(callback)
         return callbacks
@@ -403,7 +276,7 @@ class TrainerEngine:
             data_collator=self._collator(is_packed=config.data.enable_packing),
             optimizers=(build_optimizer(model, config.hyperparams), None),
             callbacks=callbacks,
-            order=self._order(config),
+            order=epoch_order(config, run.data),
             save_checkpoint=self._save_checkpoint,
             run_state=self._run_state,
             tokenizer=run.tokenizer,
@@ -416,24 +289,25 @@ class TrainerEngine:
         if run.scheduler is not None and isinstance(run.scheduler.lane, PublishedPreviews):
             run.scheduler.lane.snapshotter.guard(trainer.optimizer)
         trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
+        guard_trackers(trainer)
         run.trainer = trainer
         if run.callback is not None:
             run.callback.trainer = trainer
         if config.data.enable_packing:
             self._check_packing(trainer)
-        trainer.use_own_forward = not self._is_loss_equal(trainer, datasets)
+        trainer.use_own_forward = not self._is_loss_equal(trainer)
         return trainer
 
     def _execute_training(self, trainer: SupervisedTrainer, config: TrainerConfig) -> None:
         """Run the training loop; a stop request now waits for the end of the step."""
         run = self._current
-        total = self._num_steps(config)
+        total = num_steps(config, run.data)
         run.observers.emit(
             RunStarted(
                 model_name=config.model.model_path,
                 total_steps=total,
                 start_step=run.resume.step if run.resume else 0,
-                num_epochs=config.hyperparams.num_epochs,
+                num_epochs=total / trainer.order.steps_per_epoch,
                 num_train_rows=run.data.card.num_train_rows,
                 num_validation_rows=len(run.data.validation or ()),
                 context_window=config.hyperparams.max_length or 0,
@@ -446,11 +320,18 @@ class TrainerEngine:
         run.durations_s["launch_to_training"] = started - run.started
         run.stop.can_wait = True
         try:
-            trainer.train(resume_from_checkpoint=str(run.resume.path) if run.resume else None)
+            if run.resume is not None and self._is_trained(run.resume, total):
+                trainer.restore(run.resume.path)
+                run.notice(f"all {run.resume.step} steps are done; nothing is left to train")
+            else:
+                trainer.train(resume_from_checkpoint=str(run.resume.path) if run.resume else None)
             run.durations_s["training"] = time.perf_counter() - started
             self._drain_previews(config)
         finally:
             run.stop.can_wait = False
+            run.durations_s.setdefault("training", time.perf_counter() - started)
+            if run.scheduler is not None:  # a run that fails says what became of its previews too
+                run.scheduler.give_up("the run ended before the answer came")
 
     def _drain_previews(self, config: TrainerConfig) -> None:
         """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""
@@ -464,16 +345,25 @@ class TrainerEngine:
         )
         run.durations_s["preview_drain"] = time.perf_counter() - started
 
+    def _is_trained(self, resume: ResumePoint, total: int) -> bool:
+        """Whether the run had reached its end; HF's loop would make one step more."""
+        callback = self._current.callback
+        return resume.step >= total or (callback is not None and callback.early_stopping.is_over)
+
     def _finish(self, config: TrainerConfig) -> TrainingResult:
         """Final evaluation and final model; a stopped run has its checkpoint only."""
         run = self._current
         if run.stop.is_set:
-            raise StoppedError(
-                f"stopped by {run.stop.by} after step {run.step}; continue with --resume"
-            )
+            words = f"by {run.stop.by} after step {run.step}"
+            raise StoppedError(words, exit_code=run.stop.exit_code)
         if run.folder is None or run.trainer is None:
             return run.completed(None, None)
         if config.monitoring.final_eval_prompts:
+            if run.data.validation is None:
+                run.notice(
+                    "the final evaluation asks prompts that were trained on: no rows are held out",
+                    "warning",
+                )
             run.phase("training", f"answering {len(run.data.final_prompts)} held-out prompts")
         evaluation = final_evaluation(run, run.folder.final_evaluation_jsonl)
         run.phase("saving", "saving the final model")
@@ -503,16 +393,8 @@ class TrainerEngine:
         )
         run.observers.close()
         self._run = None
-        if run.folder is None:
-            return
-        if run.folder.run_json.exists():
-            ending = {"exit_code": result.exit_code, "summary": result.summary}
-            run.folder.update_json(run.folder.run_json, {"state": result.state, **ending})
-        if result.exit_code == EXIT_USER_INPUT and run.resume is None and not run.step:
-            run.folder.discard_unstarted_run()
-        elif result.exit_code == EXIT_USER_INPUT:
-            run.folder.discard_if_empty()
-        run.folder.close()
+        if run.folder is not None:
+            leave_folder(run, run.folder, result)
 
     # ---- helpers whose names users know
 
@@ -560,47 +442,6 @@ class TrainerEngine:
         assert self._run is not None, "only within a run"
         return self._run
 
-    def _keep_unsaved_base(self) -> None:
-        """An adapter needs its base again: the built-in model is on no disk, so save it."""
-        run = self._current
-        if run.model.config._name_or_path or run.folder is None:
-            return
-        base = (run.folder.path / "base_model").resolve()
-        if not base.exists():
-            run.model.save_pretrained(base)
-            run.tokenizer.save_pretrained(base)
-        run.model.config._name_or_path = run.model.name_or_path = str(base)
-
-    def _evaluator(self, config: TrainerConfig) -> Evaluator | None:
-        run = self._current
-        if run.data.validation is None:
-            return None
-        return Evaluator(
-            run.data.validation,
-            collate=self._collator(),
-            max_rows=config.monitoring.micro_eval_rows,
-            batch_size=config.hyperparams.batch_size,
-            autocast_dtype=run.precision.autocast_dtype,
-        )
-
-    def _order(self, config: TrainerConfig) -> EpochOrder:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        hyper = config.hyperparams
-        return EpochOrder(
-            self._current.data.train.lengths,
-            group_size=hyper.batch_size * hyper.gradient_accumulation * world,
-            seed=config.environment.seed,
-            shuffle=config.data.shuffle,
-            group_by_length=config.data.group_by_length,
-        )
-
-    def _num_steps(self, config: TrainerConfig) -> int:
-        """Optimizer steps of the whole run; the last one of an epoch may have fewer rows."""
-        hyper, order = config.hyperparams, self._order(config)
-        if hyper.max_steps is not None:
-            return hyper.max_steps
-        return math.ceil(hyper.num_epochs * math.ceil(len(order) / order.group_size))
-
     def _collator(self, *, is_packed: bool = False) -> PadCollator | PackCollator:
         pad_id = self._current.tokenizer.pad_token_id or 0
         return PackCollator(pad_id) if is_packed else PadCollator(pad_id)
@@ -609,27 +450,16 @@ class TrainerEngine:
         """Refuse packing where documents see each other, before the first step."""
         attention = getattr(trainer.model.config, "_attn_implementation", None)
         is_flash = attention == "flash_attention_2"  # takes half precision only
-        autocast = trainer.accelerator.autocast() if is_flash else contextlib.nullcontext()
+        is_mixed = len({p.dtype for p in trainer.model.parameters()}) > 1
+        needs_autocast = is_flash or is_mixed
+        autocast = trainer.accelerator.autocast() if needs_autocast else contextlib.nullcontext()
         with undisturbed(trainer.model), autocast:
             check_documents_apart(trainer.model)
 
-    def _is_loss_equal(self, trainer: SupervisedTrainer, datasets: RunData) -> bool:
+    def _is_loss_equal(self, trainer: SupervisedTrainer) -> bool:
         """Compare our loss with the model's own on one batch; say so loudly where they differ."""
-        run = self._current
-        size = min(len(datasets.train), trainer.args.per_device_train_batch_size)
-        collate = self._collator(is_packed=run.config.data.enable_packing)
-        batch = collate([datasets.train[i] for i in range(size)])
-        batch = {key: value.to(trainer.args.device) for key, value in batch.items()}
-        with undisturbed(trainer.model), trainer.accelerator.autocast():
-            check = compare_with_own_loss(trainer.model, batch, run.precision.compute_dtype)
-        if not check.is_equal:
-            run.notice(
-                f"the loss on supervised positions is {check.ours:.6f}, the model's own is "
-                f"{check.own:.6f}: this model adds something of its own, so its own forward is "
-                "used (right, but slower)",
-                "warning",
-            )
-        return check.is_equal
+        collate = self._collator(is_packed=self._current.config.data.enable_packing)
+        return is_loss_equal(self._current, trainer, collate)
 
     def _save_checkpoint(self, step: int, write_state: Callable[[Path], None]) -> None:
         run = self._current
@@ -645,6 +475,7 @@ class TrainerEngine:
                 "config": run.config.model_dump(mode="json"),
                 "data_fingerprint": run.data.train.fingerprint(),
                 "date": run.date.isoformat(),
+                "versions": package_versions(),
             },
         )
         seconds = time.perf_counter() - started
@@ -654,8 +485,3 @@ class TrainerEngine:
         callback = self._current.callback
         assert callback is not None, "built before training"
         return {"early_stopping": callback.early_stopping.state()}
-
-
-def is_main_process() -> bool:
-    """Whether this process writes files and talks to the user (rank 0 under torchrun)."""
-    return int(os.environ.get("RANK", "0")) == 0

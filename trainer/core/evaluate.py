@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from trainer.core.context import RunContext
 from trainer.core.loss import supervised_loss
 from trainer.data.dataset import EncodedDataset
 from trainer.data.encode import IGNORE_INDEX
 from trainer.preview.neutral import undisturbed
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+"""Rows in, one batch out."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Evaluator:
         self,
         dataset: EncodedDataset,
         *,
-        collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+        collate: Collate,
         max_rows: int,
         batch_size: int,
         autocast_dtype: torch.dtype | None,
@@ -61,3 +65,16 @@ class Evaluator:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def build_evaluator(run: RunContext, *, collate: Collate) -> Evaluator | None:
+    """The micro-evaluation of a run; None where no rows are held out."""
+    if run.data.validation is None:
+        return None
+    return Evaluator(
+        run.data.validation,
+        collate=collate,
+        max_rows=run.config.monitoring.micro_eval_rows,
+        batch_size=run.config.hyperparams.batch_size,
+        autocast_dtype=run.precision.autocast_dtype,
+    )

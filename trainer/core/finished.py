@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from trainer.config.schema import ModelSection, TrainerConfig
 from trainer.core.checkpoint import find_latest_checkpoint
 from trainer.core.run_folder import RunFolder
@@ -32,8 +34,13 @@ class FinishedRun:
 
     def load(self, dtype: Any = None) -> tuple[Any, Any]:
         """Model (in `dtype`, fp32 if None) and tokenizer."""
-        tokenizer = load_tokenizer(ModelSection(model_path=str(self.model_dir.resolve())))
-        return load_finished_model(self.model_dir, dtype=dtype), tokenizer
+        disable_progress_bar()  # the caller shows that something is going on
+        trust = self.config.model.trust_remote_code
+        tokenizer = load_tokenizer(
+            ModelSection(model_path=str(self.model_dir.resolve()), trust_remote_code=trust)
+        )
+        model = load_finished_model(self.model_dir, dtype=dtype, trust_remote_code=trust)
+        return model, tokenizer
 
 
 def open_run(path: Path) -> FinishedRun:

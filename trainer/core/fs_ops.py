@@ -6,11 +6,14 @@ kills the process in it: every state that a crash can leave behind is reached in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 before_operation: Callable[[str, Path], None] | None = None
 HASH_CHUNK = 1 << 20
@@ -37,6 +40,20 @@ def write_text(path: Path, text: str) -> None:
         _announce("write", path)
         file.write(text[half:])
         file.flush()
+
+
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """Within the block, a file that safetensors or torch cannot write is an OSError like any."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"safetensors: {error}") from error
+    except RuntimeError as error:
+        # torch's writer of zip files; it has no error class of its own.
+        if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter")):
+            raise
+        raise OSError(f"torch could not write all of a file: {error}") from error
 
 
 def sync_file(path: Path) -> None:

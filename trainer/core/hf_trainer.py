@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from trainer.core.loss import full_loss, supervised_loss
 from trainer.data.batches import EpochOrder
@@ -72,7 +72,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self.order = order
         self.use_own_forward = use_own_forward
         self._tokenizer = tokenizer
-        self.last_step = StepRecord()
+        self.last_step: StepRecord | None = None
         self.num_overflows = 0
         self._overflows_in_a_row = 0
         self._save_with = save_checkpoint
@@ -149,6 +149,11 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
                 "row; the weights did not move. Use bf16 or fp32, or lower "
                 "hyperparams.learning_rate."
             )
+
+    def restore(self, folder: Path) -> None:
+        """Take weights and position of a checkpoint, and train nothing."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         return self.order

@@ -36,6 +36,8 @@ from trainer.preview.snapshot import Snapshotter, arena_folder
 from trainer.preview.workers import Announce, RemoteWorker, SidecarWorker
 from trainer.profiles import DataProfile, known_profiles
 
+SIDECAR_S = 900.0
+"""Seconds a prompt may take on a sidecar, which is slow on a CPU, and known to be alive."""
 NUM_SLOTS = {"http": 2, "dir": 3}
 """With `dir` the server reads the newest file where it lies: one more is in use."""
 
@@ -71,7 +73,7 @@ def build_published(
             "key": key,
             "run": name,
             "transport": transport,
-            "timeout_s": monitoring.remote_3090_timeout,
+            "timeout_s": monitoring.remote_3090_timeout if transport == "http" else SIDECAR_S,
             "weights_dir": str(weights_dir) if weights_dir else None,
             "folder": str(folder),
             "hashes": hashes.model_dump(),
@@ -147,7 +149,7 @@ def _worker(
     secret = read_key(monitoring.remote_3090_key_file)
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
-        info = client.check(hashes, profile)
+        info = client.check(hashes, profile, run.config.model.model_path)
         wanted = monitoring.remote_3090_model_id
         if wanted is not None and wanted != info.model_id:
             raise ConfigError(
@@ -235,7 +237,7 @@ def _canary(run: RunContext, requests: Sequence[PreviewRequest]) -> Canary | Non
         with torch.autocast(run.device.type, dtype=dtype, enabled=is_half and dtype is not None):
             return golden_logprobs(model, prompt, golden)
 
-    return Canary(index, len(golden), TOLERANCE.get(run.precision.compute_dtype, 0.05), score)
+    return Canary(index, len(golden), TOLERANCE[run.precision.compute_dtype], score)
 
 
 def _previews(

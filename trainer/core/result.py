@@ -28,6 +28,7 @@ class TrainingResult:
     """Of the last micro-evaluation."""
     error_message: str | None = None
     exit_code: int = EXIT_FAILED
-    """0 completed, 1 failed, 2 the user's input, 130 and 143 stopped by a signal."""
+    """0 completed, 1 failed, 2 the user's input, 129, 130 and 143 stopped by a
+    signal."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures and counts: previews, final evaluation, times; `error_type` after a failure."""

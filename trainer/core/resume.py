@@ -11,6 +11,7 @@ from typing import Any
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import find_latest_checkpoint, load_named_checkpoint
 from trainer.core.hf_trainer import RUN_STATE_FILE
+from trainer.core.run_folder import package_versions
 from trainer.errors import ResumeError
 
 LATEST = "latest"
@@ -81,18 +82,23 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_resumable(metadata: dict[str, Any], config: TrainerConfig, fingerprint: str) -> list[str]:
+def check_resumable(
+    point: ResumePoint, config: TrainerConfig, fingerprint: str, num_steps: int
+) -> list[str]:
     """Compare a checkpoint's record with the run that wants to continue it.
 
     Args:
-        metadata: the checkpoint manifest's `metadata`, with `config` and `data_fingerprint`.
+        point: its metadata has `config`, `data_fingerprint` and `versions`.
         config: of the run, resolved.
         fingerprint: of the encoded training rows.
+        num_steps: optimizer steps of the whole run.
     Returns:
         Allowed changes in words, to be told and recorded.
     Raises:
-        ResumeError: a value that decides the training differs, or the rows do.
+        ResumeError: a value that decides the training differs, or the rows do, or the run is
+            shorter than what is done already.
     """
+    metadata = point.metadata
     # A checkpoint of an older version lacks newer keys; it did what their defaults say.
     defaults = flat(TrainerConfig().model_dump(mode="json"))
     before = {**defaults, **flat(metadata["config"])}
@@ -113,4 +119,24 @@ def check_resumable(metadata: dict[str, Any], config: TrainerConfig, fingerprint
             "--resume: the training rows are not those of the checkpoint (content, order or "
             "tokenizer changed). Restore the data file, or start a new run in another --output."
         )
-    return list(changed.values())
+    if num_steps < point.step:
+        raise ResumeError(
+            f"--resume: {point.step} steps are done already, and this run is to have {num_steps}. "
+            "Raise hyperparams.max_steps or num_epochs, or name an older checkpoint: --resume "
+            "STEP_DIR."
+        )
+    return [*changed.values(), *_version_changes(metadata.get("versions", {}))]
+
+
+def _version_changes(before: dict[str, Any]) -> list[str]:
+    """Packages whose version is another one: training goes on, bit equality does not."""
+
+    def flat_versions(record: dict[str, Any]) -> dict[str, Any]:
+        return {**record, **record.get("packages", {}), "packages": None}
+
+    now, old = flat_versions(package_versions()), flat_versions(before)
+    return [
+        f"version of {name}: {old[name]} -> {now[name]} (results may differ in the last bits)"
+        for name in now
+        if name in old and old[name] != now[name]
+    ]

@@ -5,6 +5,7 @@ Also the description of the machine for `run.json`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -65,6 +66,19 @@ class RunFolder:
             OutputError: it cannot be written, holds a run already, or another process runs in it.
             ResumeError: there is no run to resume.
         """
+        cls._check_content(path, resume=resume)
+        is_new = not path.exists()
+        folder = cls(path, None, is_new=is_new)
+        folder._take_lock()
+        try:  # again, now that nobody else can: a run may have come and gone meanwhile
+            cls._check_content(path, resume=resume)
+        except (OutputError, ResumeError):
+            folder.close()
+            raise
+        return folder
+
+    @classmethod
+    def _check_content(cls, path: Path, *, resume: bool) -> None:
         holds_run = cls._holds_run(path)
         if holds_run and not resume:
             raise OutputError(
@@ -76,10 +90,6 @@ class RunFolder:
                 f"--resume: {path} holds no run, so there is nothing to resume. Give the --output "
                 "of the run, or leave --resume out."
             )
-        is_new = not path.exists()
-        folder = cls(path, None, is_new=is_new)
-        folder._take_lock()
-        return folder
 
     @classmethod
     def _holds_run(cls, path: Path) -> bool:
@@ -114,9 +124,18 @@ class RunFolder:
                 f"{self.path} is on a file system without locks ({error.strerror}): nothing keeps "
                 "a second run out of it"
             )
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
+        except OSError as error:  # a full disk
+            with contextlib.suppress(OSError):
+                self._lock.close()
+            self.discard_if_empty()
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space or give "
+                "another --output."
+            ) from error
 
     # ---- names
 
@@ -164,7 +183,14 @@ class RunFolder:
 
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Replace a JSON file as a whole; numbers JSON cannot hold become null."""
-        replace_file(path, json.dumps(plain_values(values), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(plain_values(values), indent=2, allow_nan=False) + "\n"
+        try:
+            replace_file(path, text)
+        except OSError as error:
+            raise OutputError(
+                f"{path}: cannot be written ({error.strerror}); free some space or give another "
+                "--output."
+            ) from error
 
     def update_json(self, path: Path, values: dict[str, Any]) -> None:
         """Replace some top-level values of a JSON file."""
@@ -197,12 +223,19 @@ class RunFolder:
             self._lock = None
 
 
-def environment_manifest() -> dict[str, Any]:
-    """The machine and software of this run, without names of people or variables."""
+def package_versions() -> dict[str, Any]:
+    """Of everything whose version can change what a training step computes."""
     return {
         "trainer": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def environment_manifest() -> dict[str, Any]:
+    """The machine and software of this run, without names of people or variables."""
+    return {
+        **package_versions(),
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trainer.core import fs_ops
 from trainer.errors import OutputError
 
 
@@ -34,11 +35,12 @@ def save_final_model(
     staging = folder.with_name(f".tmp-{folder.name}")
     try:
         shutil.rmtree(staging, ignore_errors=True)
-        if hasattr(model, "peft_config"):
-            model.save_pretrained(staging)
-        else:
-            _save_full(model, staging, dtype, stop_ids, use_cache)
-        tokenizer.save_pretrained(staging)
+        with fs_ops.library_errors():
+            if hasattr(model, "peft_config"):
+                model.save_pretrained(staging)
+            else:
+                _save_full(model, staging, dtype, stop_ids, use_cache)
+            tokenizer.save_pretrained(staging)
         if folder.exists():  # of the interrupted run that this one resumed
             shutil.rmtree(folder)
         staging.rename(folder)

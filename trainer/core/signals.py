@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a stop at the end of the step, the second aborts."""
+"""Ctrl-C, SIGTERM, SIGHUP: the first asks for a stop at the end of the step, a second aborts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from trainer.errors import EXIT_SIGINT, EXIT_SIGTERM
+from trainer.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM, StoppedError
 
-EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
-
-
-class StoppedError(BaseException):
-    """Raised out of the work at hand; not an Exception, so that no library swallows it."""
+EXIT_CODES = {
+    signal.SIGINT: EXIT_SIGINT,
+    signal.SIGTERM: EXIT_SIGTERM,
+    signal.SIGHUP: EXIT_SIGHUP,  # the terminal or the connection is gone
+}
 
 
 class StopRequest:
@@ -45,7 +45,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT and when asked without a signal, 143 after SIGTERM."""
+        """130 after SIGINT and when asked without a signal, 143 after SIGTERM, 129 after SIGHUP."""
         if self.signal is None:
             return EXIT_SIGINT if self.is_set else 0
         return EXIT_CODES[self.signal]
@@ -55,20 +55,35 @@ class StopRequest:
         is_second = self.is_set
         self.signal = self.signal or signal.Signals(number)
         if is_second or not self.can_wait:
-            raise StoppedError(f"stopped by {self.signal.name}")
+            raise StoppedError(f"by {self.signal.name}", exit_code=self.exit_code)
 
 
 @contextlib.contextmanager
 def stop_on_signals(request: StopRequest) -> Iterator[None]:
-    """Send SIGINT and SIGTERM to `request` within the block; only the main thread can."""
+    """Send the signals to `request` within the block; only the main thread can.
+
+    A signal that is ignored stays so: `nohup` asks for that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before: dict[signal.Signals, Any] = {
-        number: signal.signal(number, request.handle) for number in EXIT_CODES
+        number: signal.signal(number, request.handle)
+        for number in EXIT_CODES
+        if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ignore_dead_workers() -> None:
+    """Take away torch's handler of SIGCHLD, for a run that has failed already.
+
+    Where a DataLoader worker was killed it raises again for every child that ends, out of whatever
+    is being done: writing how the run ended, for instance.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -12,6 +12,8 @@ from torch.utils.data import Sampler
 from trainer.data.encode import IGNORE_INDEX
 
 GROUPS_PER_POOL = 50  # batches sorted together: short padding, yet rows still meet new company
+BLANK = -1
+"""Index of a row without anything to train: it fills the last batches of several processes."""
 
 
 class EpochOrder(Sampler[int]):
@@ -30,13 +32,18 @@ class EpochOrder(Sampler[int]):
         seed: int,
         shuffle: bool = True,
         group_by_length: bool = True,
+        multiple_of: int = 1,
     ) -> None:
         """Take the rows' lengths in tokens.
 
         Args:
             group_size: rows of one optimizer step on all devices.
+            multiple_of: an epoch is filled up with BLANK to a multiple of this; for several
+                processes their rows of one forward pass. Else the sampler that deals batches out
+                would repeat the epoch's first rows, and they would be trained twice.
         """
         self.lengths, self.group_size, self.seed = lengths, group_size, seed
+        self.multiple_of = multiple_of
         self.shuffle, self.group_by_length = shuffle, group_by_length
         self.epoch = 0
 
@@ -44,19 +51,24 @@ class EpochOrder(Sampler[int]):
         """Choose the epoch, from 0; called by the training loop."""
         self.epoch = epoch
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may have fewer rows."""
+        return -(-len(self.lengths) // self.group_size)
+
     def first_row_of_step(self, step: int) -> int:
         """The first row of optimizer step `step`, from 1, counted over all epochs."""
-        steps_per_epoch = -(-len(self.lengths) // self.group_size)
-        epoch, nth = divmod(step - 1, steps_per_epoch)
+        epoch, nth = divmod(step - 1, self.steps_per_epoch)
         return self.epoch_rows(epoch)[nth * self.group_size]
 
     def __len__(self) -> int:
-        """Every row once per epoch."""
-        return len(self.lengths)
+        """Every row once per epoch, and the blanks."""
+        return -(-len(self.lengths) // self.multiple_of) * self.multiple_of
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the rows of the chosen epoch."""
-        return iter(self.epoch_rows(self.epoch))
+        """Yield the rows of the chosen epoch, then the blanks."""
+        yield from self.epoch_rows(self.epoch)
+        yield from [BLANK] * (len(self) - len(self.lengths))
 
     def epoch_rows(self, epoch: int) -> list[int]:
         """All rows in the order of one epoch."""
@@ -105,3 +117,8 @@ class PadCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
+
+
+def blank_row() -> dict[str, Any]:
+    """What BLANK stands for: one token that nothing is trained on, so that attention has a key."""
+    return {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.tensor([IGNORE_INDEX])}

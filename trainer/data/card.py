@@ -28,6 +28,8 @@ class DataCard:
     max_length: int
     num_truncated: int
     """Rows, training and validation, that lost an end to max_length."""
+    num_cut_tokens: int
+    """Tokens that max_length took: what truncated rows lost, and all of dropped rows."""
     num_without_stop: int
     """Rows with an answer that does not end in the stop token."""
     num_rejected: int
@@ -130,10 +132,11 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
 
 
 def _truncated_text(card: DataCard) -> str:
+    tokens = f" ({card.num_cut_tokens:,} tokens)"
     if card.num_dropped:
-        return f"{card.num_dropped:,} rows dropped: longer than {card.max_length:,} tokens"
+        return f"{card.num_dropped:,} rows dropped: longer than {card.max_length:,} tokens{tokens}"
     end = "start" if card.truncation == "keep_end" else "end"
-    return f"{card.num_truncated:,} rows lose their {end}" if card.num_truncated else "none"
+    return f"{card.num_truncated:,} rows lose their {end}{tokens}" if card.num_truncated else "none"
 
 
 def _rejected_text(card: DataCard) -> str:

@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from trainer.data.example import Example as Example
+from trainer.data.plain_text import TextEncoder, is_text
 from trainer.data.rows import BadRowError
 from trainer.data.spans import SpanFinder, Spans, assistant_turns
 from trainer.data.template import PROBE, ChatTemplate, is_prefix
+from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.truncation import IGNORE_INDEX as IGNORE_INDEX
 from trainer.data.truncation import cut
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
 CHUNK = 256  # rows per tokenizer call: the fast tokenizer works on a chunk in parallel
-
-
-@dataclass(frozen=True)
-class Example:
-    """One encoded row."""
-
-    input_ids: list[int]
-    labels: list[int]
-    """As long as input_ids; IGNORE_INDEX where nothing is trained."""
-    prompt: str
-    """The turn that the first assistant turn (with keep_end: the first one kept) answers."""
-    golden_answer: str
-    """That assistant turn."""
-    prompt_length: int
-    """Tokens before that assistant turn."""
-    is_truncated: bool
-    ends_with_stop: bool
-    """Every trained turn that was not cut off ends with its stop token."""
-    stripped: tuple[str, ...] = ()
-    """Text of the row's turns that the chat template leaves out."""
-
-    @property
-    def num_trained(self) -> int:
-        """Tokens that the loss is taken over."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The ids before the first answer: what a preview continues."""
-        return self.input_ids[: self.prompt_length]
-
-    @property
-    def golden_ids(self) -> list[int]:
-        """The trained ids of the first answer, its stop token included."""
-        labels = self.labels[self.prompt_length :]
-        return list(itertools.takewhile(lambda label: label != IGNORE_INDEX, labels))
 
 
 class RowEncoder:
@@ -78,6 +43,7 @@ class RowEncoder:
             key=len,
             reverse=True,
         )
+        self.texts = TextEncoder(tokenizer, max_length, truncation)
         self._prove_template()
         self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
@@ -98,10 +64,13 @@ class RowEncoder:
             ) from error
 
     def encode_all(self, conversations: list[list[Message]]) -> list[Example | BadRowError]:
-        """Encode conversations, in order; what cannot be encoded comes back as its error."""
+        """Encode conversations, in order; what cannot be encoded comes back as its error.
+
+        A "conversation" of one TEXT_ROLE turn is plain text: no template, every token trained.
+        """
         encoded: list[Example | BadRowError] = []
         for start in range(0, len(conversations), CHUNK):
-            encoded.extend(self._encode_chunk(conversations[start : start + CHUNK]))
+            encoded.extend(self._encode_mixed(conversations[start : start + CHUNK]))
         return encoded
 
     def encode(self, messages: list[Message]) -> Example:
@@ -110,10 +79,17 @@ class RowEncoder:
         Raises:
             BadRowError: it cannot be encoded, or nothing in it would be trained.
         """
-        result = self._encode_chunk([messages])[0]
+        result = self._encode_mixed([messages])[0]
         if isinstance(result, BadRowError):
             raise result
         return result
+
+    def _encode_mixed(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
+        texts = [row[0]["content"] for row in chunk if is_text(row)]
+        turns = [row for row in chunk if not is_text(row)]
+        from_texts = iter(self.texts.encode_chunk(texts, self._refuse_control) if texts else ())
+        from_turns = iter(self._encode_chunk(turns) if turns else ())
+        return [next(from_texts if is_text(row) else from_turns) for row in chunk]
 
     def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
         try:
@@ -134,6 +110,8 @@ class RowEncoder:
                 self._refuse_special_text(row)
                 if not is_prefix(own_prompts[-1], ids):
                     own_prompts = self._thinking_prompts(row)
+                if tools_of(row):
+                    refuse_lost_tools(row, self.tokenizer.decode(ids))
                 spans = self.finder.find(row, ids, mask, own_prompts)
                 results.append(self._example(row, ids, spans))
             except BadRowError as error:
@@ -170,18 +148,23 @@ class RowEncoder:
             ends_with_stop=all(ids[end - 1] in self.template.stop_ids for end in ends),
             stripped=spans.stripped,
             prompt_length=prompt_length,
+            num_removed=len(ids) - len(kept_ids),
         )
 
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
-            calls = json.dumps(turn.get("tool_calls", ""), ensure_ascii=False)
-            found = self._special_text.search(turn["content"]) or self._special_text.search(calls)
-            if found:
-                raise BadRowError(
-                    f"turn {position} ({turn['role']}) contains the text {found.group()!r}, which "
-                    "the tokenizer turns into a control token; take it out of the data",
-                    "control token in text",
-                )
+            tools = [turn.get("tool_calls", ""), turn.get("tools", "")]
+            for text in (turn["content"], json.dumps(tools, ensure_ascii=False)):
+                self._refuse_control(text, f"turn {position} ({turn['role']})")
+
+    def _refuse_control(self, text: str, where: str = "the text") -> None:
+        found = self._special_text.search(text)
+        if found:
+            raise BadRowError(
+                f"{where} contains the text {found.group()!r}, which the tokenizer turns into a "
+                "control token; take it out of the data",
+                "control token in text",
+            )
 
 
 def _first_whole_answer(spans: Spans, labels: list[int], removed: int) -> tuple[int, int]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.files import RawRow, raw_rows
+from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rows import MAX_ERRORS_SHOWN, BadRowError, Row, RowErrors
+from trainer.data.tools import with_tools
 from trainer.data.turns import check_messages, from_sharegpt, from_turns, take, take_text
 from trainer.errors import DataError
 from trainer.profiles import Message
@@ -100,7 +102,10 @@ def to_rows(
             row = _renamed(_as_object(parsed), columns or {})
             known = known or detect_format(row)
             _refuse_change(row, known, is_found=format_name == "auto")
-            rows.append(Row(where, index, check_messages(FORMATS[known].convert(row)), source))
+            messages = FORMATS[known].convert(row)
+            if not is_text(messages):
+                check_messages(messages)
+            rows.append(Row(where, index, messages, source))
         except BadRowError as error:
             errors.add(where, str(error), error.reason)
     if count == 0:
@@ -164,14 +169,12 @@ def _refuse_change(row: dict[str, Any], name: str, *, is_found: bool) -> None:
 
 
 def _from_messages(row: dict[str, Any]) -> list[Message]:
-    _refuse_tools(row)
-    return from_turns(take(row, "messages", list), "messages")
+    return with_tools(row, from_turns(take(row, "messages", list), "messages"))
 
 
 def _from_sharegpt(row: dict[str, Any]) -> list[Message]:
-    _refuse_tools(row)
     turns = from_sharegpt(take(row, "conversations", list))
-    return [*_system_turn(row), *turns]
+    return with_tools(row, [*_system_turn(row), *turns])
 
 
 def _from_alpaca(row: dict[str, Any]) -> list[Message]:
@@ -203,7 +206,6 @@ def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
     """Both are texts, or both are lists of turns, of which the completion's are trained."""
     if not isinstance(row.get("prompt"), list):
         return _two_turns(take_text(row, "prompt"), take_text(row, "completion"))
-    _refuse_tools(row)
     prompt = from_turns(row["prompt"], "prompt")
     if any(turn["role"] == "assistant" for turn in prompt):
         raise BadRowError(
@@ -211,7 +213,11 @@ def _from_prompt_completion(row: dict[str, Any]) -> list[Message]:
             "use the format 'messages' if it should be, else take it out",
             "assistant turn in prompt",
         )
-    return [*prompt, *from_turns(take(row, "completion", list), "completion")]
+    return with_tools(row, [*prompt, *from_turns(take(row, "completion", list), "completion")])
+
+
+def _from_text(row: dict[str, Any]) -> list[Message]:
+    return [check_text_row(take_text(row, "text"))]
 
 
 def _two_turns(user: str, assistant: str) -> list[Message]:
@@ -225,26 +231,22 @@ def _system_turn(row: dict[str, Any]) -> list[Message]:
     return [Message(role="system", content=row["system"])]
 
 
-def _refuse_tools(row: dict[str, Any]) -> None:
-    if row.get("tools"):
-        raise BadRowError(
-            "row has 'tools', which this version cannot train on; take them out", "unsupported row"
-        )
-
-
 FORMATS: dict[str, Format] = {
-    "messages": Format(frozenset({"messages"}), frozenset(), _from_messages),
-    "sharegpt": Format(frozenset({"conversations"}), frozenset({"system"}), _from_sharegpt),
+    "messages": Format(frozenset({"messages"}), frozenset({"tools"}), _from_messages),
+    "sharegpt": Format(
+        frozenset({"conversations"}), frozenset({"system", "tools"}), _from_sharegpt
+    ),
     "question_answer": Format(
         frozenset({"question", "answer"}), frozenset({"system"}), _from_question_answer
     ),
     "prompt_completion": Format(
-        frozenset({"prompt", "completion"}), frozenset(), _from_prompt_completion
+        frozenset({"prompt", "completion"}), frozenset({"tools"}), _from_prompt_completion
     ),
     "alpaca": Format(
         frozenset({"instruction", "output"}),
         frozenset({"input", "system", "history"}),
         _from_alpaca,
     ),
+    "text": Format(frozenset({"text"}), frozenset(), _from_text),
 }
 """The layouts by name, in the order in which they are looked for."""

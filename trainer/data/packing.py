@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from trainer.data.batches import BLANK, blank_row
 from trainer.data.dataset import EncodedDataset, RunData
 from trainer.data.encode import IGNORE_INDEX
 
@@ -55,6 +56,8 @@ class PackedDataset(EncodedDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One pack as tensors."""
+        if index == BLANK:
+            return join_documents([blank_row()])
         documents = [self._rows[i] for i in self.packs[index]]
         return join_documents(documents)
 
@@ -111,9 +114,10 @@ class PackCollator:
 
 
 def count_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of a batch that are no padding, as a scalar on the batch's device."""
+    """Tokens of a batch that are neither padding nor blank, as a scalar on the batch's device."""
     if "attention_mask" in batch:
-        return batch["attention_mask"].sum()
+        lengths = batch["attention_mask"].sum(dim=1)
+        return (lengths * (lengths > 1)).sum()  # a row of one token is a blank
     # Padding has position 0, and so has each document's first token; its second has position 1.
     positions = batch["position_ids"]
     return (positions > 0).sum() + (positions == 1).sum()

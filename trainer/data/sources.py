@@ -16,6 +16,7 @@ from trainer.data.files import SUFFIXES, RawRow, raw_rows
 from trainer.data.formats import FORMATS, to_rows
 from trainer.data.rows import Row, RowErrors
 from trainer.errors import ConfigError, DataError
+from trainer.models.hub import hub_answers
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 DEFAULT_SPLIT = "train"
@@ -69,7 +70,7 @@ class Source:
         import datasets
 
         repository, _, split = self.name.partition(":")
-        offline = self.offline or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        offline = self.offline or not hub_answers()
         datasets.disable_progress_bars()
         try:
             return datasets.load_dataset(
@@ -99,7 +100,7 @@ def find_sources(
         ConfigError: another number of weights than of names, or a name given twice.
     """
     names = [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
-    names = [name for name in names if name] or [text]
+    names = [os.path.expanduser(name) for name in names if name] or [text]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from trainer.data.tools import tools_of
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
@@ -83,6 +84,20 @@ class ChatTemplate:
         ]
 
     def _apply(self, conversations: list[list[Message]], **options: Any) -> Any:
+        """One call for all conversations; those with tools of their own need a call each."""
+        if any(tools_of(row) for row in conversations):
+            parts = [self._apply_alike([row], tools_of(row), options) for row in conversations]
+            return {key: [value for part in parts for value in part[key]] for key in parts[0]}
+        return self._apply_alike(conversations, None, options)
+
+    def _apply_alike(
+        self,
+        conversations: list[list[Message]],
+        tools: list[dict[str, Any]] | None,
+        options: dict[str, Any],
+    ) -> Any:
+        if tools is not None:
+            options = {**options, "tools": tools}
         try:
             return self.tokenizer.apply_chat_template(
                 conversations, tokenize=True, return_dict=True, **{**TEMPLATE_OPTIONS, **options}

@@ -10,6 +10,11 @@ IGNORE_INDEX = -100
 class RowTooLongError(BadRowError):
     """A row is left out because data.truncation=drop says so; counted, never an error."""
 
+    def __init__(self, num_tokens: int) -> None:
+        """Keep the row's length in tokens for the count."""
+        super().__init__(f"{num_tokens} tokens, dropped", "longer than max_length")
+        self.num_tokens = num_tokens
+
 
 def cut(
     ids: list[int], labels: list[int], max_length: int, how: str
@@ -26,7 +31,7 @@ def cut(
     """
     if len(ids) > max_length:
         if how == "drop":
-            raise RowTooLongError(f"{len(ids)} tokens, dropped", "longer than max_length")
+            raise RowTooLongError(len(ids))
         if how == "error":
             raise BadRowError(
                 f"the row has {len(ids)} tokens and hyperparams.max_length is {max_length}; raise "

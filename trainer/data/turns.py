@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.data.rows import BadRowError
+from trainer.data.tools import calls_from_text
+from trainer.data.tools import tool_names as tool_names
 from trainer.profiles import Message
 
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
@@ -17,6 +19,9 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
 }
 
 
@@ -76,15 +81,11 @@ def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
     return found
 
 
-def tool_names(calls: list[dict[str, Any]]) -> list[str]:
-    """The functions' names; "" for a call that names none."""
-    functions = [call.get("function") for call in calls]
-    names = [f.get("name") if isinstance(f, dict) else None for f in functions]
-    return [name if isinstance(name, str) else "" for name in names]
-
-
 def from_sharegpt(turns: list[Any]) -> list[Message]:
-    """Turns with `from` and `value`; `human` is the user, `gpt` the assistant."""
+    """Turns with `from` and `value`; `human` is the user, `gpt` the assistant.
+
+    `function_call` is an assistant's turn that calls tools, `observation` what they answer.
+    """
     messages = []
     for position, turn in enumerate(turns):
         where = f"conversations[{position}]"
@@ -94,7 +95,12 @@ def from_sharegpt(turns: list[Any]) -> list[Message]:
             raise BadRowError(
                 f"{where} is from {speaker!r}; known: {', '.join(SHAREGPT_ROLES)}", "unknown role"
             )
-        messages.append(Message(role=SHAREGPT_ROLES[speaker], content=take_text(turn, "value")))
+        text = take_text(turn, "value")
+        message = Message(role=SHAREGPT_ROLES[speaker], content=text)
+        if speaker == "function_call":
+            calls = calls_from_text(text, f"{where}.value")
+            message = Message(role="assistant", content="", tool_calls=calls)
+        messages.append(message)
     return messages
 
 
@@ -136,7 +142,7 @@ def check_messages(messages: list[Message]) -> list[Message]:
                 f"messages[{position}] is a system turn; it must be the first",
                 "system turn not first",
             )
-        _check_text(turn["content"], position)
+        check_text(turn["content"], f"turn {position}")
     roles = [turn["role"] for turn in messages]
     if "assistant" not in roles:
         raise BadRowError(
@@ -157,15 +163,19 @@ def check_messages(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _check_text(text: str, position: int) -> None:
-    """JSON can spell characters that are no text: half of a pair, and NUL."""
+def check_text(text: str, where: str) -> None:
+    """JSON can spell characters that are no text: half of a pair, and NUL.
+
+    Raises:
+        BadRowError: `where` holds one of them.
+    """
     if "\0" in text:
-        raise BadRowError(f"turn {position} contains a NUL character", "NUL in text")
+        raise BadRowError(f"{where} contains a NUL character", "NUL in text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRowError(
-            f"turn {position} contains half of a surrogate pair at character {error.start}, which "
-            "is no text",
+            f"{where} contains half of a surrogate pair at character {error.start}, which is no "
+            "text",
             "not text",
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 
 
@@ -32,7 +33,7 @@ ALIASES: dict[str, Alias] = {
 def resolve_alias(name: str) -> str:
     """The hub id or path that `name` stands for; a name that is no alias stands for itself."""
     alias = ALIASES.get(name.lower())
-    return alias.path if alias else name
+    return alias.path if alias else os.path.expanduser(name)
 
 
 def nearest_alias(name: str) -> str | None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
+from trainer.models.added_tokens import add_tokens
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
+from trainer.models.hub import hub_answers
 
 GGUF_SUFFIX = ".gguf"
+SAVED_BASE = "base_model"
+"""Folder in a run's folder, for the base of an adapter that is on no disk and no hub."""
 
 if TYPE_CHECKING:  # annotations only: importing torch here would slow every command
     import torch
@@ -29,14 +32,20 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
 
     Raises:
         ModelError: no such model, or no fast tokenizer in it.
-        ConfigError: `model.chat_template` cannot be used with it.
+        ConfigError: `model.chat_template` or `model.add_tokens` cannot be used with it.
     """
     path = resolve_alias(section.model_path)
+    if section.revision is not None and (path == TINY or Path(path).exists()):
+        raise ConfigError(
+            f"model.revision={section.revision!r} names a version on the model hub, and "
+            f"model.model_path={section.model_path} is no hub id; leave model.revision empty."
+        )
     if path == TINY:
         from trainer.models.tiny import load_tiny_tokenizer
 
         tiny = load_tiny_tokenizer()
         set_chat_template(tiny, section.chat_template)
+        add_tokens(tiny, section.add_tokens)
         return tiny
     from transformers import AutoTokenizer
 
@@ -47,6 +56,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
             "tokens can be proved with fast tokenizers only. Use a model that ships tokenizer.json."
         )
     set_chat_template(tokenizer, section.chat_template)
+    add_tokens(tokenizer, section.add_tokens)
     result: PreTrainedTokenizerBase = tokenizer
     return result
 
@@ -70,7 +80,13 @@ def load_model(
     if path == TINY:
         from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
 
-        return build_tiny_model(seed=seed, vocab_size=len(load_tiny_tokenizer()), dtype=dtype)
+        tiny = build_tiny_model(seed=seed, vocab_size=len(load_tiny_tokenizer()), dtype=dtype)
+        if section.attn_implementation != "auto":
+            try:
+                tiny.set_attn_implementation(section.attn_implementation)
+            except (ImportError, ValueError) as error:
+                raise _attention_error(section, error) from error
+        return tiny
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"dtype": dtype}
@@ -98,7 +114,9 @@ def _forget_quantization(model: Any) -> None:
 def _from_pretrained(
     loader: Any, section: ModelSection, path: str, offline: bool, what: str, **extra: Any
 ) -> Any:
-    is_folder, folder = Path(path).is_dir(), path
+    is_folder = Path(path).is_dir()
+    # Absolute, because an adapter records its base by this name.
+    folder = str(Path(path).resolve()) if is_folder else path
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         folder, extra = _gguf_source(section, Path(path), extra)
         is_folder = True
@@ -112,7 +130,7 @@ def _from_pretrained(
             folder,
             revision=None if is_folder else section.revision,
             trust_remote_code=section.trust_remote_code,
-            local_files_only=is_folder or offline or hub_is_offline(),
+            local_files_only=is_folder or offline or not hub_answers(),
             **extra,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -141,20 +159,14 @@ def _looks_like_path(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or "\\" in path
 
 
-def hub_is_offline() -> bool:
-    """True when the user's environment forbids asking the model hub."""
-    return any(
-        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
-
-
 def _load_error(
     section: ModelSection, path: str, what: str, is_folder: bool, error: Exception
 ) -> ModelError:
-    first = " ".join(str(error).split())[:300]
-    name = section.model_path
-    if "trust_remote_code" in first:
+    whole = " ".join(str(error).split())
+    first, name = whole[:300], section.model_path
+    if "flash" in first.lower() and section.attn_implementation == "flash_attention_2":
+        return _attention_error(section, error)
+    if "trust_remote_code" in whole:
         return ModelError(
             f"model.model_path={name}: this {what} needs Python code from its own folder. If you "
             "have read that code and trust it, set model.trust_remote_code=true."
@@ -172,6 +184,14 @@ def _load_error(
         f"hub could not be asked for it or does not have it.{hint} Check the name "
         "(`trainer models` lists aliases) and the network, download it once while online, or "
         f"give a model folder. Cause: {first}"
+    )
+
+
+def _attention_error(section: ModelSection, error: Exception) -> ModelError:
+    cause = " ".join(str(error).split()).rpartition("following error: ")[2][:300]
+    return ModelError(
+        f"model.attn_implementation={section.attn_implementation} cannot be used here; use auto or "
+        f"sdpa. Cause: {cause}"
     )
 
 
@@ -242,8 +262,13 @@ def check_locked(locked: LockedSection, section: ModelSection, config: Any) -> N
         )
 
 
-def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Any:
-    """Put adapters on a model and freeze the rest; adapters are fp32.
+def add_lora(
+    model: PreTrainedModel, section: LoraSection, *, seed: int, revision: str | None = None
+) -> Any:
+    """Put adapters on a model and freeze the rest; all that is trained is fp32.
+
+    Args:
+        revision: of the model on the hub, recorded in the adapter.
 
     Returns:
         A `peft.PeftModel`.
@@ -261,6 +286,7 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(section.modules_to_save) or None,
         task_type="CAUSAL_LM",
+        revision=revision,
     )
     missing = [
         name
@@ -281,7 +307,11 @@ def add_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> Any:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # PEFT copies modules_to_save in the dtype of the frozen base,
+            parameter.data = parameter.data.float()  # which would lose most updates
+    return adapted
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -289,20 +319,39 @@ def is_adapter_folder(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def load_finished_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
+def load_finished_model(
+    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Any:
     """Load `final_model/` of a run, adapters with their base.
 
+    Args:
+        folder: of the model or adapter.
+        dtype: of the weights; None: fp32.
+        trust_remote_code: as the run was told.
     Raises:
         ModelError: the folder holds no model, or its base cannot be loaded.
     """
     import torch
 
+    dtype = dtype or torch.float32
     if not is_adapter_folder(folder):
-        section = ModelSection(model_path=str(folder.resolve()))
-        return load_model(section, dtype=dtype or torch.float32)
+        path = str(folder.resolve())
+        section = ModelSection(model_path=path, trust_remote_code=trust_remote_code)
+        return load_model(section, dtype=dtype)
     from peft import PeftModel
 
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     return PeftModel.from_pretrained(
-        load_model(ModelSection(model_path=base), dtype=dtype or torch.float32), str(folder)
+        load_model(_base_of(folder, trust_remote_code), dtype=dtype), str(folder)
+    )
+
+
+def _base_of(folder: Path, trust_remote_code: bool) -> ModelSection:
+    """The base model of an adapter; one that the run saved itself moves with the run."""
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    base = saved["base_model_name_or_path"]
+    beside = [parent / SAVED_BASE for parent in folder.resolve().parents[:2]]
+    if Path(base).name == SAVED_BASE and not Path(base).is_dir():
+        base = next((str(path) for path in beside if path.is_dir()), base)
+    return ModelSection(
+        model_path=base, revision=saved.get("revision"), trust_remote_code=trust_remote_code
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,12 @@ def resolve_device(device: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    wanted = torch.device(device)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device {device!r} is not one of auto, cpu, mps, cuda, cuda:N.")
     if wanted.type == "cuda":
         count = torch.cuda.device_count()
         if (wanted.index or 0) >= count:
@@ -88,6 +94,8 @@ def resolve_precision(
             f"computes in {fp_precision} by autocast on {device}, frozen base in {fp_precision}, "
             "adapters in fp32"
         )
+    if fp_precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        reason += "; this CPU has no bf16 arithmetic, so that fp32 (--fp32) is likely faster"
     return ResolvedPrecision(
         name=fp_precision,
         compute_dtype=compute,
@@ -98,6 +106,15 @@ def resolve_precision(
         use_fp16=fp_precision == "fp16",
         reason=reason,
     )
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself (x86: AMX or AVX512-BF16); others are taken to."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private, but all there is
+    found = [getattr(torch.cpu, name, None) for name in names]
+    return any(check() for check in found if check is not None) or None in found
 
 
 def _check_device(fp_precision: Precision, device: torch.device) -> None:

@@ -7,6 +7,7 @@ stopping when somebody asked for it. Observers (status files, terminal, trackers
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from trainer.preview.base import PreviewResult
 from trainer.preview.scheduler import PreviewScheduler
 
 logger = logging.getLogger(__name__)
-RATE_MEMORY = 0.9
+RATE_MEMORY = 0.98
 """Weight of the past in the smoothed step time from which the ETA is made."""
 
 
@@ -61,19 +62,29 @@ class Observers:
         for observer in self._observers:
             try:
                 observer.on_event(event)
-            except Exception:
-                if id(observer) not in self._failed:
-                    self._failed.add(id(observer))
-                    logger.exception(
-                        "%s failed on %s; training goes on, its output may have gaps",
-                        type(observer).__name__,
-                        type(event).__name__,
-                    )
+            except Exception as error:
+                self._report(observer, f"failed on {type(event).__name__}", error)
 
     def close(self) -> None:
-        """Close everybody."""
+        """Close everybody; never raises."""
         for observer in self._observers:
-            observer.close()
+            try:
+                observer.close()
+            except Exception as error:
+                self._report(observer, "could not be closed", error)
+
+    def _report(self, observer: Observer, what: str, error: Exception) -> None:
+        """Say once per observer that it failed; a full disk needs no traceback."""
+        if id(observer) in self._failed:
+            return
+        self._failed.add(id(observer))
+        logger.error(
+            "%s %s (%s); training goes on, its output may have gaps",
+            type(observer).__name__,
+            what,
+            error,
+            exc_info=not isinstance(error, OSError),
+        )
 
 
 @dataclass
@@ -95,13 +106,44 @@ class EarlyStopping:
         for name, value in state.items():
             setattr(self, name, value)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is time to stop."""
+        return 0 < self.patience <= self.num_without
+
     def update(self, loss: float, step: int) -> bool:
         """Take a loss; True when it is time to stop."""
-        if self.best_loss is None or loss < self.best_loss - self.min_delta:
+        is_lower = self.best_loss is None or loss < self.best_loss - self.min_delta
+        if is_lower and math.isfinite(loss):
             self.best_loss, self.best_step, self.num_without = loss, step, 0
         else:
             self.num_without += 1
-        return 0 < self.patience <= self.num_without
+        return self.is_over
+
+
+@dataclass
+class StepClock:
+    """How long a step takes, pauses for previews, evaluation and checkpoints included."""
+
+    began: float = 0.0
+    num_steps: int = 0
+    _sum: float = 0.0
+    _weight: float = 0.0
+    _trained_s: float = 0.0
+    _pause_s: float = 0.0
+
+    def add(self, seconds: float, now: float) -> None:
+        """Take a step of `seconds` that ended at `now`."""
+        self.num_steps += 1
+        self._sum = RATE_MEMORY * self._sum + seconds
+        self._weight = RATE_MEMORY * self._weight + 1
+        self._trained_s += seconds
+        self._pause_s = max(0.0, now - self.began - self._trained_s)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Recent steps, and the mean pause of a step so far."""
+        return self._sum / self._weight + self._pause_s / self.num_steps
 
 
 class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
@@ -141,7 +183,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         self._is_stop_requested, self._request_stop = is_stop_requested, request_stop
         self.control_file = control
         self._step_started = 0.0
-        self._step_time: float | None = None
+        self._clock = StepClock()
 
     # ---- called by HF's Trainer
 
@@ -149,7 +191,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         """Step 0: what the model says before it is trained."""
         if state.is_world_process_zero and state.global_step == 0:
             self._preview(0, is_last=False)
-        self._step_started = time.perf_counter()
+        self._step_started = self._clock.began = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next step's clock starts behind the checkpoint, which is no training."""
@@ -162,20 +204,20 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         should_stop, commands = self._asked_for()
         if should_stop:
             self.stop_reason = "asked to stop"
+        is_best = False
         if self._is_evaluation_due(step, total) and not should_stop:
             should_stop = self._agree(self._measure(step))
+            stopping = self.early_stopping
+            is_best = self._agree(stopping.patience > 0 and stopping.best_step == step)
         is_last = should_stop or step >= total
         if state.is_world_process_zero:
             is_last_preview = is_last and self.stop_reason != "asked to stop"
             self._preview(step, is_last=is_last_preview or "preview" in commands)
             self._acknowledge(commands, step)
         control.should_training_stop = control.should_training_stop or should_stop
-        is_save_asked = bool({"save", "mark_best"} & commands)
-        control.should_save = (
-            is_last
-            or is_save_asked
-            or bool(self.checkpoint_interval and step % self.checkpoint_interval == 0)
-        )
+        is_nth = bool(self.checkpoint_interval) and step % self.checkpoint_interval == 0
+        is_asked = bool({"save", "mark_best"} & commands)
+        control.should_save = is_last or is_best or is_nth or is_asked
         self._step_started = time.perf_counter()
 
     # ---- parts
@@ -184,10 +226,10 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         """Emit StepDone, and now and then a training row."""
         if not state.is_world_process_zero:
             return
-        step, seconds = state.global_step, time.perf_counter() - self._step_started
+        now = time.perf_counter()
+        step, seconds = state.global_step, now - self._step_started
         record = self.trainer.last_step
-        smoothed = seconds if self._step_time is None else self._step_time
-        self._step_time = RATE_MEMORY * smoothed + (1 - RATE_MEMORY) * seconds
+        self._clock.add(seconds, now)
         self.observers.emit(
             StepDone(
                 step=step,
@@ -200,7 +242,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
                 num_tokens=record.num_tokens,
                 num_trained_tokens=record.num_trained_tokens,
                 step_time_s=seconds,
-                eta_s=self._step_time * (state.max_steps - step),
+                eta_s=self._clock.seconds_per_step * (state.max_steps - step),
                 memory_gib=memory_gib(),
             )
         )
@@ -235,8 +277,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             return False
         best = self.early_stopping
         self.stop_reason = (
-            f"early stopping: no validation loss below {best.best_loss:.4f} (step "
-            f"{best.best_step}) in {best.num_without} evaluations"
+            f"early stopping: no validation loss below {_shown(best.best_loss)} (step "
+            f"{best.best_step}, whose checkpoint is kept) in {best.num_without} evaluations"
         )
         self.observers.emit(Notice(text=self.stop_reason))
         return True
@@ -291,6 +333,10 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         flags = torch.tensor([[float(one) for one in wants]])  # (1, N), (P, N) when gathered
         gathered = self.trainer.accelerator.gather(flags.to(self.trainer.accelerator.device))
         return [bool(one) for one in gathered.amax(dim=0) > 0]
+
+
+def _shown(loss: float | None) -> str:
+    return "infinity" if loss is None else f"{loss:.4f}"
 
 
 def memory_gib() -> float:

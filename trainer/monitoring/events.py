@@ -22,6 +22,7 @@ class RunStarted:
     start_step: int
     """Above 0 after a resume."""
     num_epochs: float
+    """Passes over the training rows that `total_steps` make."""
     num_train_rows: int
     num_validation_rows: int
     context_window: int
@@ -66,6 +67,7 @@ class StepDone:
     num_trained_tokens: int
     step_time_s: float
     eta_s: float
+    """Until the last step, at the pace of the steps and pauses so far."""
     memory_gib: float
     """Peak device memory, or the resident memory of the process on CPU."""
 
@@ -91,6 +93,17 @@ class PreviewsDone:
     results: tuple[PreviewResult, ...]
     duration_s: float
     """Seconds that training waited for them."""
+
+    @property
+    def common_error(self) -> str | None:
+        """Why nothing was answered, where all prompts have the same reason."""
+        reasons = {result.error_message for result in self.results}
+        return reasons.pop() if len(reasons) == 1 else None
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether a newer step took this one's place: there is nothing to show."""
+        return all(result.is_superseded for result in self.results)
 
 
 @dataclass(frozen=True, kw_only=True)

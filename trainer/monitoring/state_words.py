@@ -51,8 +51,10 @@ def ending_words(
         return f"completed, step {step}{of_total}"
     first_line = printable((reason or "").split("\n")[0], REASON_CHARS)
     if state == "stopped":
-        # The reason of a stop names the step itself.
-        return first_line if first_line.startswith("stopped") else f"stopped at step {step}"
+        # The reason names who and the step: `by SIGINT after step 80; continue with ...`.
+        return (
+            f"stopped {first_line}" if first_line.startswith("by ") else f"stopped at step {step}"
+        )
     non_finite = non_finite_words(error_type, reason)
     if non_finite is not None:
         return non_finite

@@ -85,8 +85,9 @@ class StatusBuilder:
             case EvaluationDone():
                 self.set_evaluation(values)
             case PreviewsDone():
-                self.set_previews(event.results)
-                self._history.add(event.results)
+                if not event.is_superseded:
+                    self.set_previews(event.results)
+                    self._history.add(event.results)
             case RowShown():
                 self.fields["training_row"] = self._cut_texts(values, "prompt", "golden_answer")
             case CheckpointSaved():
@@ -102,7 +103,7 @@ class StatusBuilder:
         self, results: Iterable[PreviewResult], evaluation: Mapping[str, Any] | None
     ) -> None:
         """Take over what the interrupted part of a resumed run had found."""
-        known = list(results)
+        known = [result for result in results if not result.is_superseded]
         self._history.clear()
         self._history.add(known)
         if known:

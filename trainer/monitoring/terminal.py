@@ -196,6 +196,10 @@ class PlainDisplay(_Display):
         return f"step {event.step:{width}d}/{event.total_steps}  {figures}  {left}"
 
     def _write_previews(self, event: PreviewsDone) -> None:
+        if event.common_error is not None and len(event.results) > 1:
+            reason = printable(event.common_error, 2 * ANSWER_CHARS)
+            self.stream.line(f"no previews of step {event.step}: {reason}")
+            return
         lines = [f"previews by the weights of step {event.step}: {match_words(event.results)}"]
         for result in event.results:
             prompt = printable(result.prompt, PROMPT_CHARS)

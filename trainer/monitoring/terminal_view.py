@@ -78,7 +78,9 @@ class LiveView:
         self.step, self.phase = event, None
 
     def set_previews(self, event: PreviewsDone) -> None:
-        """New answers to the same prompts."""
+        """New answers to the same prompts; older ones stay where there are none."""
+        if event.is_superseded:
+            return
         self._history.add(event.results)
         self.previews = event
 

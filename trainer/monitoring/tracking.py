@@ -1,10 +1,16 @@
-"""TensorBoard: previews as text, their accuracy and the validation loss, beside HF's own curves.
+"""Trackers of `monitoring.report_to`: which are there, and that none of them can stop training.
+
+TensorBoard gets previews as text, their accuracy and the validation loss beside HF's own curves.
 
 Imports torch and tensorboard when a tracker is made, not when this module is imported.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +19,76 @@ from trainer.monitoring.events import EvaluationDone, Event, PreviewsDone
 from trainer.monitoring.text import printable
 from trainer.preview.base import PreviewResult
 
+logger = logging.getLogger(__name__)
+
+NO_TRACKER = "none"
+MAY_FAIL = {"on_init_end", "on_train_begin"}
+"""A tracker that cannot start stops the run; one that fails later does not."""
 TEXT_CHARS = 8192
 """Longest text sent to TensorBoard, in characters; previews.jsonl has all of it."""
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that this machine does not have, before anything is loaded.
+
+    Raises:
+        ConfigError: a name is unknown, or its package is not installed.
+    """
+    # transformers loads torch.
+    from transformers.integrations import integration_utils as hf
+
+    known, installed = sorted(hf.INTEGRATION_TO_CALLBACK), hf.get_available_reporting_integrations()
+    for name in names:
+        if name == NO_TRACKER and len(names) == 1:
+            continue
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"monitoring.report_to names {name!r}, which is no tracker.{hint} Installed here: "
+                f"{', '.join(installed) or 'none'}; known: {', '.join(known)}; {NO_TRACKER!r} "
+                "alone turns them off. On the command line, give the flag once per tracker."
+            )
+        if name not in installed:
+            raise ConfigError(
+                f"monitoring.report_to names {name}, which is not installed; `pip install "
+                f"{name.replace('_', '-')}`, or take it out of monitoring.report_to."
+            )
+
+
+def guard_trackers(trainer: Any) -> None:
+    """Wrap HF's own trackers, and TensorBoard's, so that none can stop training later on."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    trackers = tuple(INTEGRATION_TO_CALLBACK.values())
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, trackers):
+            for name in dir(type(callback)):
+                if name.startswith("on_") and name not in MAY_FAIL:
+                    setattr(callback, name, _guarded(getattr(callback, name), type(callback)))
+
+
+def _guarded(method: Callable[..., Any], tracker: type) -> Callable[..., Any]:
+    """The method, whose failures are logged once and change nothing."""
+    has_failed = False
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal has_failed
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            if not has_failed:
+                logger.warning(
+                    "%s failed (%s: %s); training goes on, its output may have gaps",
+                    tracker.__name__,
+                    type(error).__name__,
+                    error,
+                )
+            has_failed = True
+            return None
+
+    return call
 
 
 def tensorboard_callback(
@@ -71,7 +145,7 @@ class TensorBoardPreviews:
         """Send what an event brings, if it is a preview or an evaluation."""
         if isinstance(event, EvaluationDone):
             self.writer.add_scalar("val_loss", event.val_loss, event.step)
-        elif isinstance(event, PreviewsDone):
+        elif isinstance(event, PreviewsDone) and not event.is_superseded:
             for index, result in enumerate(event.results):
                 tag = f"previews/{result.prompt_id or f'prompt-{index}'}"
                 self.writer.add_text(tag, preview_markdown(result), event.step)

@@ -74,6 +74,8 @@ class PreviewResult(BaseModel):
     """The step training was at when the answer arrived: minus `step`, how far behind it is."""
     visible_s: float | None = None
     """Seconds from the end of `step` until the answer arrived."""
+    is_superseded: bool = False
+    """Not answered, because a newer step took its place; `error_message` says which."""
     error_message: str | None = None
     created_at: float = Field(default_factory=time.time)
     """Unix seconds."""

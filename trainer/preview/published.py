@@ -404,22 +404,33 @@ class PublishedPreviews:
             if one is None:
                 return  # given up meanwhile
             self._state.delivering.append(step)
-        results = results_of(
-            answer,
-            self.requests,
-            step,
-            canary=(self.canary, one.canary_value),
-            matches=self.matches,
-            decode=self.decode,
-            backend_type=self.backend_type,
-            visible_s=time.monotonic() - one.asked_at,
-        )
         try:
-            self._hand_over(Finished(step, results))
+            self._hand_over(Finished(step, self._judged(one, answer)))
         finally:
             with self._changed:
                 self._state.delivering.remove(step)
                 self._changed.notify_all()
+
+    def _judged(self, one: Staged, answer: dict[str, Any]) -> list[PreviewResult]:
+        """The worker's answers as results; a comparison that fails is an error of its prompts."""
+        try:
+            return results_of(
+                answer,
+                self.requests,
+                one.step,
+                canary=(self.canary, one.canary_value),
+                matches=self.matches,
+                decode=self.decode,
+                backend_type=self.backend_type,
+                visible_s=time.monotonic() - one.asked_at,
+            )
+        except Exception as error:  # the profile's own code, or an answer that nobody thought of
+            logger.exception("the previews of step %d cannot be used; training goes on", one.step)
+            message = f"the answer cannot be used ({type(error).__name__}: {error})"
+            return [
+                PreviewResult.failed(request, one.step, message, self.backend_type)
+                for request in self.requests
+            ]
 
     def _is_back(self) -> None:
         if self._state.is_open:
@@ -460,7 +471,9 @@ class PublishedPreviews:
                 else "superseded: older weights were still on their way"
             )
         results = [
-            PreviewResult.failed(request, step, error, self.backend_type)
+            PreviewResult.failed(request, step, error, self.backend_type).model_copy(
+                update={"is_superseded": superseded_by is not None}
+            )
             for request in self.requests
         ]
         self._hand_over(Finished(step, results, is_superseded=superseded_by is not None))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import mmap
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,10 +48,16 @@ class ServerHashes(BaseModel):
     chat_template_hash: str
 
 
-class ServerInfo(ServerHashes):
+class ServerInfo(BaseModel):
     """The part of `GET /info` that a trainer reads."""
 
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
     model_id: str | None = None
+    """None: the server was started without a model and waits to be told which."""
+    config_hash: str | None = None
+    tokenizer_hash: str | None = None
+    chat_template_hash: str | None = None
     profiles: tuple[str, ...] = ()
 
 
@@ -144,9 +149,11 @@ class WorkerClient:
 
     # ---- at start
 
-    def check(self, hashes: ServerHashes, profile: str) -> ServerInfo:
+    def check(self, hashes: ServerHashes, profile: str, model: str = "") -> ServerInfo:
         """Ask the server who it is, and compare.
 
+        Args:
+            model: alias or hub id that a server without a model is told to load.
         Raises:
             ConfigError: it wants another key, holds another model or tokenizer, does not know the
                 profile, or is no preview server.
@@ -154,7 +161,9 @@ class WorkerClient:
         """
         try:
             info = ServerInfo.model_validate(self._ask("GET", "/info"))
-        except AwayError:
+            if info.model_id is None and info.config_hash is None:
+                info = self._register(model)
+        except (AwayError, ConfigError):
             raise
         except KeyRefusedError as error:
             raise ConfigError(str(error)) from error
@@ -166,6 +175,22 @@ class WorkerClient:
             ) from error
         self._compare(info, hashes, profile)
         return info
+
+    def _register(self, model: str) -> ServerInfo:
+        """Tell a server that waits for a model which one it is.
+
+        Raises:
+            ConfigError: it cannot or may not load that model.
+        """
+        try:
+            self._ask("POST", "/models/register", {"model": model}, timeout_s=COMMIT_TIMEOUT_S)
+        except RefusedError as error:
+            raise ConfigError(
+                f"the preview server at {self.http.url} was started without a model and cannot "
+                f"load {model!r} ({' '.join(str(error).split())[:300]}); start it there with "
+                "`trainer serve --model ...`."
+            ) from error
+        return ServerInfo.model_validate(self._ask("GET", "/info"))
 
     def _compare(self, info: ServerInfo, hashes: ServerHashes, profile: str) -> None:
         others = [
@@ -268,7 +293,9 @@ class WorkerClient:
             PreviewError: the answer is not one to this request: nothing of it may be shown.
         """
         deadline = time.monotonic() + timeout_s
-        headers = {"Idempotency-Key": secrets.token_hex(16)}
+        # A retry after a broken connection is answered from what was made before.
+        key = f"{request.run}-{request.step}-{request.weights_id[:32]}"
+        headers = {"Idempotency-Key": key}
         body = request.model_dump(mode="json")
         _, found = self.http.call("POST", "/previews", deadline, body, headers=headers)
         try:

@@ -7,6 +7,8 @@ what became of every step that was asked for; nothing is dropped in silence.
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 import threading
 import time
@@ -16,6 +18,7 @@ from typing import Any, Protocol
 
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
 
+logger = logging.getLogger(__name__)
 Deliver = Callable[[int, list[PreviewResult], float], None]
 WAIT_S = 0.25
 
@@ -121,7 +124,7 @@ def _milliseconds(values: list[float], share: float) -> float | None:
         return None
     if share == 0.5:
         return round(1000 * statistics.median(values), 3)
-    return round(1000 * sorted(values)[int(share * (len(values) - 1))], 3)
+    return round(1000 * sorted(values)[math.ceil(share * len(values)) - 1], 3)
 
 
 class PreviewScheduler:
@@ -195,6 +198,11 @@ class PreviewScheduler:
                 self.lane.give_up("no answer before the run ended")
                 return
             self.lane.wait(min(WAIT_S, remaining))
+
+    def give_up(self, reason: str) -> None:
+        """Finish what is pending with this error; nothing where nothing is."""
+        if self.lane.pending():
+            self.lane.give_up(reason)
 
     def summary(self) -> dict[str, Any]:
         """Counts and figures of this run's previews."""
@@ -315,8 +323,21 @@ class ThreadLane:
 
     def _fail(self, step: int, reason: str, *, is_superseded: bool = False) -> None:
         kind = self.backend.backend_type
-        results = [PreviewResult.failed(one, step, reason, kind) for one in self.requests]
+        results = [
+            PreviewResult.failed(one, step, reason, kind).model_copy(
+                update={"is_superseded": is_superseded}
+            )
+            for one in self.requests
+        ]
         self._on_finished(Finished(step, results, is_superseded=is_superseded))
+
+    def _answers(self, step: int) -> list[PreviewResult]:
+        try:
+            return self.backend.preview_batch(self.requests, step)
+        except Exception as error:  # backends return errors; one that raises must not end this
+            logger.exception("the preview of step %d failed; training goes on", step)
+            message, kind = f"{type(error).__name__}: {error}", self.backend.backend_type
+            return [PreviewResult.failed(one, step, message, kind) for one in self.requests]
 
     def _run(self) -> None:
         while True:
@@ -327,7 +348,7 @@ class ThreadLane:
                 current = self._running
             assert current is not None, "waited for"
             step, asked_at = current
-            results = self.backend.preview_batch(self.requests, step)
+            results = self._answers(step)
             seconds = round(time.monotonic() - asked_at, 3)
             results = [one.model_copy(update={"visible_s": seconds}) for one in results]
             with self._changed:

@@ -36,7 +36,8 @@ Option = str | int | float | bool | None
 class Body(BaseModel):
     """A request body: a field that the server does not know is refused, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: "5" is no number and true is no 1. What the description forbids is refused.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class TensorEntry(Body):
@@ -118,6 +119,29 @@ class WeightsState(Body):
     part_bytes: int = PART_BYTES
     parts: list[int] = []
     """Numbers of the parts that have arrived, from 0."""
+
+
+class RegisterModel(Body):
+    """`POST /models/register`: load this model into a server that has none."""
+
+    model: Annotated[
+        str,
+        StringConstraints(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"
+        ),
+    ]
+    """An alias or a hub id (`owner/name`), never a path."""
+
+
+class ModelState(Body):
+    """What `/models/active`, `set_active` and `register` answer: the model and its weights."""
+
+    model_id: str | None
+    """None: this server has no model yet."""
+    weights_id: str | None
+    """None: no weights yet."""
+    run: str | None = None
+    step: int | None = None
 
 
 class SetActive(Body):

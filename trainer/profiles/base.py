@@ -19,6 +19,8 @@ class Message(TypedDict):
     content: str
     tool_calls: NotRequired[list[dict[str, Any]]]
     """Functions that an assistant turn calls, as {"type": "function", "function": {...}}."""
+    tools: NotRequired[list[dict[str, Any]]]
+    """Definitions of functions that may be called, on a row's first turn."""
     name: NotRequired[str]
     """Of the function whose result a tool turn brings."""
     tool_call_id: NotRequired[str]

@@ -7,36 +7,95 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from trainer import __version__
-from trainer.preview.wire import GenerateRequest, WeightsManifest
+from trainer.preview.wire import GenerateRequest, GenerateResult, ModelState, RegisterModel
 from trainer.profiles import known_profiles
 from trainer.server.auth import Guard
-from trainer.server.jobs import Job, JobQueue
+from trainer.server.jobs import Job
 from trainer.server.metrics import add_metrics_route
 from trainer.server.openai import add_openai_routes
+from trainer.server.problems import add_problem_handlers, documented
 from trainer.server.publish import add_active_route, add_preview_routes, add_weight_routes
 from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service
 from trainer.server.weights import KEPT_SETS, WeightStore
 from trainer.server.worker import EngineProcess
 
+JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{24}$")]
+
+
+class Health(BaseModel):
+    """`GET /health`."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """`GET /ready`."""
+
+    ready: Literal[True] = True
+
+
+class Version(BaseModel):
+    """`GET /version`."""
+
+    version: str = __version__
+
+
+class Active(BaseModel):
+    """Whose weights answer now."""
+
+    weights_id: str | None
+    run: str | None
+    step: int | None
+
+
+class Info(BaseModel):
+    """`GET /info`; the hashes and the device are None while there is no model."""
+
+    version: str = __version__
+    model_id: str | None
+    device: str | None
+    active: Active
+    queued: int
+    profiles: list[str]
+    engine_restarts: int
+    config_hash: str | None
+    tokenizer_hash: str | None
+    chat_template_hash: str | None
+
+
+class Models(BaseModel):
+    """`GET /models`: the one model, or none."""
+
+    models: list[ModelState]
+
+
+class JobState(BaseModel):
+    """A job and what became of it."""
+
+    job_id: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    result: GenerateResult | None = None
+    error: str | None = None
+
 
 def create_app(
     engine: EngineProcess,
-    model_id: str,
     *,
     keys: dict[str, str],
     store_dir: Path,
     host: str = "127.0.0.1",
     weights_dir: Path | None = None,
     num_kept: int = KEPT_SETS,
-) -> Any:
-    """Build the ASGI app round a started engine.
+) -> Guard:
+    """Build the ASGI app round an engine that is started, or has no model yet.
 
     Args:
         keys: keys with their scope; empty: no key is asked for.
@@ -44,7 +103,8 @@ def create_app(
         weights_dir: folder of transport `dir`; None: refused.
         num_kept: weight sets that can be made active again.
     """
-    service = Service(JobQueue(engine), model_id)
+    store = WeightStore(store_dir, weights_dir, num_kept=num_kept)
+    service = Service(engine, store)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -53,32 +113,21 @@ def create_app(
         runner.cancel()
         engine.stop()
 
-    app = FastAPI(title="ultimate-trainer", version=__version__, docs_url=None, redoc_url=None)
-    app.router.lifespan_context = lifespan
+    app = FastAPI(
+        title="ultimate-trainer",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.state.service = service
-
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # The input is left out: it may be large, and it is the client's own anyway.
-        problems = [
-            f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}"
-            for item in error.errors()[:20]
-        ]
-        return JSONResponse({"detail": "; ".join(problems), "code": "invalid"}, 422)
-
+    add_problem_handlers(app)
     _add_status_routes(app, service)
     _add_generate_routes(app, service)
-    expected = WeightsManifest.model_validate(engine.hello["manifest"])
-    store = WeightStore(
-        store_dir,
-        weights_dir,
-        expected,
-        original_id=engine.hello["weights_id"],
-        num_kept=num_kept,
-    )
-    add_weight_routes(app, service, store)
-    add_active_route(app, service, store)
-    add_preview_routes(app, service, store)
+    add_weight_routes(app, service)
+    add_active_route(app, service)
+    add_preview_routes(app, service)
     add_openai_routes(app, service)
     add_metrics_route(app, service.queue)
     names = frozenset({host.lower(), socket.gethostname().lower(), "localhost"})
@@ -88,80 +137,86 @@ def create_app(
 def _add_status_routes(app: FastAPI, service: Service) -> None:
     queue = service.queue
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get("/health", responses=documented())
+    async def health() -> Health:
+        return Health()
 
-    @app.get("/ready")
-    async def ready() -> dict[str, Any]:
-        if not queue.is_ready:
-            raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
+    @app.get("/ready", responses=documented(503))
+    async def ready() -> Ready:
+        service.check_ready()
         if queue.active["weights_id"] is None:
             raise HTTPException(503, "waiting for the first weights of a trainer", RETRY_AFTER)
-        return {"ready": True}
+        return Ready()
 
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__}
+    @app.get("/version", responses=documented())
+    async def version() -> Version:
+        return Version()
 
-    @app.get("/info")
-    async def info() -> dict[str, Any]:
-        manifest = queue.engine.hello["manifest"]
-        return {
-            "version": __version__,
-            "model_id": service.model_id,
-            "device": queue.engine.hello["device"],
-            "active": queue.active,
-            "queued": queue.waiting,
-            "profiles": known_profiles(),
-            "engine_restarts": queue.restarts,
-            **{
-                name: manifest[name]
-                for name in ("config_hash", "tokenizer_hash", "chat_template_hash")
-            },
-        }
+    @app.get("/info", responses=documented())
+    async def info() -> Info:
+        hello = queue.engine.hello if service.model_id is not None else {}
+        manifest = hello.get("manifest", {})
+        return Info(
+            model_id=service.model_id,
+            device=hello.get("device"),
+            active=Active(**queue.active),
+            queued=queue.waiting,
+            profiles=known_profiles(),
+            engine_restarts=queue.restarts,
+            config_hash=manifest.get("config_hash"),
+            tokenizer_hash=manifest.get("tokenizer_hash"),
+            chat_template_hash=manifest.get("chat_template_hash"),
+        )
 
-    @app.get("/models")
-    async def models() -> dict[str, Any]:
-        return {"models": [{"model_id": service.model_id, **queue.active}]}
+    @app.get("/models", responses=documented())
+    async def models() -> Models:
+        return Models(models=[service.state()] if service.model_id is not None else [])
 
-    @app.get("/models/active")
-    async def active() -> dict[str, Any]:
-        return {"model_id": service.model_id, **queue.active}
+    @app.get("/models/active", responses=documented())
+    async def active() -> ModelState:
+        return service.state()
+
+    @app.post("/models/register", responses=documented(409, 422))
+    async def register(body: RegisterModel) -> ModelState:
+        await service.register(body.model)
+        return service.state()
 
 
 def _add_generate_routes(app: FastAPI, service: Service) -> None:
     queue = service.queue
 
-    @app.post("/generate", response_model=None)
+    @app.post(
+        "/generate",
+        response_model=GenerateResult,
+        responses={**documented(404, 409, 422, 429, 500, 503), 202: {"model": JobState}},
+    )
     async def generate(
         body: GenerateRequest,
         request: Request,
         wait: Annotated[int, Query(ge=0, le=1)] = 1,
         idempotency_key: IdempotencyKey = None,
     ) -> Any:
-        service.check_model(body.model_id)
-        job = service.submit("generate", body.model_dump(mode="json"), idempotency_key)
+        service.check_ready()
+        needs = service.find_weights(body.model_id)
+        job = service.submit("generate", body.model_dump(mode="json"), idempotency_key, needs=needs)
         if not wait:
             return JSONResponse(job.public(), 202)
         return await service.answer(request, job)
 
     def find(job_id: str) -> Job:
         job = queue.jobs.get(job_id)
-        if job is None:
+        if job is None or job.operation != "generate":
             raise HTTPException(404, "no such job; the last 512 are kept")
         return job
 
-    @app.get("/jobs/{job_id}")
-    async def job_state(
-        job_id: str, wait: Annotated[float, Query(ge=0, le=60)] = 0
-    ) -> dict[str, Any]:
+    @app.get("/jobs/{job_id}", responses=documented(404, 422), response_model_exclude_unset=True)
+    async def job_state(job_id: str, wait: Annotated[float, Query(ge=0, le=60)] = 0) -> JobState:
         job = find(job_id)
         await queue.wait(job, wait)
-        return job.public()
+        return JobState.model_validate(job.public())
 
-    @app.delete("/jobs/{job_id}")
-    async def cancel(job_id: str) -> dict[str, Any]:
+    @app.delete("/jobs/{job_id}", responses=documented(404, 422), response_model_exclude_unset=True)
+    async def cancel(job_id: JobId) -> JobState:
         job = find(job_id)
         queue.cancel(job)
-        return job.public()
+        return JobState.model_validate(job.public())

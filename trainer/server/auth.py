@@ -13,11 +13,12 @@ from starlette.exceptions import HTTPException
 
 from trainer.errors import ConfigError
 from trainer.preview.wire import MAX_BODY
+from trainer.server.problems import problem_body
 
 SCOPES = ("generate", "publish")
 MIN_KEY = 16
 OPEN_PATHS = frozenset({"/health"})
-PUBLISH_PREFIXES = ("/weights", "/models/set_active")
+PUBLISH_PREFIXES = ("/weights", "/models/set_active", "/models/register")
 
 
 def is_loopback(host: str) -> bool:
@@ -90,12 +91,14 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
+        names = [name.decode("latin-1") for name, _ in scope["headers"]]
+        values = [value.decode("latin-1") for _, value in scope["headers"]]
+        headers = dict(zip(names, values, strict=True))
         refusal = self._refusal(scope["path"], headers)
+        if names.count("host") > 1 or names.count("authorization") > 1:
+            refusal = 421, "host", "a Host or Authorization header that comes twice"
         if refusal is not None:
-            await _answer(send, *refusal)
+            await _answer(send, scope["path"], *refusal)
             return
         await self.app(scope, self._counted(receive), send)
 
@@ -134,7 +137,11 @@ class Guard:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.max_body:
-                raise HTTPException(413, f"a body may have at most {self.max_body} bytes")
+                raise HTTPException(
+                    413,
+                    f"a body may have at most {self.max_body} bytes",
+                    {"Connection": "close"},  # the rest of it is not read
+                )
             return message
 
         return counted
@@ -155,8 +162,8 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _answer(send: Any, status: int, code: str, detail: str) -> None:
-    body = json.dumps({"detail": detail, "code": code}).encode()
+async def _answer(send: Any, path: str, status: int, code: str, detail: str) -> None:
+    body = json.dumps(problem_body(path, status, detail, code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import signal
 from multiprocessing.connection import Connection
 from typing import Any
-
-import torch
-from transformers import LogitsProcessor
 
 from trainer.errors import TrainerError
 from trainer.models.load import context_length
@@ -29,37 +27,18 @@ from trainer.preview.wire import (
 )
 from trainer.profiles import Message, get_profile
 from trainer.server.held import HeldModel, RefusedError
+from trainer.server.watch import JobCancelledError, TokenWatch
 
+logger = logging.getLogger(__name__)
 Reply = dict[str, Any]
-
-
-class JobCancelledError(BaseException):
-    """Nobody waits for this generation any more; not an Exception, so that no edge eats it."""
-
-
-class CancelWatch(LogitsProcessor):  # type: ignore[misc]
-    """Looks at the control pipe before every token and gives up when asked to."""
-
-    def __init__(self, control: Connection) -> None:
-        """Take the pipe on which `{"cancel": id}` arrives."""
-        self.control = control
-        self.job: int | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores as they are."""
-        while self.control.poll(0):
-            if json.loads(self.control.recv_bytes())["cancel"] == self.job:
-                raise JobCancelledError
-        return scores
 
 
 class Engine:
     """Answers with the held model."""
 
-    def __init__(self, held: HeldModel, control: Connection) -> None:
-        """Take the model, and the pipe on which cancellations arrive."""
-        self.held = held
-        self.watch = CancelWatch(control)
+    def __init__(self, held: HeldModel, watch: TokenWatch) -> None:
+        """Take the model, and what looks on at every token."""
+        self.held, self.watch = held, watch
 
     def hello(self) -> Reply:
         """What the API process needs to know of the model."""
@@ -100,7 +79,8 @@ class Engine:
         try:
             ids = backend.render_turns(messages)
         except Exception as error:  # the template's own words
-            raise RefusedError(f"the chat template refuses these turns: {error}") from error
+            words = " ".join(str(error).split())[:200]
+            raise RefusedError(f"the chat template refuses these turns: {words}") from error
         return self.generate(GenerateRequest.model_validate({**request, "prompt_token_ids": ids}))
 
     def complete(self, text: str, request: dict[str, Any]) -> GenerateResult:
@@ -188,9 +168,11 @@ class Engine:
     def _answer(
         self, backend: LocalPreviewBackend, asked: PreviewRequest, prompt_tokens: int
     ) -> GenerateResult:
+        self.watch.prompt_length = prompt_tokens
         found = backend.preview_batch([asked], 0)[0]
         if found.error_message is not None:
-            raise RefusedError(f"generation failed: {found.error_message}", 500)
+            # The backend has logged it whole; a client gets no paths and no inner workings.
+            raise RefusedError("generation failed; the server's log says more", 500)
         return GenerateResult(
             text=found.text,
             raw_text=found.raw_text,
@@ -214,9 +196,14 @@ def engine_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
     try:
         held = HeldModel(model_path, device, wait_for_weights=wait_for_weights)
-        engine = Engine(held, control)
-    except (TrainerError, OSError, RuntimeError) as error:
+        watch = TokenWatch(control, held.tokenizer, lambda text: _send(jobs, {"text": text}))
+        engine = Engine(held, watch)
+    except TrainerError as error:
         _send(jobs, {"ok": False, "error": str(error)})
+        return
+    except Exception as error:  # a model folder can be wrong in any way
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        _send(jobs, {"ok": False, "error": f"--model {model_path}: it does not load ({words})."})
         return
     _send(jobs, {"ok": True, "result": engine.hello()})
     while True:
@@ -228,7 +215,7 @@ def engine_main(
 
 
 def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
-    engine.watch.job = message["id"]
+    engine.watch.begin(message["id"], is_streamed=message["stream"])
     operation: str = message["op"]
     body: Any = message["body"]
     if operation == "load_weights":
@@ -248,6 +235,10 @@ def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
         return {"ok": False, "status": error.status, "error": str(error)}
     except (TrainerError, ValueError) as error:
         return {"ok": False, "status": 422, "error": " ".join(str(error).split())[:300]}
+    except Exception:
+        # The weights are as they were: no reason to die, and nothing of it is the client's to see.
+        logger.exception("a %s request failed", operation)
+        return {"ok": False, "status": 500, "error": "internal error; the server's log says more"}
     return {"ok": True, "result": found.model_dump(mode="json")}
 
 

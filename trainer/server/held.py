@@ -75,7 +75,7 @@ class HeldModel:
 
     def load_weights(
         self,
-        path: str,
+        path: str | None,
         weights_id: str,
         *,
         adapter: AdapterConfig | None = None,
@@ -85,12 +85,17 @@ class HeldModel:
         """Copy a verified safetensors file over the model's weights, in place.
 
         Args:
+            path: None: the weights that the model was loaded with.
             adapter: the file holds these adapters, on the full weights `base_id`.
             base_path: file of those, where they may have to be loaded first.
         Raises:
             RefusedError: the tensors are not the model's, or the base is gone; nothing changed.
         """
-        if adapter is None:
+        if path is not None and not Path(path).is_file():
+            raise RefusedError("the file of these weights is gone; publish them again", 409)
+        if path is None:
+            self._load_original(weights_id)
+        elif adapter is None:
             self._load_full(path, weights_id)
         else:
             if self.base_id != base_id:
@@ -106,18 +111,23 @@ class HeldModel:
 
     def _load_base(self, base_id: str | None, base_path: str | None) -> None:
         if base_path is not None and base_id is not None:
+            if not Path(base_path).is_file():
+                raise RefusedError("the file of the base weights is gone; publish them again", 409)
             self._load_full(base_path, base_id)
-        elif base_id == self.original_id is not None:
-            fresh = canonical_tensors(self._load(False))
-            if self._adapter is not None:
-                self.model, self._adapter = self.model.unload(), None
-            self._poison()
-            with torch.no_grad():
-                for name, target in canonical_tensors(self.base).items():
-                    target.copy_(fresh[name])
-            self.base_id = base_id
         else:
-            raise RefusedError("the adapter's base weights are not held here", 409)
+            self._load_original(base_id)
+
+    def _load_original(self, weights_id: str | None) -> None:
+        if weights_id is None or weights_id != self.original_id:
+            raise RefusedError("these weights are not held here", 409)
+        fresh = canonical_tensors(self._load(False))
+        if self._adapter is not None:
+            self.model, self._adapter = self.model.unload(), None
+        self._poison()
+        with torch.no_grad():
+            for name, target in canonical_tensors(self.base).items():
+                target.copy_(fresh[name])
+        self.base_id = weights_id
 
     def _load_adapter(self, path: str, adapter: AdapterConfig) -> None:
         if self._adapter != adapter:

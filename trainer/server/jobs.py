@@ -9,6 +9,7 @@ import heapq
 import itertools
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 MAX_QUEUED = 64
 KEPT_JOBS = 512
+RESTART_PAUSE_S = 5.0
 MAX_TRIES = 2
 """A job that the engine died on is tried again once."""
 
@@ -37,6 +39,11 @@ class Job:
 
     operation: str
     body: Any
+    needs: dict[str, Any] | None = None
+    """weights_id, run and step of the weights that must answer; None: the active ones."""
+    texts: asyncio.Queue[str | None] | None = None
+    """Pieces of the answer while it is made, None behind the last; None: not asked for."""
+    num_texts: int = 0
     id: str = field(default_factory=lambda: f"job-{secrets.token_hex(12)}")
     status: Status = "queued"
     result: dict[str, Any] | None = None
@@ -51,6 +58,14 @@ class Job:
         if not self.done.is_set():
             self.status, self.code, self.error = status, code, error
             self.done.set()
+            if self.texts is not None:
+                self.texts.put_nowait(None)
+
+    def add_text(self, text: str) -> None:
+        """Pass a piece of the answer on."""
+        assert self.texts is not None, "only asked for where there is a queue"
+        self.num_texts += 1
+        self.texts.put_nowait(text)
 
     def public(self) -> dict[str, Any]:
         """What `GET /jobs/{id}` answers."""
@@ -63,35 +78,49 @@ class Job:
 class JobQueue:
     """Feeds the engine; previews and weights go before chat."""
 
-    def __init__(self, engine: EngineProcess) -> None:
-        """Take a started engine."""
-        self.engine = engine
-        self.active: dict[str, Any] = {
-            "weights_id": engine.hello["weights_id"],
-            "run": None,
-            "step": None,
-        }
+    def __init__(
+        self, engine: EngineProcess, find_weights: Callable[[str], dict[str, Any] | None]
+    ) -> None:
+        """Take an engine, and a function that gives the `load_weights` of a kept weights_id."""
+        self.engine, self.find_weights = engine, find_weights
+        self.active: dict[str, Any] = {"weights_id": None, "run": None, "step": None}
         self.committed: dict[str, Any] | None = None
         """Body of the `load_weights` that a restarted engine has to repeat."""
         self.jobs: dict[str, Job] = {}
-        self.is_ready = True
+        self.is_ready = False
         self.restarts = 0
         self.ended: collections.Counter[str] = collections.Counter()
         self._keys: dict[tuple[str, str], str] = {}
         self._heap: list[tuple[int, int, Job]] = []
         self._numbers = itertools.count()
         self._wake = asyncio.Event()
+        self._is_broken = False
 
     @property
     def waiting(self) -> int:
         """Jobs that wait for the engine."""
         return sum(not job.done.is_set() for _, _, job in self._heap)
 
-    def submit(self, operation: str, body: Any, key: str | None = None) -> Job:
+    def engine_started(self) -> None:
+        """Take jobs: the engine is there, with the weights that it loaded by itself."""
+        self.active = {"weights_id": self.engine.hello["weights_id"], "run": None, "step": None}
+        self.is_ready = True
+
+    def submit(
+        self,
+        operation: str,
+        body: Any,
+        key: str | None = None,
+        *,
+        needs: dict[str, Any] | None = None,
+        is_streamed: bool = False,
+    ) -> Job:
         """Put a job into the queue.
 
         Args:
             key: the client's Idempotency-Key: the job that it named before is given again.
+            needs: weights_id, run and step of the weights that must answer.
+            is_streamed: the answer's text is wanted while it is made.
         Raises:
             QueueFullError: MAX_QUEUED jobs wait already.
             KeyReusedError: the key came with another body before.
@@ -103,7 +132,7 @@ class JobQueue:
             return known
         if self.waiting >= MAX_QUEUED:
             raise QueueFullError
-        job = Job(operation, body)
+        job = Job(operation, body, needs, asyncio.Queue() if is_streamed else None)
         self.jobs[job.id] = job
         if key:
             self._keys[operation, key] = job.id
@@ -131,24 +160,32 @@ class JobQueue:
     async def run(self) -> None:
         """Serve the queue until cancelled."""
         while True:
-            while not self._heap:
+            if self._is_broken:
+                await asyncio.sleep(RESTART_PAUSE_S)
+                await self._restart()
+                continue
+            if not self._heap:
                 self._wake.clear()
                 await self._wake.wait()
+                continue
             _, _, job = heapq.heappop(self._heap)
-            if not job.done.is_set():
-                await self._run_one(job)
+            try:
+                if not job.done.is_set():
+                    await self._run_one(job)
+            except Exception:  # this loop must go on whatever a job does
+                logger.exception("a %s job failed in the queue", job.operation)
+                job.finish("failed", 500, "internal error; the server's log says more")
             self.ended[job.status] += 1
 
     async def _run_one(self, job: Job) -> None:
         job.status, job.tries = "running", job.tries + 1
         job.message_id = self.engine.new_id()
         try:
-            reply = await asyncio.to_thread(
-                self.engine.ask, job.message_id, job.operation, job.body
-            )
+            reply = await self._activate(job) or await self._ask(job)
         except EngineDiedError:
             await self._restart()
-            if job.tries < MAX_TRIES and self.is_ready:
+            # What was sent cannot be taken back: a stream that has begun is not begun again.
+            if job.tries < MAX_TRIES and self.is_ready and not job.num_texts:
                 await self._run_one(job)
             else:
                 job.finish("failed", 503, "the engine process died on this request")
@@ -161,10 +198,46 @@ class JobQueue:
         else:
             job.finish("failed", reply["status"], reply["error"])
 
+    async def _ask(self, job: Job) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+
+        def on_text(text: str) -> None:
+            loop.call_soon_threadsafe(job.add_text, text)
+
+        return await asyncio.to_thread(
+            self.engine.ask,
+            job.message_id,
+            job.operation,
+            job.body,
+            on_text if job.texts is not None else None,
+        )
+
+    async def _activate(self, job: Job) -> dict[str, Any] | None:
+        """Load the weights that a job needs; gives the engine's refusal, if it refuses.
+
+        Here and not as a job of its own, so that nobody else's weights come between the two.
+        """
+        if job.needs is None or job.needs["weights_id"] == self.active["weights_id"]:
+            return None
+        kept = self.find_weights(job.needs["weights_id"])
+        if kept is None:
+            return {"ok": False, "status": 409, "error": "these weights are no longer kept here"}
+        body = {**kept, "run": job.needs["run"], "step": job.needs["step"]}
+        reply = await asyncio.to_thread(
+            self.engine.ask, self.engine.new_id(), "load_weights", body, None
+        )
+        if not reply["ok"]:
+            return reply
+        self._loaded(body)
+        return None
+
+    def _loaded(self, body: dict[str, Any]) -> None:
+        self.committed = body
+        self.active = {name: body[name] for name in ("weights_id", "run", "step")}
+
     def _note(self, job: Job, result: dict[str, Any]) -> None:
         if job.operation == "load_weights":
-            self.committed = job.body
-            self.active = {name: job.body[name] for name in ("weights_id", "run", "step")}
+            self._loaded(job.body)
         elif job.operation != "previews":
             result |= {"run": self.active["run"], "step": self.active["step"]}
         job.result = result
@@ -179,13 +252,16 @@ class JobQueue:
             if self.committed is not None:
                 number = self.engine.new_id()
                 reply = await asyncio.to_thread(
-                    self.engine.ask, number, "load_weights", self.committed
+                    self.engine.ask, number, "load_weights", self.committed, None
                 )
                 if not reply["ok"]:
-                    raise ModelError(f"the committed weights do not load: {reply['error']}")
-            self.is_ready = True
+                    logger.error("the committed weights do not load again: %s", reply["error"])
+                    self.committed = None
+                    self.engine_started()
+            self.is_ready, self._is_broken = True, False
         except (ModelError, EngineDiedError) as error:
-            logger.error("the engine could not be started again: %s", error)
+            logger.error("the engine could not be started again, trying later: %s", error)
+            self._is_broken = True
 
     async def wait(self, job: Job, timeout_s: float) -> None:
         """Wait until the job ended, or for `timeout_s`."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 from trainer.server.jobs import JobQueue
+from trainer.server.problems import documented
 
 
 def add_metrics_route(app: FastAPI, queue: JobQueue) -> None:
@@ -22,7 +24,7 @@ def add_metrics_route(app: FastAPI, queue: JobQueue) -> None:
     ):
         Gauge(f"trainer_serve_{name}", text, registry=registry).set_function(read)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=documented())
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 

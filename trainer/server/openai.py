@@ -1,123 +1,202 @@
-"""The OpenAI surface: chat, completions, models. The answer is made whole, then streamed."""
+"""The OpenAI surface: chat, completions, models; whole or as a stream while the text is made."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
-from pydantic import Field, StringConstraints
 
-from trainer.preview.wire import MAX_NEW_TOKENS, MAX_PROMPT_CHARS, Body, Name, Stop
-from trainer.server.service import Service
+from trainer.server.jobs import Job
+from trainer.server.openai_wire import (
+    ChatChoice,
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    ModelCard,
+    ModelList,
+    Said,
+    TextChoice,
+    TextCompletion,
+    Usage,
+)
+from trainer.server.problems import documented, problem_body
+from trainer.server.service import Service, result_of
 
-Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
-Limit = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
-
-
-class ChatMessage(Body):
-    """One turn."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Text
-
-
-class OpenAIRequest(Body):
-    """What both kinds of completion take; anything else is refused, not ignored."""
-
-    model: Name
-    max_tokens: Limit | None = None
-    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**53)] = 42
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: bool = False
-    n: Literal[1] = 1
-
-    def settings(self) -> dict[str, Any]:
-        """The fields of a GenerateRequest, without the prompt."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return {
-            "max_new_tokens": self.max_tokens or 256,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "stop": stop,
-        }
-
-
-class ChatRequest(OpenAIRequest):
-    """`POST /v1/chat/completions`."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=500)]
-
-
-class CompletionRequest(OpenAIRequest):
-    """`POST /v1/completions`."""
-
-    prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS)]
+logger = logging.getLogger(__name__)
+Completion = ChatRequest | CompletionRequest
+EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {"type": "string", "description": "A chunk as JSON, or [DONE]."},
+        "event": {"const": "message"},
+    },
+    "required": ["data"],
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": EVENT}}}
+}
 
 
 def add_openai_routes(app: FastAPI, service: Service) -> None:
     """Chat, completions, models."""
+    errors = documented(404, 409, 422, 429, 500, 503, openai=True)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        card = {"id": service.model_id, "object": "model", "created": 0, "owned_by": "trainer"}
-        return {"object": "list", "data": [card]}
+    @app.get("/v1/models", responses=documented(openai=True))
+    async def models() -> ModelList:
+        own = [service.model_id] if service.model_id is not None else []
+        kept = [name for name in service.store.names if name not in own]
+        return ModelList(data=[ModelCard(id=name) for name in [*own, *kept]])
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={**errors, **EVENTS})
     async def chat(body: ChatRequest, request: Request) -> Any:
-        service.check_model(body.model)
-        messages = [message.model_dump() for message in body.messages]
-        job = service.submit("chat", {"messages": messages, "request": body.settings()})
-        found = await service.answer(request, job)
-        return _reply(body, found, f"chatcmpl-{job.id}", is_chat=True)
+        return await _complete(service, body, request, "chatcmpl")
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=TextCompletion, responses={**errors, **EVENTS})
     async def complete(body: CompletionRequest, request: Request) -> Any:
-        service.check_model(body.model)
-        job = service.submit("complete", {"text": body.prompt, "request": body.settings()})
-        found = await service.answer(request, job)
-        return _reply(body, found, f"cmpl-{job.id}", is_chat=False)
+        return await _complete(service, body, request, "cmpl")
 
 
-def _reply(body: OpenAIRequest, found: dict[str, Any], name: str, *, is_chat: bool) -> Any:
-    base = {
-        "id": name,
-        "created": int(time.time()),
-        "model": body.model,
-        "system_fingerprint": found["weights_id"],
-    }
-    if body.stream:
-        events = _events(base, found, is_chat=is_chat)
-        return StreamingResponse(events, media_type="text/event-stream")
-    text = found["text"]
-    said = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+async def _complete(service: Service, body: Completion, request: Request, prefix: str) -> Any:
+    service.check_ready()
+    needs = service.find_weights(body.model)
+    operation, sent = body.job()
+    job = service.submit(operation, sent, needs=needs, is_streamed=bool(body.stream))
+    base = {"id": f"{prefix}-{job.id}", "created": int(time.time()), "model": body.model}
+    if not body.stream:
+        return _whole(body, base, await service.answer(request, job))
+    events = _Stream(service, body, request, job, base).events()
+    # Whatever can be refused is refused before the first byte, with a status of its own.
+    first = await anext(events, None)
+    if first is None:
+        raise HTTPException(499, "the client went away")
+    return _EventResponse(first, events, lambda: service.queue.cancel(job))
+
+
+class _EventResponse(StreamingResponse):
+    """Sends events; however that ends, the job ends with it."""
+
+    def __init__(self, first: str, events: AsyncIterator[str], cancel: Callable[[], None]) -> None:
+        async def all_of_them() -> AsyncIterator[str]:
+            yield first
+            async for event in events:
+                yield event
+
+        super().__init__(all_of_them(), media_type="text/event-stream")
+        self._cancel = cancel
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._cancel()  # does nothing where the job has ended
+
+
+def _whole(body: Completion, base: dict[str, Any], found: dict[str, Any]) -> Any:
+    base = {**base, "system_fingerprint": found["weights_id"], "usage": _usage(found)}
+    text = found["text"][: stop_position(found["text"], body.stops)]
+    reason = found["finish_reason"]
+    if isinstance(body, ChatRequest):
+        choice = ChatChoice(message=Said(content=text), finish_reason=reason)
+        return ChatCompletion(**base, choices=[choice])
+    return TextCompletion(**base, choices=[TextChoice(text=text, finish_reason=reason)])
+
+
+def _usage(found: dict[str, Any]) -> Usage:
     used, made = found["prompt_tokens"], found["tokens_generated"]
-    return {
-        **base,
-        "object": "chat.completion" if is_chat else "text_completion",
-        "choices": [
-            {"index": 0, **said, "logprobs": None, "finish_reason": found["finish_reason"]}
-        ],
-        "usage": {
-            "prompt_tokens": used,
-            "completion_tokens": made,
-            "total_tokens": used + made,
-        },
-    }
+    return Usage(prompt_tokens=used, completion_tokens=made, total_tokens=used + made)
 
 
-def _events(base: dict[str, Any], found: dict[str, Any], *, is_chat: bool) -> Iterator[str]:
-    kind = "chat.completion.chunk" if is_chat else "text_completion"
-    text, reason = found["text"], found["finish_reason"]
-    said: dict[str, Any] = {"delta": {"role": "assistant", "content": text}}
-    end: dict[str, Any] = {"delta": {}}
-    if not is_chat:
-        said, end = {"text": text}, {"text": ""}
-    for piece, finish in ((said, None), (end, reason)):
-        choice = {"index": 0, **piece, "logprobs": None, "finish_reason": finish}
-        yield f"data: {json.dumps({**base, 'object': kind, 'choices': [choice]})}\n\n"
-    yield "data: [DONE]\n\n"
+def stop_position(text: str, stops: Sequence[str]) -> int:
+    """Where the first stop string begins: OpenAI's answers end before it."""
+    found = [text.find(stop) for stop in stops]
+    return min([place for place in found if place >= 0], default=len(text))
+
+
+def safe_length(text: str, stops: Sequence[str]) -> int:
+    """How much of a text can be sent: not what may be the beginning of a stop string."""
+    end = stop_position(text, stops)
+    if end < len(text):
+        return end
+    longest = max(map(len, stops), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stops):
+            return start
+    return len(text)
+
+
+class _Stream:
+    """The events of one streamed completion."""
+
+    def __init__(
+        self, service: Service, body: Completion, request: Request, job: Job, base: dict[str, Any]
+    ) -> None:
+        self.service, self.body, self.request, self.job = service, body, request, job
+        self.is_chat = isinstance(body, ChatRequest)
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        self.base = {**base, "object": kind}
+        self.has_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events; their texts add up to the text of the whole answer."""
+        text, sent, has_begun = "", 0, False
+        async for piece in self.service.texts(self.request, self.job):
+            if not has_begun:
+                # The weights cannot change while a job runs.
+                active = self.service.queue.active["weights_id"]
+                self.base["system_fingerprint"] = active
+                has_begun = True
+                if self.is_chat:
+                    yield self._event({"role": "assistant", "content": ""})
+            text += piece
+            end = safe_length(text, self.body.stops)
+            if end > sent:
+                yield self._event(self._said(text[sent:end]))
+                sent = end
+        if not self.job.done.is_set():
+            return  # nobody is there any more
+        try:
+            found = result_of(self.job)
+        except HTTPException as error:
+            if not has_begun:
+                raise
+            yield self._error(error.status_code, str(error.detail))
+            return
+        self.base["system_fingerprint"] = found["weights_id"]
+        if self.is_chat and not has_begun:
+            yield self._event({"role": "assistant", "content": ""})
+        whole = found["text"][: stop_position(found["text"], self.body.stops)]
+        if not whole.startswith(text[:sent]):
+            logger.error("a streamed text is not the beginning of the whole one; not completed")
+            yield self._error(500, "the text cannot be completed; ask without stream")
+            return
+        if len(whole) > sent:
+            yield self._event(self._said(whole[sent:]))
+        yield self._event({} if self.is_chat else "", found["finish_reason"])
+        if self.has_usage:
+            yield _line({**self.base, "choices": [], "usage": _usage(found).model_dump()})
+        yield "data: [DONE]\n\n"
+
+    def _said(self, text: str) -> Any:
+        return {"content": text} if self.is_chat else text
+
+    def _event(self, said: Any, finish_reason: str | None = None) -> str:
+        choice = {
+            "index": 0,
+            ("delta" if self.is_chat else "text"): said,
+            "logprobs": None,
+            "finish_reason": finish_reason,
+        }
+        usage = {"usage": None} if self.has_usage else {}
+        return _line({**self.base, "choices": [choice], **usage})
+
+    def _error(self, status: int, detail: str) -> str:
+        return _line(problem_body("/v1/", status, detail))
+
+
+def _line(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"

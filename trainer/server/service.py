@@ -2,31 +2,120 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Header, HTTPException, Request
 
+from trainer.errors import ModelError
+from trainer.models.aliases import TINY, resolve_alias
+from trainer.preview.wire import ModelState, WeightsManifest
 from trainer.server.jobs import Job, JobQueue, KeyReusedError, QueueFullError
-from trainer.server.weights import WeightsRefusedError
+from trainer.server.problems import WeightsRefusedError
+from trainer.server.weights import WeightStore
+from trainer.server.worker import EngineProcess
 
+logger = logging.getLogger(__name__)
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 DISCONNECT_POLL_S = 0.2
 RETRY_AFTER = {"Retry-After": "2"}
 
 
 class Service:
-    """What the routes share: the queue and the model's name."""
+    """What the routes share: the queue, the weight store, and the model's name."""
 
-    def __init__(self, queue: JobQueue, model_id: str) -> None:
-        """Take the parts; the queue runs with the app's lifespan."""
-        self.queue, self.model_id = queue, model_id
+    def __init__(self, engine: EngineProcess, store: WeightStore) -> None:
+        """Take the parts; the queue runs with the app's lifespan.
 
-    def submit(self, operation: str, body: Any, key: str | None = None) -> Job:
-        """Put a job into the queue, or answer 422 (key reused), 429 or 503."""
+        Args:
+            engine: started, or without a model: then it waits to be told which.
+        """
+        self.engine, self.store = engine, store
+        self.queue = JobQueue(engine, store.tags.get)
+        self.model_id: str | None = None
+        self.is_loading = False
+        if engine.hello:
+            self._take_model()
+
+    # ---- the model
+
+    def _take_model(self) -> None:
+        assert self.engine.model_path is not None, "a started engine has a model"
+        hello = self.engine.hello
+        manifest = WeightsManifest.model_validate(hello["manifest"])
+        self.store.expect(manifest, hello["weights_id"])
+        self.model_id = public_name(self.engine.model_path)
+        self.queue.engine_started()
+
+    async def register(self, name: str) -> None:
+        """Load a model into a server that has none; the same one again changes nothing.
+
+        Raises:
+            HTTPException: 409 another one is there, 422 a path or a model that does not load.
+        """
+        if self.model_id == name:
+            return
+        if self.model_id is not None or self.is_loading:
+            held = self.model_id or "another one, which is being loaded"
+            raise HTTPException(409, f"this server has a model already: {held}")
+        path = resolve_alias(name)
+        if path != TINY and ("/" not in path or _is_path(path)):
+            raise HTTPException(
+                422, "give an alias (see `trainer models`) or a hub id owner/name; never a path"
+            )
+        self.engine.model_path, self.is_loading = name, True
+        try:
+            # Shielded: a model that is half loaded helps nobody, whoever is still there.
+            await asyncio.shield(asyncio.to_thread(self.engine.start))
+            self._take_model()
+        except ModelError as error:
+            logger.error("%s was registered and does not load: %s", name, error)
+            self.engine.model_path = None
+            self.engine.stop()
+            raise HTTPException(
+                422, f"{name} does not load; the server's log says why. Is the hub reachable?"
+            ) from error
+        finally:
+            self.is_loading = False
+
+    def state(self) -> ModelState:
+        """The model and its active weights."""
+        return ModelState(model_id=self.model_id, **self.queue.active)
+
+    def find_weights(self, name: str | None) -> dict[str, Any] | None:
+        """The weights that a model name asks for; None: the active ones.
+
+        Raises:
+            HTTPException: 404, nothing of that name is here.
+        """
+        if name in (None, self.model_id):
+            return None
+        assert name is not None, "checked above"
+        found = self.store.names.get(name)
+        if found is None:
+            held = self.model_id or "no model yet"
+            raise HTTPException(404, f"no model {name!r}; this server has {held}, see /v1/models")
+        return found
+
+    # ---- jobs
+
+    def check_ready(self) -> None:
+        """Answer 503 where no job can be taken."""
+        if self.model_id is None:
+            state = "loading the model" if self.is_loading else "waiting for a model"
+            raise HTTPException(503, state, RETRY_AFTER)
         if not self.queue.is_ready:
             raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
+
+    def submit(self, operation: str, body: Any, key: str | None = None, **more: Any) -> Job:
+        """Put a job into the queue, or answer 422 (key reused), 429 or 503."""
+        self.check_ready()
         try:
-            return self.queue.submit(operation, body, key)
+            return self.queue.submit(operation, body, key, **more)
         except KeyReusedError:
             raise HTTPException(422, "this Idempotency-Key named another request") from None
         except QueueFullError:
@@ -39,22 +128,50 @@ class Service:
             if not job.done.is_set() and await request.is_disconnected():
                 self.queue.cancel(job)
                 raise HTTPException(499, "the client went away")
-        if job.status != "done":
-            if job.code == 409:
-                raise WeightsRefusedError(409, "not_active", job.error or job.status)
-            headers = RETRY_AFTER if job.code in (429, 503) else None
-            raise HTTPException(job.code, job.error or job.status, headers)
-        assert job.result is not None, "a job that is done has a result"
-        return job.result
+        return result_of(job)
+
+    async def texts(self, request: Request, job: Job) -> AsyncIterator[str]:
+        """Pieces of a streamed answer while it is made; a client that goes away cancels it."""
+        assert job.texts is not None, "submitted with is_streamed"
+        waiting = asyncio.ensure_future(job.texts.get())
+        try:
+            while not await request.is_disconnected():
+                done, _ = await asyncio.wait([waiting], timeout=DISCONNECT_POLL_S)
+                if done:
+                    text = waiting.result()
+                    if text is None:
+                        return
+                    yield text
+                    waiting = asyncio.ensure_future(job.texts.get())
+        finally:
+            waiting.cancel()
+            self.queue.cancel(job)  # does nothing where the job has ended
 
     async def load(self, body: dict[str, Any]) -> None:
         """Swap weights, to the end: a swap that has begun does not care who is still there."""
         job = self.submit("load_weights", body)
         await job.done.wait()
-        if job.status != "done":
-            raise HTTPException(job.code, job.error, RETRY_AFTER if job.code == 503 else None)
+        result_of(job)
 
-    def check_model(self, name: str | None) -> None:
-        """Answer 404 for a model that is not the loaded one."""
-        if name not in (None, self.model_id):
-            raise HTTPException(404, f"no model {name!r}; this server has {self.model_id!r}")
+
+def result_of(job: Job) -> dict[str, Any]:
+    """The result of a job that has ended, or its error as an answer."""
+    if job.status != "done":
+        if job.code == 409:
+            raise WeightsRefusedError(409, "not_active", job.error or job.status)
+        headers = RETRY_AFTER if job.code in (429, 503) else None
+        raise HTTPException(job.code, job.error or job.status, headers)
+    assert job.result is not None, "a job that is done has a result"
+    return job.result
+
+
+def public_name(model: str) -> str:
+    """The name that clients know a model by: of a folder its last part, never where it lies."""
+    if resolve_alias(model) != TINY and _is_path(model):
+        model = Path(model).resolve().name
+    return re.sub(r"[^A-Za-z0-9._@:/-]", "-", model).lstrip("._@:/-")[:200] or "model"
+
+
+def _is_path(name: str) -> bool:
+    is_written_so = name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    return is_written_so or name.lower().endswith(".gguf") or Path(name).exists()

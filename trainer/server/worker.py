@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,8 +21,10 @@ class EngineDiedError(Exception):
 class EngineProcess:
     """One engine process; `ask` is for one thread at a time."""
 
-    def __init__(self, model_path: str, device: str, *, wait_for_weights: bool = False) -> None:
-        """Take what the engine will load; nothing is started yet."""
+    def __init__(
+        self, model_path: str | None, device: str, *, wait_for_weights: bool = False
+    ) -> None:
+        """Take what the engine will load (None: to be set before `start`); nothing is started."""
         self.model_path, self.device = model_path, device
         self.wait_for_weights = wait_for_weights
         self.hello: dict[str, Any] = {}
@@ -37,6 +40,7 @@ class EngineProcess:
         Raises:
             ModelError: the model does not load.
         """
+        assert self.model_path is not None, "set it first"
         self.stop()
         from trainer.server.engine import engine_main  # torch: only where an engine is started
 
@@ -74,20 +78,34 @@ class EngineProcess:
         """A number for the next message."""
         return next(self._ids)
 
-    def ask(self, message_id: int, operation: str, body: Any) -> dict[str, Any]:
+    def ask(
+        self,
+        message_id: int,
+        operation: str,
+        body: Any,
+        on_text: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
         """Send one message and wait for its reply.
 
+        Args:
+            on_text: told pieces of the answer while it is made, in this thread.
         Raises:
             EngineDiedError: the process ended instead of answering.
         """
         assert self._jobs is not None, "start() comes first"
-        message = {"id": message_id, "op": operation, "body": body}
+        jobs = self._jobs
+        is_streamed = on_text is not None
+        message = {"id": message_id, "op": operation, "body": body, "stream": is_streamed}
         try:
-            self._jobs.send_bytes(json.dumps(message).encode())
-            reply: dict[str, Any] = json.loads(self._jobs.recv_bytes())
+            jobs.send_bytes(json.dumps(message).encode())
+            while True:
+                reply: dict[str, Any] = json.loads(jobs.recv_bytes())
+                if "text" not in reply:
+                    return reply
+                if on_text is not None:
+                    on_text(reply["text"])
         except (EOFError, OSError) as error:
             raise EngineDiedError(str(error)) from error
-        return reply
 
     def cancel(self, message_id: int) -> None:
         """Ask the engine to give up the message before its next token."""

@@ -294,3 +294,33 @@ def test_a_misconfigured_server_fails_the_start(
     assert (result.success, result.exit_code) == (False, 2)
     assert words[mistake] in (result.error_message or "")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_server_without_a_model_is_told_which_one_the_run_trains(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    with running_server() as empty:
+        monitoring = {
+            "preview_backend": "remote_3090",
+            "remote_3090_host": "127.0.0.1",
+            "remote_3090_port": empty.port,
+            "preview_drain_timeout": 60,
+        }
+        hyper = {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-3}
+        result = train("out", model_path="tiny", hyperparams=hyper, monitoring=monitoring)
+    assert result.success, result.error_message
+    assert result.summary["previews"]["verified"] == 8
+
+
+def test_a_server_that_cannot_load_the_runs_model_fails_the_start(
+    train: Callable[..., Any], model: Path
+) -> None:
+    with running_server() as empty:
+        monitoring = {
+            "preview_backend": "remote_3090",
+            "remote_3090_host": "127.0.0.1",
+            "remote_3090_port": empty.port,
+        }
+        result = train("out", model_path=str(model), monitoring=monitoring)
+    assert result.exit_code == 2
+    assert "start it there with `trainer serve --model" in (result.error_message or "")

@@ -63,7 +63,8 @@ def shown(folder: Path) -> list[tuple[Any, ...]]:
 def leftovers() -> list[str]:
     """Children of this process, and arenas in shared memory."""
     children = [" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True)]
-    arenas = [name for name in os.listdir("/dev/shm") if name.startswith("trainer-weights-")]
+    mine = f"trainer-weights-{os.getpid()}-"
+    arenas = [name for name in os.listdir("/dev/shm") if name.startswith(mine)]
     return [line for line in children if "trainer" in line] + arenas
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config import ConfigLoader, TrainerConfig
+from trainer.config import ConfigLoader, TrainerConfig, resolve
 from trainer.config.flags import parse_flags
 from trainer.errors import ConfigError
 
@@ -128,3 +128,34 @@ def test_lists_and_mappings_come_from_flags_and_variables() -> None:
     assert load(None, env).config.monitoring.preview_prompts == ("a", "b")
     loaded = load(None, {}, "--profile.options", "share=0.5", "--profile.options", "word=x")
     assert loaded.config.profile.options == {"share": 0.5, "word": "x"}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"hyperparams": {"batch_size": true}}', "hyperparams:\n  learning_rate: yes\n"]
+)
+def test_true_is_no_number(text: str, tmp_path: Path) -> None:
+    path = tmp_path / ("c.json" if text.startswith("{") else "c.yaml")
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="a number is needed, not true or false"):
+        load(path)
+
+
+@pytest.mark.parametrize("word", ["inf", "nan", "1e999"])
+@pytest.mark.parametrize(
+    "flag", ["--learning-rate", "--epochs", "--monitoring.preview_temperature"]
+)
+def test_a_number_that_is_not_finite_is_refused(flag: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=r"finite number|greater than"):
+        load(None, None, flag, word)
+
+
+def test_a_resolved_config_of_rows_in_order_loads_again() -> None:
+    config = resolve(load(None, None, "--data.shuffle", "false").config)
+    assert not config.data.group_by_length
+    assert TrainerConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_home_folder_in_a_config_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = resolve(load(None, None, "--output=~/runs").config)
+    assert config.output.output_dir == "/home/me/runs"

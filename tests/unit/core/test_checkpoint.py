@@ -221,3 +221,38 @@ def test_a_checkpoint_set_aside_by_a_killed_save_is_taken_back(tmp_path: Path) -
     shutil.move(save(tmp_path, 6), tmp_path / ".old-step-00000006")
     path, _, _ = find_latest_checkpoint(tmp_path)
     assert path.name == "step-00000006"
+
+
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_a_library_that_cannot_write_makes_a_checkpoint_error(tmp_path: Path, library: str) -> None:
+    import resource
+    import signal
+
+    import torch
+    from safetensors.torch import save_file
+
+    big = torch.zeros(100_000)
+
+    def write(folder: Path) -> None:
+        if library == "torch":
+            torch.save(big, folder / "optimizer.pt")
+        else:
+            save_file({"big": big}, folder / "model.safetensors")
+
+    assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN  # Python's own choice
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            save_checkpoint(tmp_path, 1, write, keep=2, metadata={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_state_itself_stays_what_it_is(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        save_checkpoint(tmp_path, 1, write, keep=2, metadata={})

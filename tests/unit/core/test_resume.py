@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainer.config import TrainerConfig
-from trainer.core.resume import check_resumable
+from trainer.core.resume import ResumePoint, check_resumable
+from trainer.core.run_folder import package_versions
 from trainer.errors import ResumeError
 
 CONFIG = TrainerConfig()
@@ -19,8 +21,12 @@ def changed(section: str, **values: Any) -> TrainerConfig:
 
 
 def check(config: TrainerConfig, fingerprint: str = "rows") -> list[str]:
-    record = {"config": CONFIG.model_dump(mode="json"), "data_fingerprint": "rows"}
-    return check_resumable(record, config, fingerprint)
+    return check_resumable(point(), config, fingerprint, num_steps=20)
+
+
+def point(**more: Any) -> ResumePoint:
+    record = {"config": CONFIG.model_dump(mode="json"), "data_fingerprint": "rows", **more}
+    return ResumePoint(Path("step-00000010"), 10, record, {})
 
 
 def test_an_unchanged_run_goes_on_without_a_word() -> None:
@@ -56,3 +62,17 @@ def test_monitoring_and_output_may_change() -> None:
 def test_changed_rows_are_refused() -> None:
     with pytest.raises(ResumeError, match="rows are not those of the checkpoint"):
         check(CONFIG, "other rows")
+
+
+def test_a_run_shorter_than_what_is_done_is_refused() -> None:
+    with pytest.raises(ResumeError, match="10 steps are done already"):
+        check_resumable(point(), CONFIG, "rows", num_steps=9)
+    assert check_resumable(point(), CONFIG, "rows", num_steps=10) == []
+
+
+def test_another_version_of_a_package_is_told_and_goes_on() -> None:
+    now = package_versions()
+    assert check_resumable(point(versions=now), CONFIG, "rows", num_steps=20) == []
+    older = {**now, "packages": {**now["packages"], "torch": "2.0.0"}}
+    [change] = check_resumable(point(versions=older), CONFIG, "rows", num_steps=20)
+    assert change.startswith("version of torch: 2.0.0 -> ")

@@ -225,3 +225,22 @@ def test_tool_calls_that_the_template_or_the_profile_loses_are_bad_rows(
         prepare(path)
     with pytest.raises(DataError, match="tool calls were lost"):
         prepare(path, profile=ForgetfulProfile())
+
+
+def test_rows_that_differ_in_spacing_only_stand_on_one_side(
+    prepare: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
+    rows = rows_of(30)
+    spaced = [{key: f" {text}  " for key, text in row.items()} for row in rows]
+    data = prepare(write_rows([*rows, *spaced]), validation_split=0.3)
+    held_out = len(data.validation)
+    assert held_out == 2 * round(0.3 * 30)
+    assert data.card.num_duplicates == 30
+
+    def words(dataset: Any) -> set[str]:
+        decode = data.encoder.tokenizer.decode
+        return {
+            "".join(decode(dataset[i]["input_ids"].tolist()).split()) for i in range(len(dataset))
+        }
+
+    assert not words(data.validation) & words(data.train)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.encode import IGNORE_INDEX, RowEncoder
+from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
 from trainer.data.rows import BadRowError
 from trainer.errors import TemplateError
 
@@ -166,3 +166,29 @@ def test_a_template_that_drops_tool_calls_is_an_error_of_the_row(tokenizer: Any)
 def test_control_tokens_in_tool_calls_are_refused(make_tokenizer: Callable[..., Any]) -> None:
     with pytest.raises(BadRowError, match="control token"):
         RowEncoder(make_tokenizer(CALLS), 256).encode(row_with_call("<|im_end|>"))
+
+
+def test_a_rows_tools_reach_the_template_and_are_not_trained(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    """By the template that TRL ships for Qwen3, beside a row without tools."""
+    template = files("trl").joinpath("chat_templates/qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer = make_tokenizer(template)
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    plain = row_with_call("Oslo")
+    row = [{**plain[0], "tools": [weather]}, *plain[1:]]
+    [with_tools, without] = RowEncoder(tokenizer, 2048).encode_all([row, plain])
+    assert isinstance(with_tools, Example)
+    assert isinstance(without, Example)
+    text = tokenizer.decode(with_tools.input_ids)
+    assert '"name": "weather", "parameters": {}' in text.replace("\n", "")
+    assert '"parameters"' not in tokenizer.decode(without.input_ids)
+    assert trained_text(tokenizer, with_tools) == trained_text(tokenizer, without)
+    assert tokenizer.decode(with_tools.prompt_ids).startswith("<|im_start|>system\n# Tools")
+
+
+def test_a_template_that_leaves_a_rows_tools_out_is_an_error_of_the_row(tokenizer: Any) -> None:
+    row: list[Any] = turns((USER, "rain?"), (ASSISTANT, "yes"))
+    row[0]["tools"] = [{"type": "function", "function": {"name": "weather"}}]
+    with pytest.raises(BadRowError, match="defines the tools 'weather', which"):
+        RowEncoder(tokenizer, 256).encode(row)

@@ -61,7 +61,8 @@ BAD_LINES = {
     "cut": ('{"question": "q", "ans', "not valid JSON"),
     "nan": ('{"question": NaN, "answer": "a"}', "NaN"),
     "number": ("42", "must be an object"),
-    "keys": ('{"text": "x"}', "no 'question'"),
+    "keys": ('{"frage": "x"}', "no 'question'"),
+    "another format": ('{"text": "x"}', "row is of format 'text', but the file is"),
     "type": ('{"question": 3, "answer": "a"}', "'question' is int"),
     "empty answer": ('{"question": "q", "answer": "  "}', "empty"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,16 @@ USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
 REFUSED = {
     "speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "from 'narrator'"),
-    "sharegpt tools": ({"conversations": [], "tools": "[1]"}, "'tools'"),
+    "sharegpt tools": (
+        {"conversations": [{"from": "human", "value": "a"}], "tools": "[1]"},
+        "'tools' must be a list of objects",
+    ),
+    "tools that are no JSON": ({"messages": [USER, ASSISTANT], "tools": "{"}, "no JSON"),
+    "a tool without a name": ({"messages": [USER, ASSISTANT], "tools": [{}]}, "name its function"),
+    "a call that is none": (
+        {"conversations": [{"from": "function_call", "value": '{"arguments": 1}'}]},
+        "conversations[0].value is no call",
+    ),
     "two systems": (
         {"system": "S", "conversations": [{"from": "system", "value": "T"}]},
         "must be the first",
@@ -93,6 +103,30 @@ REFUSED = {
     "nothing to train": ({"instruction": "a", "output": ""}, "empty"),
     "no turns": ({"messages": []}, "no assistant turn"),
 }
+
+
+WEATHER = {"name": "weather", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("tools", [[WEATHER], [{"type": "function", "function": WEATHER}]])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_sharegpt_calls_observations_and_tools_become_messages(
+    write_rows: Callable[..., Path], tools: list[Any], as_text: bool
+) -> None:
+    talk = [
+        {"from": "human", "value": "rain?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "drizzle"},
+        {"from": "gpt", "value": "a drizzle"},
+    ]
+    row = {"conversations": talk, "tools": json.dumps(tools) if as_text else tools}
+    rows, _, errors = read(write_rows([row]))
+    assert not errors.errors
+    messages = rows[0].messages
+    assert [turn["role"] for turn in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[0]["tools"] == [{"type": "function", "function": WEATHER}]
+    call = {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert messages[1]["tool_calls"] == [{"type": "function", "function": call}]
 
 
 @pytest.mark.parametrize("case", REFUSED)

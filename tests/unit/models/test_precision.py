@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trainer.errors import ConfigError
+from trainer.models import precision
 from trainer.models.precision import resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
@@ -17,6 +18,15 @@ def test_full_fine_tuning_in_bf16_keeps_fp32_masters() -> None:
     assert (found.compute_dtype, found.autocast_dtype) == (torch.bfloat16, torch.bfloat16)
     assert (found.use_bf16, found.use_fp16) == (True, False)
     assert "fp32 master weights" in found.reason
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_without_bf16_arithmetic_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
+    reasons = [resolve_precision(name, "full", CPU).reason for name in ("bf16", "fp32")]
+    assert ["--fp32" in reason for reason in reasons] == [not has_bf16, False]
 
 
 def test_lora_keeps_its_frozen_base_in_the_compute_dtype() -> None:

@@ -107,7 +107,7 @@ def test_the_state_in_words(made_up_run: MakeRun) -> None:
         (
             "stopped",
             None,
-            "stopped by SIGINT after step 80; continue with --resume",
+            "by SIGINT after step 80; continue with --resume",
             "stopped by SIGINT after step 80; continue with --resume",
         ),
     ],

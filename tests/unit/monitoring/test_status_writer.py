@@ -251,3 +251,17 @@ def test_importing_the_writer_loads_no_torch():
     code = "import sys, trainer.monitoring.status_writer; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_superseded_previews_are_recorded_and_leave_the_newest_answers_in_place(
+    tmp_path, started, previews
+):
+    writer = TrainingStatusWriter(None, run_dir=tmp_path)
+    writer.on_event(started())
+    writer.on_event(previews(5, [True, False]))
+    gone = {"error_message": "superseded by the weights of step 15", "text": ""}
+    writer.on_event(previews(10, [None, None], is_superseded=True, **gone))
+    reader = TrainingStatusReader(tmp_path)
+    assert [one.step for one in reader.read().last_previews] == [5, 5]
+    assert [one.step for one in reader.previews()] == [5, 5, 10, 10]
+    assert reader.read().accuracy_last_20.num_previews == 2

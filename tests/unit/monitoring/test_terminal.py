@@ -212,3 +212,8 @@ def test_importing_a_display_loads_no_torch(module):
     code = f"import sys, trainer.monitoring.{module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_reason_that_all_prompts_share_is_one_line(previews):
+    text = shown("plain", previews(50, [None, None], error_message="nobody there", text=""))
+    assert text == "no previews of step 50: nobody there\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from trainer.errors import ConfigError
 from trainer.monitoring.tracking import (
     TensorBoardPreviews,
+    check_trackers,
+    guard_trackers,
     preview_markdown,
     summary_writer,
     tensorboard_callback,
@@ -98,3 +102,39 @@ def test_without_tensorboard_the_install_line_is_given(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert "`pip install tensorboard`" in done.stdout
+
+
+@pytest.mark.parametrize("names", [("tensorboard",), ("none",), ()])
+def test_trackers_that_are_here_are_taken(names):
+    check_trackers(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("tensorbord",), "Did you mean 'tensorboard'?"),
+        (("all",), "'all', which is no tracker"),
+        (("",), "'', which is no tracker"),
+        (("none", "tensorboard"), "'none', which is no tracker"),
+        (("dvclive",), "pip install dvclive"),
+    ],
+)
+def test_a_tracker_that_is_not_here_is_refused(names, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        check_trackers(names)
+
+
+def test_a_tracker_that_fails_later_is_reported_once_and_one_that_cannot_start_raises(
+    tmp_path, caplog
+):
+    callback, tracker = tensorboard_callback(tmp_path)
+    handler = SimpleNamespace(callbacks=[callback])
+    guard_trackers(SimpleNamespace(callback_handler=handler))
+    callback.tb_writer = object()  # has nothing that a writer has
+    state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False, global_step=1)
+    for _ in range(2):
+        callback.on_log(None, state, None, logs={"loss": 1.0})
+    assert caplog.text.count("TensorBoardCallback failed") == 1
+    with pytest.raises(AttributeError):
+        callback.on_train_begin(SimpleNamespace(output_dir="x"), state, None)
+    tracker.close()

@@ -85,3 +85,31 @@ def test_drain_gives_up_in_time_and_counts_the_rest_as_failed() -> None:
     assert made.counters.failed == 4
     made.close()
     assert made.backend.closed  # type: ignore[attr-defined]
+
+
+class Broken(Backend):
+    """Raises, which a backend must not."""
+
+    def preview_batch(self, requests: Any, step: int, **kwargs: Any) -> list[PreviewResult]:
+        raise RuntimeError("no idea")
+
+
+def test_a_backend_that_raises_is_told_and_the_next_step_is_asked() -> None:
+    made, seen = scheduler(Broken("openai"))
+    for step in (0, 5):
+        made.ask(step)
+        made.drain(30)
+    assert [step for step, _ in seen] == [0, 5]
+    assert all("no idea" in str(result.error_message) for _, found in seen for result in found)
+    assert made.counters.failed == 4
+
+
+def test_a_run_that_ends_early_says_what_became_of_what_was_asked() -> None:
+    gate = threading.Event()
+    made, seen = scheduler(Backend("openai", gate))
+    made.ask(0)
+    made.give_up("the run ended")
+    gate.set()
+    assert [(step, found[0].error_message) for step, found in seen] == [(0, "the run ended")]
+    made.give_up("again")
+    assert len(seen) == 1

@@ -1,0 +1,253 @@
+"""Effects of section monitoring."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import time
+from typing import Any
+from unittest import mock
+
+from tests.trust.effects import shows
+from tests.trust.lab import NUM_STEPS, Lab, http_server
+from trainer import cli
+from trainer.config.schema import MonitoringConfig
+from trainer.monitoring import create_preview_backend
+from trainer.preview.base import PreviewRequest
+
+ANSWER = {"text": "hello", "tokens_generated": 1, "finish_reason": "stop", "weights_id": "w"}
+COMPLETION = {
+    "choices": [{"message": {"content": "hello"}, "finish_reason": "stop"}],
+    "usage": {"completion_tokens": 1},
+}
+
+
+@shows("monitoring.status_update_interval")
+def status_update_interval(lab: Lab) -> None:
+    seen = lab.run(monitoring={"status_update_interval": 1})
+    assert seen.recorder.shown == [1, 2, 3, 4]
+    shown = lab.run(monitoring={"status_update_interval": 3}).recorder.shown
+    assert len(set(shown)) < NUM_STEPS
+
+
+@shows("monitoring.prompt_snapshot_interval")
+def prompt_snapshot_interval(lab: Lab) -> None:
+    seen = lab.run(monitoring={"prompt_snapshot_interval": 2})
+    assert [event.step for event in seen.events("RowShown")] == [2, 4]
+    assert lab.base.events("RowShown") == []
+
+
+@shows("monitoring.micro_eval_interval", "monitoring.micro_eval_rows")
+def micro_eval(lab: Lab) -> None:
+    seen = lab.run(monitoring={"micro_eval_interval": 2, "micro_eval_rows": 3})
+    found = seen.events("EvaluationDone")
+    assert [(event.step, event.num_rows) for event in found] == [(2, 3), (4, 3)]
+    assert lab.base.events("EvaluationDone") == []
+
+
+@shows("monitoring.inference_interval", "monitoring.num_eval_samples", "monitoring.preview_prompts")
+def previews(lab: Lab) -> None:
+    asked = {"inference_interval": 2, "num_eval_samples": 3, "preview_prompts": ["who?"]}
+    seen = lab.run(monitoring=asked)
+    assert [event.step for event in seen.events("PreviewsDone")] == [0, 2, 4]
+    assert [result.prompt_id for result in seen.previews].count("user-0") == 3
+    assert len(seen.previews) == 3 * (3 + 1)
+    assert lab.base.previews == []
+
+
+@shows("monitoring.preview_max_tokens", "monitoring.preview_temperature")
+def preview_tokens(lab: Lab) -> None:
+    def ask(**monitoring: Any) -> list[Any]:
+        last = {"inference_interval": 1000, **monitoring}
+        found: list[Any] = lab.run(monitoring=last, hyperparams={"max_steps": 1}).previews
+        return found
+
+    greedy, again, hot = (ask(preview_temperature=t) for t in (0, 0, 5.0))
+    assert [r.raw_text for r in greedy] == [r.raw_text for r in again]
+    assert [r.raw_text for r in greedy] != [r.raw_text for r in hot]
+    assert max(result.tokens_generated for result in greedy) == 6
+    assert max(result.tokens_generated for result in ask(preview_max_tokens=2)) == 2
+
+
+@shows("monitoring.preview_golden_logprobs")
+def preview_golden_logprobs(lab: Lab) -> None:
+    def ask(is_on: bool) -> list[Any]:
+        asked = {"inference_interval": 1000, "preview_golden_logprobs": is_on}
+        return [result.golden_logprobs for result in lab.run(monitoring=asked).previews]
+
+    assert set(ask(False)) == {None}
+    assert all(found and max(found) <= 0 for found in ask(True))
+
+
+@shows("monitoring.max_output_tokens")
+def max_output_tokens(lab: Lab) -> None:
+    """Texts in status.json have at most four characters a token, and say that they were cut."""
+
+    def longest(limit: int) -> int:
+        seen = lab.run(
+            monitoring={"inference_interval": 1000, "max_output_tokens": limit},
+            hyperparams={"max_steps": 1},
+        )
+        return max(len(preview["golden_answer"]) for preview in seen.status["last_previews"])
+
+    assert longest(1000) > 20
+    assert longest(2) <= 4 * 2 + 3
+
+
+@shows("monitoring.max_eval_tokens", "monitoring.final_eval_prompts")
+def final_evaluation(lab: Lab) -> None:
+    def answers(**monitoring: Any) -> list[Any]:
+        folder = lab.run(monitoring=monitoring, hyperparams={"max_steps": 1}).folder
+        lines = (folder / "final_evaluation.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    assert len(answers(final_eval_prompts=5, max_eval_tokens=3)) == 5
+    for limit in (3, 9):
+        found = answers(final_eval_prompts=2, max_eval_tokens=limit)
+        assert max(answer["tokens_generated"] for answer in found) == limit
+    assert not (lab.base.folder / "final_evaluation.jsonl").exists()
+
+
+@shows("monitoring.preview_backend", "monitoring.openai_base_url", "monitoring.openai_model")
+def openai(lab: Lab) -> None:
+    def answer(request: Any) -> Any:
+        return {"data": [{"id": "m1"}, {"id": "m2"}]} if request.command == "GET" else COMPLETION
+
+    with http_server(answer) as (port, requests):
+        there = {
+            "preview_backend": "openai",
+            "openai_base_url": f"http://127.0.0.1:{port}/v1",
+            "inference_interval": 1000,
+        }
+        seen = lab.run(monitoring={**there, "openai_model": "m2"}, hyperparams={"max_steps": 1})
+        assert {result.backend_type for result in seen.previews} == {"openai"}
+        asked = [r for r in requests if r.command == "POST"]
+        assert {r.path for r in asked} == {"/v1/chat/completions"}
+        assert {r.body["model"] for r in asked} == {"m2"}
+        assert "openai_model" in lab.refusal(monitoring=there)
+    local = lab.run(monitoring={"inference_interval": 1000}, hyperparams={"max_steps": 1})
+    assert {result.backend_type for result in local.previews} == {"local"}
+
+
+@shows("monitoring.preview_drain_timeout")
+def preview_drain_timeout(lab: Lab) -> None:
+    """The end waits for slow previews only as long as it says."""
+
+    def slow(request: Any) -> Any:
+        if request.command == "GET":
+            return {"data": [{"id": "m"}]}
+        time.sleep(0.5)
+        return COMPLETION
+
+    with http_server(slow) as (port, _):
+        there = {
+            "preview_backend": "openai",
+            "openai_base_url": f"http://127.0.0.1:{port}/v1",
+            "inference_interval": 1000,
+            "num_eval_samples": 2,
+        }
+        answered = {}
+        for limit in (0, 30):
+            seen = lab.run(
+                monitoring={**there, "preview_drain_timeout": limit}, hyperparams={"max_steps": 1}
+            )
+            answered[limit] = {r.step for r in seen.previews if r.ok}
+    assert 1 in answered[30]
+    assert 1 not in answered[0]
+
+
+@shows(
+    "monitoring.remote_3090_host",
+    "monitoring.remote_3090_port",
+    "monitoring.remote_3090_model_id",
+    "monitoring.remote_3090_key_file",
+    "monitoring.remote_3090_timeout",
+)
+def remote(lab: Lab) -> None:
+    key = lab.path("key")
+    key.write_text("k" * 40)
+    key.chmod(0o600)
+
+    def ask(port: int, **more: Any) -> Any:
+        config = MonitoringConfig(
+            **{
+                "preview_backend": "remote_3090",
+                "remote_3090_host": "127.0.0.1",
+                "remote_3090_port": port,
+                "remote_3090_model_id": "asked-for",
+                "remote_3090_key_file": str(key),
+                **more,
+            }
+        )
+        backend = create_preview_backend(config)
+        try:
+            return backend.preview_batch([PreviewRequest(prompt="hi")], 1)[0]
+        finally:
+            backend.close()
+
+    with http_server(lambda request: ANSWER) as (port, requests):
+        assert ask(port).text == "hello"
+        assert requests[0].body["model_id"] == "asked-for"
+        assert requests[0].headers["Authorization"] == "Bearer " + "k" * 40
+        count = len(requests)
+        assert not ask(port, remote_3090_host="127.0.0.2", remote_3090_timeout=1).ok
+        assert len(requests) == count
+    with http_server(lambda request: time.sleep(3)) as (port, _):
+        started = time.monotonic()
+        assert not ask(port, remote_3090_timeout=0.3).ok
+        assert time.monotonic() - started < 3
+
+
+@shows("monitoring.sidecar_device", "monitoring.sidecar_num_threads")
+def sidecar(lab: Lab) -> None:
+    """The process that answers was started for this device, with so many threads."""
+    import subprocess
+
+    started: list[Any] = []
+    popen = subprocess.Popen
+
+    class Noting(popen):  # type: ignore[type-arg, valid-type, misc]
+        def __init__(self, words: Any, *args: Any, **named: Any) -> None:
+            started.append((list(map(str, words)), named.get("env") or {}))
+            super().__init__(words, *args, **named)
+
+    asked = {"preview_backend": "sidecar", "inference_interval": 1000, "sidecar_num_threads": 2}
+    with mock.patch.object(subprocess, "Popen", Noting):
+        lab.run(
+            monitoring={**asked, "sidecar_device": "cpu", "preview_drain_timeout": 0},
+            hyperparams={"max_steps": 1},
+        )
+    [(words, environment)] = [one for one in started if "serve" in one[0]]
+    assert words[words.index("--device") + 1] == "cpu"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert "cuda:77" in lab.refusal(monitoring={**asked, "sidecar_device": "cuda:77"})
+
+
+@shows("monitoring.report_to")
+def report_to(lab: Lab) -> None:
+    seen = lab.run(monitoring={"report_to": ["tensorboard"]}, hyperparams={"max_steps": 1})
+    assert list((seen.folder / "logs").glob("events.out.tfevents*"))
+    assert not list(lab.base.folder.glob("logs/events*"))
+    assert "'tensorbord'" in lab.refusal(monitoring={"report_to": ["tensorbord"]})
+
+
+@shows("monitoring.display")
+def display(lab: Lab) -> None:
+    """What the terminal gets: lines for people, one JSON object a line, or nothing."""
+
+    def printed(name: str) -> list[str]:
+        config = lab.config(hyperparams={"max_steps": 1}, monitoring={"display": name})
+        path = lab.path("config.json")
+        path.write_text(config.model_dump_json())
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), mock.patch.dict(os.environ):
+            assert cli.main(["train", "--config", str(path)]) == 0
+        return out.getvalue().splitlines()
+
+    [line] = printed("quiet")
+    assert line.startswith("completed, step 1 of 1")
+    assert all(isinstance(json.loads(line), dict) for line in printed("json"))
+    assert any(line.startswith("data card") for line in printed("plain"))
+    assert printed("rich") != printed("plain")

@@ -1,0 +1,116 @@
+"""Reference models, rows and arithmetic, from torch and transformers alone.
+
+Nothing here imports the package: two sides that share a helper would prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 128
+IGNORED = -100
+Rows = list[tuple[list[int], list[int]]]
+
+
+def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A 2-layer Llama, 64 wide, with the same weights on every call."""
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**options, **changes})).to(dtype)
+    if dtype == torch.float64:
+        _norms_in_fp64(model)
+    return model
+
+
+def _norms_in_fp64(model: Any) -> None:
+    """transformers' norms go through fp32, which would hide errors below 1e-7."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+
+
+def ragged_rows(count: int, *, seed: int = 0, longest: int = 32) -> Rows:
+    """Rows of 6 to `longest` tokens as (ids, labels); the share that is trained differs much."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(6, longest + 1, (1,), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        share = float(torch.rand(1, generator=generator))
+        labels = torch.where(torch.rand(length, generator=generator) < share, ids, IGNORED)
+        labels[-1] = ids[-1]
+        rows.append((ids.tolist(), labels.tolist()))
+    return rows
+
+
+def token_losses(model: Any, rows: Rows) -> list[torch.Tensor]:
+    """-log p of every trained token, row by row, without padding; from full logits."""
+    losses = []
+    for ids, labels in rows:
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        for position in range(len(ids) - 1):
+            target = labels[position + 1]
+            if target != IGNORED:
+                losses.append(-F.log_softmax(logits[position], dim=-1)[target])
+    return losses
+
+
+def token_mean(model: Any, rows: Rows) -> torch.Tensor:
+    """The mean over trained tokens of all rows, nats per token."""
+    losses = token_losses(model, rows)
+    return torch.stack(losses).sum() / len(losses)
+
+
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def weights(model: Any) -> torch.Tensor:
+    """All parameters end to end, fp64."""
+    return flat(list(model.parameters()))
+
+
+def gradient(model: Any, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return flat([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a - b| / |b|, the metric of all these checks."""
+    return float((a - b).norm() / b.norm())
+
+
+def sgd_change(model: Any, windows: Sequence[Rows]) -> torch.Tensor:
+    """By how much one SGD step a window, at rate 1, moves the weights of `model`."""
+    before = weights(model)
+    for rows in windows:
+        model.zero_grad()
+        token_mean(model, rows).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= parameter.grad
+    return weights(model) - before

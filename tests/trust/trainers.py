@@ -1,0 +1,99 @@
+"""The real Trainer, order, collators and arguments on rows of token ids, without files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback
+
+from tests.trust.reference import Rows, weights
+from trainer.config import create_default_config
+from trainer.config.resolve import resolve
+from trainer.core.arguments import build_training_arguments
+from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.data.batches import EpochOrder, PadCollator
+from trainer.data.dataset import EncodedDataset
+from trainer.data.encode import Example
+from trainer.data.packing import PackCollator, PackedDataset
+from trainer.models.precision import resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def dataset(rows: Rows) -> EncodedDataset:
+    return EncodedDataset([Example(ids, labels, "", "", 0, False, True) for ids, labels in rows])
+
+
+def sgd(model: Any) -> torch.optim.Optimizer:
+    """Rate 1: AdamW would hide errors of scale, smaller rates drown in rounding."""
+    return torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+def make_trainer(
+    model: Any,
+    rows: Rows,
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    num_epochs: float = 1,
+    world: int = 1,
+    capacity: int | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = sgd,
+    folder: Path | None = None,
+    **hyper: Any,
+) -> SupervisedTrainer:
+    """A trainer over `rows`, shuffled, not clipped, at a constant rate; packed up to `capacity`."""
+    data = dataset(rows)
+    packed = PackedDataset(data, capacity) if capacity is not None else None
+    folder = folder or Path(tempfile.gettempdir())
+    config = create_default_config(
+        model_path="tiny",
+        dataset_path="rows",
+        output_dir=str(folder),
+        hyperparams={
+            "batch_size": batch_size,
+            "gradient_accumulation": accumulation,
+            "num_epochs": num_epochs,
+            "max_grad_norm": 0.0,
+            "warmup_steps": 0,
+            "lr_scheduler": "constant",
+            "fp_precision": "fp32",
+            **hyper,
+        },
+        monitoring={"report_to": ()},
+    )
+    used = packed or data
+    trainer = SupervisedTrainer(
+        model=model,
+        args=build_training_arguments(
+            resolve(config),
+            precision=resolve_precision("fp32", "full", CPU),
+            device=CPU,
+            run_dir=folder,
+        ),
+        train_dataset=used,
+        data_collator=PackCollator(0) if packed else PadCollator(0),
+        optimizers=(optimizer(model), None),
+        order=EpochOrder(
+            used.lengths,
+            group_size=batch_size * accumulation * world,
+            seed=config.environment.seed,
+            group_by_length=False,
+            multiple_of=batch_size * world if world > 1 else 1,
+        ),
+        save_checkpoint=lambda step, write: None,
+        run_state=dict,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def trained_change(model: Any, rows: Rows, **options: Any) -> torch.Tensor:
+    """By how much the real training loop moves the weights of `model`."""
+    before = weights(model)
+    make_trainer(model, rows, **options).train()
+    return weights(model) - before

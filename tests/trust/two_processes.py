@@ -1,0 +1,136 @@
+"""Run by torchrun: the real Trainer and the real split in each of two processes, right and broken.
+
+`two_processes.py FOLDER` writes FOLDER/rank-N.pt; what it must hold is in test_two_processes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.trust.reference import llama, ragged_rows, weights
+from tests.trust.trainers import make_trainer
+from trainer.config.schema import DataSection
+from trainer.core import hf_trainer
+from trainer.data import batches, dataset
+from trainer.data.encode import RowEncoder
+from trainer.data.prepare import prepare_data
+from trainer.models.tiny import load_tiny_tokenizer
+from trainer.profiles import get_profile
+
+NUM_ROWS, BATCH_SIZE, ACCUMULATION, RATE = 22, 2, 2, 0.1
+"""Steps of 8, 8 and 6 rows: the last micro-batches cannot be full on both ranks."""
+
+
+def sgd(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=RATE)
+
+
+@contextmanager
+def patched(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def trained() -> dict[str, Any]:
+    """Change of the weights, and the rows with something to train that this rank was given."""
+    model = llama()
+    before = weights(model)
+    trainer = make_trainer(
+        model,
+        ragged_rows(NUM_ROWS, seed=4),
+        batch_size=BATCH_SIZE,
+        accumulation=ACCUMULATION,
+        world=2,
+        optimizer=sgd,
+    )
+    seen: list[list[int]] = []
+    compute = trainer.compute_loss
+
+    def noting(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            if mask.sum() > 1:
+                seen.append(ids[mask.bool()].tolist())
+        return compute(model, inputs, *rest, **named)
+
+    trainer.compute_loss = noting  # type: ignore[method-assign]
+    trainer.train()
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "steps": trainer.state.global_step,
+        "change": weights(trainer.accelerator.unwrap_model(trainer.model)) - before,
+        "seen": seen,
+        "last_step": vars(trainer.last_step),
+    }
+
+
+def per_rank_mean() -> Any:
+    """Each process divides by its own trained tokens, and gradients are averaged over ranks."""
+    plain = hf_trainer.SupervisedTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        own = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+        named["num_items_in_batch"] = own * self.accelerator.num_processes * ACCUMULATION
+        return plain(self, model, inputs, *rest, **named)
+
+    return patched(hf_trainer.SupervisedTrainer, "compute_loss", compute_loss)
+
+
+def rows_dealt_twice() -> Any:
+    """The epoch is not filled up, so that the dealing sampler repeats its first rows."""
+    return patched(batches.EpochOrder, "__len__", lambda self: len(self.lengths))
+
+
+def split(folder: Path) -> dict[str, str]:
+    """Fingerprints of both sides of the split of 60 rows."""
+    path = folder / f"rows-{os.environ['RANK']}.jsonl"
+    rows = [{"question": f"{n}?", "answer": f"it is {n}"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = prepare_data(
+        DataSection(dataset_path=str(path), validation_split=0.3, cache=False),
+        profile=get_profile("plain"),
+        encoder=RowEncoder(load_tiny_tokenizer(), 128),
+        system_prompt=None,
+        is_prompt_configured=False,
+        seed=1,
+        num_preview=2,
+    )
+    assert data.validation is not None
+    return {"train": data.train.fingerprint(), "validation": data.validation.fingerprint()}
+
+
+def rank_offset_seed() -> Any:
+    """Each process splits by a seed of its own."""
+    plain = dataset.content_key
+    rank = int(os.environ["RANK"])
+    return patched(dataset, "content_key", lambda messages, seed: plain(messages, seed + rank))
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"right": trained(), "split": split(folder)}
+    found["world_size"], found["backend"] = dist.get_world_size(), dist.get_backend()
+    with per_rank_mean():
+        found["per_rank_mean"] = trained()
+    with rows_dealt_twice():
+        found["rows_dealt_twice"] = trained()
+    with rank_offset_seed():
+        found["rank_offset_seed"] = split(folder)
+    torch.save(found, folder / f"rank-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,158 @@
+"""Adapters: what is trained is fp32, what is merged says the same, the base is found again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config.schema import LoraSection
+from trainer.models.load import add_lora, load_finished_model
+from trainer.models.precision import resolve_precision
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+CPU = torch.device("cpu")
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("more", [(), ("lm_head", "norm")])
+def test_all_that_is_trained_is_fp32_on_a_half_precision_base(
+    make_model: Callable[..., Any], more: tuple[str, ...]
+) -> None:
+    base = make_model(tie_word_embeddings=False).to(torch.bfloat16)
+    model = add_lora(base, LoraSection(modules_to_save=more), seed=0)
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    names = " ".join(trained(model))
+    assert all(f"{name}.modules_to_save" in names for name in more)
+
+
+def moved_share(model: Any, learning_rate: float = 2e-5) -> float:
+    """Share of the trained weights that ten steps of AdamW change."""
+    before = [p.detach().clone() for p in trained(model).values()]
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=learning_rate, weight_decay=0.0)
+    for _ in range(10):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs = list(zip(trained(model).values(), before, strict=True))
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(b.numel() for b in before)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_n25_updates_survive_the_dtype(make_model: Callable[..., Any], mode: Any) -> None:
+    assert check_n25(make_model, mode, resolve_precision("bf16", mode, CPU).load_dtype) >= 0.95
+
+
+def check_n25(make_model: Callable[..., Any], mode: str, dtype: torch.dtype) -> float:
+    """Moved weights under the run's dtypes as a share of those that an fp32 run moves."""
+    shares = []
+    for load_dtype in (dtype, torch.float32):
+        model = make_model(tie_word_embeddings=False).to(load_dtype)
+        if mode == "lora":
+            model = add_lora(model, LoraSection(modules_to_save=("lm_head",)), seed=0)
+        shares.append(moved_share(model))
+    return shares[0] / shares[1]
+
+
+def test_mutant_n25_pure_bf16_is_killed(make_model: Callable[..., Any]) -> None:
+    assert check_n25(make_model, "full", torch.bfloat16) < 0.95
+
+
+@pytest.fixture
+def adapter(make_model: Callable[..., Any], tmp_path: Path) -> Path:
+    """A run's folder with an adapter that was moved off zero, beside the base it saved."""
+    run = tmp_path / "run"
+    base = make_model(tie_word_embeddings=False)
+    base.save_pretrained(run / "base_model")
+    base.config._name_or_path = base.name_or_path = str(run / "base_model")
+    model = add_lora(base, LoraSection(), seed=0)
+    with torch.no_grad():
+        for number, parameter in enumerate(trained(model).values()):
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(number)
+            )
+    model.save_pretrained(run / "final_model")
+    return run
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def check_n21(adapter: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = load_finished_model(adapter / "final_model")
+    said = logits(model)
+    assert (said - logits(load_finished_model(adapter / "final_model"))).abs().max() == 0
+    plain = AutoModelForCausalLM.from_pretrained(adapter / "base_model", dtype=torch.float32)
+    assert (said - logits(plain)).abs().max() > 1e-2  # the adapter says something
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert ((said - merged).norm() / said.norm()) < 2e-6
+
+
+def test_n21_adapter_merged_and_reloaded_say_the_same(adapter: Path, tmp_path: Path) -> None:
+    check_n21(adapter, tmp_path)
+
+
+def test_mutant_n21_scale_left_out_is_killed(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    delta = Linear.get_delta_weight
+    monkeypatch.setattr(
+        Linear, "get_delta_weight", lambda self, name: delta(self, name) / self.scaling[name]
+    )
+    with pytest.raises(AssertionError):
+        check_n21(adapter, tmp_path)
+
+
+def test_a_moved_run_finds_the_base_that_it_saved_itself(adapter: Path, tmp_path: Path) -> None:
+    said = logits(load_finished_model(adapter / "final_model"))
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.move(adapter, moved)
+    assert torch.equal(said, logits(load_finished_model(moved / "final_model")))
+
+
+def test_the_adapter_names_the_revision_of_its_base(
+    make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = add_lora(make_model(), LoraSection(), seed=0, revision="v1.2")
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v1.2"
+
+
+def test_the_base_is_loaded_at_the_revision_that_was_trained(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trainer.models.load as load
+
+    path = adapter / "final_model" / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "revision": "v1.2"}))
+    asked = []
+    real = load.load_model
+
+    def note(section: Any, **options: Any) -> Any:
+        asked.append(section.revision)
+        return real(section.model_copy(update={"revision": None}), **options)
+
+    monkeypatch.setattr(load, "load_model", note)
+    load_finished_model(adapter / "final_model")
+    assert asked == ["v1.2"]

@@ -1,0 +1,22 @@
+"""Early stopping counts evaluations without a lower loss, and is not fooled by a NaN."""
+
+from __future__ import annotations
+
+import math
+
+from trainer.monitoring.callbacks import EarlyStopping
+
+
+def test_a_nan_counts_as_no_lower_loss_and_is_never_the_best() -> None:
+    stopping = EarlyStopping(patience=2)
+    assert not stopping.update(math.nan, 1)
+    assert not stopping.update(3.0, 2)
+    assert (stopping.best_loss, stopping.best_step) == (3.0, 2)
+    assert not stopping.update(math.nan, 3)
+    assert stopping.update(3.0, 4)
+
+
+def test_min_delta_is_what_a_loss_must_fall_by() -> None:
+    stopping = EarlyStopping(patience=1, min_delta=0.5)
+    assert not stopping.update(3.0, 1)
+    assert stopping.update(2.6, 2)

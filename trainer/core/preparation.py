@@ -1,0 +1,163 @@
+"""The steps of a run before its weights: fit to the model, take the folder, prepare the rows.
+
+Each fails on the user's mistakes, and none writes anything but the lock and the cache of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.config.schema import TrainerConfig
+from trainer.core.checkpoint import clean_staging
+from trainer.core.context import RunContext, is_main_process
+from trainer.core.resume import check_resumable, find_resume_point
+from trainer.core.run_folder import RunFolder
+from trainer.data.batches import EpochOrder
+from trainer.data.card import card_lines
+from trainer.data.dataset import RunData
+from trainer.data.encode import RowEncoder
+from trainer.data.packing import pack_training_rows
+from trainer.data.prepare import prepare_data
+from trainer.errors import ConfigError
+from trainer.models.load import check_locked, context_length, load_tokenizer, read_model_config
+from trainer.monitoring.events import CardShown
+from trainer.profiles import DataProfile
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+def fit_to_model(run: RunContext, config: TrainerConfig) -> None:
+    """Load tokenizer and model config; fill in max_length.
+
+    Raises:
+        ModelError: there is no such model.
+        ConfigError: `locked` or `hyperparams.max_length` does not fit it.
+    """
+    offline = config.environment.offline
+    run.phase("loading", f"loading the tokenizer of {config.model.model_path}")
+    run.tokenizer = load_tokenizer(config.model, offline=offline)
+    model_config = read_model_config(config.model, offline=offline)
+    check_locked(config.locked, config.model, model_config)
+    limit, wanted = context_length(model_config), config.hyperparams.max_length
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ConfigError(
+            f"hyperparams.max_length={wanted} is above the model's context of {limit} tokens; "
+            f"give at most {limit}."
+        )
+    length = wanted or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    hyper = config.hyperparams.model_copy(update={"max_length": length})
+    run.config = config.model_copy(update={"hyperparams": hyper})
+
+
+def open_run_folder(run: RunContext, config: TrainerConfig) -> None:
+    """Take the run folder for this process, and find what to resume from.
+
+    Raises:
+        OutputError: the folder cannot be had.
+        ResumeError: there is nothing to resume.
+    """
+    is_resume = config.output.resume is not None
+    if is_main_process():
+        run.folder = RunFolder.create(Path(config.output.output_dir), resume=is_resume)
+        for text in run.folder.notices:
+            run.notice(text, "warning")
+        removed = clean_staging(run.folder.checkpoints_dir)
+        if removed:
+            run.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
+    if config.output.resume is not None:
+        root = Path(config.output.output_dir) / RunFolder.CHECKPOINTS
+        run.resume = find_resume_point(config.output.resume, root)
+        run.date = run.resume.date or run.date
+        for text in run.resume.problems:
+            run.notice(text, "warning")
+        run.notice(f"resuming from step {run.resume.step} ({run.resume.path})")
+
+
+def prepare_rows(
+    run: RunContext,
+    config: TrainerConfig,
+    *,
+    profile: DataProfile,
+    tokenizer: Any,
+    system_prompt: str | None,
+) -> RunData:
+    """Read, split, transform and encode the rows, and show the data card.
+
+    Raises:
+        DataError: bad rows, or nothing to train.
+        ConfigError: an option that does not fit these rows.
+        ResumeError: these are not the rows, or not the config, of the checkpoint.
+    """
+    hyper = config.hyperparams
+    run.phase("loading", f"encoding {config.data.dataset_path}")
+    started = time.perf_counter()
+    data = prepare_data(
+        config.data,
+        profile=profile,
+        encoder=RowEncoder(
+            tokenizer,
+            hyper.max_length or DEFAULT_MAX_LENGTH,
+            truncation=config.data.truncation,
+        ),
+        system_prompt=system_prompt,
+        is_prompt_configured=config.profile.system_prompt is not None,
+        seed=config.environment.seed,
+        num_preview=config.monitoring.num_eval_samples,
+        num_final=config.monitoring.final_eval_prompts,
+        offline=config.environment.offline,
+    )
+    if config.data.enable_packing:
+        data = pack_training_rows(data)
+    run.set_data(data)
+    run.durations_s["encoding"] = time.perf_counter() - started
+    _check_against_rows(run, config, data)
+    run.observers.emit(
+        CardShown(title="data", lines=tuple(card_lines(data.card)), sample=data.card.sample)
+    )
+    return data
+
+
+def _check_against_rows(run: RunContext, config: TrainerConfig, data: RunData) -> None:
+    """What can be told only once the rows are known."""
+    hyper = config.hyperparams
+    total = num_steps(config, data)
+    if hyper.warmup_steps >= total:
+        raise ConfigError(
+            f"hyperparams.warmup_steps={hyper.warmup_steps:g} is not below the {total} steps "
+            "that these rows and epochs make; lower it or train longer."
+        )
+    if hyper.early_stopping_patience and data.validation is None:
+        raise ConfigError(
+            "hyperparams.early_stopping_patience is set, but no rows are held out "
+            f"({data.card.validation}); hold some out or set it to 0."
+        )
+    if run.resume is not None:
+        run.changes = check_resumable(run.resume, config, data.train.fingerprint(), total)
+        for change in run.changes:
+            run.notice(f"changed since the checkpoint: {change}", "warning")
+
+
+def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
+    """The order of the training rows; a group is one optimizer step on all devices."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    hyper = config.hyperparams
+    return EpochOrder(
+        data.train.lengths,
+        group_size=hyper.batch_size * hyper.gradient_accumulation * world,
+        seed=config.environment.seed,
+        shuffle=config.data.shuffle,
+        group_by_length=config.data.group_by_length,
+        multiple_of=hyper.batch_size * world if world > 1 else 1,
+    )
+
+
+def num_steps(config: TrainerConfig, data: RunData) -> int:
+    """Optimizer steps of the whole run; the last one of an epoch may have fewer rows."""
+    hyper, order = config.hyperparams, epoch_order(config, data)
+    if hyper.max_steps is not None:
+        return hyper.max_steps
+    return math.ceil(hyper.num_epochs * order.steps_per_epoch)

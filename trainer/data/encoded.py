@@ -1,0 +1,80 @@
+"""Encoded rows as a torch dataset, and a row as people read it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from trainer.data.batches import BLANK, blank_row
+from trainer.data.encode import IGNORE_INDEX, Example
+
+
+class EncodedDataset(Dataset[dict[str, Any]]):
+    """Examples in two flat arrays; item i is {"input_ids", "labels"}, int64 tensors (T_i,)."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        """Copy ids and labels of the examples; the examples may be dropped afterwards."""
+        self.lengths = [len(example.input_ids) for example in examples]
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        self._ids = _flat([example.input_ids for example in examples])
+        self._labels = _flat([example.labels for example in examples])
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray[Any, Any]]) -> EncodedDataset:
+        """The dataset that `as_arrays` was called on."""
+        dataset = cls([])
+        dataset._starts, dataset._ids = arrays["starts"], arrays["ids"]
+        dataset._labels = arrays["labels"]
+        dataset.lengths = np.diff(dataset._starts).tolist()
+        return dataset
+
+    def as_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All rows: ids and labels end to end, and where each row starts."""
+        return {"starts": self._starts, "ids": self._ids, "labels": self._labels}
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row as tensors."""
+        if index == BLANK:
+            return blank_row()
+        part = slice(self._starts[index], self._starts[index + 1])
+        return {
+            "input_ids": torch.from_numpy(self._ids[part].astype(np.int64)),
+            "labels": torch.from_numpy(self._labels[part].astype(np.int64)),
+        }
+
+    def fingerprint(self) -> str:
+        """sha256 of all ids, labels and row borders, in order."""
+        digest = hashlib.sha256()
+        for array in (self._starts, self._ids, self._labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def _flat(rows: list[list[int]]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.concatenate(
+        [np.asarray(row, dtype=np.int32) for row in rows] or [np.zeros(0, np.int32)]
+    )
+
+
+def marked_text(
+    tokenizer: Any, input_ids: list[int], labels: list[int]
+) -> tuple[tuple[str, bool], ...]:
+    """A row as decoded stretches of equal fate: (text, is trained)."""
+    stretches: list[tuple[list[int], bool]] = []
+    for token, label in zip(input_ids, labels, strict=True):
+        is_trained = label != IGNORE_INDEX
+        if not stretches or stretches[-1][1] != is_trained:
+            stretches.append(([], is_trained))
+        stretches[-1][0].append(token)
+    return tuple(
+        (tokenizer.decode(ids, clean_up_tokenization_spaces=False), is_trained)
+        for ids, is_trained in stretches
+    )

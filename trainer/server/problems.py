@@ -1,0 +1,121 @@
+"""What every error looks like: one JSON shape, and OpenAI's on `/v1`. No paths, no stack traces."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+logger = logging.getLogger(__name__)
+OPENAI_PREFIX = "/v1/"
+CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    413: "too_large",
+    422: "invalid",
+    429: "queue_full",
+    499: "client_gone",
+    503: "not_ready",
+}
+
+
+class Problem(BaseModel):
+    """Body of an error."""
+
+    detail: str
+    code: str
+    bad: list[str] | None = None
+    """Names of the tensors at fault."""
+
+
+class OpenAIError(BaseModel):
+    """What went wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIProblem(BaseModel):
+    """Body of an error on `/v1`."""
+
+    error: OpenAIError
+
+
+class WeightsRefusedError(Exception):
+    """An offer, part or set that cannot be taken; `status` and `code` say why to a program."""
+
+    def __init__(self, status: int, code: str, message: str, bad: list[str] | None = None) -> None:
+        """Take the HTTP status, a short code, the message, and the tensors at fault."""
+        super().__init__(message)
+        self.status, self.code, self.bad = status, code, bad or []
+
+
+def problem_body(
+    path: str, status: int, detail: str, code: str | None = None, bad: list[str] | None = None
+) -> dict[str, Any]:
+    """The JSON of an error, in the shape of the route's family."""
+    code = code or CODES.get(status, "error")
+    if path.startswith(OPENAI_PREFIX):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
+        return {"error": {"message": detail, "type": kind, "param": None, "code": code}}
+    return {"detail": detail, "code": code, **({"bad": bad} if bad else {})}
+
+
+def documented(*statuses: int, openai: bool = False) -> dict[int | str, dict[str, Any]]:
+    """Error answers of a route for its OpenAPI description, beside those that any route gives."""
+    model = OpenAIProblem if openai else Problem
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in (400, 401, 403, 413, 421, *statuses):
+        found[status] = {"model": model}
+        if status in (429, 503):
+            found[status]["headers"] = {
+                "Retry-After": {"schema": {"type": "string"}, "description": "Seconds."}
+            }
+    return found
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Turn exceptions into bodies; what nobody foresaw is told to the log, not to the client."""
+
+    def answer(
+        request: Request, status: int, detail: str, code: str | None = None, **more: Any
+    ) -> JSONResponse:
+        body = problem_body(request.url.path, status, detail, code, more.get("bad"))
+        return JSONResponse(body, status, headers=more.get("headers"))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(request, error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(WeightsRefusedError)
+    async def _refused(request: Request, error: WeightsRefusedError) -> JSONResponse:
+        headers = {"Retry-After": "2"} if error.status in (429, 503) else None
+        return answer(request, error.status, str(error), error.code, bad=error.bad, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # The input is left out: it may be large, and it is the client's own anyway.
+        problems = [
+            f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}"
+            for item in error.errors()[:20]
+        ]
+        return answer(request, 422, "; ".join(problems)[:2000])
+
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it, and it is no fault of this server
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return answer(request, 500, "internal error; the server's log says more", "internal")

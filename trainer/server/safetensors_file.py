@@ -1,0 +1,98 @@
+"""Whether a safetensors file is what its manifest says: every byte, without torch.
+
+The header is not trusted: names, dtypes, shapes, offsets and hashes must be those of the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from trainer.preview.wire import TensorEntry, WeightsManifest
+from trainer.server.problems import WeightsRefusedError
+
+MAX_HEADER = 16 << 20
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
+
+
+def num_bytes(entry: TensorEntry) -> int:
+    """Bytes of a tensor."""
+    count = DTYPE_BYTES[entry.dtype]
+    for size in entry.shape:
+        count *= size
+    return count
+
+
+def check_file(path: Path, manifest: WeightsManifest) -> None:
+    """Compare a safetensors file with its manifest, every byte of every tensor.
+
+    Raises:
+        WeightsRefusedError: 422, with the names of the tensors at fault.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header, start = _read_header(file.read(8), file, size)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            wanted = {entry.name: entry for entry in manifest.tensors}
+            bad = sorted(set(header) ^ set(wanted))
+            whole = memoryview(view)
+            try:
+                for name in sorted(set(header) & set(wanted)):
+                    if not _is_tensor(header[name], wanted[name], whole, start, size):
+                        bad.append(name)
+            finally:
+                whole.release()
+    if bad:
+        raise WeightsRefusedError(
+            422,
+            "bad_tensors",
+            f"{len(bad)} tensors are not what the manifest says",
+            [_printable(name) for name in bad[:100]],
+        )
+
+
+def _read_header(prefix: bytes, file: Any, size: int) -> tuple[dict[str, Any], int]:
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise WeightsRefusedError(422, "bad_file", "not a safetensors file")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return found
+
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise WeightsRefusedError(422, "bad_file", f"bad safetensors header: {error}") from error
+    return header, 8 + length
+
+
+def _is_tensor(found: Any, entry: TensorEntry, view: memoryview, start: int, size: int) -> bool:
+    if not isinstance(found, dict) or (found.get("dtype"), found.get("shape")) != (
+        entry.dtype,
+        entry.shape,
+    ):
+        return False
+    offsets = found.get("data_offsets")
+    if not (isinstance(offsets, list) and len(offsets) == 2):
+        return False
+    first, last = offsets
+    if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last):
+        return False
+    if start + last > size or last - first != num_bytes(entry):
+        return False
+    with view[start + first : start + last] as piece:
+        return hashlib.sha256(piece).hexdigest() == entry.sha256
+
+
+def _printable(name: str) -> str:
+    """A name of a file's header as ASCII: it may hold halves of surrogate pairs."""
+    return name[:300].encode("ascii", "backslashreplace").decode()
