@@ -11,6 +11,7 @@ import torch
 from tests.trust.effects import shows
 from tests.trust.lab import BATCH_SIZE, LORA, NUM_STEPS, RATE, Lab, Seen
 from tests.trust.reference import distance, flat
+from trainer.commands.train import run as train_command
 
 TRAIN_ROWS = 30
 
@@ -242,6 +243,18 @@ def resume(lab: Lab) -> None:
     seen = lab.run(output={"output_dir": folder, "resume": "latest"})
     assert [step.step for step in seen.steps] == [3, 4]
     assert torch.equal(seen.weights, lab.base.weights)
+
+
+@shows("output.report")
+def report(lab: Lab) -> None:
+    for wanted in (True, False):
+        folder = lab.path("reported")
+        words = ["--dataset", str(lab.file), "--model", str(lab.model), "--output", str(folder)]
+        words += ["--max-steps", "2", "--fp32", "--quiet", "--monitoring.inference_interval", "0"]
+        words += ["--hyperparams.warmup_steps", "0"]
+        words += ["--output.report", str(wanted).lower()]
+        assert train_command(words) == 0
+        assert (folder / "report.html").exists() == wanted
 
 
 # ---- environment

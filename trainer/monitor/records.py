@@ -25,10 +25,14 @@ class RunRecords:
             is_report: whether `finish` writes the report.
         """
         self._origins, self._is_report = dict(origins), is_report
+        self._has_begun = False
 
     def on_event(self, event: Event) -> None:
         """Write config.origins.json when the first step is about to be made."""
-        if isinstance(event, RunStarted) and self._origins:
+        if not isinstance(event, RunStarted):
+            return
+        self._has_begun = True
+        if self._origins:
             text = json.dumps(self._origins, indent=2) + "\n"
             replace_file(Path(event.output_dir) / ORIGINS_NAME, text)
 
@@ -36,8 +40,11 @@ class RunRecords:
         """Nothing to let go of: the report is written after the run, by `finish`."""
 
     def finish(self, folder: Path) -> Path | None:
-        """Write the report of a run that is over; None when there is none. Never raises."""
-        if not self._is_report or not (folder / MANIFEST_NAME).is_file():
+        """Write the report of a run that is over; None when there is none. Never raises.
+
+        A run that was refused wrote nothing: what is in the folder is another one's.
+        """
+        if not self._is_report or not self._has_begun or not (folder / MANIFEST_NAME).is_file():
             return None
         try:
             # jinja2 is needed by nothing else of a run.

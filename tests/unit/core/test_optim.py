@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
@@ -177,6 +178,7 @@ def test_a_copied_optimizer_steps_its_own_copy(make_model: MakeModel) -> None:
 
 
 def test_accelerate_wraps_it_without_changing_a_step(make_model: MakeModel) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, in one process
     plain, wrapped = make_model(), make_model()
     train(plain, [MuonAdamW(plain, lr=1e-2)], steps=3)
     prepared, optimizer = Accelerator(cpu=True).prepare(wrapped, MuonAdamW(wrapped, lr=1e-2))
