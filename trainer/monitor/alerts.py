@@ -97,7 +97,7 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
     if not newest:
         return found
     step = newest[0].step
-    failed = [result for result in newest if not result.ok]
+    failed = [result for result in newest if not (result.ok or result.is_superseded)]
     if failed:
         found.append(
             Alert(

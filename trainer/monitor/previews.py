@@ -6,7 +6,8 @@ from collections import Counter
 
 from trainer.monitor.timeline import Timeline
 from trainer.monitoring.accuracy import LONG_WINDOW, SHORT_WINDOW, MatchHistory
-from trainer.monitoring.text import MARK_ERROR, MARKS
+from trainer.monitoring.text import MARK_ERROR, MARK_SUPERSEDED
+from trainer.monitoring.text import mark_of as sign_of
 from trainer.preview.base import PreviewResult
 
 MARK_WORDS = {
@@ -14,6 +15,7 @@ MARK_WORDS = {
     "x": "does not match",
     ".": "nothing to compare with",
     MARK_ERROR: "no answer",
+    MARK_SUPERSEDED: "a newer step took its place",
 }
 
 
@@ -92,6 +94,4 @@ class PreviewBook:
 
 def mark_of(result: PreviewResult | None) -> str:
     """The sign of an answer; a blank where there is none."""
-    if result is None:
-        return " "
-    return MARKS[result.matches] if result.ok else MARK_ERROR
+    return " " if result is None else sign_of(result)

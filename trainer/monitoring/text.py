@@ -12,6 +12,7 @@ ELISION = " ... "
 MARKS = {True: "=", False: "x", None: "."}
 """Sign before a preview: matches its golden answer, does not, or cannot be compared."""
 MARK_ERROR = "!"
+MARK_SUPERSEDED = "-"
 _NAMES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _NON_FINITE = re.compile(r"step (?P<step>\d+): the (?P<what>loss|gradient norm) is")
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
@@ -50,6 +51,8 @@ def _shown(char: str) -> str:
 
 def mark_of(result: PreviewResult) -> str:
     """The sign of a preview: `=`, `x`, `.` (nothing to compare with) or `!` (no answer)."""
+    if result.is_superseded:
+        return MARK_SUPERSEDED
     return MARKS[result.matches] if result.ok else MARK_ERROR
 
 

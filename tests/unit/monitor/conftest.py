@@ -22,19 +22,18 @@ class MadeUpRun:
         self.folder, self.total_steps = folder, total_steps
         self.writer = TrainingStatusWriter(None, run_dir=folder)
         self.reader = RunReader(folder)
-        self.writer.on_event(
-            RunStarted(
-                model_name="tiny",
-                total_steps=total_steps,
-                start_step=start_step,
-                num_epochs=1.0,
-                num_train_rows=800,
-                num_validation_rows=40,
-                context_window=128,
-                effective_batch_size=8,
-                output_dir=str(folder),
-            )
+        self.started = RunStarted(
+            model_name="tiny",
+            total_steps=total_steps,
+            start_step=start_step,
+            num_epochs=1.0,
+            num_train_rows=800,
+            num_validation_rows=40,
+            context_window=128,
+            effective_batch_size=8,
+            output_dir=str(folder),
         )
+        self.writer.on_event(self.started)
 
     def step(self, step: int, **changes: Any) -> None:
         """One optimizer step."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.monitor.alerts import alerts_of
+from trainer.monitor.previews import mark_of
 
 MakeRun = Callable[..., Any]
 
@@ -70,3 +71,13 @@ def test_errors_of_previews_and_runs_and_non_finite_numbers(made_up_run: MakeRun
         "not finite at step 81: train_loss nan",
         "1 of 1 previews of step 50 have no answer: nobody is there",
     ]
+
+
+def test_a_superseded_preview_is_no_fault_and_has_a_sign_of_its_own(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(40, [True])
+    gone = {"error_message": "superseded by the weights of step 60", "is_superseded": True}
+    run.preview(50, [None], text="", finish_reason="error", **gone)
+    assert texts_of(run) == []
+    [line] = run.read().previews.timelines.values()
+    assert [mark_of(line.of_step(step)) for step in (40, 50)] == ["=", "-"]

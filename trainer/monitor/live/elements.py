@@ -17,7 +17,7 @@ from trainer.monitor.word_diff import Piece
 SHOWN_CHARS = 20_000
 """Longest text shown on the page; files hold all of it."""
 FOLD_CHARS = 900
-MARK_CLASSES = {"=": "right", "x": "wrong", ".": "none", "!": "error", " ": "empty"}
+MARK_CLASSES = {"=": "right", "x": "wrong", ".": "none", "!": "error", "-": "late", " ": "empty"}
 
 
 @cache
