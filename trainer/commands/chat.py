@@ -27,7 +27,11 @@ def run(argv: list[str]) -> int:
     with console.status(f"loading {finished.model_dir}"):
         device = resolve_device(words.device)
         # A GPU that trained in half precision need not have room for fp32 weights.
-        dtype = DTYPES[finished.config.hyperparams.fp_precision] if device.type == "cuda" else None
+        dtype = (
+            DTYPES[finished.config.hyperparams.fp_precision or "fp32"]
+            if device.type == "cuda"
+            else None
+        )
         model, tokenizer = finished.load(dtype)
         model.to(device)
         backend = LocalPreviewBackend(

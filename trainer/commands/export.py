@@ -58,7 +58,7 @@ def _merge(finished: FinishedRun, target: Path) -> None:
             merged,
             tokenizer,
             target,
-            dtype=DTYPES[finished.config.hyperparams.fp_precision],
+            dtype=DTYPES[finished.config.hyperparams.fp_precision or "fp32"],
             stop_ids=ChatTemplate(tokenizer).stop_ids,
             use_cache=True,
         )

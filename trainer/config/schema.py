@@ -76,8 +76,9 @@ class Hyperparams(Section):
     """Optimizer steps in all. Empty: as many as `num_epochs` takes."""
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Longest row, prompt and answer, in tokens. Empty: the model's context, at most 2048."""
-    fp_precision: Precision = "bf16"
-    """One precision for loading, computing and saving; full training keeps fp32 master weights."""
+    fp_precision: Precision | None = None
+    """One precision for loading, computing and saving; full training keeps fp32 master weights.
+    Empty: `bf16` where the device computes in it, else `fp32`."""
     optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
     """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: bitsandbytes
     on a GPU."""

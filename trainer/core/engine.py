@@ -48,7 +48,12 @@ from trainer.data.dataset import RunData
 from trainer.data.packing import PackCollator
 from trainer.errors import ConfigError, StoppedError
 from trainer.models.hub import go_offline, hub_setting_kept
-from trainer.models.precision import DTYPES, resolve_device, resolve_precision
+from trainer.models.precision import (
+    DTYPES,
+    fill_precision,
+    resolve_device,
+    resolve_precision,
+)
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback, Observers
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, Observer, RunEnded, RunStarted
@@ -195,7 +200,8 @@ class TrainerEngine:
         if environment.offline:
             go_offline()
         device = resolve_device(environment.device)
-        run.set_numerics(device, resolve_precision(hyper.fp_precision, hyper.training_mode, device))
+        run.config, name = fill_precision(config, device)
+        run.set_numerics(device, resolve_precision(name, hyper.training_mode, device))
 
     def _fit_to_model(self, config: TrainerConfig) -> None:
         """Tokenizer and model config: compare `locked` and max_length before weights are read."""
@@ -420,10 +426,10 @@ class TrainerEngine:
         """HF's TrainingArguments for this config."""
         config = resolve(config)
         device = resolve_device(config.environment.device)
-        hyper = config.hyperparams
+        config, name = fill_precision(config, device)
         return build_training_arguments(
             config,
-            precision=resolve_precision(hyper.fp_precision, hyper.training_mode, device),
+            precision=resolve_precision(name, config.hyperparams.training_mode, device),
             device=device,
             run_dir=Path(config.output.output_dir),
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.config.schema import Precision, TrainingMode
+from trainer.config.schema import Precision, TrainerConfig, TrainingMode
 from trainer.errors import ConfigError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -64,6 +64,24 @@ def resolve_device(device: str) -> torch.device:
     if wanted.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"environment.device={device}: not available here; choose cpu or cuda.")
     return wanted
+
+
+def default_precision(device: torch.device) -> Precision:
+    """bf16 where the device computes in it: emulated, it is many times slower than fp32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def fill_precision(config: TrainerConfig, device: torch.device) -> tuple[TrainerConfig, Precision]:
+    """The config with `hyperparams.fp_precision` filled where it is empty, and its value."""
+    hyper = config.hyperparams
+    if hyper.fp_precision is not None:
+        return config, hyper.fp_precision
+    chosen = default_precision(device)
+    filled = hyper.model_copy(update={"fp_precision": chosen})
+    return config.model_copy(update={"hyperparams": filled}), chosen
 
 
 def resolve_precision(
