@@ -133,7 +133,8 @@ def test_a_killed_trainer_takes_sidecar_publisher_and_shared_memory_with_it(
     process = start_training(*words, "--monitoring.preview_backend", "sidecar")
     worker = tmp_path / "out" / "worker.json"
     wait_until(worker.exists)
-    wait_until(lambda: (tmp_path / "out" / "previews.jsonl").exists())
+    answers = tmp_path / "out" / "previews.jsonl"
+    wait_until(lambda: answers.exists() and '"verified"' in answers.read_text())
     children = psutil.Process(process.pid).children(recursive=True)
     names = " ".join(word for one in children for word in one.cmdline())
     assert "serve" in names
