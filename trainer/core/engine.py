@@ -196,7 +196,6 @@ class TrainerEngine:
         disable_progress_bar()  # transformers' own bars would tear the terminal view
         if environment.num_threads is not None:
             torch.set_num_threads(environment.num_threads)
-        check_trackers(config.monitoring.report_to)
         if environment.offline:
             go_offline()
         device = resolve_device(environment.device)

@@ -95,8 +95,6 @@ class _State:
 class PublishedPreviews:
     """A lane of the scheduler: `ask` copies, a process elsewhere answers."""
 
-    is_local = False
-
     def __init__(
         self,
         *,

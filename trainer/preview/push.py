@@ -348,6 +348,3 @@ def _pieces(path: Path, start: int, length: int) -> Iterator[bytes]:
             piece = file.read(min(PIECE_BYTES, length))
             yield piece
             length -= len(piece)
-
-
-__all__ = ["Pushed", "RefusedError", "ServerHashes", "ServerInfo", "WeightFile", "WorkerClient"]

@@ -41,9 +41,6 @@ OnFinished = Callable[[Finished], None]
 class Lane(Protocol):
     """A way of getting answers."""
 
-    is_local: bool
-    """Whether `ask` answers before it returns."""
-
     def start(self, on_finished: OnFinished) -> None:
         """Begin; `on_finished` may be called from any thread, once per step that was asked."""
         ...
@@ -225,8 +222,6 @@ class PreviewScheduler:
 class InlineLane:
     """Answers in the training thread, between two steps, while training waits."""
 
-    is_local = True
-
     def __init__(self, backend: PreviewBackend, requests: list[PreviewRequest]) -> None:
         """Take who answers what."""
         self.backend, self.requests = backend, requests
@@ -264,8 +259,6 @@ class InlineLane:
 
 class ThreadLane:
     """Asks a backend with weights of its own in one thread; newer steps replace waiting ones."""
-
-    is_local = False
 
     def __init__(self, backend: PreviewBackend, requests: list[PreviewRequest]) -> None:
         """Take who answers what."""
