@@ -15,7 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config.schema import Hyperparams
+from trainer.core.muon import Fp32Muon
 from trainer.errors import ConfigError
+from trainer.models.precision import default_precision
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Device types on which torch has one kernel for a whole AdamW step."""
@@ -81,9 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 "trainable ones is (embeddings and the head do not count); use adamw."
             )
         self._parts: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(
-                matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            "muon": _muon(matrices, lr=lr, weight_decay=weight_decay)
         }
         if others:  # adapters on linear layers alone leave nothing for AdamW
             groups = _decay_groups(others, weight_decay)
@@ -123,6 +123,15 @@ class MuonAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copying and pickling keep: torch's own keys and the two parts."""
         return {**super().__getstate__(), "_parts": self._parts}
+
+
+def _muon(matrices: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Torch's, which computes in bf16, where the device does; elsewhere ours, in fp32."""
+    if default_precision(matrices[0].device) != "bf16":
+        return Fp32Muon(matrices, lr=lr, weight_decay=weight_decay)
+    return torch.optim.Muon(
+        matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
 
 
 Owned = tuple[nn.Module, str, nn.Parameter]

@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from trainer.config.schema import Hyperparams
+from trainer.core import optim
+from trainer.core.muon import Fp32Muon
 from trainer.core.optim import MuonAdamW, build_optimizer
 from trainer.errors import ConfigError
 
@@ -93,12 +95,21 @@ def test_every_trainable_parameter_is_in_exactly_one_group(
     assert sorted(grouped) == sorted(trainable)
 
 
-def test_a_step_equals_muon_and_adamw_run_apart_bit_for_bit(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_step_equals_muon_and_adamw_run_apart_bit_for_bit(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr(optim, "default_precision", lambda device: "bf16" if has_bf16 else "fp32")
     one, apart = make_model(), make_model()
     train(one, [MuonAdamW(one, lr=1e-2, weight_decay=0.1)], steps=5)
     matrices = [p for n, p in apart.named_parameters() if ".layers." in n and p.ndim == 2]
     norms = [p for p in apart.parameters() if p.ndim == 1]
-    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rates: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+    muon = (
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates)
+        if has_bf16
+        else Fp32Muon(matrices, **rates)
+    )
     embedding = {"params": [apart.lm_head.weight], "weight_decay": 0.1}
     adamw = torch.optim.AdamW(
         [embedding, {"params": norms, "weight_decay": 0.0}], lr=1e-2, fused=True
