@@ -1,4 +1,4 @@
-# make demo   a tiny model learns in one to four minutes, golden answers beside what it says
+# make demo   a tiny model learns in about a minute, golden answers beside what it says
 # make test   every test, on two cores in under 15 minutes
 # make quick  the fast tests        make check  format, lint, types
 # make trust  the numeric checks        make mutants  that each check kills its mutant
