@@ -5,7 +5,9 @@
 Both arms start the same sidecar and show the first and the last step; one of them also asks for
 previews in between. Training has the first core and one thread, everything else the second core.
 The arms take turns, in alternating order, each in a process of its own. Reported: the ratio of the
-training times of each pair, their median, and a bootstrap interval of the median.
+training times of each pair, their median, and a bootstrap interval of the median; the same for the
+steps alone (without start and end of the run); and the stall of the training thread, which is the
+time that asking for previews keeps it from the next step.
 """
 
 from __future__ import annotations
@@ -37,11 +39,16 @@ IDLE = 1_000_000
 
 
 class Pinning:
-    """Moves helper processes to the second core as they come."""
+    """Moves helper processes to the second core as they come, and notes the length of steps."""
+
+    def __init__(self) -> None:
+        """No step yet."""
+        self.step_s: list[float] = []
 
     def on_event(self, event: Event) -> None:
         """After each step."""
         if isinstance(event, StepDone):
+            self.step_s.append(event.step_time_s)
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error, OSError):
                     child.cpu_affinity([1])
@@ -63,10 +70,12 @@ def one_run(folder: Path, steps: int, every: int) -> dict[str, Any]:
     )
     environment = config.environment.model_copy(update={"num_threads": 1})
     config = config.model_copy(update={"monitoring": monitoring, "environment": environment})
-    result = TrainerEngine(observers=[Pinning()]).run_job(config)
+    pinning = Pinning()
+    result = TrainerEngine(observers=[pinning]).run_job(config)
     assert result.success, result.error_message
     return {
         "training_s": result.summary["durations_s"]["training"],
+        "steps_s": sum(pinning.step_s),
         "previews": result.summary["previews"],
     }
 
@@ -99,14 +108,19 @@ def main() -> int:
         order = (words.every, IDLE) if number % 2 == 0 else (IDLE, words.every)
         runs = {every: measured(words.steps, every) for every in order}
         pair = {"asked": runs[words.every], "idle": runs[IDLE]}
-        ratio = pair["asked"]["training_s"] / pair["idle"]["training_s"]
-        pairs.append({**pair, "ratio": round(ratio, 4)})
-        print(f"pair {number + 1}: {pair['asked']['training_s']:.2f} s asked, ", end="")
-        print(f"{pair['idle']['training_s']:.2f} s idle, ratio {ratio:.4f}", flush=True)
-    ratios = [pair["ratio"] for pair in pairs]
-    low, high = interval(ratios)
+        pairs.append(pair)
+        print(f"pair {number + 1}:", end="")
+        for key in ("training_s", "steps_s"):
+            asked, idle = pair["asked"][key], pair["idle"][key]
+            print(f" {key} {asked:.2f} asked, {idle:.2f} idle ({asked / idle:.4f})", end="")
+        print(flush=True)
+    for key in ("training_s", "steps_s"):
+        ratios = [pair["asked"][key] / pair["idle"][key] for pair in pairs]
+        low, high = interval(ratios)
+        median = statistics.median(ratios)
+        print(f"ratio of {key}: median {median:.4f}, 95 % {low:.4f} to {high:.4f}")
     counts = [pair["asked"]["previews"] for pair in pairs]
-    print(f"ratio: median {statistics.median(ratios):.4f}, 95 % {low:.4f} to {high:.4f}")
+    print_stall(pairs)
     print(
         f"previews: {sum(c['verified'] for c in counts)} verified, "
         f"{sum(c['superseded'] for c in counts)} superseded, "
@@ -115,6 +129,17 @@ def main() -> int:
     if words.out is not None:
         words.out.write_text(json.dumps(pairs, indent=2) + "\n")
     return 0
+
+
+def print_stall(pairs: list[dict[str, Any]]) -> None:
+    """What asking cost the training thread, in the arm that asked."""
+    runs = [pair["asked"] for pair in pairs]
+    per_preview = [run["previews"]["stall_ms_median"] for run in runs]
+    worst = max(run["previews"]["stall_ms_p99"] for run in runs)
+    shares = [100 * run["previews"]["stall_s_total"] / run["steps_s"] for run in runs]
+    print(f"stall per preview step: median {statistics.median(per_preview):.1f} ms, ", end="")
+    print(f"largest p99 of a run {worst:.1f} ms; of all step time ", end="")
+    print(f"{statistics.median(shares):.2f} % ({min(shares):.2f} to {max(shares):.2f})")
 
 
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:

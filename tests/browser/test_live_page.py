@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from trainer.monitor.live.charts import COLOURS
 
 OpenPage = Callable[..., Any]
 Monitor = Callable[..., str]
@@ -142,6 +145,27 @@ def test_a_run_of_100000_rows_and_5000_previews_is_shown(
     assert page.locator(".place").inner_text() == "step 100000, 1001 of 1001"
     steps = page.locator(".marks th.step").all_inner_texts()
     assert (steps[0], steps[-1], len(steps)) == ("0", "100000", 24)
+    seconds = [_seconds_from_file_to_page(page, run, helpers, total + n) for n in range(1, 8)]
+    with capsys.disabled():
+        print(f"from the file to the page: {statistics.median(seconds):.2f} s, ", end="")
+        print(f"{min(seconds):.2f} to {max(seconds):.2f} s in {len(seconds)} tries")
+
+
+def _seconds_from_file_to_page(page: Any, run: Path, helpers: Any, step: int) -> float:
+    """Add a preview and write the status as a run does; wait until the page shows both."""
+    lines = [helpers.preview_of(step, n, text=f"said at {step}") for n in range(5)]
+    with (run / "previews.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    status = json.dumps(helpers.status_of(step=step, total_steps=step, train_loss=1.0))
+    (run / "status.tmp").write_text(status)
+    started = time.perf_counter()
+    (run / "status.tmp").replace(run / "status.json")
+    page.wait_for_function(
+        "step => document.querySelector('.state').innerText.includes(`step ${step} of`)"
+        " && document.querySelector('.timeline').innerText.includes(`said at ${step}`)",
+        arg=step,
+    )
+    return time.perf_counter() - started
 
 
 def test_a_page_opened_before_the_run_starts_shows_it_and_a_restart_counts_once(
@@ -185,6 +209,42 @@ def test_two_runs_are_compared(
     assert "answer 100" in shown
     assert "answer 7" in shown
     assert page.locator("h3", has_text="prompt number 0?").count() == 1
+
+
+def test_the_curves_of_a_comparison_take_the_colours_of_the_page(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "status.json").write_text(json.dumps(helpers.status_of(step=99, total_steps=99)))
+        rows = [{"type": "StepDone", "created_at": 1.7e9, "step": n} for n in range(1, 99)]
+        steps = [{**row, "train_loss": 1 + 1 / (n + 1)} for n, row in enumerate(rows)]
+        helpers.write_lines(run / "metrics.jsonl", steps)
+    url = monitor(tmp_path)
+    page = open_page(url, wait_for="table .q-checkbox", color_scheme="dark")
+    for name in ("one", "two"):
+        page.get_by_role("checkbox", name=f"compare {name}").click()
+    page.get_by_role("button", name="Compare the two").click()
+    page.wait_for_selector(".chart-big canvas")
+    light, dark = (hex_to_rgb(COLOURS[is_dark]["train"]) for is_dark in (False, True))
+    page.wait_for_function(HAS_COLOUR, arg=dark)
+    assert not page.evaluate(HAS_COLOUR, light)
+    page.emulate_media(color_scheme="light")  # the system's colours change at dusk and dawn
+    page.wait_for_function(HAS_COLOUR, arg=light)
+    assert not page.evaluate(HAS_COLOUR, dark)
+
+
+def hex_to_rgb(colour: str) -> list[int]:
+    return list(bytes.fromhex(colour.removeprefix("#")))
+
+
+HAS_COLOUR = """wanted => [...document.querySelectorAll('.chart-big canvas')].some(canvas => {
+  const seen = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  for (let i = 0; i < seen.length; i += 4)
+    if (wanted.every((value, n) => Math.abs(seen[i + n] - value) < 3)) return true;
+  return false;
+})"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -12,6 +12,7 @@ from trainer.monitor.card import card_rows, card_sample, environment_rows
 from trainer.monitor.facts import live_figures, report_figures
 from trainer.monitor.live.actions import ActBox, AskBox
 from trainer.monitor.live.charts import is_spread_wide, loss_chart, match_chart, metric_chart
+from trainer.monitor.live.colours import Colours
 from trainer.monitor.live.elements import (
     answer,
     box,
@@ -53,8 +54,8 @@ class RunPage:
         self._seen = Versions(-1, -1, -1, -1)
         self._alerts_shown: list[Alert] = []
         self._charts_at = 0.0
-        self._is_dark = False
         self._dark = open_page(label)
+        self._colours = Colours(self._dark, self._draw_charts)
         with box("div", "page"):
             self._build_top(label, is_alone)
             with section("Previews", "previews"):
@@ -67,8 +68,6 @@ class RunPage:
             self._build_background()
         self.update()
         ui.timer(TICK_S, self.update)
-        ui.timer(0.1, self._find_colours, once=True)
-        self._dark.on_value_change(lambda: ui.timer(0.2, self._find_colours, once=True))
 
     # ---- parts
 
@@ -164,7 +163,7 @@ class RunPage:
 
     def _draw_charts(self) -> None:
         self._charts_at = time.monotonic()
-        reader, is_dark = self.reader, self._is_dark
+        reader, is_dark = self.reader, self._colours.is_dark
         with reader.lock:
             set_options(
                 self._loss,
@@ -178,17 +177,6 @@ class RunPage:
             set_options(self._matches, match_chart(reader, is_dark=is_dark))
             for name, chart in self._small.items():
                 set_options(chart, metric_chart(reader, name, is_dark=is_dark))
-
-    async def _find_colours(self) -> None:
-        """Canvas text knows no style sheet: ask the browser whether it is dark."""
-        script = "return document.body.classList.contains('body--dark')"
-        try:
-            is_dark = bool(await ui.run_javascript(script, timeout=5.0))
-        except TimeoutError:
-            return  # the client went away
-        if is_dark != self._is_dark:
-            self._is_dark = is_dark
-            self._draw_charts()
 
     def _show_background(self) -> None:
         """Fill what is open."""

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import FastAPI
 from nicegui import Client, ui
 
+from trainer.monitor.live.compare_page import ComparePage
 from trainer.monitor.live.elements import open_page, text
 from trainer.monitor.live.gate import Gate
-from trainer.monitor.live.list_page import ComparePage, ListPage
+from trainer.monitor.live.list_page import ListPage
 from trainer.monitor.live.options import PageOptions
 from trainer.monitor.live.run_page import RunPage
 from trainer.monitor.live.store import RunStore
