@@ -16,10 +16,10 @@ CUTS = [(1, 8), (2, 4), (8, 1)]
 @pytest.fixture
 def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain SGD at the config's rate: AdamW would hide errors of scale."""
-    import trainer.core.engine as engine
+    import trainer.core.assembly as assembly
 
     monkeypatch.setattr(
-        engine,
+        assembly,
         "build_optimizer",
         lambda model, hyper: torch.optim.SGD(model.parameters(), lr=hyper.learning_rate),
     )
@@ -90,11 +90,11 @@ def test_accumulation_at_rate_1_is_equal_to_the_last_digits_of_fp64(
     fp64: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import trainer.core.engine as engine
+    import trainer.core.execution as execution
 
-    save = engine.save_final_model
+    save = execution.save_final_model
     monkeypatch.setattr(
-        engine,
+        execution,
         "save_final_model",
         lambda *args, **named: save(*args, **{**named, "dtype": torch.float64}),
     )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -61,6 +61,7 @@ class Fuzzed:
     server: Server
     upload_id: str
     job_id: str
+    manifest: dict[str, Any]
     weights_id: str
     counts: collections.Counter[tuple[str, int]]
 
@@ -118,7 +119,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator
         body = {"prompt_token_ids": [5], "max_new_tokens": 2}
         job = httpx.post(server.url + "/generate?wait=0", json=body).json()["job_id"]
         active = hashes["active"]["weights_id"]
-        found = Fuzzed(server, upload, job, active, collections.Counter())
+        found = Fuzzed(server, upload, job, manifest, active, collections.Counter())
         yield found
         for (operation, status), count in sorted(found.counts.items()):
             print(f"{operation} {status}: {count}")
@@ -143,3 +144,42 @@ def test_every_answer_is_as_described_and_none_is_a_server_error(case: Any, fuzz
     fuzzed.counts[f"{case.method} {case.path}", answer.status_code] += 1
     case.validate_response(answer, checks=CHECKS)
     assert fuzzed.server.process.poll() is None
+
+
+class Workflow(schema.as_state_machine()):  # type: ignore[misc]
+    """Requests that take ids from earlier answers: offers, parts, commits, jobs, in any order."""
+
+    fuzzed: ClassVar[Fuzzed]
+
+    def before_call(self, case: Any) -> None:
+        """Let right offers be of weights that fit, so that there is something to build on."""
+        is_right = case.meta.generation.mode is GenerationMode.POSITIVE
+        if is_right and case.path == "/weights" and isinstance(case.body, dict):
+            case.body |= {"manifest": self.fuzzed.manifest, "transport": "http"}
+
+    def get_call_kwargs(self, case: Any) -> dict[str, Any]:
+        return {"base_url": self.fuzzed.server.url, "timeout": 60}
+
+    def after_call(self, response: Any, case: Any) -> None:
+        super().after_call(response, case)
+        self.fuzzed.counts[f"then {case.method} {case.path}", response.status_code] += 1
+
+    def validate_response(self, response: Any, case: Any, **_: Any) -> None:
+        case.validate_response(response, checks=CHECKS)
+        assert self.fuzzed.server.process.poll() is None
+
+
+def test_requests_that_build_on_each_other_break_nothing(fuzzed: Fuzzed) -> None:
+    Workflow.fuzzed = fuzzed
+    Workflow.run(
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=12,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+    )
+    # Ids of earlier answers were used: an invented one is answered with 404.
+    for operation in ("PUT /weights/{upload_id}/parts/{number}", "GET /weights/{upload_id}"):
+        found = {status for name, status in fuzzed.counts if name == f"then {operation}"}
+        assert found - {404, 422}, operation

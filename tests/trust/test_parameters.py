@@ -153,7 +153,7 @@ def test_mutant_n23_head_not_saved_is_killed(
     folder_of: Callable[[bool], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import trainer.core.engine as engine
+    import trainer.core.execution as execution
 
     save = saving.save_final_model
 
@@ -165,6 +165,6 @@ def test_mutant_n23_head_not_saved_is_killed(
         monkeypatch.undo()
         return path
 
-    monkeypatch.setattr(engine, "save_final_model", without_head)
+    monkeypatch.setattr(execution, "save_final_model", without_head)
     with pytest.raises(AssertionError):
         check_added_tokens(config, folder_of(False))

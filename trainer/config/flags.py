@@ -6,6 +6,7 @@ argparse only cuts the words; values stay text and are checked by pydantic with 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -127,10 +128,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         allow_abbrev=False,
         usage=f"{prog} --dataset FILE --model NAME --output FOLDER [OPTIONS]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         description="Every option is a field of the config: defaults < config file < environment "
         "(TRAINER_SECTION__FIELD) < flags.\n`trainer config explain` shows where a value "
-        "comes from.",
+        "comes from.\nIn a flag, `_` and `-` may be typed for each other.",
     )
     fields = config_fields()
     short = parser.add_argument_group("what people type")
@@ -196,6 +197,18 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the first spelling of a flag; `_` and `-` may be typed for each other."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings: dict[str, str] = {}
+        for name in action.option_strings:
+            spellings.setdefault(name.replace("_", "-"), name)
+        shown = copy.copy(action)
+        shown.option_strings = list(spellings.values())
+        return super()._format_action_invocation(shown)
 
 
 class _Parser(argparse.ArgumentParser):

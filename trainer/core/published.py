@@ -28,12 +28,12 @@ from trainer.preview.identity import (
     tokenizer_hash,
 )
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.published import PublishedPreviews, Worker
+from trainer.preview.published import PublishedPreviews
 from trainer.preview.push import ServerHashes, WorkerClient
 from trainer.preview.results import TOLERANCE, Canary
 from trainer.preview.score import golden_logprobs
 from trainer.preview.snapshot import Snapshotter, arena_folder
-from trainer.preview.workers import Announce, RemoteWorker, SidecarWorker
+from trainer.preview.workers import Announce, RemoteWorker, SidecarWorker, Worker
 from trainer.profiles import DataProfile, known_profiles
 
 SIDECAR_S = 900.0
@@ -52,33 +52,16 @@ def build_published(
         PreviewError: no room for copies of the weights.
     """
     assert run.folder is not None, "previews are the main process's"
-    monitoring, is_adapter = run.config.monitoring, hasattr(run.model, "peft_config")
+    backend, is_adapter = run.config.monitoring.preview_backend, hasattr(run.model, "peft_config")
+    transport = "dir" if backend == "sidecar" else "http"
     tensors = adapter_tensors(run.model) if is_adapter else canonical_tensors(run.model)
     snapshots = Snapshotter(tensors, run.precision.compute_dtype, run.device)
-    transport = "dir" if monitoring.preview_backend == "sidecar" else "http"
-    hashes = ServerHashes(
-        config_hash=config_hash(run.model.config),
-        tokenizer_hash=tokenizer_hash(run.tokenizer),
-        chat_template_hash=chat_template_hash(run.tokenizer),
-    )
-    profile = _profile_for_worker(run.config.profile.name, run.profile, local)
-    name = _run_name(run.folder.path)
     base = _base(run) if is_adapter else None
     room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
     folder = arena_folder(room, run.folder.path)
     try:
-        worker, key, weights_dir = _worker(run, folder, hashes, profile[0], name)
         canary = _canary(run, requests)
-        setup = {
-            "key": key,
-            "run": name,
-            "transport": transport,
-            "timeout_s": monitoring.remote_3090_timeout if transport == "http" else SIDECAR_S,
-            "weights_dir": str(weights_dir) if weights_dir else None,
-            "folder": str(folder),
-            "hashes": hashes.model_dump(),
-            "previews": _previews(run, requests, local, profile, canary),
-        }
+        worker, setup = _worker_and_setup(run, folder, transport, requests, local, canary)
         if base is not None:
             setup["adapter"] = adapter_config(run.model).model_dump()
             setup["base_path"] = str(_write_base(base, folder))
@@ -92,7 +75,7 @@ def build_published(
             canary=canary,
             matches=run.profile.matches,
             decode=lambda token: str(run.tokenizer.decode([token])),
-            backend_type=monitoring.preview_backend,
+            backend_type=backend,
             notice=lambda text: run.notice(text, "warning"),
             log=run.folder.log("publisher"),
         )
@@ -104,6 +87,38 @@ def build_published(
                 f"({error.strerror}); free some room, or use monitoring.preview_backend=local."
             ) from error
         raise
+
+
+def _worker_and_setup(
+    run: RunContext,
+    folder: Path,
+    transport: str,
+    requests: Sequence[PreviewRequest],
+    local: LocalPreviewBackend,
+    canary: Canary | None,
+) -> tuple[Worker, dict[str, Any]]:
+    """The server, and the publisher's first line."""
+    assert run.folder is not None, "previews are the main process's"
+    profile = _profile_for_worker(run.config.profile.name, run.profile, local)
+    name = _run_name(run.folder.path)
+    hashes = ServerHashes(
+        config_hash=config_hash(run.model.config),
+        tokenizer_hash=tokenizer_hash(run.tokenizer),
+        chat_template_hash=chat_template_hash(run.tokenizer),
+    )
+    worker, key, weights_dir = _worker(run, folder, hashes, profile[0], name)
+    is_http = transport == "http"
+    return worker, {
+        "key": key,
+        "run": name,
+        "transport": transport,
+        "timeout_s": run.config.monitoring.remote_3090_timeout if is_http else SIDECAR_S,
+        "weights_dir": str(weights_dir) if weights_dir else None,
+        "folder": str(folder),
+        "hashes": hashes.model_dump(),
+        "model": run.config.model.model_path if is_http else None,
+        "previews": _previews(run, requests, local, profile, canary),
+    }
 
 
 def _run_name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config.schema import DataSection
 from trainer.data.card import DataCard
@@ -71,13 +72,58 @@ def encode_data(
         DataError: missing file, bad rows under `strict`, or nothing to train.
         ConfigError: a configured system prompt that no row would use.
     """
-    path = section.dataset_path
     errors = RowErrors(section.on_bad_row, section.max_bad_rows)
     rows, format_name = read_sources(sources, section, errors, max_rows=section.max_rows)
     validation_rows, _ = read_sources(validation_sources, section, errors, max_rows=None)
-    num_own = sum(row.messages[0]["role"] == "system" for row in rows)
+    _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
+    preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
+    encoded = preparer.encode(rows)
+    held_out = preparer.encode(validation_rows)
+    errors.raise_if_strict()
+    train, validation, how = split_rows(section, encoded, held_out, seed)
+    if not train:
+        raise DataError(
+            f"{section.dataset_path}: nothing to train: {len(errors.errors)} rows were rejected "
+            f"({'; '.join(errors.errors[:3])}), {preparer.num_dropped} are longer than "
+            f"hyperparams.max_length={encoder.max_length} and dropped."
+        )
+    train_keys = {item.key for item in train}
+    mixed, mix = weigh_rows(sources, train)
+    card = DataCard(
+        dataset_path=section.dataset_path,
+        format=format_name,
+        template=_mask_source(encoder, sum(is_text(row.messages) for row in rows), len(rows)),
+        num_own_system=_num_own_system(rows),
+        num_duplicates=len(encoded) - len({item.key for item in encoded}),
+        num_leaked=sum(item.key in train_keys for item in validation),
+        validation=how,
+        mix=mix,
+        **preparer.counts(encoded, held_out),
+        **_token_counts(mixed, validation),
+        sample=marked_text(encoder.tokenizer, mixed[0].example.input_ids, mixed[0].example.labels),
+    )
+    prompts = sorted(validation or mixed, key=lambda item: item.key)
+    return RunData(
+        train=EncodedDataset([item.example for item in mixed]),
+        validation=EncodedDataset([item.example for item in validation]) if validation else None,
+        preview_prompts=first_prompts(prompts, num_preview, bool(validation)),
+        final_prompts=first_prompts(prompts, num_final, bool(validation)),
+        train_texts=tuple((item.example.prompt, item.example.golden_answer) for item in mixed),
+        card=card,
+        encoder=encoder,
+        system_prompt=system_prompt,
+        file_hashes={
+            source.name: source.content_hash() for source in [*sources, *validation_sources]
+        },
+    )
+
+
+def _check_fit(
+    path: str, rows: list[Row], profile: DataProfile, *, is_prompt_configured: bool
+) -> None:
+    """Refuse a system prompt or a profile that these rows would ignore."""
     num_text = sum(is_text(row.messages) for row in rows)
-    if is_prompt_configured and rows and num_own + num_text == len(rows):
+    if is_prompt_configured and rows and _num_own_system(rows) + num_text == len(rows):
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
             "which is kept, or is plain text, which has none; remove the system turns or the "
@@ -88,68 +134,27 @@ def encode_data(
             f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
             "plain text, which has none; use the profile plain, or another data.format."
         )
-    preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
-    encoded = preparer.encode(rows)
-    held_out = preparer.encode(validation_rows)
-    errors.raise_if_strict()
-    train, validation, how = split_rows(section, encoded, held_out, seed)
-    if not train:
-        raise DataError(
-            f"{path}: nothing to train: {len(errors.errors)} rows were rejected "
-            f"({'; '.join(errors.errors[:3])}), {preparer.num_dropped} are longer than "
-            f"hyperparams.max_length={encoder.max_length} and dropped."
-        )
-    train_keys = {item.key for item in train}
-    train, mix = weigh_rows(sources, train)
-    prompts = sorted(validation or train, key=lambda item: item.key)
-    everything = [*train, *validation]
-    card = DataCard(
-        dataset_path=path,
-        format=format_name,
-        template=_mask_source(encoder, num_text, len(rows)),
-        profile=profile.name,
-        num_rows=len(encoded) + len(held_out) + len(errors.errors) + preparer.num_dropped,
-        num_train_rows=len(train),
-        num_validation_rows=len(validation),
-        validation=how,
-        num_tokens=sum(len(item.example.input_ids) for item in train),
-        num_trained_tokens=sum(item.example.num_trained for item in train),
-        longest_row=max(len(item.example.input_ids) for item in everything),
-        max_length=encoder.max_length,
-        num_truncated=sum(item.example.is_truncated for item in everything),
-        num_cut_tokens=preparer.num_dropped_tokens
-        + sum(item.example.num_removed for item in [*encoded, *held_out]),
-        truncation=encoder.truncation,
-        num_dropped=preparer.num_dropped,
-        num_without_stop=sum(not item.example.ends_with_stop for item in everything),
-        num_rejected=len(errors.errors),
-        rejected=dict(errors.reasons),
-        rejected_examples=tuple(errors.errors[:20]),
-        system_prompt=system_prompt,
-        num_own_system=num_own,
-        num_duplicates=len(encoded) - len({item.key for item in encoded}),
-        num_stripped=sum(bool(item.example.stripped) for item in everything),
-        stripped_example=next(
-            (item.example.stripped[0] for item in everything if item.example.stripped), ""
-        ),
-        num_leaked=sum(item.key in train_keys for item in validation),
-        mix=mix,
-        profile_report=profile.report(),
-        sample=marked_text(encoder.tokenizer, train[0].example.input_ids, train[0].example.labels),
-    )
-    return RunData(
-        train=EncodedDataset([item.example for item in train]),
-        validation=EncodedDataset([item.example for item in validation]) if validation else None,
-        preview_prompts=first_prompts(prompts, num_preview, bool(validation)),
-        final_prompts=first_prompts(prompts, num_final, bool(validation)),
-        train_texts=tuple((item.example.prompt, item.example.golden_answer) for item in train),
-        card=card,
-        encoder=encoder,
-        system_prompt=system_prompt,
-        file_hashes={
-            source.name: source.content_hash() for source in [*sources, *validation_sources]
-        },
-    )
+
+
+def _num_own_system(rows: list[Row]) -> int:
+    return sum(row.messages[0]["role"] == "system" for row in rows)
+
+
+def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
+    """Fields of the data card that count tokens of what is trained and measured."""
+    examples = [item.example for item in [*train, *validation]]
+    stripped = [example.stripped[0] for example in examples if example.stripped]
+    return {
+        "num_train_rows": len(train),
+        "num_validation_rows": len(validation),
+        "num_tokens": sum(len(item.example.input_ids) for item in train),
+        "num_trained_tokens": sum(item.example.num_trained for item in train),
+        "longest_row": max(len(example.input_ids) for example in examples),
+        "num_truncated": sum(example.is_truncated for example in examples),
+        "num_without_stop": sum(not example.ends_with_stop for example in examples),
+        "num_stripped": len(stripped),
+        "stripped_example": stripped[0] if stripped else "",
+    }
 
 
 def _mask_source(encoder: RowEncoder, num_text: int, num_rows: int) -> str:
@@ -196,6 +201,24 @@ class _Preparer:
             else:
                 encoded.append(EncodedRow(row, self._key(row), result))
         return encoded
+
+    def counts(self, encoded: list[EncodedRow], held_out: list[EncodedRow]) -> dict[str, Any]:
+        """Fields of the data card that tell what became of the rows on their way."""
+        errors, kept = self.errors.errors, [*encoded, *held_out]
+        return {
+            "profile": self.profile.name,
+            "profile_report": self.profile.report(),
+            "system_prompt": self.system_prompt,
+            "num_rows": len(kept) + len(errors) + self.num_dropped,
+            "num_rejected": len(errors),
+            "rejected": dict(self.errors.reasons),
+            "rejected_examples": tuple(errors[:20]),
+            "max_length": self.encoder.max_length,
+            "truncation": self.encoder.truncation,
+            "num_dropped": self.num_dropped,
+            "num_cut_tokens": self.num_dropped_tokens
+            + sum(item.example.num_removed for item in kept),
+        }
 
     def _key(self, row: Row) -> str:
         """The key of the cleaned content: rows that are trained alike go to one side."""

@@ -19,8 +19,8 @@ from trainer.preview.http import (
     BoundedClient,
     KeyRefusedError,
     RefusedError,
-    TooSlowError,
 )
+from trainer.preview.one_by_one import OneByOneBackend
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_ANSWER = 16 << 20
@@ -48,7 +48,7 @@ class _Completion(BaseModel):
     usage: _Usage | None = None
 
 
-class OpenAIPreviewBackend:
+class OpenAIPreviewBackend(OneByOneBackend):
     """Asks `POST {base_url}/chat/completions`, one prompt after the other."""
 
     backend_type = "openai"
@@ -118,43 +118,6 @@ class OpenAIPreviewBackend:
             raise PreviewError(f"no model {self.model!r} there; it lists {', '.join(names[:8])}")
         return self.model
 
-    def preview(
-        self,
-        prompt: str,
-        golden_answer: str | None,
-        step: int,
-        *,
-        max_new_tokens: int | None = None,
-    ) -> PreviewResult:
-        """Answer one user turn."""
-        request = PreviewRequest(prompt=prompt, golden_answer=golden_answer)
-        return self.preview_batch([request], step, max_new_tokens=max_new_tokens)[0]
-
-    def preview_batch(
-        self, requests: list[PreviewRequest], step: int, *, max_new_tokens: int | None = None
-    ) -> list[PreviewResult]:
-        """Answer the requests one after the other; a server that is away is asked only once."""
-        results: list[PreviewResult] = []
-        away: str | None = None
-        for request in requests:
-            message = away
-            if message is None:
-                try:
-                    results.append(self._ask(request, step, max_new_tokens or self.max_new_tokens))
-                    continue
-                except TooSlowError as error:
-                    message = str(error)
-                except AwayError as error:
-                    message = away = str(error)
-                except PreviewError as error:
-                    message = str(error)
-            results.append(PreviewResult.failed(request, step, message, self.backend_type))
-        return results
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
     def _ask(self, request: PreviewRequest, step: int, max_new_tokens: int) -> PreviewResult:
         started = time.monotonic()
         deadline = started + self.timeout
@@ -183,14 +146,13 @@ class OpenAIPreviewBackend:
         choice, golden = answer.choices[0], request.golden_answer
         text = choice.message.content or ""
         tokens = answer.usage.completion_tokens if answer.usage is not None else 0
-        is_comparable = golden is not None and self.compare is not None
         return PreviewResult(
             step=step,
             prompt=request.prompt,
             text=text,
             raw_text=text,
             golden_answer=golden,
-            matches=self.compare(text, golden) if is_comparable else None,  # type: ignore[misc, arg-type]
+            matches=self._matches(text, golden),
             tokens_generated=tokens,
             generation_time_sec=seconds,
             tokens_per_sec=tokens / max(seconds, 1e-9),

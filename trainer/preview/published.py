@@ -8,27 +8,21 @@ was replaced is reported as superseded. First and last step are kept.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-import trainer
 from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.lane_state import LaneState, Staged
+from trainer.preview.publisher_process import PublisherProcess
 from trainer.preview.results import Canary, results_of
 from trainer.preview.scheduler import Finished, OnFinished
 from trainer.preview.snapshot import Arena, Snapshotter
+from trainer.preview.workers import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -36,60 +30,6 @@ MAX_RESPAWNS = 3
 CLOSE_TIMEOUT_S = 5.0
 HURRY_EVERY_S = 5.0
 """How often the drain at the end has the publisher try again at once."""
-
-
-class Worker(Protocol):
-    """Where the server is, and who looks after it when it is ours."""
-
-    url: str | None
-    """None: not listening yet."""
-
-    def start(self, on_ready: Callable[[], None]) -> None:
-        """Begin; `on_ready` is called from any thread once `url` is known, and after restarts."""
-        ...
-
-    def look_after(self) -> None:
-        """Called when the server does not answer; never blocks."""
-        ...
-
-    def close(self) -> None:
-        """End what is ours; may be called twice."""
-        ...
-
-
-@dataclass
-class Staged:
-    """A snapshot of one step and where it lies."""
-
-    step: int
-    slot: int
-    is_kept: bool
-    copied: Callable[[], None]
-    canary: torch.Tensor | None
-    asked_at: float
-    canary_value: float | None = None
-
-
-@dataclass
-class _State:
-    """What the threads share, under one lock."""
-
-    free: list[int]
-    staged: Staged | None = None
-    feeding: Staged | None = None
-    given: list[Staged] = field(default_factory=list)
-    delivering: list[int] = field(default_factory=list)
-    """Steps whose answers are there and are being told."""
-    committed: int | None = None
-    """Slot that a server reads from until newer weights are there (transport `dir`)."""
-    last_wanted: int | None = None
-    """The last step found no free slot; its weights stay, so it is copied while draining."""
-    is_away: bool = False
-    is_open: bool = False
-    away_error: str = ""
-    respawns: int = 0
-    dead: str = ""
-    is_closing: bool = False
 
 
 class PublishedPreviews:
@@ -130,20 +70,20 @@ class PublishedPreviews:
         ]
         self.bytes_sent = 0
         self.times: list[dict[str, float]] = []
-        self._state = _State(free=list(range(num_slots)))
+        self._state = LaneState(free=list(range(num_slots)))
         self._changed = threading.Condition(threading.RLock())
-        self._process: subprocess.Popen[bytes] | None = None
+        self._publisher: PublisherProcess | None = None
         self._hurried_at = 0.0
         self._on_finished: OnFinished | None = None
-        self._threads: list[threading.Thread] = []
+        self._feeder: threading.Thread | None = None
 
     # ---- called by the training thread
 
     def start(self, on_finished: OnFinished) -> None:
         """Start the worker if it is ours, and the thread that feeds the publisher."""
         self._on_finished = on_finished
-        self._threads = [threading.Thread(target=self._feed, name="preview-feed", daemon=True)]
-        self._threads[0].start()
+        self._feeder = threading.Thread(target=self._feed, name="preview-feed", daemon=True)
+        self._feeder.start()
         self.worker.start(self._worker_is_ready)
 
     def ask(self, step: int, *, is_kept: bool) -> None:
@@ -216,11 +156,14 @@ class PublishedPreviews:
         with self._changed:
             self._state.is_closing = True
             self._changed.notify_all()
-        self._end_publisher()
+            publisher, self._publisher = self._publisher, None
+        if publisher is not None:
+            publisher.close()
         self.worker.close()
-        for thread in self._threads:
-            thread.join(CLOSE_TIMEOUT_S)
-        self._threads = []
+        if publisher is not None:
+            publisher.join(CLOSE_TIMEOUT_S)
+        if self._feeder is not None:
+            self._feeder.join(CLOSE_TIMEOUT_S)
         for arena in self.arenas:
             arena.close()
         self.arenas = []
@@ -280,60 +223,25 @@ class PublishedPreviews:
     # ---- the publisher process
 
     def _send(self, values: dict[str, Any]) -> None:
-        """Write one line; a publisher that is gone is noticed by the thread that reads from it."""
-        if self._process is None:
+        """Tell the publisher; only something to publish starts one. Under the lock."""
+        if self._publisher is None:
             if values["op"] != "give":
                 return
-            self._spawn()
-        assert self._process is not None, "spawned above"
-        assert self._process.stdin is not None, "spawned with a pipe"
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(json.dumps(values).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _spawn(self) -> None:
-        """Start the publisher. Not by multiprocessing, which would run the user's script again."""
-        root = str(Path(trainer.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        with open(self.log or os.devnull, "ab") as log:
-            self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.preview.publisher"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
+            self._publisher = PublisherProcess(
+                {**self.setup, "url": self.worker.url},
+                log=self.log,
+                on_event=self._on_event,
+                on_end=self._publisher_ended,
             )
-        assert process.stdin is not None, "spawned with a pipe"
-        first = {**self.setup, "url": self.worker.url}
-        with contextlib.suppress(OSError):
-            process.stdin.write(json.dumps(first).encode() + b"\n")
-            process.stdin.flush()
-        reader = threading.Thread(
-            target=self._read, args=(process,), name="preview-read", daemon=True
-        )
-        self._threads.append(reader)
-        reader.start()
+        self._publisher.send(values)
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None, "spawned with a pipe"
-        with process.stdout as lines:
-            for line in lines:
-                try:
-                    event = json.loads(line)
-                    getattr(self, f"_on_{event.pop('event')}")(**event)
-                except Exception:
-                    logger.exception("an event of the publisher is of no use; training goes on")
-        self._publisher_ended(process)
-
-    def _publisher_ended(self, process: subprocess.Popen[bytes]) -> None:
+    def _publisher_ended(self, publisher: PublisherProcess) -> None:
         """Start another one for what it left, a few times."""
-        process.wait()
         with self._changed:
             state = self._state
-            if state.is_closing or self._process is not process:
+            if state.is_closing or self._publisher is not publisher:
                 return
-            self._process = None
+            self._publisher = None
             left, state.given = state.given, []
             state.is_away = state.is_open = False
             state.respawns += 1
@@ -345,24 +253,15 @@ class PublishedPreviews:
                     self._finish(one.step, error=state.dead)
                 return
             logger.warning(
-                "the publisher process ended (%s); starting it again", process.returncode
+                "the publisher process ended (%s); starting it again", publisher.returncode
             )
             for one in left:
                 self._give(one)
 
-    def _end_publisher(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
-        try:
-            process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(CLOSE_TIMEOUT_S)
-
     # ---- its events, in the reading thread
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        getattr(self, f"_on_{event.pop('event')}")(**event)
 
     def _on_idle(self) -> None:
         with self._changed:

@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from trainer.errors import PreviewError
+from trainer.errors import ConfigError, PreviewError
 from trainer.preview.http import AwayError, RefusedError, TooSlowError
 from trainer.preview.push import ServerHashes, Transport, WeightFile, WorkerClient
 from trainer.preview.wire import AdapterConfig, PreviewsRequest, PreviewsResult
@@ -69,6 +69,8 @@ class Setup(Message):
     folder: str
     """The run's private folder of snapshots: removed with the run, also when it is killed."""
     hashes: ServerHashes
+    model: str | None = None
+    """What a server without a model is told to load; None: it is our own and needs no telling."""
     adapter: AdapterConfig | None = None
     base_path: str | None = None
     """Full weights under the adapter, as a safetensors file."""
@@ -136,6 +138,7 @@ class Publisher:
         )
         self.breaker = Breaker()
         self.base_id: str | None = None
+        self.is_server_known = setup.model is None
 
     def run(self) -> None:
         """Serve commands for ever; the reader of stdin ends the process."""
@@ -163,6 +166,7 @@ class Publisher:
                 self.breaker.failures = 0
                 return None
             except AwayError as error:
+                self.is_server_known = self.setup.model is None  # another one may come back
                 if isinstance(error, TooSlowError) and tries.slow >= MAX_SLOW_TRIES:
                     self._failed(give, tries, error)
                     return None
@@ -178,11 +182,12 @@ class Publisher:
                 self.base_id = None  # it may have lost the base as well
             except BrokenPipeError:
                 raise  # the trainer is gone, and with it whoever could be told
-            except (PreviewError, OSError) as error:
+            except (PreviewError, ConfigError, OSError) as error:
                 self._failed(give, tries, error)
                 return None
 
     def _try(self, give: Give, tries: Tries) -> tuple[str, PreviewsResult]:
+        self._know_server()
         started = time.monotonic()
         file = self._file(give)
         manifest = file.manifest()
@@ -212,6 +217,17 @@ class Publisher:
             "generate_s": time.monotonic() - sent,
         }
         return pushed.weights_id, found
+
+    def _know_server(self) -> None:
+        """Compare a server that was away with this run, and name the model to one without.
+
+        Raises:
+            ConfigError: it holds something else; the step fails with these words.
+        """
+        if not self.is_server_known:
+            profile = str(self.setup.previews["profile"])
+            self.client.check(self.setup.hashes, profile, self.setup.model or "")
+            self.is_server_known = True
 
     def _file(self, give: Give) -> WeightFile:
         path, setup = Path(give.path), self.setup

@@ -17,13 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import PreviewError
 from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult
-from trainer.preview.http import (
-    KEY_VARIABLE,
-    MIN_RETRY_S,
-    AwayError,
-    BoundedClient,
-    TooSlowError,
-)
+from trainer.preview.http import KEY_VARIABLE, MIN_RETRY_S, BoundedClient
+from trainer.preview.one_by_one import OneByOneBackend
 
 LONG_POLL_S = 25
 DONE, FAILED = ("done", "completed", "succeeded"), ("failed", "error", "cancelled")
@@ -43,7 +38,7 @@ class _Answer(BaseModel):
     raw_text: str | None = None
 
 
-class Remote3090Backend:
+class Remote3090Backend(OneByOneBackend):
     """Asks a preview server at `host:port`."""
 
     backend_type = "remote_3090"
@@ -81,44 +76,6 @@ class Remote3090Backend:
             self.url, key, timeout_s=timeout, timeout_name="monitoring.remote_3090_timeout"
         )
 
-    def preview(
-        self,
-        prompt: str,
-        golden_answer: str | None,
-        step: int,
-        *,
-        max_new_tokens: int | None = None,
-    ) -> PreviewResult:
-        """Answer one user turn."""
-        request = PreviewRequest(prompt=prompt, golden_answer=golden_answer)
-        return self.preview_batch([request], step, max_new_tokens=max_new_tokens)[0]
-
-    def preview_batch(
-        self, requests: list[PreviewRequest], step: int, *, max_new_tokens: int | None = None
-    ) -> list[PreviewResult]:
-        """Answer the requests one after the other; a server that is away is asked only once."""
-        results: list[PreviewResult] = []
-        away: str | None = None
-        for request in requests:
-            try:
-                if away is not None:
-                    raise PreviewError(away)
-                results.append(self._ask(request, step, max_new_tokens or self.max_new_tokens))
-            except TooSlowError as error:  # the next prompt may be a quicker one
-                results.append(PreviewResult.failed(request, step, str(error), self.backend_type))
-            except AwayError as error:
-                away = str(error)
-                results.append(PreviewResult.failed(request, step, away, self.backend_type))
-            except PreviewError as error:
-                results.append(PreviewResult.failed(request, step, str(error), self.backend_type))
-        return results
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
-    # ---- one prompt
-
     def _ask(self, request: PreviewRequest, step: int, max_new_tokens: int) -> PreviewResult:
         started = time.monotonic()
         deadline = started + self.timeout
@@ -138,14 +95,13 @@ class Remote3090Backend:
         answer = self._parse(found)
         seconds = answer.generation_time_sec or time.monotonic() - started
         golden = request.golden_answer
-        is_comparable = golden is not None and self.compare is not None
         return PreviewResult(
             step=step,
             prompt=request.prompt,
             text=answer.text,
             raw_text=answer.raw_text if answer.raw_text is not None else answer.text,
             golden_answer=golden,
-            matches=self.compare(answer.text, golden) if is_comparable else None,  # type: ignore[misc, arg-type]
+            matches=self._matches(answer.text, golden),
             tokens_generated=answer.tokens_generated,
             generation_time_sec=seconds,
             tokens_per_sec=answer.tokens_per_sec or answer.tokens_generated / max(seconds, 1e-9),

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import trainer
 
@@ -22,6 +23,25 @@ STOP_TIMEOUT_S = 10.0
 Announce = Callable[[str | None, int | None], None]
 """Told the address and, for a sidecar, the process's number whenever a server is ready; told None
 when it is gone."""
+
+
+class Worker(Protocol):
+    """Where the server is, and who looks after it when it is ours."""
+
+    url: str | None
+    """None: not listening yet."""
+
+    def start(self, on_ready: Callable[[], None]) -> None:
+        """Begin; `on_ready` is called from any thread once `url` is known, and after restarts."""
+        ...
+
+    def look_after(self) -> None:
+        """Called when the server does not answer; never blocks."""
+        ...
+
+    def close(self) -> None:
+        """End what is ours; may be called twice."""
+        ...
 
 
 @dataclass

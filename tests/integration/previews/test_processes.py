@@ -313,6 +313,33 @@ def test_a_server_without_a_model_is_told_which_one_the_run_trains(
     assert result.summary["previews"]["verified"] == 8
 
 
+def test_a_server_without_a_model_that_restarts_is_told_again(
+    train: Callable[..., Any], before_ask: Any
+) -> None:
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as later:
+        port = first.enter_context(running_server()).port
+
+        def restart() -> None:
+            first.close()
+            later.enter_context(running_server("--port", str(port)))
+
+        before_ask(2, restart)
+        monitoring = {
+            "preview_backend": "remote_3090",
+            "remote_3090_host": "127.0.0.1",
+            "remote_3090_port": port,
+            "inference_interval": 2,
+            "num_eval_samples": 2,
+            "preview_drain_timeout": 60,
+        }
+        hyper = {"max_steps": 4, "warmup_steps": 0, "learning_rate": 1e-3}
+        result = train("out", model_path="tiny", hyperparams=hyper, monitoring=monitoring)
+    assert result.success, result.error_message
+    lines = (result.output_dir / "previews.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if row["step"] == 4]
+    assert [row["weights"] for row in last] == ["verified"] * 2
+
+
 def test_a_server_that_cannot_load_the_runs_model_fails_the_start(
     train: Callable[..., Any], model: Path
 ) -> None:

@@ -1,0 +1,110 @@
+"""The loop of a run and its end: train, wait for the last previews, evaluate, save the model."""
+
+from __future__ import annotations
+
+import time
+
+from trainer.config.schema import TrainerConfig
+from trainer.core.context import RunContext
+from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.preparation import num_steps
+from trainer.core.previews import final_evaluation
+from trainer.core.result import TrainingResult
+from trainer.core.resume import ResumePoint
+from trainer.core.saving import save_final_model
+from trainer.errors import StoppedError
+from trainer.monitoring.events import RunStarted
+
+
+def execute_training(run: RunContext, trainer: SupervisedTrainer, config: TrainerConfig) -> None:
+    """Run the training loop; a stop request now waits for the end of the step.
+
+    Raises:
+        TrainerError: a non-finite loss or gradient, and what else ends a run.
+    """
+    total = num_steps(config, run.data)
+    _announce(run, trainer, config, total)
+    started = time.perf_counter()
+    run.durations_s["launch_to_training"] = started - run.started
+    run.stop.can_wait = True
+    try:
+        if run.resume is not None and _is_trained(run, run.resume, total):
+            trainer.restore(run.resume.path)
+            run.notice(f"all {run.resume.step} steps are done; nothing is left to train")
+        else:
+            trainer.train(resume_from_checkpoint=str(run.resume.path) if run.resume else None)
+        run.durations_s["training"] = time.perf_counter() - started
+        _drain_previews(run, config)
+    finally:
+        run.stop.can_wait = False
+        run.durations_s.setdefault("training", time.perf_counter() - started)
+        if run.scheduler is not None:  # a run that fails says what became of its previews too
+            run.scheduler.give_up("the run ended before the answer came")
+
+
+def _announce(
+    run: RunContext, trainer: SupervisedTrainer, config: TrainerConfig, total: int
+) -> None:
+    run.observers.emit(
+        RunStarted(
+            model_name=config.model.model_path,
+            total_steps=total,
+            start_step=run.resume.step if run.resume else 0,
+            num_epochs=total / trainer.order.steps_per_epoch,
+            num_train_rows=run.data.card.num_train_rows,
+            num_validation_rows=len(run.data.validation or ()),
+            context_window=config.hyperparams.max_length or 0,
+            effective_batch_size=trainer.order.group_size,
+            output_dir=config.output.output_dir,
+        )
+    )
+    run.phase("training", f"training {total} steps")
+
+
+def _is_trained(run: RunContext, resume: ResumePoint, total: int) -> bool:
+    """Whether the run had reached its end; HF's loop would make one step more."""
+    callback = run.callback
+    return resume.step >= total or (callback is not None and callback.early_stopping.is_over)
+
+
+def _drain_previews(run: RunContext, config: TrainerConfig) -> None:
+    """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""
+    if run.scheduler is None or not run.scheduler.lane.pending():
+        return
+    run.phase("training", "waiting for the last previews")
+    started = time.perf_counter()
+    run.scheduler.drain(
+        config.monitoring.preview_drain_timeout, should_stop=lambda: run.stop.is_set
+    )
+    run.durations_s["preview_drain"] = time.perf_counter() - started
+
+
+def finish_training(run: RunContext, config: TrainerConfig) -> TrainingResult:
+    """Final evaluation and final model.
+
+    Raises:
+        StoppedError: a stopped run has its checkpoint only.
+    """
+    if run.stop.is_set:
+        words = f"by {run.stop.by} after step {run.step}"
+        raise StoppedError(words, exit_code=run.stop.exit_code)
+    if run.folder is None or run.trainer is None:
+        return run.completed(None, None)
+    if config.monitoring.final_eval_prompts:
+        if run.data.validation is None:
+            run.notice(
+                "the final evaluation asks prompts that were trained on: no rows are held out",
+                "warning",
+            )
+        run.phase("training", f"answering {len(run.data.final_prompts)} held-out prompts")
+    evaluation = final_evaluation(run, run.folder.final_evaluation_jsonl)
+    run.phase("saving", "saving the final model")
+    path = save_final_model(
+        run.trainer.accelerator.unwrap_model(run.trainer.model),
+        run.tokenizer,
+        run.folder.final_model_dir,
+        dtype=run.precision.compute_dtype,
+        stop_ids=run.data.encoder.template.stop_ids,
+        use_cache=run.use_cache,
+    )
+    return run.completed(path, evaluation)
