@@ -318,7 +318,11 @@ def main() -> None:
     parser.add_argument("--launch-trl", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.launch_trl:
-        trl_arm(Path(words.launch_trl), words.gsm8k, 1, precision="bf16", mode="grouped")
+        from trainer.models.precision import default_precision, resolve_device
+
+        # As the other side: bf16 where the device computes in it, as TRL's own default is.
+        precision = default_precision(resolve_device("auto"))
+        trl_arm(Path(words.launch_trl), words.gsm8k, 1, precision=precision, mode="grouped")
         print(time.time())
         return
     with tempfile.TemporaryDirectory() as folder:
