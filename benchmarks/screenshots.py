@@ -122,9 +122,9 @@ def take_pages(browser: Any, url: str, out: Path) -> None:
                 break
             time.sleep(0.5)
         page.wait_for_selector(".chart-big canvas")
-        wrong = page.locator("button.mark-wrong")
-        # A wrong answer in the middle of the run shows the diffs.
-        wrong.nth(wrong.count() * 2 // 3).click()
+        # The newest wrong answer shows the diffs: near golden, and unlike the one before.
+        wrong = page.locator("button.mark-wrong").all()
+        max(wrong, key=lambda mark: int(mark.get_attribute("data-step") or 0)).click()
         page.wait_for_timeout(WAIT_MS)
         page.evaluate("window.scrollTo(0, 0)")
         page.screenshot(path=out / f"{name}.png")
