@@ -28,6 +28,9 @@ class Example:
     """Tokens that were cut off."""
     stripped: tuple[str, ...] = ()
     """Text of the row's turns that the chat template leaves out."""
+    weights: list[float] | None = None
+    """How much each token of `labels` counts in the loss, as long as input_ids; None: each trained
+    token counts 1. A token with label IGNORE_INDEX has weight 0, every other one more than 0."""
 
     @property
     def num_trained(self) -> int:

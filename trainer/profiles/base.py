@@ -25,6 +25,12 @@ class Message(TypedDict):
     """Of the function whose result a tool turn brings."""
     tool_call_id: NotRequired[str]
     """Of the call that a tool turn answers."""
+    reasoning_content: NotRequired[str]
+    """What an assistant turn thinks before it says `content`; where it stands is the chat
+    template's choice."""
+    weight: NotRequired[float]
+    """How much each token of an assistant turn counts in the loss, >= 0; absent means 1, and 0
+    that the turn is read but not trained."""
 
 
 class DataProfile:
