@@ -47,7 +47,7 @@ class RowEncoder:
         )
         self.texts = TextEncoder(tokenizer, max_length, truncation)
         self._prove_template()
-        self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self.control_tokens = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
     def _prove_template(self) -> None:
         """Find the answer of a small conversation, so that a hopeless template stops the run."""
@@ -178,17 +178,26 @@ class RowEncoder:
             weights=kept_weights(weights[removed:], kept_labels),
         )
 
+    def control_token(self, text: str) -> str | None:
+        """The first control token that the tokenizer would find in a text; None: there is none."""
+        found = self.control_tokens.search(text)
+        return found.group() if found else None
+
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
             tools = [turn.get("tool_calls", ""), turn.get("tools", "")]
-            for text in (turn["content"], json.dumps(tools, ensure_ascii=False)):
+            for text in (
+                turn["content"],
+                turn.get("reasoning_content", ""),
+                json.dumps(tools, ensure_ascii=False),
+            ):
                 self._refuse_control(text, f"turn {position} ({turn['role']})")
 
     def _refuse_control(self, text: str, where: str = "the text") -> None:
-        found = self._special_text.search(text)
-        if found:
+        found = self.control_token(text)
+        if found is not None:
             raise BadRowError(
-                f"{where} contains the text {found.group()!r}, which the tokenizer turns into a "
+                f"{where} contains the text {found!r}, which the tokenizer turns into a "
                 "control token; take it out of the data",
                 "control token in text",
             )

@@ -17,12 +17,14 @@ from trainer.profiles import Message
 
 TEXT_ROLE = "text"
 """Role of the only turn of such a row; no turn of a conversation can have it."""
+MARKED_ROLE = "text with markers"
+"""The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
 MAX_PROMPT_CHARS = 300
 
 
 def is_text(messages: list[Message]) -> bool:
     """Whether a row is plain text and no conversation."""
-    return bool(messages) and messages[0]["role"] == TEXT_ROLE
+    return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
 
 
 def check_text_row(text: str) -> Message:
@@ -69,7 +71,8 @@ class TextEncoder:
             turns, tokens["input_ids"], tokens["offset_mapping"], strict=True
         ):
             try:
-                refuse(turn["content"])
+                if turn["role"] != MARKED_ROLE:
+                    refuse(turn["content"])
                 results.append(self._example(turn, ids, offsets, eos))
             except BadRowError as error:
                 results.append(error)
@@ -79,6 +82,9 @@ class TextEncoder:
         self, turn: Message, ids: list[int], offsets: list[tuple[int, int]], eos: int
     ) -> Example:
         text, weights = turn["content"], [turn.get("weight", 1.0)] * (len(ids) + 1)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:  # the text brings its own
+            ids, offsets = ids[1:], offsets[1:]
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
         kept_ids, kept_labels = cut(ids, list(ids), self.max_length, self.truncation)
