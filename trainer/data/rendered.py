@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 PROBES = ("ua", "uaua", "suaua", "uaa", "uata", "suasua", "saua", "aua")
 """Conversations, a letter for each turn, that show what a template puts between turns."""
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
+"""What people put behind a whole text, whether or not it is the model's own."""
 
 
 def read_back(
@@ -103,20 +105,24 @@ class TemplateReader:
         self.tokenizer, self.encoder = encoder.tokenizer, encoder
         starts: dict[str, set[str]] = {}
         between: dict[str, dict[str, set[str]]] = {role: {} for role in ROLES.values()}
-        self.ends = {self.tokenizer.eos_token} - {None}
+        self.ends = {self.tokenizer.eos_token, *END_OF_TEXT} - {None}
         for probe in PROBES:
             roles = [ROLES[letter] for letter in probe]
             pieces = self._pieces(roles)
             if pieces is None:
                 continue
             head, *middle, tail = pieces
-            for start in self._beginnings(head):
-                starts.setdefault(start, set()).add(roles[0])
-            for previous, role, piece in zip(roles, roles[1:], middle, strict=False):
-                between[previous].setdefault(piece, set()).add(role)
-                for start in self._beginnings(piece):
-                    starts.setdefault(start, set()).add(role)
             self.ends |= set(self._tokens(tail))
+            # Nothing but a system prompt can stand first without a header.
+            for start in self._beginnings(head):
+                if start.strip() or roles[0] == "system":
+                    starts.setdefault(start.strip(), set()).add(roles[0])
+            for previous, role, piece in zip(roles, roles[1:], middle, strict=False):
+                # An empty thought that the template puts there by itself may be missing.
+                for variant in {piece, piece.partition("<think>")[0]}:
+                    between[previous].setdefault(variant, set()).add(role)
+                    for start in self._beginnings(variant):
+                        starts.setdefault(start, set()).add(role)
         self.starts = self._sorted(starts)
         self.between = {role: self._sorted(found) for role, found in between.items()}
 
@@ -139,9 +145,8 @@ class TemplateReader:
         return turns
 
     def _parse(self, text: str) -> list[Message] | None:
-        text = text.strip()
         bos = self.tokenizer.bos_token
-        text = text.removeprefix(bos).lstrip() if bos else text
+        text = self._without_end(text.strip().removeprefix(bos or "").lstrip())
         for piece in self.starts:
             match = piece.pattern.match(text)
             if match:
@@ -155,8 +160,7 @@ class TemplateReader:
             found = [(m.start(), -p.length, p.role, m) for p in self.between[role]
                      if (m := p.pattern.search(rest))]  # fmt: skip
             if not found:
-                content = self._without_end(rest)
-                turns.append(Message(role=role, content=content))
+                turns.append(Message(role=role, content=rest.strip()))
                 clean = all(self.encoder.control_token(turn["content"]) is None for turn in turns)
                 return turns if clean else None
             _, _, following, match = min(found, key=lambda item: item[:3])
@@ -189,8 +193,8 @@ class TemplateReader:
         pieces = re.split("|".join(words), text)
         bos = self.tokenizer.bos_token
         pieces[0] = pieces[0].removeprefix(bos) if bos else pieces[0]
-        # A piece without a control token could be anybody's words.
-        return pieces if all(self._tokens(piece) for piece in pieces[:-1]) else None
+        # White space alone, as some templates put behind a system turn, could be anybody's words.
+        return pieces if all(piece.strip() for piece in pieces[1:-1]) else None
 
     def _beginnings(self, piece: str) -> set[str]:
         """The piece, and its ends that begin with a control token: a text may begin with them."""
@@ -201,15 +205,13 @@ class TemplateReader:
         return self.encoder.control_tokens.findall(piece)
 
     def _sorted(self, pieces: dict[str, set[str]]) -> list[_Piece]:
-        """The pieces that name one role, the longest first."""
-        return sorted(
-            (
-                _Piece(re.compile(self._pattern(piece)), len(piece), min(roles))
-                for piece, roles in pieces.items()
-                if len(roles) == 1
-            ),
-            key=lambda piece: -piece.length,
-        )
+        """The pieces, the longest first; where several roles share one, the most usual role."""
+        usual = ("user", "assistant", "system", "tool")
+        found = [
+            _Piece(re.compile(self._pattern(piece)), len(piece), min(roles, key=usual.index))
+            for piece, roles in pieces.items()
+        ]
+        return sorted(found, key=lambda piece: -piece.length)
 
     def _pattern(self, piece: str) -> str:
         """A piece as a pattern: beside control tokens white space is free."""
