@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.data.content import THOUGHT_KEYS, is_parts, take, take_text, take_thought
+from trainer.data.content import is_parts, take, take_text, take_thought
 from trainer.data.flags import ROW_FLAGS, apply_row_flags, is_given, settle, speaks_of_training
 from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rows import BadRowError, RowNotes
@@ -150,7 +150,8 @@ def _from_pair(
             )
         turns += _two_turns(*pair)
     turns += _two_turns(question, take_text(row, answered, notes))
-    thought = take_thought(row, "")
+    # A column called `reasoning` explains an answer as often as it is the thought before it.
+    thought = take_thought({k: v for k, v in row.items() if k in PAIRS}, "")
     if thought:
         turns[-1]["reasoning_content"] = thought
     return _flagged(row, turns)
@@ -160,7 +161,7 @@ def _from_prompt_completion(row: dict[str, Any], notes: RowNotes) -> list[Messag
     """Both are texts, or both are lists of turns, of which the completion's are trained."""
     if not _is_turns(row.get("prompt")):
         return _from_pair(row, "prompt", "completion", None, notes)
-    for key in ("history", *THOUGHT_KEYS):
+    for key in sorted(PAIRS):
         if is_given(row.get(key)):
             raise BadRowError(
                 f"row has {key!r} beside a list of turns; put it into the turns", f"row with {key}"
@@ -247,7 +248,7 @@ REFUSED_KEYS = {
 }
 """Keys of a row that change what it means and cannot be obeyed -> why; bad rows where given."""
 ALL_ROWS = {"system", "tools", *ROW_FLAGS}
-PAIRS = {"history", *THOUGHT_KEYS}
+PAIRS = {"history", "reasoning_content", "thinking"}
 SAME = {"system_prompt": "system", "functions": "tools"}
 
 FORMATS: dict[str, Format] = {
