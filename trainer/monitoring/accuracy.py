@@ -90,5 +90,5 @@ def sign_test(gained: int, lost: int) -> float:
     Two-sided and exact, which is McNemar's exact test of paired yes/no answers.
     """
     count = gained + lost
-    tail = sum(math.comb(count, i) for i in range(min(gained, lost) + 1)) / 2**count
+    tail: float = sum(math.comb(count, i) for i in range(min(gained, lost) + 1)) / 2**count
     return min(1.0, 2 * tail)
