@@ -22,6 +22,7 @@ from trainer.core.packing_check import check_documents_apart
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler
 from trainer.core.run_folder import package_versions
+from trainer.core.semantics import SEMANTICS
 from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
 from trainer.data.packing import PackCollator
@@ -145,6 +146,7 @@ def _checkpoint_saver(run: RunContext) -> Callable[[int, Callable[[Path], None]]
                 "data_fingerprint": run.data.train.fingerprint(),
                 "date": run.date.isoformat(),
                 "versions": package_versions(),
+                "semantics": SEMANTICS,
             },
         )
         seconds = time.perf_counter() - started

@@ -136,17 +136,19 @@ def _put_back(target: Path) -> None:
 
 def _retain(root: Path, keep: int, protect: Collection[int]) -> None:
     """Remove all but the newest `keep` checkpoints, by step number, never a protected one."""
-    steps = sorted(_steps(root))
+    steps = checkpoint_steps(root)
     for step in steps[: max(len(steps) - keep, 0)]:
         if step not in protect:
             fs_ops.remove_tree(step_dir(root, step))
     fs_ops.sync_dir(root)
 
 
-def _steps(root: Path) -> list[int]:
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of which there is a checkpoint, in order; whether it is whole is not looked at."""
     if not root.is_dir():
         return []
-    return [int(found[1]) for path in root.iterdir() if (found := STEP_NAME.match(path.name))]
+    names = (STEP_NAME.match(path.name) for path in root.iterdir())
+    return sorted(int(found[1]) for found in names if found)
 
 
 def verify_checkpoint(path: Path) -> Manifest:
@@ -207,7 +209,7 @@ def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
     """
     _restore_retired(root)
     problems: list[str] = []
-    for step in sorted(_steps(root), reverse=True):
+    for step in reversed(checkpoint_steps(root)):
         path = step_dir(root, step)
         try:
             return path, _verify_for_resume(path), problems

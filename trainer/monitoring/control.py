@@ -64,7 +64,7 @@ class ControlFile:
         self._is_reported = False
         self._pending: list[ControlCommand] = []
         self._done = {command.id for command in self._read()}
-        self.marked_step = self._read_mark()
+        self.marked_step = read_mark(folder)
         """The step that a person marked as best; 0: none. Its checkpoint is kept."""
 
     def poll(self) -> frozenset[Command]:
@@ -101,13 +101,6 @@ class ControlFile:
         except OSError as error:
             return f"step {step} marked as best until the run ends ({BEST_NAME}: {error.strerror})"
         return f"step {step} marked as best; its checkpoint is kept"
-
-    def _read_mark(self) -> int:
-        try:
-            step = json.loads(self._best_path.read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return 0
-        return step if isinstance(step, int) and step > 0 else 0
 
     def _read(self) -> Sequence[ControlCommand]:
         """The commands of the file, if it changed since the last look."""
@@ -154,3 +147,12 @@ class ControlFile:
                 "warning",
             )
         return ()
+
+
+def read_mark(folder: Path) -> int:
+    """The step of a run folder that a person marked as best; 0: none."""
+    try:
+        step = json.loads((folder / BEST_NAME).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int) and step > 0 else 0
