@@ -19,9 +19,10 @@ from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss_check import is_loss_equal
 from trainer.core.optim import build_optimizer
 from trainer.core.packing_check import check_documents_apart
-from trainer.core.preparation import epoch_order
+from trainer.core.preparation import epoch_order, num_steps
 from trainer.core.previews import build_scheduler
 from trainer.core.run_folder import package_versions
+from trainer.core.schedule import RateSchedule
 from trainer.core.semantics import SEMANTICS
 from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
@@ -84,12 +85,14 @@ def assemble_trainer(
         ConfigError: sharded weights, or a model that cannot be trained as asked.
     """
     is_packed = config.data.enable_packing
+    optimizer = build_optimizer(model, config.hyperparams)
+    schedule = RateSchedule(optimizer, config.hyperparams, num_steps(config, data))
     trainer = SupervisedTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         data_collator=_collator(run, is_packed=is_packed),
-        optimizers=(build_optimizer(model, config.hyperparams), None),
+        optimizers=(optimizer, schedule),
         callbacks=callbacks,
         order=epoch_order(config, data),
         save_checkpoint=_checkpoint_saver(run),
