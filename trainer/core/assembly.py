@@ -17,6 +17,7 @@ from trainer.core.context import RunContext, is_main_process
 from trainer.core.evaluate import build_evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss_check import is_loss_equal
+from trainer.core.memory_probe import MemoryProbe
 from trainer.core.optim import build_optimizer
 from trainer.core.packing_check import check_documents_apart
 from trainer.core.preparation import epoch_order, num_steps
@@ -86,6 +87,7 @@ def assemble_trainer(
     """
     is_packed = config.data.enable_packing
     optimizer = build_optimizer(model, config.hyperparams)
+    memory = MemoryProbe()
     schedule = RateSchedule(optimizer, config.hyperparams, num_steps(config, data))
     trainer = SupervisedTrainer(
         model=model,
@@ -93,7 +95,7 @@ def assemble_trainer(
         train_dataset=data.train,
         data_collator=_collator(run, is_packed=is_packed),
         optimizers=(optimizer, schedule),
-        callbacks=callbacks,
+        callbacks=[memory, *callbacks],  # before the previews of step 0
         order=epoch_order(config, data),
         save_checkpoint=_checkpoint_saver(run),
         run_state=lambda: _run_state(run),
@@ -108,7 +110,7 @@ def assemble_trainer(
         run.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
-    run.trainer = trainer
+    run.trainer = memory.trainer = trainer
     if run.callback is not None:
         run.callback.trainer = trainer
     if is_packed:
