@@ -32,6 +32,7 @@ from trainer.errors import ConfigError
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved
+from trainer.monitoring.run_files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.published import PublishedPreviews
@@ -48,13 +49,16 @@ def assemble_callbacks(run: RunContext, config: TrainerConfig) -> list[Any]:
     stopping = EarlyStopping(hyper.early_stopping_patience, hyper.early_stopping_min_delta)
     if run.resume is not None:
         stopping.restore(run.resume.run_state["early_stopping"])
+        kept = checkpoint_steps(Path(config.output.output_dir) / CHECKPOINTS_NAME)
+        if stopping.lowest_step not in kept:  # its weights are gone, so a later step is the best
+            stopping.lowest_loss, stopping.lowest_step = None, 0
     run.callback = LiveMonitorCallback(
         config.monitoring,
         observers=run.observers,
         evaluate=build_evaluator(run, collate=_collator(run)),
         early_stopping=stopping,
         checkpoint_interval=config.output.checkpoint_interval,
-        is_stop_requested=lambda: run.stop.is_set,
+        is_stop_requested=lambda: run.stop.is_signalled,
         request_stop=lambda: run.stop.ask("the control file"),
         control=ControlFile(run.folder.path, run.notice) if run.folder is not None else None,
         row_of_step=lambda step: run.data.train_texts[order.first_row_of_step(step)],

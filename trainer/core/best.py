@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.core.checkpoint import (
-    checkpoint_steps,
-    step_dir,
-    verify_checkpoint,
-)
+from trainer.core.checkpoint import step_dir, verify_checkpoint
 from trainer.core.hf_trainer import RUN_STATE_FILE
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, OutputError
 from trainer.monitoring.control import read_mark
+from trainer.monitoring.run_files import checkpoint_steps
 
 BEST = "best"
 
