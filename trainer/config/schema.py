@@ -83,9 +83,11 @@ class Hyperparams(Section):
     """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: bitsandbytes
     on a GPU."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate moves after the warm-up; linear and cosine end at 0."""
+    """How the learning rate moves after the warm-up. Linear and cosine fall so that the step after
+    the last one would have 0."""
     warmup_steps: Annotated[float, Field(ge=0.0)] = 0.03
-    """Steps over which the rate rises from 0: a whole number, or below 1 a share of all steps."""
+    """Steps before the first one at the peak rate: a whole number, or below 1 a share of all steps.
+    With N of them the first step has 1/(N+1) of the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of the optimizer (norms and biases are left out)."""
     adam_beta1: Share = 0.9

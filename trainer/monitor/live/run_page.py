@@ -72,7 +72,9 @@ class RunPage:
             with section("Ask the model now", "ask"):
                 self._ask = AskBox(reader, options.worker_hosts)
             with section("Act on the run", "act"):
-                self._act = ActBox(reader, is_allowed=options.is_control_allowed)
+                self._act = ActBox(
+                    reader, lambda: self._panel.shown_step, is_allowed=options.is_control_allowed
+                )
             self._build_background()
         self.update()
         ui.timer(TICK_S, self.update)
