@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -95,11 +96,13 @@ class LocalPreviewBackend:
         try:
             return self._answer(requests, step, settings)
         except torch.OutOfMemoryError as error:
-            return self._answer_less(requests, step, max_new_tokens, error)
+            reason = " ".join(str(error).split())[:120]
         except Exception as error:  # a preview must never stop training
             logger.exception("previews at step %d failed; training goes on", step)
             message = f"{type(error).__name__}: {error}"
             return [PreviewResult.failed(r, step, message, self.backend_type) for r in requests]
+        # Only out here: inside `except` the traceback holds all that the failed attempt allocated.
+        return self._answer_less(requests, step, max_new_tokens, reason)
 
     def close(self) -> None:
         """Nothing to give back: the model belongs to the training process."""
@@ -119,10 +122,9 @@ class LocalPreviewBackend:
         return ids
 
     def _answer_less(
-        self, requests: list[PreviewRequest], step: int, limit: int | None, error: Exception
+        self, requests: list[PreviewRequest], step: int, limit: int | None, reason: str
     ) -> list[PreviewResult]:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         half = len(requests) // 2
         if half:
             logger.warning(
@@ -137,7 +139,7 @@ class LocalPreviewBackend:
             ]
         self.skipped_for_memory += 1
         message = (
-            f"skipped: out of memory even for one prompt ({' '.join(str(error).split())[:120]}); "
+            f"skipped: out of memory even for one prompt ({reason}); "
             "lower monitoring.preview_max_tokens"
         )
         logger.warning("preview at step %d %s", step, message)
@@ -215,6 +217,13 @@ class LocalPreviewBackend:
                 leak_ids=self._leak_ids,
             ),
         )
+
+
+def release_memory() -> None:
+    """Give back what an attempt that ran out of memory has left, cycles of objects included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _model_stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
