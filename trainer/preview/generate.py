@@ -70,7 +70,9 @@ class NoiseProcessor(LogitsProcessor):  # type: ignore[misc]
         # The maximum first: divided by a tiny temperature, it would be infinite.
         scores = (scores - scores.amax(-1, keepdim=True)) / self.temperature
         sums = scores.softmax(-1).cumsum(-1)  # (B, V)
-        target = torch.tensor(drawn, dtype=wide).to(scores.device)[:, None] * sums[:, -1:]
+        total = sums[:, -1:]
+        target = torch.tensor(drawn, dtype=wide).to(scores.device)[:, None] * total
+        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
         # The first sum above the target: a token of probability 0 raises no sum.
         chosen = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)
         sampled = torch.full(scores.shape, -torch.inf, device=scores.device)
