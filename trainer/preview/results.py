@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof
+from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof, is_match
 
 NOISE_FP32 = 5e-4
 """Nats by which the log-probability of one golden token may differ between two machines that
@@ -139,7 +139,6 @@ def _result(
     """One answer: the worker's words about it, our own about everything else."""
     theirs = _plausible(PreviewResult.model_validate(found))
     golden, ids = request.golden_answer, request.golden_token_ids
-    is_comparable = golden is not None and theirs.ok
     is_scored = score is not None and ids is not None and len(score) == len(ids)
     return theirs.model_copy(
         update={
@@ -147,7 +146,7 @@ def _result(
             "prompt_id": request.prompt_id,
             "held_out": request.held_out,
             "golden_answer": golden,
-            "matches": matches(theirs.text, golden or "") if is_comparable else None,
+            "matches": is_match(request, theirs.text, matches) if theirs.ok else None,
             "golden_tokens": tuple(map(decode, ids or ())) if is_scored else None,
             "golden_logprobs": tuple(score or ()) if is_scored else None,
         }

@@ -66,6 +66,7 @@ class Engine:
         backend = self._backend(
             "plain", {}, limit=request.limit, temperature=request.temperature, seed=request.seed
         )
+        backend.with_special_tokens = False  # clients want words; raw_text has everything
         backend.system_prompt = request.system_prompt
         backend.settings = dataclasses.replace(backend.settings, stop_strings=tuple(request.stop))
         ids = request.prompt_token_ids or self._render(backend, request)

@@ -75,10 +75,10 @@ def test_noise_samples_the_softmax() -> None:
 
 
 def test_neighbouring_positions_of_a_row_are_independent() -> None:
-    processor = NoiseProcessor([[1]], 1.0, seed=0)
-    flat = torch.zeros(1, 4)
-    row = [int(processor(None, flat).argmax()) for _ in range(8000)]  # type: ignore[arg-type]
-    pairs = 4 * torch.tensor(row[::2]) + torch.tensor(row[1::2])
+    processor = NoiseProcessor([[n] for n in range(200)], 1.0, seed=0)
+    flat = torch.zeros(200, 4)
+    drawn = [processor(None, flat).argmax(-1) for _ in range(40)]  # type: ignore[arg-type]
+    pairs = 4 * torch.cat(drawn[::2]) + torch.cat(drawn[1::2])
     seen = torch.bincount(pairs, minlength=16)
     assert chi_square(seen, torch.full((16,), 250.0)) < 37.7  # 15 degrees of freedom
 
