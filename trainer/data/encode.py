@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from trainer.data.example import Example as Example
+from trainer.data.example import golden_ids, golden_text
 from trainer.data.plain_text import TextEncoder, is_text
 from trainer.data.rows import BadRowError
 from trainer.data.spans import SpanFinder, Spans, assistant_turns
@@ -143,7 +144,10 @@ class RowEncoder:
             input_ids=kept_ids,
             labels=kept_labels,
             prompt=row[first_turn - 1]["content"],
-            golden_answer=row[first_turn]["content"],
+            golden_answer=golden_text(
+                self.tokenizer, golden_ids(kept_labels, prompt_length), self.template.stop_ids
+            ),
+            conversation=tuple(row[:first_turn]),
             is_truncated=len(ids) > self.max_length,
             ends_with_stop=all(ids[end - 1] in self.template.stop_ids for end in ends),
             stripped=spans.stripped,

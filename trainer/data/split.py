@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config.schema import DataSection
 from trainer.data.encode import Example
@@ -37,6 +38,9 @@ class HeldOutPrompt:
     """False when the row is also trained on."""
     golden_ids: tuple[int, ...] = ()
     """The row's trained ids behind that prefix, up to the end of the turn."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The turns that are answered, for servers that render them; empty for plain text. One of them
+    carries the row's tools."""
 
 
 def content_key(messages: list[Message], seed: int) -> str:
@@ -114,5 +118,6 @@ def first_prompts(
                 prompt_id=f"{source}-{item.row.index}",
                 is_held_out=is_held_out,
                 golden_ids=tuple(item.example.golden_ids),
+                messages=tuple(dict(turn) for turn in item.example.conversation),
             )
     return tuple(chosen.values())

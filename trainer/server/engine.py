@@ -66,6 +66,7 @@ class Engine:
         backend = self._backend(
             "plain", {}, limit=request.limit, temperature=request.temperature, seed=request.seed
         )
+        backend.with_special_tokens = False  # clients want words; raw_text has everything
         backend.system_prompt = request.system_prompt
         backend.settings = dataclasses.replace(backend.settings, stop_strings=tuple(request.stop))
         ids = request.prompt_token_ids or self._render(backend, request)
@@ -114,18 +115,18 @@ class Engine:
         results = backend.preview_batch(asked, request.step)
         scores = [
             golden_logprobs(self.held.model, row.prompt_token_ids, row.golden_token_ids).tolist()
-            if row.golden_token_ids and (request.golden_logprobs or index == request.canary)
+            if row.golden_token_ids and (request.golden_logprobs or index in request.canaries)
             else None
             for index, row in enumerate(request.prompts)
         ]
-        canary = None if request.canary is None else scores[request.canary]
+        canary = [scores[index] for index in request.canaries]
         return PreviewsResult(
             run=request.run,
             step=request.step,
             weights_id=self._weights_id(),
             results=[self._signed(result) for result in results],
             golden_logprobs=scores if request.golden_logprobs else None,
-            canary_logprob=None if canary is None else sum(canary),
+            canary_logprob=sum(map(sum, filter(None, canary))) if all(canary) and canary else None,
         )
 
     def _backend(
