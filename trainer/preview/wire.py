@@ -163,7 +163,8 @@ class GenerateRequest(Body):
     max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
     """Another name of `max_new_tokens`; not both."""
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**53)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    """Without one every answer is drawn afresh; the same seed gives the same answer."""
     stop: Annotated[list[Stop], Field(max_length=16)] = []
     model_id: Name | None = None
 
