@@ -152,6 +152,9 @@ class DataSection(Section):
         "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca", "text"
     ] = "auto"
     """The rows' layout; `auto` looks at the first row of each file and says what it found."""
+    text_markers: Literal["turns", "tokens"] = "turns"
+    """Rows of format `text` that hold the model's own control tokens: `turns` reads them back into
+    the conversation they were made from and trains its answers; `tokens` trains every token."""
     columns: dict[str, str] = {}
     """Other names for the format's keys, such as `question=frage`: its key = the file's."""
     weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
