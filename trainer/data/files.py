@@ -26,6 +26,9 @@ MAX_LINE_BYTES = 16 * 2**20
 """No row worth training is longer; a file without line ends must not fill the memory."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 
+WRAPPERS = frozenset({"data", "dataset", "examples", "instances", "items", "records", "rows"})
+"""Keys under which programs write a list of rows beside what else they know of it."""
+
 RawRow = tuple[str, Any]
 """Where the row stands, and its parsed value or what is wrong with it."""
 
@@ -103,12 +106,12 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | BadRowError]:
 
 
 def _json_lines_only(path: Path, rows: Iterator[RawRow]) -> Iterator[RawRow]:
-    """The rows; a file of which no line is JSON is named once.
+    """The rows; a file of which no line is JSON is named once, with what to do.
 
     Raises:
-        DataError: there are lines, and none of them is JSON.
+        DataError: there are several lines, and none of them is JSON.
     """
-    bad: list[RawRow] = []
+    bad: list[tuple[str, BadRowError]] = []
     for where, row in rows:
         if isinstance(row, BadRowError) and row.reason == "not JSON":
             bad.append((where, row))
@@ -117,10 +120,14 @@ def _json_lines_only(path: Path, rows: Iterator[RawRow]) -> Iterator[RawRow]:
         yield where, row
         yield from rows
         return
-    if bad:
-        where, error = bad[0]
-        more = f", nor is any other of its {len(bad):,} lines" if len(bad) > 1 else ""
-        raise DataError(f"{where}: {error}{more}. {_advice(path)}")
+    if not bad:
+        return
+    where, error = bad[0]
+    if len(bad) > 1:
+        raise DataError(
+            f"{where}: {error}, nor is any other of its {len(bad):,} lines. {_advice(path)}"
+        )
+    yield where, BadRowError(f"{error}. {_advice(path)}", error.reason)
 
 
 def _advice(path: Path) -> str:
@@ -163,7 +170,7 @@ def _is_one_text(path: Path, kind: str) -> bool:
     if first[:1] != b"{":
         return False
     if not others:
-        return True  # one object, which may hold the rows
+        return isinstance(parse(first), dict)  # one object, which may hold the rows
     if all(line.endswith(b"},") for line in (first, *others)):
         return True  # an array without its brackets, which is named as that
     return _is_unfinished(first) and (_is_json(path) or not _has_rows_in_lines(path))
@@ -222,7 +229,7 @@ def _whole_rows(path: Path) -> Iterator[RawRow]:
     except RecursionError as error:
         raise DataError(f"{path}: not usable JSON: nested too deeply.") from error
     except UnicodeDecodeError as error:
-        refuse_single_byte(path)
+        refuse_single_byte(path, at_least=1)
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8.") from error
 
@@ -254,6 +261,12 @@ def _inner_rows(path: Path, whole: dict[str, Any]) -> list[Any] | None:
         names = ", ".join(f"{key!r} ({len(value):,})" for key, value in lists.items())
         raise DataError(
             f"{path}: holds several lists of rows, {names}; write each into a file of its own."
+        )
+    for key in WRAPPERS & set(lists):
+        others = ", ".join(repr(other) for other in whole if other != key)
+        raise DataError(
+            f"{path}: holds its rows under {key!r}, beside {others}; write that list alone into a "
+            "file (jq .KEY FILE > NEW)."
         )
     if _is_columns(whole):
         raise DataError(

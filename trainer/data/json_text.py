@@ -124,7 +124,7 @@ def explain(error: json.JSONDecodeError) -> str:
     if error.lineno > 1:
         place = f"line {error.lineno} {place}"
     hint = _hint(error.doc, error.pos, error.msg)
-    return f"{error.msg} at {place}" + (f" ({hint})" if hint else "")
+    return f"{error.msg.removesuffix(' at')} at {place}" + (f" ({hint})" if hint else "")
 
 
 def _hint(text: str, position: int, message: str) -> str:

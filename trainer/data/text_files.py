@@ -35,6 +35,7 @@ MAGIC = (
     (b"%PDF", "a PDF; its text must be put into rows"),
     (b"SQLite format 3", "a SQLite database; export its rows as CSV or JSONL"),
 )
+CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b")
 NO_SINGLE_BYTE = re.compile(rb"\xff\xfe|\xfe\xff")
 """Marks of UTF-16 in the middle of a file: pieces of another encoding, not a text of its own."""
 
@@ -98,7 +99,7 @@ def _refuse_binary(path: Path, head: bytes) -> None:
                 f"{path}: seems to be {name} text without a byte order mark; save it as UTF-8 "
                 f"(iconv -f {name} -t UTF-8 FILE > NEW)."
             )
-    if head.count(0) > 0.1 * len(head):
+    if sum(map(head.count, CONTROLS)) > 0.05 * len(head):
         raise DataError(
             f"{path}: this is a binary file, no text. Give JSONL, JSON, CSV, TSV or Parquet."
         )
@@ -114,12 +115,15 @@ def as_windows_1252(line: bytes) -> str:
     return ""
 
 
-def refuse_single_byte(path: Path) -> None:
+def refuse_single_byte(path: Path, *, at_least: int = 2) -> None:
     """Refuse a file that is no UTF-8 at all, once; called when one line of it is none.
 
     Several lines are no UTF-8, and no character outside ASCII is written in UTF-8: not a damaged
     line, but a file in another encoding.
 
+    Args:
+        path: of the file.
+        at_least: so many lines that are no UTF-8.
     Raises:
         DataError: that is so.
     """
@@ -138,7 +142,7 @@ def refuse_single_byte(path: Path) -> None:
                 return
             count += 1
             bad = bad or [(number, line)]
-    if count > 1:
+    if count >= at_least:
         number, line = bad[0]
         raise DataError(
             f"{path}: not UTF-8 text ({count:,} lines, the first is line {number}). It looks like "
