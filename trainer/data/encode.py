@@ -43,8 +43,8 @@ class RowEncoder:
         specials = sorted(
             {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
             | set(tokenizer.all_special_tokens),
-            key=len,
-            reverse=True,
+            # The longest first, and no two alike: the pattern is part of the cache's key.
+            key=lambda text: (-len(text), text),
         )
         self.texts = TextEncoder(tokenizer, max_length, truncation)
         self._prove_template()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trainer.models.template_date import date_options
 from trainer.preview.base import PreviewRequest, PreviewResult, is_match
 from trainer.preview.generate import Generation, GenerationSettings, generate
 from trainer.preview.health import health_flags
@@ -123,7 +124,11 @@ class LocalPreviewBackend:
     def render_turns(self, turns: list[Message]) -> list[int]:
         """Token ids of a conversation with the generation prompt behind it."""
         ids: list[int] = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, enable_thinking=False, return_dict=True
+            turns,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=True,
+            **date_options(self.tokenizer),
         )["input_ids"]
         return ids
 
