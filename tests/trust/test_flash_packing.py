@@ -313,3 +313,14 @@ def test_the_name_of_the_attention_is_that_of_the_language_model(calls: flash.Ca
     assert takes_borders(Gemma3ForConditionalGeneration(config))
     config._attn_implementation = {"text_config": "sdpa", "vision_config": "flash_attention_2"}
     assert not takes_borders(Gemma3ForConditionalGeneration(config))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_real_kernel_keeps_the_documents_of_joined_packs_apart(batch_size: int) -> None:
+    pytest.importorskip("flash_attn")
+    model = llama(attn_implementation="flash_attention_2", dtype=torch.bfloat16).cuda()
+    check_start(model, batch_size)
+    with pytest.raises(ConfigError, match="see each other"):
+        check_start(model, max(batch_size, 2), PackCollator(0))

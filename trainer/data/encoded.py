@@ -39,7 +39,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     def as_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """All rows: ids, labels and any loss weights end to end, and where each row starts."""
-        arrays = {"starts": self._starts, "ids": self._ids, "labels": self._labels}
+        arrays: dict[str, np.ndarray[Any, Any]] = {
+            "starts": self._starts,
+            "ids": self._ids,
+            "labels": self._labels,
+        }
         return arrays if self._weights is None else {**arrays, "weights": self._weights}
 
     def __len__(self) -> int:
