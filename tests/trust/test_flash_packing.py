@@ -226,6 +226,24 @@ def test_n6_the_check_at_start_accepts_what_keeps_documents_apart(
     assert bool(calls.varlen) is (attention in flash.NAMES)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_n6_other_documents_leave_a_document_bit_equal(calls: flash.Calls, family: str) -> None:
+    model = FAMILIES[family](attn_implementation="flash_attention_2").eval()
+    logits = []
+    for start in (5, 50):
+        others = [torch.arange(start, start + n) for n in (9, 7, 4)]
+        documents = [
+            {"input_ids": ids, "labels": ids}
+            for ids in (others[0], torch.arange(20, 31), *others[1:])
+        ]
+        packs = [join_documents(documents[:2]), join_documents(documents[2:])]
+        batch = pack_collator(model, 0)(packs)
+        del batch["labels"]
+        with torch.no_grad():
+            logits.append(model(**batch, use_cache=False).logits[0, 9 : 9 + 11])
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("attention", flash.NAMES)
 def test_n6_the_check_at_start_refuses_packs_as_rows_at_the_runs_batch_size(
     calls: flash.Calls, attention: str

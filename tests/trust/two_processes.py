@@ -29,7 +29,8 @@ from trainer.profiles import get_profile
 
 NUM_ROWS, BATCH_SIZE, ACCUMULATION, RATE = 22, 2, 2, 0.1
 """Steps of 8, 8 and 6 rows: the last micro-batches cannot be full on both ranks."""
-CAPACITY = 40
+CAPACITY = 44
+"""Ten packs: steps of eight and two, the last filled up with two blank ones."""
 VARLEN = {"attn_implementation": "flash_attention_2"}
 
 
