@@ -54,7 +54,13 @@ class DataCard:
     stripped_example: str = ""
     """The first such text."""
     num_leaked: int = 0
-    """Validation rows whose content is also trained on (only with data.validation_path)."""
+    """Validation rows whose prompt is also trained on, with whatever answer."""
+    leaked_prompts: tuple[str, ...] = ()
+    """The first prompts of these."""
+    shared_prompts: tuple[tuple[int, str], ...] = ()
+    """(rows, prompt) where too many rows share a prompt to be held out together; the first."""
+    num_shared_prompts: int = 0
+    """How many prompts that is."""
     mix: str = ""
     """How often the training rows of each file are used; empty: once each."""
     cache: str = ""
@@ -142,8 +148,19 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
     lines += [("profile", f"{count:,} {what}") for what, count in card.profile_report.items()]
     if card.num_duplicates:
         lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
+    if card.shared_prompts:
+        count, prompt = card.shared_prompts[0]
+        others = card.num_shared_prompts - 1
+        more = f", and {others:,} more prompts have too many rows" if others else ""
+        words = (
+            f"{count:,} rows share one prompt, {_short(prompt)}{more}; these rows are held out by "
+            "their answers (data.validation_path, or a larger data.validation_split, parts prompts)"
+        )
+        lines.append(("shared", words))
     if card.num_leaked:
-        lines.append(("leak", f"{card.num_leaked:,} validation rows are also trained on"))
+        prompts = ", ".join(map(_short, card.leaked_prompts))
+        words = f"{card.num_leaked:,} validation rows have a prompt that is also trained: {prompts}"
+        lines.append(("leak", words))
     if card.cache:
         lines.append(("cache", card.cache))
     return lines
@@ -182,6 +199,10 @@ def _unused_text(unused: Mapping[str, int]) -> str:
 def _shown_key(key: str) -> str:
     """A key from a file, which may hold anything, in one bounded word."""
     return key[:MAX_KEY_CHARS] if key.isprintable() else ascii(key[:MAX_KEY_CHARS])
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def _truncated_text(card: DataCard) -> str:

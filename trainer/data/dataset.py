@@ -15,7 +15,14 @@ from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rendered import check_markers_used, read_back
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
-from trainer.data.split import EncodedRow, first_prompts, split_rows, weigh_rows
+from trainer.data.split import (
+    EncodedRow,
+    first_prompts,
+    shared_prompts,
+    split_rows,
+    trained_groups,
+    weigh_rows,
+)
 from trainer.data.split import HeldOutPrompt as HeldOutPrompt
 from trainer.data.split import content_key as content_key
 from trainer.data.tools import tools_of
@@ -23,6 +30,9 @@ from trainer.data.truncation import RowTooLongError
 from trainer.data.turns import check_messages, num_openings, tool_names
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
+
+MAX_NAMED = 5
+"""Prompts that the card names, of each kind."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,9 @@ def encode_data(
             f"({'; '.join(errors.errors[:3])}), {preparer.num_dropped} are longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
-    train_keys = {item.key for item in train}
+    trained = trained_groups(validation, train)
+    shared = shared_prompts(section, encoded) if validation else ()
+    leaked = [item for item in validation if item.group in trained]
     mixed, mix = weigh_rows(sources, train)
     card = DataCard(
         dataset_path=section.dataset_path,
@@ -100,7 +112,10 @@ def encode_data(
         template=_mask_source(encoder, sum(is_text(row.messages) for row in rows), len(rows)),
         num_own_system=_num_own_system(rows),
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
-        num_leaked=sum(item.key in train_keys for item in validation),
+        num_leaked=len(leaked),
+        leaked_prompts=tuple(dict.fromkeys(item.example.prompt for item in leaked))[:MAX_NAMED],
+        shared_prompts=shared[:MAX_NAMED],
+        num_shared_prompts=len(shared),
         validation=how,
         mix=mix,
         **preparer.counts(encoded, held_out),
@@ -108,12 +123,12 @@ def encode_data(
         **_token_counts(mixed, validation),
         sample=marked_text(encoder.tokenizer, mixed[0].example.input_ids, mixed[0].example.labels),
     )
-    prompts = sorted(validation or mixed, key=lambda item: item.key)
+    prompts = sorted(validation or mixed, key=lambda item: (item.group, item.key))
     return RunData(
         train=EncodedDataset([item.example for item in mixed]),
         validation=EncodedDataset([item.example for item in validation]) if validation else None,
-        preview_prompts=first_prompts(prompts, num_preview, bool(validation)),
-        final_prompts=first_prompts(prompts, num_final, bool(validation)),
+        preview_prompts=first_prompts(prompts, num_preview, bool(validation), trained=trained),
+        final_prompts=first_prompts(prompts, num_final, bool(validation), trained=trained),
         train_texts=tuple((item.example.prompt, item.example.golden_answer) for item in mixed),
         card=card,
         encoder=encoder,
@@ -224,7 +239,7 @@ class _Preparer:
             elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
-                encoded.append(EncodedRow(row, self._key(row), result))
+                encoded.append(EncodedRow(row, self._key(row), result, self._group(row)))
         return encoded
 
     def counts(self, encoded: list[EncodedRow], held_out: list[EncodedRow]) -> dict[str, Any]:
@@ -247,10 +262,22 @@ class _Preparer:
 
     def _key(self, row: Row) -> str:
         """The key of the cleaned content: rows that are trained alike go to one side."""
-        turns = [turn.copy() for turn in row.messages]
+        return content_key(self._words(row.messages), self.seed)
+
+    def _group(self, row: Row) -> str:
+        """The key of the cleaned turns before the first answer, or of a plain text."""
+        turns = self._words(row.messages)
+        roles = [turn["role"] for turn in turns]
+        prompt = turns[: roles.index("assistant")] if "assistant" in roles else turns
+        own = self._words([Message(role="system", content=self.system_prompt or "")])
+        # A system turn like the run's asks the same as none.
+        return content_key(prompt[1:] if prompt[:1] == own else prompt, self.seed)
+
+    def _words(self, messages: list[Message]) -> list[Message]:
+        turns = [turn.copy() for turn in messages]
         for turn in turns:
             turn["content"] = " ".join(self.profile.clean(turn["content"]).split())
-        return content_key(turns, self.seed)
+        return turns
 
     def _conversation(self, row: Row) -> list[Message]:
         clean = [turn.copy() for turn in row.messages]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.data.example import Example as Example
+from trainer.data.example import golden_ids, golden_text
 from trainer.data.plain_text import TextEncoder, is_text
 from trainer.data.rows import BadRowError
 from trainer.data.spans import SpanFinder, Spans, assistant_turns
@@ -42,8 +43,8 @@ class RowEncoder:
         specials = sorted(
             {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
             | set(tokenizer.all_special_tokens),
-            key=len,
-            reverse=True,
+            # The longest first, and no two alike: the pattern is part of the cache's key.
+            key=lambda text: (-len(text), text),
         )
         self.texts = TextEncoder(tokenizer, max_length, truncation)
         self._prove_template()
@@ -167,7 +168,10 @@ class RowEncoder:
             input_ids=kept_ids,
             labels=kept_labels,
             prompt=row[first_turn - 1]["content"],
-            golden_answer=row[first_turn]["content"],
+            golden_answer=golden_text(
+                self.tokenizer, golden_ids(kept_labels, prompt_length), self.template.stop_ids
+            ),
+            conversation=tuple(row[:first_turn]),
             is_truncated=len(ids) > self.max_length,
             ends_with_stop=all(
                 ids[end - 1] in self.template.stop_ids for _, _, end in trained if end <= limit

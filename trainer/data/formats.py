@@ -28,6 +28,8 @@ __all__ = [
     "to_rows",
 ]
 
+NO_FORMAT = "no known format"
+
 
 def read_rows(
     path: Path,
@@ -79,6 +81,7 @@ def to_rows(
 ) -> tuple[list[Row], str]:
     """Turn raw rows of the file called `name` into messages; the rest is as in `read_rows`."""
     rows: list[Row] = []
+    strange: list[str] = []
     known = None if format_name == "auto" else format_name
     count = 0
     for index, (where, parsed) in enumerate(raw, start=first_index):
@@ -89,14 +92,21 @@ def to_rows(
             if isinstance(parsed, BadRowError):
                 raise parsed
             row = _renamed(_as_object(parsed), columns or {})
+            row = _in_usual_spelling(row, known)
             known = known or detect_format(row)
             _refuse_change(row, known, is_found=format_name == "auto")
             notes = RowNotes()
             rows.append(Row(where, index, messages_of(row, known, notes), source, notes))
         except BadRowError as error:
             errors.add(where, str(error), error.reason)
+            if error.reason == NO_FORMAT:
+                strange.append(f"{where}: {error}")
     if count == 0:
         raise DataError(f"{name}: the file is empty. Give a file with at least one row.")
+    if known is None and count == len(strange) > 1:
+        raise DataError(
+            f"{strange[0]}. None of the file's {count:,} rows has the keys of a known format."
+        )
     return rows, known or format_name
 
 
@@ -124,6 +134,20 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return renamed | {key: row[column] for key, column in columns.items()}
 
 
+def _in_usual_spelling(row: dict[str, Any], known: str | None) -> dict[str, Any]:
+    """The row with a format's own keys where its keys differ in capitals or outer spaces only."""
+    formats = [FORMATS[known]] if known else list(FORMATS.values())
+    folded = {key.strip().casefold() for key in row}
+    if any(layout.keys <= set(row) for layout in formats) or len(folded) < len(row):
+        return row
+    for layout in formats:
+        if layout.keys <= folded:
+            names = layout.keys | layout.optional
+            usual = {key: key.strip().casefold() for key in row}
+            return {usual[key] if usual[key] in names else key: row[key] for key in row}
+    return row
+
+
 def detect_format(row: dict[str, Any]) -> str:
     """Name the format of a row by its keys.
 
@@ -137,7 +161,7 @@ def detect_format(row: dict[str, Any]) -> str:
     raise BadRowError(
         f"row has the keys {sorted(row)}; it needs one of: {wanted} "
         "(data.columns maps other names to these)",
-        "no known format",
+        NO_FORMAT,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.data.content import check_text
-from trainer.data.example import Example
+from trainer.data.example import Example, golden_ids, golden_text
 from trainer.data.rows import BadRowError
 from trainer.data.truncation import cut, kept_weights
 from trainer.profiles import Message
@@ -96,7 +96,7 @@ class TextEncoder:
             input_ids=kept_ids,
             labels=kept_labels,
             prompt=text[begin:border],
-            golden_answer=text[border:],
+            golden_answer=golden_text(self.tokenizer, golden_ids(kept_labels, length), {eos}),
             prompt_length=length,
             is_truncated=removed > 0,
             ends_with_stop=kept_ids[-1] == eos or removed > 0,

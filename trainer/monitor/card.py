@@ -49,8 +49,11 @@ def card_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         for line in (lines if isinstance(lines, list) else [])
         if isinstance(line, list) and len(line) == 2
     ]
+    for count, prompt in (get("shared_prompts") or ())[:1]:
+        rows.append(("shared", f"{_whole(count)} rows share one prompt: {prompt[:60]!r}"))
     if get("num_leaked"):
-        rows.append(("leak", f"{_whole(get('num_leaked'))} validation rows are also trained on"))
+        words = f"{_whole(get('num_leaked'))} validation rows have a prompt that is also trained"
+        rows.append(("leak", words))
     return [(label, str(value)) for label, value in rows if value is not None]
 
 
