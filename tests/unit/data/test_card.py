@@ -122,3 +122,31 @@ def test_weights_survive_a_profile_or_the_row_is_refused(prepare: Callable[..., 
     prepare([{"messages": [U, A]}], profile=Forgetful())
     with pytest.raises(DataError, match="flags that say which turns are trained were lost"):
         prepare(ROWS[:1], profile=Forgetful())
+
+
+def test_rows_that_differ_in_flags_or_begin_with_greetings_are_held_out_by_their_question(
+    prepare: Callable[..., RunData],
+) -> None:
+    rows: list[Any] = []
+    for n in range(20):
+        ask = {"role": "user", "content": f"q{n}"}
+        rows += [
+            {"messages": [ask, A, U, A]},
+            {"messages": [ask, {**A, "train": False}, U, A]},
+            {"messages": [{**A, "content": f"hello {n % 3}"}, ask, A]},
+        ]
+    data = prepare(rows, validation_split=0.25)
+    sides = [data.train, data.validation]
+    texts = [
+        {data.encoder.tokenizer.decode(side[i]["input_ids"]) for i in range(len(side))}
+        for side in sides
+        if side is not None
+    ]
+    asked = [{f"q{n}" for n in range(20) for text in side if f"\nq{n}<" in text} for side in texts]
+    assert data.card.num_validation_rows == 15
+    assert len(asked[0] | asked[1]) == 20
+    flagged = [
+        {q for q in asked[k] for t in texts[k] if f"\n{q}<" in t and "hello" not in t}
+        for k in (0, 1)
+    ]
+    assert not flagged[0] & flagged[1]
