@@ -28,6 +28,10 @@ class Example:
     """Tokens that were cut off."""
     stripped: tuple[str, ...] = ()
     """Text of the row's turns that the chat template leaves out."""
+    num_thoughts: int = 0
+    """Turns whose thought stands in the tokens."""
+    is_opened: bool = False
+    """The chat template's prompt opens a thought that the row does not have."""
     weights: list[float] | None = None
     """How much each token of `labels` counts in the loss, as long as input_ids; None: each trained
     token counts 1. A token with label IGNORE_INDEX has weight 0, every other one more than 0."""
