@@ -172,6 +172,9 @@ class DataSection(Section):
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
     """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
     tokens. The data card counts them."""
+    train_on_thinking: bool = True
+    """Train the thoughts of answers (`reasoning_content`, or `<think>...</think>` in the content);
+    `false` trains only what follows them. An error where no row has a thought."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True

@@ -7,12 +7,14 @@ an object or JSON text, and a thought is a key of its turn, a stretch of its con
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainer.data.arguments import ArgumentsForm
 from trainer.errors import TemplateError
+from trainer.models.chat_template import in_parts, takes_parts
 from trainer.profiles import Message
 
 Render = Callable[[list[Message]], str]
@@ -30,7 +32,8 @@ class Dialect:
     arguments: ArgumentsForm | None = None
     """How the arguments of calls are given; None: it writes them in neither form."""
     thought: Literal["key", "content"] | None = None
-    """Where a thought is given; None: it writes none."""
+    """Where a thought is given: as the key `reasoning_content`, or between <think> and </think>
+    before what is said; None: it writes none."""
 
     def spelled(self, turns: list[Message]) -> list[Message]:
         """The turns as the template takes them; their calls must have been spelled before."""
@@ -42,27 +45,27 @@ class Dialect:
         if thought is not None and self.thought != "key":
             del copy["reasoning_content"]
             if self.thought == "content":
-                copy["content"] = f"<think>\n{thought.strip()}\n</think>\n\n{turn['content']}"
+                said = f"\n\n{turn['content']}" if turn["content"] else ""
+                copy["content"] = f"<think>\n{thought.strip()}\n</think>{said}"
         if self.takes_parts:
-            copy["content"] = [{"type": "text", "text": copy["content"]}]
+            [copy] = in_parts([copy])
         return Message(**copy)  # type: ignore[typeddict-item]
 
 
-def find_dialect(render: Render, source: str) -> Dialect:
-    """Find what a template takes.
+def find_dialect(tokenizer: Any, render: Render) -> Dialect:
+    """Find what a tokenizer's template takes.
 
     Args:
+        tokenizer: with the template.
         render: renders turns by it.
-        source: its own text.
-    Raises:
-        TemplateError: it renders a question and an answer in no form; its words are in the message.
     """
-    takes_parts = _takes_parts(render)
+    is_parts = takes_parts(tokenizer)
 
     def spelled(turns: list[Message]) -> str:
-        return render(Dialect(takes_parts, thought="key").spelled(turns))
+        return render(Dialect(is_parts, thought="key").spelled(turns))
 
-    return Dialect(takes_parts, _arguments(spelled), _thought(spelled, source))
+    form = _arguments(spelled)
+    return Dialect(is_parts, form, _thought(spelled, form, tokenizer.chat_template))
 
 
 def question(content: str = USER) -> Message:
@@ -92,26 +95,6 @@ def result_turn() -> Message:
 CALL_ID = "call00001"  # nine letters and digits: some templates refuse others
 
 
-def _takes_parts(render: Render) -> bool:
-    row = [question(), answer()]
-    try:
-        text = render(row)
-        if USER in text and SAYS in text:
-            return False
-        error = None
-    except TemplateError as refusal:
-        error = refusal
-    try:
-        text = render(Dialect(takes_parts=True).spelled(row))
-        if USER in text and SAYS in text:
-            return True
-    except TemplateError:
-        pass  # the refusal of plain text says more
-    if error is not None:
-        raise error
-    return False
-
-
 def _arguments(render: Render) -> ArgumentsForm | None:
     """The form in which the arguments stand once, decoded."""
     forms: tuple[ArgumentsForm, ...] = ("object", "text")
@@ -130,14 +113,24 @@ def _arguments(render: Render) -> ArgumentsForm | None:
     return None
 
 
-def _thought(render: Render, source: str) -> Literal["key", "content"] | None:
-    """Where a thought must be given to stand in the last turn."""
-    row = [question(), answer(reasoning_content=THOUGHT)]
-    if render(row).count(THOUGHT) == 1:
+def _thought(
+    render: Render, form: ArgumentsForm | None, source: str
+) -> Literal["key", "content"] | None:
+    """Where a thought must be given to stand in an answer, or at least in a call."""
+    turns = [answer(reasoning_content=THOUGHT), call_turn(form, reasoning_content=THOUGHT)]
+    if any(_count(render, [question(), turn]) == 1 for turn in turns):
         return "key"
-    # Markers in the content are the family's own way only where its template knows them.
-    if "</think>" in source:
-        inside = Dialect(thought="content").spelled(row)
-        if render(inside).count(THOUGHT) == 1:
+    # A template that speaks of thoughts and drops them is not to be led round that.
+    if "</think>" in source or not re.search("reasoning|think", source):
+        inside = Dialect(thought="content").spelled([question(), turns[0]])
+        if _count(render, inside) == 1:
             return "content"
     return None
+
+
+def _count(render: Render, turns: list[Message]) -> int:
+    """How often a template writes the thought of turns; 0 where it refuses them."""
+    try:
+        return render(turns).count(THOUGHT)
+    except TemplateError:
+        return 0

@@ -192,7 +192,8 @@ class RowEncoder:
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
             tools = [turn.get("tool_calls", ""), turn.get("tools", "")]
-            for text in (turn["content"], json.dumps(tools, ensure_ascii=False)):
+            thought = turn.get("reasoning_content", "")
+            for text in (turn["content"], thought, json.dumps(tools, ensure_ascii=False)):
                 self._refuse_control(text, f"turn {position} ({turn['role']})")
 
     def _refuse_control(self, text: str, where: str = "the text") -> None:

@@ -70,6 +70,15 @@ def assistant_turns(row: list[Message]) -> list[int]:
     return [index for index, turn in enumerate(row) if turn["role"] == "assistant"]
 
 
+def lost_thought(where: str) -> BadRowError:
+    """The error of a row whose thought the template would lose."""
+    return BadRowError(
+        f"{where} has a thought, which the model's chat template does not write there; take it "
+        "out, or give a template that writes it (model.chat_template)",
+        "template without thoughts",
+    )
+
+
 def thinks(turn: Message) -> bool:
     """Whether a turn brings a thought, as a key or in its content."""
     return bool(turn.get("reasoning_content", "").strip()) or "</think>" in turn["content"]
@@ -130,12 +139,7 @@ class SpanFinder:
         row = with_arguments(row, dialect.arguments)
         for position, turn in enumerate(row):
             if turn.get("reasoning_content", "").strip() and dialect.thought is None:
-                raise BadRowError(
-                    f"turn {position} ({turn['role']}) has a thought, which the model's chat "
-                    "template does not write; put it into the turn's content as "
-                    "<think>...</think> to have it trained, or take it out",
-                    "template without thoughts",
-                )
+                raise lost_thought(f"turn {position} ({turn['role']})")
         return row
 
     def find(self, rendered: Rendered, encoding: Any) -> Spans:
@@ -253,6 +257,9 @@ class _Search:
         if tail.endswith(own.tail[shared:]):
             swapped = tail[: len(tail) - len(own.tail[shared:])] + other.tail[shared:]
             whole.append((swapped, other.openings))
+        # The other prompt may differ before the header too, and go on behind it.
+        if own.tail in other.tail:
+            whole.append((tail + other.tail.rpartition(own.tail)[2], ()))
         opened = [
             (ending.removesuffix(opening), True)
             for ending, openings in whole
@@ -299,9 +306,9 @@ class _Search:
                 alone = self.text
             end = shared_start(alone, self.text)
             end = end if end >= last else last
-        while end > last and self.text[end - 1].isspace() and turn + 1 < len(self.row):
+        while end > last and self.text[end - 1].isspace():
             end -= 1
-        position = self._id_at(end) if end < len(self.text) else len(self.ids)
+        position = self._id_at(end)
         if position < len(self.ids) and self.ids[position] in self.template.end_ids:
             return position + 1, self.encoding.token_to_chars(position)[1]
         return position, end
@@ -327,7 +334,9 @@ class _Search:
         kept = _shared_end(said, content)
         before, header = content[: len(content) - kept].strip(), said[: len(said) - kept].strip()
         is_beside = bool(before) and self.text[:begin].rstrip().endswith(before)
-        if not kept or (is_beside and not header) or (header and not self.template.asks):
+        thought = message.get("reasoning_content", "").strip()
+        is_header = bool(header) and not (thought and thought in header)
+        if not kept or (is_beside and not header) or (is_header and not self.template.asks):
             raise self._lost(nth, content, begin, end)
         if _squeezed(before) not in _squeezed(header):
             self.stripped.append(before)
@@ -356,8 +365,8 @@ class _Search:
             name = call["function"]["name"]
             if place is None or place > end or not self.text[:place].endswith(name):
                 raise BadRowError(
-                    f"assistant turn {nth + 1} calls {name!r} (call {number + 1}), which the "
-                    f"model's chat template does not write; its tokens say {said[:60]!r}",
+                    f"assistant turn {nth + 1} calls {name!r}, which the model's chat template "
+                    f"does not write (call {number + 1}); its tokens say {said[:60]!r}",
                     "template without tool calls",
                 )
             at = place
@@ -411,7 +420,9 @@ class _Search:
         message, mark = self.row[turn], self.marks[turn].thought
         if mark is not None:
             place = self._first_place(mark, begin)
-            if place is None:
+            if place is None and turn == assistant_turns(self.row)[-1]:
+                raise lost_thought(f"turn {turn} ({message['role']}), the last answer,")
+            if place is None:  # many templates keep the thoughts of the last answer only
                 self.stripped.append(message["reasoning_content"].strip())
                 return None
             self.num_thoughts += 1

@@ -15,14 +15,13 @@ from trainer.data.dialect import (
     CALLED,
     SAYS,
     THOUGHT,
-    Dialect,
     answer,
     call_turn,
     find_dialect,
     question,
     result_turn,
 )
-from trainer.data.marks import MARK, marked, shared_start
+from trainer.data.marks import marked, shared_start
 from trainer.data.tools import tools_of
 from trainer.errors import TemplateError
 from trainer.profiles import Message
@@ -68,8 +67,7 @@ class ChatTemplate:
             | set(tokenizer.all_special_ids)
         )
         self._special = _pattern(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
-        self.dialect = Dialect()
-        self.dialect = find_dialect(self._probe, tokenizer.chat_template)
+        self.dialect = find_dialect(tokenizer, self._render)
         self.source = self._source()
         self.asking = {thinking: self._asking(thinking) for thinking in (False, True)}
         self.asks = self.text([question()], ask=True) != self.text([question()])
@@ -89,13 +87,17 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses them; its own words are in the message.
         """
+        return self._render(self.dialect.spelled(turns), ask=ask, thinking=thinking)
+
+    def _render(self, turns: list[Message], *, ask: bool = False, thinking: bool = False) -> str:
+        """The text of turns that are handed to the template as they are."""
         options = {**TEMPLATE_OPTIONS, "enable_thinking": thinking}
         tools = tools_of(turns)
         if tools is not None:
             options["tools"] = tools
         try:
             text: str = self.tokenizer.apply_chat_template(
-                self.dialect.spelled(turns), tokenize=False, add_generation_prompt=ask, **options
+                turns, tokenize=False, add_generation_prompt=ask, **options
             )
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
             raise TemplateError(
@@ -126,8 +128,12 @@ class ChatTemplate:
         asking = self.asking[False]
         return asking.openings[0] if asking.is_always else ""
 
-    def _probe(self, turns: list[Message]) -> str:
-        return self.text(turns)
+    def thought_words(self, *, is_trained: bool) -> str:
+        """What becomes of thoughts, for the data card."""
+        fate = "trained" if is_trained else "read, not trained (data.train_on_thinking=false)"
+        if self.dialect.thought != "content":
+            return fate
+        return f"{fate}; written as <think>...</think>, the template has no place of its own"
 
     def _source(self) -> str:
         origin = getattr(self.tokenizer, "template_origin", None)
@@ -210,13 +216,13 @@ class ChatTemplate:
         called = [question(), call_turn(self.dialect.arguments)]
         try:
             alone, [_, marks] = self._marked(called)
-            text, _ = self._marked([*called, result_turn(), answer()])
+            text, [_, _, result, _] = self._marked([*called, result_turn(), answer()])
         except TemplateError:
             return set()
         if CALLED not in alone or CALLED not in text:
             return set()
         closing, rest = (_behind(whole, marks.calls[0]) for whole in (alone, text))
-        rest = MARK.split(rest, maxsplit=1)[0]  # up to the result
+        rest = rest.partition(result.content)[0]
         shared = self._specials(closing[: shared_start(closing, rest)])
         if known & set(shared):
             return set()

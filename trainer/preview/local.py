@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trainer.models.chat_template import as_taken
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.generate import Generation, GenerationSettings, generate
 from trainer.preview.health import health_flags
@@ -114,7 +115,10 @@ class LocalPreviewBackend:
     def render_turns(self, turns: list[Message]) -> list[int]:
         """Token ids of a conversation with the generation prompt behind it."""
         ids: list[int] = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, enable_thinking=False, return_dict=True
+            as_taken(self.tokenizer, turns),
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=True,
         )["input_ids"]
         return ids
 
