@@ -6,6 +6,7 @@ pattern in the rendered text is an answer, and its group is what the model write
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from typing import Any
@@ -68,7 +69,11 @@ PATTERNS = {
 EOS = {"cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>",
        "deepseek": f"<{BAR}end{LOW}of{LOW}sentence{BAR}>"}  # fmt: skip
 TAKES_PARTS = ("idefics3", "llava_next", "smolvlm")
-ARGUMENTS_AS_TEXT = ("deepseek",)
+NO_PLACE_FOR_THOUGHTS = (
+    *("cohere", "gemma3", "idefics3", "llama3", "llava_next", "phi3", "qwen2_5"),
+    *("qwen3_instruct", "qwen3_vl", "smolvlm"),
+)  # fmt: skip
+NO_PLACE_EXACTLY = {"gemma", "lfm2", "lfm2_v2"}
 
 
 def pattern_of(name: str) -> str:
@@ -105,6 +110,10 @@ def text_of(tokenizer: Any, name: str, row: list[Any], *, thinking: bool = False
 
 def _turn(name: str, turn: dict[str, Any]) -> dict[str, Any]:
     content = turn["content"]
+    has_place = not name.startswith(NO_PLACE_FOR_THOUGHTS) and name not in NO_PLACE_EXACTLY
+    if "reasoning_content" in turn and not has_place:
+        behind = f"\n\n{content}" if content else ""
+        content = f"<think>\n{turn['reasoning_content']}\n</think>{behind}"
     if name.startswith(TAKES_PARTS):
         content = [{"type": "text", "text": content}]
     return {**turn, "content": content}
@@ -123,3 +132,136 @@ def expected_trained(
         token if any(begin < right and left < end for begin, end in ranges) else None
         for token, (left, right) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
     ]
+
+
+# ---- conversations as agents have them
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def says(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def call(name: str, arguments: Any, number: int = 1) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call0000{number}", "type": "function", "function": function}
+
+
+def result(content: str, name: str, number: int = 1) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "name": name, "tool_call_id": f"call0000{number}"}
+
+
+WEATHER = call("weather", {"city": "Oslo", "days": 2})
+CLOCK = call("clock", {"city": "Rome"}, 2)
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": name, "description": "look it up", "parameters": PARAMETERS},
+    }
+    for name in ("weather", "clock")
+]
+ASKED = [user("rain in Oslo?"), says("", tool_calls=[WEATHER]), result("drizzle", "weather")]
+AGENT = [*ASKED, says("A light drizzle."), user("and so?"), says("Take a coat.")]
+CALLING: dict[str, list[Any]] = {
+    "agent": AGENT,
+    "system": [{"role": "system", "content": "be brief"}, *AGENT],
+    "tools": [{**AGENT[0], "tools": TOOLS}, *AGENT[1:]],
+    "parallel": [
+        user("both?"),
+        says("", tool_calls=[WEATHER, CLOCK]),
+        result("drizzle", "weather"),
+        result("noon", "clock", 2),
+        says("Drizzle at noon."),
+    ],
+    "sequence": [
+        *ASKED,
+        says("", tool_calls=[CLOCK]),
+        result("noon", "clock", 2),
+        says("Drizzle at noon."),
+    ],
+    "words": [
+        user("rain?"),
+        says("Let me look.", tool_calls=[WEATHER]),
+        result("drizzle", "weather"),
+        says("Drizzle."),
+    ],
+    "ends with a call": ASKED[:2],
+}
+TALKING: dict[str, list[Any]] = {
+    "many": [user("hi"), says("hello there"), user("bye"), says("so long")],
+    "two in a row": [user("first"), says("alpha beta"), says("gamma"), user("then"), says("delta")],
+}
+THINKING: dict[str, list[Any]] = {
+    "thought": [user("a sum"), says("twelve", reasoning_content="five and seven")],
+    "thoughts": [
+        user("first sum"),
+        says("twelve", reasoning_content="five and seven"),
+        user("second sum"),
+        says("sixteen", reasoning_content="nine and seven"),
+    ],
+    "thought and call": [
+        user("rain?"),
+        says("", tool_calls=[WEATHER], reasoning_content="I must look"),
+        result("drizzle", "weather"),
+        says("Drizzle.", reasoning_content="seen it"),
+    ],
+}
+SHAPES = {**CALLING, **TALKING, **THINKING}
+
+
+def spelled(row: list[Any], form: str) -> list[Any]:
+    """The row with the arguments of its calls as an object or as JSON text."""
+    turns = []
+    for turn in row:
+        if form == "text" and "tool_calls" in turn:
+            turn = {**turn, "tool_calls": [_as_text(one) for one in turn["tool_calls"]]}
+        turns.append(turn)
+    return turns
+
+
+def _as_text(one: dict[str, Any]) -> dict[str, Any]:
+    function = one["function"]
+    return {**one, "function": {**function, "arguments": json.dumps(function["arguments"])}}
+
+
+NO_CALLS = {
+    *("cohere", "cohere2", "deepseek_r1_distill", "gemma", "gemma3", "idefics3", "lfm2", "llama3"),
+    *("llava_next", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm"),
+}
+ALTERNATING = {"cohere", "cohere2", "gemma", "gemma3"}
+WORDS_BEHIND_RESULTS = {"diffusion_gemma", "gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5"}
+DROPS_LAST_THOUGHT = {"deepseek_r1_distill", "deepseekv3", "gemma4", "gemma4_v2", "gemma4_v3",
+                      "gemma4_v4"}  # fmt: skip
+
+
+def refusal_of(name: str, shape: str) -> str | None:
+    """What the refusal of a row must say; None where it must be trained."""
+    if shape in THINKING and name in DROPS_LAST_THOUGHT:
+        return "has a thought, which the model's chat template does not write there"
+    if name in NO_CALLS and (shape in CALLING or shape == "thought and call"):
+        return "does not write|refuses these turns: (Conversation|Only user|System role)"
+    known = {
+        "parallel": ({"gptoss", "llama3_1", "llama3_2"}, r"does not write \(call 2\)|single tool-"),
+        "words": (WORDS_BEHIND_RESULTS, "behind the turns that follow it"),
+        "tools": ({"deepseekv3"}, "defines the tools 'clock', which the model's chat template"),
+        "thought and call": ({"diffusion_gemma"}, "not a prefix of the whole row"),
+        "two in a row": (ALTERNATING, "roles must alternate"),
+    }
+    names, words = known.get(shape, (set(), ""))
+    return words if name in names else None
+
+
+# Where the second of two answers in a row has no header of its own.
+IN_A_ROW = {
+    "diffusion_gemma": "alpha betagamma<turn|>delta<turn|>",
+    "gemma4": "alpha beta<turn|>gamma<turn|>delta<turn|>",
+    "gemma4_v3": "alpha beta<turn|>gamma<turn|>delta<turn|>",
+    "gemma4_v4": "alpha beta<turn|>gamma<turn|>delta<turn|>",
+    "gemma4_v5": "alpha betagamma<turn|>delta<turn|>",
+    "glm4moe": "\nalpha beta\ngamma<|user|>\ndelta",
+    "llava_next": " alpha beta</s> gamma</s> delta</s>",
+}
