@@ -23,7 +23,7 @@ NAMES = sorted(
 )
 # What their models write round an answer, or ends it, is in `formats.py`.
 WITH_MORE_ROUND_ANSWERS = {"gptoss", "idefics3", "muse_glimmer", "smolvlm"}
-NO_SYSTEM = {"gemma": "System role not supported", "llava_next": "Only user and assistant"}
+NO_SYSTEM = {"gemma": "System role not supported"}
 SHAPES = {
     "one": [("user", "what is 12?"), ("assistant", "a dozen eggs")],
     "many": [
