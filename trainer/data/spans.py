@@ -25,6 +25,7 @@ from trainer.data.marks import (
 )
 from trainer.data.rows import BadRowError
 from trainer.data.template import ChatTemplate
+from trainer.data.turns import num_openings
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
@@ -66,8 +67,10 @@ class Rendered:
 
 
 def assistant_turns(row: list[Message]) -> list[int]:
-    """Positions of the assistant's turns."""
-    return [index for index, turn in enumerate(row) if turn["role"] == "assistant"]
+    """Positions of the assistant's turns that answer something: those behind a user turn."""
+    roles = [turn["role"] for turn in row]
+    first = roles.index("user") if "user" in roles else 0
+    return [index for index, role in enumerate(roles) if role == "assistant" and index > first]
 
 
 def lost_thought(where: str) -> BadRowError:
@@ -172,6 +175,8 @@ class _Search:
     def spans(self, *, train_on_thinking: bool) -> Spans:
         turns = assistant_turns(self.row)
         runs = _runs(self.rendered.mask) if self.rendered.mask is not None else []
+        # Greetings before the first user turn have markers too, and no prompt that asks for them.
+        runs = runs[num_openings(self.row) :]
         ranges: list[tuple[int, int]] = []
         taken: list[tuple[int, int]] = []
         last_prompt = None
@@ -450,9 +455,10 @@ class _Search:
             position = end
         text = "".join(between) + self.text[position:]
         missing = []
-        for turn in self.row:
+        answers = assistant_turns(self.row)
+        for index, turn in enumerate(self.row):
             content = turn["content"].strip()
-            if turn["role"] == "assistant" or not content:
+            if index in answers or not content:
                 continue
             at = text.find(content)
             if at < 0:  # some templates write results as JSON

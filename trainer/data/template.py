@@ -24,6 +24,7 @@ from trainer.data.dialect import (
 from trainer.data.marks import marked, shared_start
 from trainer.data.tools import tools_of
 from trainer.errors import TemplateError
+from trainer.models.template_date import date_options
 from trainer.profiles import Message
 
 PROBE = [
@@ -95,6 +96,7 @@ class ChatTemplate:
         tools = tools_of(turns)
         if tools is not None:
             options["tools"] = tools
+        options |= date_options(self.tokenizer)
         try:
             text: str = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=ask, **options
@@ -118,7 +120,7 @@ class ChatTemplate:
             tools=tools_of(turns),
             return_dict=True,
             return_assistant_tokens_mask=True,
-            **{**TEMPLATE_OPTIONS, "enable_thinking": thinking},
+            **{**TEMPLATE_OPTIONS, "enable_thinking": thinking, **date_options(self.tokenizer)},
         )["assistant_masks"]
         return mask
 
