@@ -26,6 +26,7 @@ from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
 from trainer.data.packing import PackCollator
 from trainer.errors import ConfigError
+from trainer.models.vocabulary import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved
@@ -115,7 +116,7 @@ def assemble_trainer(
 
 
 def _collator(run: RunContext, *, is_packed: bool = False) -> PadCollator | PackCollator:
-    pad_id = run.tokenizer.pad_token_id or 0
+    pad_id = harmless_pad_id(run.tokenizer, embedding_rows(run.model))
     return PackCollator(pad_id) if is_packed else PadCollator(pad_id)
 
 

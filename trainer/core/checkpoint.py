@@ -26,6 +26,8 @@ STAGING_NAME = re.compile(r"^\.tmp-step-\d{8}-(\d+)$")
 RETIRED_PREFIX = ".old-"
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run_state.json")
 """Without any of these a resume would silently restart a part of the training."""
+TRAINING_FILES = (*REQUIRED, "scaler.pt", "rng_state*.pth")
+"""Patterns of the files that are no part of the model."""
 REQUIRED_KINDS = {"weights": r".*model.*\.safetensors$", "random state": r"rng_state.*\.pth$"}
 
 
@@ -136,17 +138,18 @@ def _put_back(target: Path) -> None:
 
 def _retain(root: Path, keep: int, protect: Collection[int]) -> None:
     """Remove all but the newest `keep` checkpoints, by step number, never a protected one."""
-    steps = sorted(_steps(root))
+    steps = checkpoint_steps(root)
     for step in steps[: max(len(steps) - keep, 0)]:
         if step not in protect:
             fs_ops.remove_tree(step_dir(root, step))
     fs_ops.sync_dir(root)
 
 
-def _steps(root: Path) -> list[int]:
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints in `root`, lowest first."""
     if not root.is_dir():
         return []
-    return [int(found[1]) for path in root.iterdir() if (found := STEP_NAME.match(path.name))]
+    return sorted(int(found[1]) for path in root.iterdir() if (found := STEP_NAME.match(path.name)))
 
 
 def verify_checkpoint(path: Path) -> Manifest:
@@ -207,7 +210,7 @@ def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
     """
     _restore_retired(root)
     problems: list[str] = []
-    for step in sorted(_steps(root), reverse=True):
+    for step in reversed(checkpoint_steps(root)):
         path = step_dir(root, step)
         try:
             return path, _verify_for_resume(path), problems

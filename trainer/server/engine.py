@@ -190,12 +190,17 @@ class Engine:
 
 
 def engine_main(
-    jobs: Connection, control: Connection, model_path: str, device: str, wait_for_weights: bool
+    jobs: Connection,
+    control: Connection,
+    model_path: str,
+    device: str,
+    wait_for_weights: bool,
+    base: str | None = None,
 ) -> None:
     """Body of the engine process: say hello or why not, then answer until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
     try:
-        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights)
+        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights, base=base)
         watch = TokenWatch(control, held.tokenizer, lambda text: _send(jobs, {"text": text}))
         engine = Engine(held, watch)
     except TrainerError as error:

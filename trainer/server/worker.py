@@ -22,10 +22,20 @@ class EngineProcess:
     """One engine process; `ask` is for one thread at a time."""
 
     def __init__(
-        self, model_path: str | None, device: str, *, wait_for_weights: bool = False
+        self,
+        model_path: str | None,
+        device: str,
+        *,
+        wait_for_weights: bool = False,
+        base: str | None = None,
     ) -> None:
-        """Take what the engine will load (None: to be set before `start`); nothing is started."""
-        self.model_path, self.device = model_path, device
+        """Take what the engine will load; nothing is started.
+
+        Args:
+            model_path: None: to be set before `start`.
+            base: where the base is, of a `model_path` that is an adapter.
+        """
+        self.model_path, self.device, self.base = model_path, device, base
         self.wait_for_weights = wait_for_weights
         self.hello: dict[str, Any] = {}
         self.starts = 0
@@ -49,7 +59,14 @@ class EngineProcess:
         self._control, their_control = context.Pipe()
         self._process = context.Process(
             target=engine_main,
-            args=(theirs, their_control, self.model_path, self.device, self.wait_for_weights),
+            args=(
+                theirs,
+                their_control,
+                self.model_path,
+                self.device,
+                self.wait_for_weights,
+                self.base,
+            ),
             name="trainer-engine",
             daemon=True,
         )

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from trainer.config.schema import LoraSection
-from trainer.models.load import add_lora, load_finished_model
+from trainer.models.adapter import load_finished_model
+from trainer.models.lora import add_lora
 from trainer.models.precision import resolve_precision
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -141,7 +142,7 @@ def test_the_adapter_names_the_revision_of_its_base(
 def test_the_base_is_loaded_at_the_revision_that_was_trained(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.models.load as load
+    import trainer.models.adapter as load
 
     path = adapter / "final_model" / "adapter_config.json"
     saved = json.loads(path.read_text())
