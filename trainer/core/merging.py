@@ -20,7 +20,7 @@ from trainer.core.saving import staged, write_model
 from trainer.data.template import ChatTemplate
 from trainer.errors import OutputError
 from trainer.models.adapter import load_finished_model
-from trainer.models.merge import merge_adapter
+from trainer.models.merge import has_true_tie, merge_adapter
 from trainer.models.quantized import check_mergeable
 from trainer.models.vocabulary import check_vocabulary, embedding_rows
 
@@ -173,9 +173,9 @@ def _check_reloaded(
     trust = finished.config.model.trust_remote_code
     model = load_finished_model(folder, trust_remote_code=trust).eval()
     largest, relative = distance(wanted, logits_of(model, rows))
-    if not relative <= EXACT:
+    if not relative <= EXACT or not has_true_tie(model):
         raise OutputError(
             f"the merged model that was written, loaded again, says something else: logits differ "
-            f"by {largest:.2g} ({relative:.1e} of their norm). It was removed; export without "
-            "--merge."
+            f"by {largest:.2g} ({relative:.1e} of their norm), tie_word_embeddings is "
+            f"{model.config.tie_word_embeddings}. It was removed; export without --merge."
         )

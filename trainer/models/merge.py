@@ -34,6 +34,15 @@ def merge_adapter(model: Any) -> Any:
     return merged
 
 
+def has_true_tie(model: Any) -> bool:
+    """Whether embedding and head are equal where the config says that they are one.
+
+    transformers keeps both where they differ, other programs believe the config.
+    """
+    embedding, head = _ends(model)
+    return not _is_tied(model) or head is None or torch.equal(embedding.weight, head.weight)
+
+
 def _ends(model: Any) -> tuple[Any, Any]:
     """Embedding and head; what adapters wrap is looked at itself."""
 
