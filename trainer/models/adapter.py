@@ -30,20 +30,21 @@ SAMPLES = 1024
 def describe_base(model: Any) -> dict[str, Any]:
     """What `base.json` says of a model: its name, and a hash of each matrix.
 
-    Hashes are of a sample in bf16, so that they do not depend on the dtype that it was loaded in.
+    Hashes are of a sample in bf16, so that they do not depend on whether it was loaded in fp32 or
+    bf16. In fp16 small weights were rounded otherwise: such a model has no hashes.
     """
     matrices = {
         name: _sample_hash(parameter)
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.ndim > 1
+        if parameter.dtype in (torch.float32, torch.bfloat16) and parameter.ndim > 1
     }
     return {"name": model.config._name_or_path, "sha256_of_samples": matrices}
 
 
 def _sample_hash(parameter: torch.Tensor) -> str:
     flat = parameter.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // SAMPLES)].to(torch.bfloat16).cpu().view(torch.uint8)
-    return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+    sample = flat[:: max(1, flat.numel() // SAMPLES)].to(torch.bfloat16).cpu().contiguous()
+    return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def save_adapter(model: Any, folder: Path) -> None:
