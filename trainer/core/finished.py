@@ -6,6 +6,7 @@ model or an adapter and no run.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 from dataclasses import dataclass
@@ -17,22 +18,15 @@ from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
 from trainer.config.schema import ModelSection, TrainerConfig
-from trainer.core.best import best_step
-from trainer.core.checkpoint import (
-    MANIFEST,
-    checkpoint_steps,
-    find_latest_checkpoint,
-    step_dir,
-    verify_checkpoint,
-)
+from trainer.core.best import find_checkpoint
+from trainer.core.checkpoint import MANIFEST, find_latest_checkpoint, verify_checkpoint
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError, OutputError, ResumeError
 from trainer.models.adapter import load_finished_model, read_base_config, tokenizer_section
 from trainer.models.load import is_adapter_folder, load_tokenizer, read_model_config
 from trainer.models.precision import DTYPES
+from trainer.models.template_date import fix_date
 from trainer.profiles import DataProfile, get_profile
-
-BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,8 @@ class FinishedRun:
     """Where the adapter's base is now, if the user says so."""
     is_checkpoint: bool = False
     """Files of training lie beside the weights, which are in its own dtypes."""
+    date: dt.date | None = None
+    """The day of the run, in its system prompt and in what its chat template prints."""
 
     @property
     def is_adapter(self) -> bool:
@@ -89,6 +85,8 @@ class FinishedRun:
             base=self.base,
             device=device,
         )
+        # The weights learned to answer under the date of their run.
+        fix_date(tokenizer, self.date)
         return model, tokenizer
 
 
@@ -142,20 +140,8 @@ def _weights_of(run: Path, step: str | None) -> tuple[Path, str, bool]:
                 "first."
             ) from error
         return path, f"checkpoint of step {found.step}; the run has no final model", True
-    why = ""
-    if step == BEST:
-        number, why = best_step(run)
-    else:
-        number = int(step)
-    path = step_dir(root, number)
-    if not path.is_dir():
-        held = ", ".join(map(str, checkpoint_steps(root))) or "none"
-        raise OutputError(
-            f"--step {step}: {run} has no checkpoint of step {number}{why and f', {why}'}; it has "
-            f"those of the steps {held}."
-        )
-    _verify(path)
-    return path, f"checkpoint of step {number}{why and f', {why}'}", True
+    chosen = find_checkpoint(run, step)
+    return chosen.path, f"checkpoint of step {chosen.step}, {chosen.why}", True
 
 
 def _verify(path: Path) -> int:
@@ -172,14 +158,13 @@ def _open_checkpoint(path: Path, base: str | None) -> FinishedRun:
     if (run / RunFolder.RUN_JSON).is_file():
         return _finished(run, _read_json(run / RunFolder.RUN_JSON), path, note, base, True)
     metadata = _read_json(path / MANIFEST)["metadata"]
-    finished = _finished(path, {**metadata, "system_prompt": None}, path, note, base, True)
-    date = dt.date.fromisoformat(metadata["date"]) if "date" in metadata else dt.date.today()
-    prompt = finished.config.profile.system_prompt
+    found = _finished(path, {**metadata, "system_prompt": None}, path, note, base, True)
+    date, prompt = found.date or dt.date.today(), found.config.profile.system_prompt
     if prompt is not None:
         prompt = prompt.replace("{date}", date.isoformat())
     else:
-        prompt = finished.profile().system_prompt(date=date)
-    return FinishedRun(path, finished.config, prompt, path, note, base, is_checkpoint=True)
+        prompt = found.profile().system_prompt(date=date)
+    return dataclasses.replace(found, system_prompt=prompt)
 
 
 def _finished(
@@ -194,12 +179,13 @@ def _finished(
     try:
         config = TrainerConfig.model_validate(record["config"])
         prompt = record["system_prompt"]
-    except (ValidationError, KeyError, TypeError) as error:
+        date = dt.date.fromisoformat(record["date"]) if record.get("date") else None
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise OutputError(
             f"{folder}: what it says of its run cannot be used ({error}); it was written by "
             "another version of this program."
         ) from error
-    return FinishedRun(folder, config, prompt, model_dir, note, base, is_checkpoint)
+    return FinishedRun(folder, config, prompt, model_dir, note, base, is_checkpoint, date)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
