@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
+from tests.integration.serving import running_server
 from trainer.cli import main
 from trainer.core.finished import open_run
 from trainer.errors import ConfigError, ModelError, OutputError
@@ -129,6 +131,22 @@ def test_the_server_answers_with_an_adapter_on_its_base(finished: Callable[..., 
     said = logits(load_finished_model(folder))
     assert torch.allclose(said, logits(held.model), atol=1e-5)
     assert held.weights_id == held.original_id
+
+
+@pytest.mark.slow
+def test_serve_takes_a_step_of_a_run_and_answers_what_chat_says(
+    finished: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = finished()
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is 3 plus 3?\n"))
+    assert main(["chat", str(run), "--step", "2", "--max-new-tokens", "8"]) == 0
+    said = capsys.readouterr().out
+    with running_server(str(run), "--step", "2") as server:
+        assert "checkpoint of step 2" in server.log()
+        asked = {"prompt": "what is 3 plus 3?", "limit": 8, "temperature": 0, "seed": 42}
+        answer = httpx.post(f"{server.url}/generate", json=asked, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert said.removesuffix(" [cut at the limit]\n") == answer.json()["text"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ ADAPTER = "adapter_config.json"
 def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
-    _find_weights(words)
+    date = _find_weights(words)
     keys = read_keys(words.api_key_file, words.host)
     weights_dir: Path | None = words.weights_dir
     if weights_dir is not None and not weights_dir.is_dir():
@@ -41,7 +41,11 @@ def run(argv: list[str]) -> int:
     listener = _listen(words.host, words.port)
     port = listener.getsockname()[1]
     engine = EngineProcess(
-        words.model, words.device, wait_for_weights=words.wait_for_weights, base=words.base
+        words.model,
+        words.device,
+        wait_for_weights=words.wait_for_weights,
+        base=words.base,
+        date=date,
     )
     # uvicorn raises the signal again once it is done; by default that would skip the cleaning up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
@@ -83,9 +87,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _find_weights(words: argparse.Namespace) -> None:
+def _find_weights(words: argparse.Namespace) -> str | None:
     """Turn RUN and --step into the folder of the weights, as if --model had named it.
 
+    Returns:
+        The date of the run (YYYY-MM-DD), where one is known.
     Raises:
         ConfigError: two models, or a flag that needs a run without one.
         OutputError: the run has no such weights.
@@ -101,7 +107,7 @@ def _find_weights(words: argparse.Namespace) -> None:
             raise ConfigError(
                 "--step and --base say more of the folder of a run or adapter; give it as RUN."
             )
-        return
+        return None
     # torch comes with it, and a server without a run starts without torch.
     from trainer.core.finished import open_run
 
@@ -110,6 +116,7 @@ def _find_weights(words: argparse.Namespace) -> None:
         raise ConfigError(f"--base: {found.model_dir} holds a whole model, not an adapter.")
     words.model = str(found.model_dir)
     print(f"the {found.note} of {asked}", file=sys.stderr, flush=True)
+    return None if found.date is None else found.date.isoformat()
 
 
 def _start(engine: EngineProcess) -> None:

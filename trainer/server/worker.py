@@ -30,14 +30,16 @@ class EngineProcess:
         *,
         wait_for_weights: bool = False,
         base: str | None = None,
+        date: str | None = None,
     ) -> None:
         """Take what the engine will load; nothing is started.
 
         Args:
             model_path: None: to be set before `start`.
             base: where the base is, of a `model_path` that is an adapter.
+            date: of the run that made the weights (YYYY-MM-DD); its template prints this one.
         """
-        self.model_path, self.device, self.base = model_path, device, base
+        self.model_path, self.device, self.base, self.date = model_path, device, base, date
         self.wait_for_weights = wait_for_weights
         self.hello: dict[str, Any] = {}
         self.starts = 0
@@ -72,6 +74,7 @@ class EngineProcess:
                 self.device,
                 self.wait_for_weights,
                 self.base,
+                self.date,
             ),
             name="trainer-engine",
             daemon=True,
