@@ -14,6 +14,7 @@ import torch
 
 from trainer.models.chat_template import as_taken
 from trainer.models.template_date import date_options
+from trainer.models.vocabulary import embedding_rows, harmless_pad_id
 from trainer.preview.base import PreviewRequest, PreviewResult, is_match
 from trainer.preview.generate import Generation, GenerationSettings, generate
 from trainer.preview.health import health_flags
@@ -72,7 +73,7 @@ class LocalPreviewBackend:
             seed=seed,
             stop_strings=self.profile.stop_strings,
             stop_ids=frozenset(stop_ids or ()) | _model_stop_ids(model, tokenizer),
-            pad_id=_pad_id(tokenizer),
+            pad_id=harmless_pad_id(tokenizer, embedding_rows(model)),
             max_length=max_length,
         )
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -257,10 +258,3 @@ def _model_stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = named if isinstance(named, list) else [named]
     return frozenset({tokenizer.eos_token_id, *ids} - {None})
-
-
-def _pad_id(tokenizer: Any) -> int:
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
