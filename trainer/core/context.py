@@ -40,7 +40,7 @@ class RunContext:
     stop: StopRequest = field(default_factory=StopRequest)
     started: float = field(default_factory=time.perf_counter)
     date: dt.date = field(default_factory=dt.date.today)
-    """Of the system prompt; a resume keeps the date of its run."""
+    """Of the system prompt and of the chat template; a resume keeps the date of its run."""
     durations_s: dict[str, float] = field(default_factory=dict)
     use_cache: bool = True
     """The model config's own value, which training changes."""

@@ -25,6 +25,7 @@ from trainer.data.packing import pack_training_rows
 from trainer.data.prepare import prepare_data
 from trainer.errors import ConfigError
 from trainer.models.load import check_locked, context_length, load_tokenizer, read_model_config
+from trainer.models.template_date import fix_date
 from trainer.monitoring.events import CardShown
 from trainer.profiles import DataProfile
 
@@ -96,6 +97,7 @@ def prepare_rows(
     hyper = config.hyperparams
     run.phase("loading", f"encoding {config.data.dataset_path}")
     started = time.perf_counter()
+    fix_date(tokenizer, run.date)
     data = prepare_data(
         config.data,
         profile=profile,

@@ -52,7 +52,7 @@ class ResumePoint:
 
     @property
     def date(self) -> dt.date | None:
-        """The date in the run's system prompt, which a resume must not change."""
+        """The date in the run's prompts, which a resume must not change."""
         recorded = self.metadata.get("date")
         return dt.date.fromisoformat(recorded) if recorded else None
 

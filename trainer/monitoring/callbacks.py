@@ -25,10 +25,12 @@ from trainer.monitoring.events import (
     Event,
     Notice,
     Observer,
+    PhaseChanged,
     PreviewsDone,
     RowShown,
     StepDone,
 )
+from trainer.monitoring.state_words import TRAINING
 from trainer.preview.base import PreviewResult
 from trainer.preview.scheduler import PreviewScheduler
 
@@ -216,6 +218,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next step's clock starts behind the checkpoint, which is no training."""
+        self._say_phase(TRAINING)
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -236,6 +239,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = control.should_training_stop or is_last
         is_nth = bool(self.checkpoint_interval) and step % self.checkpoint_interval == 0
         control.should_save = is_last or is_best or is_nth or asked.save
+        if control.should_save:
+            self._say_phase(f"writing the checkpoint of step {step}")
         self._step_started = time.perf_counter()
 
     # ---- parts
@@ -279,7 +284,9 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             return False
         assert self._evaluate is not None, "no evaluation without held-out rows"
         started = time.perf_counter()
+        self._say_phase(f"measuring the validation loss of step {step}")
         found = self._evaluate(self._unwrapped())
+        self._say_phase(TRAINING)
         self.last_val_loss = found.loss
         self.observers.emit(
             EvaluationDone(
@@ -336,8 +343,20 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         if self.scheduler is None:
             return
         self.scheduler.note_step(step)
-        if self.scheduler.is_due(step, is_last=is_last):
+        if not self.scheduler.is_due(step, is_last=is_last):
+            return
+        if not self.scheduler.is_waited_for:
             self.scheduler.ask(step, is_last=is_last)
+            return
+        count, limit = len(self.scheduler.requests), self.config.preview_max_tokens
+        self._say_phase(f"making the previews of step {step} ({count} prompts, {limit} tokens)")
+        self.scheduler.ask(step, is_last=is_last)
+        self._say_phase(TRAINING)
+
+    def _say_phase(self, text: str) -> None:
+        """Say what keeps training from the next step, or that it goes on."""
+        if self.trainer is None or self.trainer.is_world_process_zero():
+            self.observers.emit(PhaseChanged(state="training", text=text))
 
     def deliver_previews(self, step: int, results: list[PreviewResult], waited_s: float) -> None:
         """What the scheduler calls with finished previews."""

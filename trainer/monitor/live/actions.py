@@ -12,7 +12,13 @@ from trainer.errors import PreviewError
 from trainer.monitor.control_writer import COMMAND_WORDS, ControlWriter
 from trainer.monitor.live.elements import answer, box, confirm, text
 from trainer.monitor.run_reader import RunReader
-from trainer.monitor.worker_link import Reply, ask_worker, find_worker
+from trainer.monitor.worker_link import (
+    WORKER_NAME,
+    Reply,
+    absence_words,
+    ask_worker,
+    find_worker,
+)
 
 MAX_PROMPT = 20_000
 
@@ -39,7 +45,9 @@ class AskBox:
         found = find_worker(self.reader.folder, self.allowed_hosts)
         self._form.set_visibility(found.worker is not None)
         self._reason.set_visibility(found.worker is None)
-        self._reason.set_text(f"Nobody can be asked: {found.reason}.")
+        is_named = (self.reader.folder / WORKER_NAME).is_file()
+        reason = found.reason if is_named else absence_words(self.reader)
+        self._reason.set_text(f"Nobody can be asked: {reason}")
 
     async def _ask(self) -> None:
         worker = find_worker(self.reader.folder, self.allowed_hosts).worker
