@@ -314,9 +314,10 @@ class OutputSection(Section):
     output_dir: str = "outputs"
     """Folder of the run. Flag: --output."""
     checkpoint_interval: Interval = 500
-    """Steps between checkpoints; the last step and a stop by signal always make one."""
+    """Steps between checkpoints; the last step and a stop always make one."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept; one of the step with the lowest validation loss is kept besides."""
+    """Newest checkpoints kept. The one of the step with the lowest validation loss is kept besides
+    (each lower loss makes one), and the one that was marked as best."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
     report: bool = True
