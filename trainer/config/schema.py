@@ -83,9 +83,11 @@ class Hyperparams(Section):
     """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: bitsandbytes
     on a GPU."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate moves after the warm-up; linear and cosine end at 0."""
+    """How the learning rate moves after the warm-up. Linear and cosine fall so that the step after
+    the last one would have 0."""
     warmup_steps: Annotated[float, Field(ge=0.0)] = 0.03
-    """Steps over which the rate rises from 0: a whole number, or below 1 a share of all steps."""
+    """Steps before the first one at the peak rate: a whole number, or below 1 a share of all steps.
+    With N of them the first step has 1/(N+1) of the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of the optimizer (norms and biases are left out)."""
     adam_beta1: Share = 0.9
@@ -152,6 +154,9 @@ class DataSection(Section):
         "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca", "text"
     ] = "auto"
     """The rows' layout; `auto` looks at the first row of each file and says what it found."""
+    text_markers: Literal["turns", "tokens"] = "turns"
+    """Rows of format `text` that hold the model's own control tokens: `turns` reads them back into
+    the conversation they were made from and trains its answers; `tokens` trains every token."""
     columns: dict[str, str] = {}
     """Other names for the format's keys, such as `question=frage`: its key = the file's."""
     weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()

@@ -17,11 +17,14 @@ from trainer.core.context import RunContext, is_main_process
 from trainer.core.evaluate import build_evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss_check import forget_peak_memory, is_loss_equal
+from trainer.core.memory_probe import MemoryProbe
 from trainer.core.optim import build_optimizer
 from trainer.core.packing_check import check_documents_apart, pack_collator, takes_borders
-from trainer.core.preparation import epoch_order
+from trainer.core.preparation import epoch_order, num_steps
 from trainer.core.previews import build_scheduler
 from trainer.core.run_folder import package_versions
+from trainer.core.schedule import RateSchedule
+from trainer.core.semantics import SEMANTICS
 from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
 from trainer.data.packing import PackedDataset
@@ -29,6 +32,7 @@ from trainer.errors import ConfigError
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved
+from trainer.monitoring.run_files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.published import PublishedPreviews
@@ -45,13 +49,16 @@ def assemble_callbacks(run: RunContext, config: TrainerConfig) -> list[Any]:
     stopping = EarlyStopping(hyper.early_stopping_patience, hyper.early_stopping_min_delta)
     if run.resume is not None:
         stopping.restore(run.resume.run_state["early_stopping"])
+        kept = checkpoint_steps(Path(config.output.output_dir) / CHECKPOINTS_NAME)
+        if stopping.lowest_step not in kept:  # its weights are gone, so a later step is the best
+            stopping.lowest_loss, stopping.lowest_step = None, 0
     run.callback = LiveMonitorCallback(
         config.monitoring,
         observers=run.observers,
         evaluate=build_evaluator(run, collate=PadCollator(_pad_id(run))),
         early_stopping=stopping,
         checkpoint_interval=config.output.checkpoint_interval,
-        is_stop_requested=lambda: run.stop.is_set,
+        is_stop_requested=lambda: run.stop.is_signalled,
         request_stop=lambda: run.stop.ask("the control file"),
         control=ControlFile(run.folder.path, run.notice) if run.folder is not None else None,
         row_of_step=lambda step: run.data.train_texts[order.first_row_of_step(step)],
@@ -84,13 +91,16 @@ def assemble_trainer(
     """
     packs = data.train if isinstance(data.train, PackedDataset) else None
     pad_id = _pad_id(run)
+    optimizer = build_optimizer(model, config.hyperparams)
+    memory = MemoryProbe()
+    schedule = RateSchedule(optimizer, config.hyperparams, num_steps(config, data))
     trainer = SupervisedTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         data_collator=pack_collator(model, pad_id) if packs is not None else PadCollator(pad_id),
-        optimizers=(build_optimizer(model, config.hyperparams), None),
-        callbacks=callbacks,
+        optimizers=(optimizer, schedule),
+        callbacks=[memory, *callbacks],  # before the previews of step 0
         order=epoch_order(config, data),
         save_checkpoint=_checkpoint_saver(run),
         run_state=lambda: _run_state(run),
@@ -105,7 +115,7 @@ def assemble_trainer(
         run.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
-    run.trainer = trainer
+    run.trainer = memory.trainer = trainer
     if run.callback is not None:
         run.callback.trainer = trainer
     if packs is not None:
@@ -150,6 +160,7 @@ def _checkpoint_saver(run: RunContext) -> Callable[[int, Callable[[Path], None]]
                 "data_fingerprint": run.data.train.fingerprint(),
                 "date": run.date.isoformat(),
                 "versions": package_versions(),
+                "semantics": SEMANTICS,
             },
         )
         seconds = time.perf_counter() - started

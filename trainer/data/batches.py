@@ -22,8 +22,8 @@ class EpochOrder(Sampler[int]):
     """Row indices of one epoch, the same on every start, rank and resume.
 
     With `group_by_length` rows are shuffled, sorted by length within pools of 50 groups, cut into
-    groups (one optimizer step each), and the groups are shuffled. The group with the longest row
-    comes first, so that running out of memory shows in the first step.
+    groups (one optimizer step each), and the groups are shuffled. No group has a place of its own:
+    that the longest rows fit into memory is found out before the first step (core/memory_probe.py).
     """
 
     def __init__(
@@ -58,6 +58,10 @@ class EpochOrder(Sampler[int]):
         """Optimizer steps of one epoch; the last one may have fewer rows."""
         return -(-len(self.lengths) // self.group_size)
 
+    def longest_rows(self, count: int) -> list[int]:
+        """The `count` longest rows: no forward pass over as many is padded to more tokens."""
+        return sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])[:count]
+
     def first_row_of_step(self, step: int) -> int:
         """The first row of optimizer step `step`, from 1, counted over all epochs."""
         epoch, nth = divmod(step - 1, self.steps_per_epoch)
@@ -91,13 +95,7 @@ class EpochOrder(Sampler[int]):
         full = [group for group in groups if len(group) == size]
         rest = [group for group in groups if len(group) != size]
         mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        if mixed:
-            longest = max(range(len(mixed)), key=lambda i: self._longest(mixed[i]))
-            mixed.insert(0, mixed.pop(longest))
         return [row for group in [*mixed, *rest] for row in group]
-
-    def _longest(self, group: list[int]) -> int:
-        return max(self.lengths[row] for row in group)
 
 
 class PadCollator:
