@@ -35,7 +35,7 @@ def test_a_client_that_floods_its_kind_keeps_nobody_of_it_waiting() -> None:
     queue: FairQueue[int] = FairQueue()
     for number in range(50):
         queue.push(number, "chat", "flood")
-    job, kind, client = queue.pop()
+    _, kind, client = queue.pop()
     queue.charge(kind, client, 1.0)
     queue.push(777, "chat", "other")
     assert {queue.pop()[0], queue.pop()[0]} == {777, 1}
