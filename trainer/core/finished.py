@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from trainer.core.checkpoint import find_latest_checkpoint
 from trainer.core.run_folder import RunFolder
 from trainer.errors import OutputError
 from trainer.models.load import load_finished_model, load_tokenizer
+from trainer.models.template_date import fix_date
 from trainer.profiles import DataProfile, get_profile
 
 
@@ -27,6 +29,8 @@ class FinishedRun:
     model_dir: Path
     note: str
     """Which weights these are, in words."""
+    date: dt.date | None = None
+    """The day of the run, in its system prompt and in what its chat template prints."""
 
     def profile(self) -> DataProfile:
         """The profile the run was trained with."""
@@ -39,6 +43,8 @@ class FinishedRun:
         tokenizer = load_tokenizer(
             ModelSection(model_path=str(self.model_dir.resolve()), trust_remote_code=trust)
         )
+        # The weights learned to answer under the date of their run.
+        fix_date(tokenizer, self.date)
         model = load_finished_model(self.model_dir, dtype=dtype, trust_remote_code=trust)
         return model, tokenizer
 
@@ -66,4 +72,5 @@ def open_run(path: Path) -> FinishedRun:
         system_prompt=manifest["system_prompt"],
         model_dir=model_dir,
         note=note,
+        date=dt.date.fromisoformat(manifest["date"]) if manifest.get("date") else None,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.data.tools import tools_of
 from trainer.errors import TemplateError
+from trainer.models.template_date import date_options
 from trainer.profiles import Message
 
 PROBE = [
@@ -98,6 +99,7 @@ class ChatTemplate:
     ) -> Any:
         if tools is not None:
             options = {**options, "tools": tools}
+        options = {**options, **date_options(self.tokenizer, options.get("chat_template"))}
         try:
             return self.tokenizer.apply_chat_template(
                 conversations, tokenize=True, return_dict=True, **{**TEMPLATE_OPTIONS, **options}

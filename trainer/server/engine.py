@@ -84,6 +84,7 @@ class Engine:
             temperature=request.temperature,
             seed=sample_seed(seed, sample),
         )
+        backend.with_special_tokens = False  # clients want words; raw_text has everything
         backend.system_prompt = request.system_prompt
         backend.settings = dataclasses.replace(backend.settings, stop_strings=tuple(request.stop))
         ids = request.prompt_token_ids or self._render(backend, request)
@@ -136,18 +137,18 @@ class Engine:
         self.watch.check()
         scores = [
             golden_logprobs(self.held.model, row.prompt_token_ids, row.golden_token_ids).tolist()
-            if row.golden_token_ids and (request.golden_logprobs or index == request.canary)
+            if row.golden_token_ids and (request.golden_logprobs or index in request.canaries)
             else None
             for index, row in enumerate(request.prompts)
         ]
-        canary = None if request.canary is None else scores[request.canary]
+        canary = [scores[index] for index in request.canaries]
         return PreviewsResult(
             run=request.run,
             step=request.step,
             weights_id=self._weights_id(),
             results=[self._signed(result) for result in results],
             golden_logprobs=scores if request.golden_logprobs else None,
-            canary_logprob=None if canary is None else sum(canary),
+            canary_logprob=sum(map(sum, filter(None, canary))) if all(canary) and canary else None,
         )
 
     def _backend(
