@@ -15,6 +15,7 @@ import uvicorn
 
 from trainer.commands.arguments import parse
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
+from trainer.preview.own_keys import remember_key_file
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
 from trainer.server.weights import KEPT_SETS
@@ -25,6 +26,8 @@ def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
     keys = read_keys(words.api_key_file, words.host)
+    if words.api_key_file is not None:
+        remember_key_file(words.api_key_file)
     weights_dir: Path | None = words.weights_dir
     if weights_dir is not None and not weights_dir.is_dir():
         raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")

@@ -31,4 +31,6 @@ class TrainingResult:
     """0 completed, 1 failed, 2 the user's input, 129, 130 and 143 stopped by a
     signal."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """Figures and counts: previews, final evaluation, times; `error_type` after a failure."""
+    """Figures and counts: previews, final evaluation, times; `error_type` after a failure.
+    `previews` holds `asked`, `done`, `failed`, `verified` and more; its `all_failed` is true where
+    the run has not shown a single answer, whatever `success` says."""
