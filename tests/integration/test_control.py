@@ -50,7 +50,7 @@ def test_stop_saves_and_a_resume_goes_on_without_obeying_it_again(
     config = job()
     person = Person({3: send(tmp_path / "out", "stop")})
     result = TrainerEngine(observers=[person]).run_job(config)
-    assert (result.state, result.exit_code, result.global_step) == ("stopped", 130, 3)
+    assert (result.state, result.exit_code, result.global_step) == ("stopped", 0, 3)
     assert result.error_message is not None
     assert "by the control file after step 3" in result.error_message
     assert any("control: stop after step 3" in text for text in texts_of(result.output_dir))

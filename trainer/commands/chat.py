@@ -43,6 +43,7 @@ def run(argv: list[str]) -> int:
             temperature=words.temperature,
             seed=words.seed,
             max_length=context_length(model.config),
+            with_special_tokens=False,
         )
     console.print(f"{finished.folder}: {finished.note}. {HELP}", highlight=False)
     return _talk(backend, sys.stdin.isatty())

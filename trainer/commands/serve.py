@@ -17,6 +17,9 @@ from trainer.commands.arguments import parse
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
+from trainer.server.jobs import REQUEST_TIMEOUT_S
+from trainer.server.private_folder import PrivateFolder
+from trainer.server.protocol import BoundedProtocol
 from trainer.server.weights import KEPT_SETS
 from trainer.server.worker import EngineProcess
 
@@ -47,9 +50,10 @@ def run(argv: list[str]) -> int:
             engine,
             keys=keys,
             host=words.host,
-            store_dir=Path(store.name),
+            store_dir=store.path,
             weights_dir=weights_dir,
             num_kept=words.keep_weights,
+            request_timeout_s=words.request_timeout,
         )
         shown = f"[{words.host}]" if ":" in words.host else words.host
         print(
@@ -59,7 +63,8 @@ def run(argv: list[str]) -> int:
         )
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedProtocol,
+            ws="none",
             loop="auto",
             log_level="warning",
             server_header=False,
@@ -69,7 +74,7 @@ def run(argv: list[str]) -> int:
     finally:
         engine.stop()
         listener.close()
-        store.cleanup()
+        store.remove()
     return 0
 
 
@@ -82,10 +87,10 @@ def _start(engine: EngineProcess) -> None:
         raise ModelError(words.replace("environment.device=", "--device ")) from error
 
 
-def _store() -> tempfile.TemporaryDirectory[str]:
-    """A private folder (mode 700) for what is uploaded."""
+def _store() -> PrivateFolder:
+    """A private folder (mode 700) for what is uploaded; those of killed servers go."""
     try:
-        return tempfile.TemporaryDirectory(prefix="trainer-serve-")
+        return PrivateFolder()
     except OSError as error:
         raise ConfigError(
             f"no folder for uploads can be made in {tempfile.gettempdir()} "
@@ -157,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keep-weights", type=_count, default=KEPT_SETS, metavar="N", help="sets kept for a return"
+    )
+    parser.add_argument(
+        "--request-timeout",
+        type=_count,
+        default=int(REQUEST_TIMEOUT_S),
+        metavar="S",
+        help="seconds that one request may take of the engine",
     )
     parser.add_argument(
         "--end-with-stdin", action="store_true", help="end when standard input closes"

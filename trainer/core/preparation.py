@@ -16,6 +16,7 @@ from trainer.core.checkpoint import clean_staging
 from trainer.core.context import RunContext, is_main_process
 from trainer.core.resume import check_resumable, find_resume_point
 from trainer.core.run_folder import RunFolder
+from trainer.core.schedule import check_schedule
 from trainer.data.batches import EpochOrder
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
@@ -127,11 +128,7 @@ def _check_against_rows(run: RunContext, config: TrainerConfig, data: RunData) -
     """What can be told only once the rows are known."""
     hyper = config.hyperparams
     total = num_steps(config, data)
-    if hyper.warmup_steps >= total:
-        raise ConfigError(
-            f"hyperparams.warmup_steps={hyper.warmup_steps:g} is not below the {total} steps "
-            "that these rows and epochs make; lower it or train longer."
-        )
+    check_schedule(hyper, total, start=run.resume.step if run.resume else 0)
     if hyper.early_stopping_patience and data.validation is None:
         raise ConfigError(
             "hyperparams.early_stopping_patience is set, but no rows are held out "

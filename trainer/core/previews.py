@@ -101,6 +101,7 @@ def held_out_requests(prompts: Iterable[HeldOutPrompt]) -> list[PreviewRequest]:
             prompt_token_ids=held.prompt_ids,
             golden_answer=held.golden_answer,
             golden_token_ids=held.golden_ids or None,
+            messages=held.messages,
             prompt_id=held.prompt_id,
             held_out=held.is_held_out,
         )

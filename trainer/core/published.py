@@ -30,8 +30,8 @@ from trainer.preview.identity import (
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.published import PublishedPreviews
 from trainer.preview.push import ServerHashes, WorkerClient
-from trainer.preview.results import TOLERANCE, Canary
-from trainer.preview.score import golden_logprobs
+from trainer.preview.results import NOISE_FP32, NOISE_HALF, Canary, canary_rows
+from trainer.preview.score import SentAs, as_received, golden_logprobs
 from trainer.preview.snapshot import Snapshotter, arena_folder
 from trainer.preview.workers import Announce, RemoteWorker, SidecarWorker, Worker
 from trainer.profiles import DataProfile, known_profiles
@@ -234,25 +234,34 @@ def _sidecar(
 
 
 def _canary(run: RunContext, requests: Sequence[PreviewRequest]) -> Canary | None:
-    """The golden answer with the fewest tokens, scored by this process; None without any."""
-    usable = [
-        (len(one.prompt_token_ids) + len(one.golden_token_ids), index)
-        for index, one in enumerate(requests)
-        if one.prompt_token_ids and one.golden_token_ids
-    ]
-    if not usable:
+    """Golden answers scored by this process as the worker scores them; None without any."""
+    rows = canary_rows(requests)
+    if not rows:
         return None
-    index = min(usable)[1]
-    prompt, golden = requests[index].prompt_token_ids or (), requests[index].golden_token_ids or ()
-    model, dtype = run.model, run.precision.autocast_dtype
-    is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    model = run.model
+    pairs = [
+        (requests[row].prompt_token_ids or (), requests[row].golden_token_ids or ()) for row in rows
+    ]
+    sent_as = _sent_as(run)
+    # The one kind of kernel that cannot compute in fp32.
+    is_flash = "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    autocast = run.precision.autocast_dtype if is_flash else None
 
     def score() -> torch.Tensor:
-        # fp32 weights are scored in fp32, as the worker does; half ones need training's autocast.
-        with torch.autocast(run.device.type, dtype=dtype, enabled=is_half and dtype is not None):
-            return golden_logprobs(model, prompt, golden)
+        with as_received(model, sent_as, autocast=autocast):
+            return torch.cat([golden_logprobs(model, prompt, golden) for prompt, golden in pairs])
 
-    return Canary(index, len(golden), TOLERANCE[run.precision.compute_dtype], score)
+    num_tokens = sum(len(golden) for _, golden in pairs)
+    return Canary(rows, num_tokens, NOISE_FP32 if autocast is None else NOISE_HALF, score)
+
+
+def _sent_as(run: RunContext) -> SentAs:
+    """In which dtype each tensor travels; the frozen base of adapters goes as it was loaded."""
+    travel, loaded = run.precision.compute_dtype, run.precision.load_dtype
+    if not hasattr(run.model, "peft_config"):
+        return lambda tensor: travel
+    trained = {id(tensor) for tensor in adapter_tensors(run.model).values()}
+    return lambda tensor: travel if id(tensor) in trained else loaded
 
 
 def _previews(
@@ -285,7 +294,7 @@ def _previews(
         "temperature": monitoring.preview_temperature,
         "seed": run.config.environment.seed,
         "golden_logprobs": monitoring.preview_golden_logprobs,
-        "canary": canary.index if canary is not None else None,
+        "canary": list(canary.rows) if canary is not None else None,
     }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+MAX_KEYS_SHOWN = 30
+MAX_KEY_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,18 @@ class DataCard:
     """Whether the encoded rows were read from the cache, or why not."""
     num_packs: int = 0
     """Packed training sequences; 0 without data.enable_packing."""
+    num_untrained_turns: int = 0
+    """Assistant turns of rows in use that are read and not trained, by flags or by their place."""
+    num_weighted_turns: int = 0
+    """Turns and texts that count with another weight than 0 and 1 in the loss."""
+    num_openings: int = 0
+    """Rows that begin with an assistant turn, which is read and not trained."""
+    unused_keys: dict[str, int] = field(default_factory=dict)
+    """Key of rows, or `list[].key` of turns, that nothing is done with -> how many have it."""
+    num_as_text: int = 0
+    """Numbers, booleans and JSON that were taken as their JSON text."""
+    num_rendered: int = 0
+    """Rows of text with the chat template's markers that were read back into turns."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
     sample: tuple[tuple[str, bool], ...] = ()
@@ -84,6 +100,7 @@ class DataCard:
             **asdict(self),
             "trained_pct": round(self.trained_pct, 2),
             "is_stop_trained": self.is_stop_trained,
+            "row_lines": _row_lines(self),
         }
 
 
@@ -124,6 +141,7 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         lines.append(
             ("stripped", f"the template leaves out text of {card.num_stripped:,} rows: {text}")
         )
+    lines += _row_lines(card)
     if card.num_packs:
         fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
         lines.append(("packing", f"{card.num_packs:,} packs, {fill:.1f} % full"))
@@ -146,6 +164,41 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
     if card.cache:
         lines.append(("cache", card.cache))
     return lines
+
+
+def _row_lines(card: DataCard) -> list[tuple[str, str]]:
+    """What rows bring beside plain turns, as (label, value) lines; what they do not is left out."""
+    counts = (
+        (card.num_untrained_turns, "untrained", "assistant turns are read, not trained"),
+        (card.num_weighted_turns, "loss weights", "turns count with another weight than 1 or 0"),
+        (
+            card.num_openings,
+            "openings",
+            "rows begin with the assistant: read where the template takes it, not trained",
+        ),
+        (
+            card.num_rendered,
+            "rendered text",
+            "rows of text hold the template's markers: read as turns, their answers are trained",
+        ),
+        (card.num_as_text, "as text", "values that are no text are taken as their JSON text"),
+    )
+    lines = [(label, f"{count:,} {words}") for count, label, words in counts if count]
+    if card.unused_keys:
+        lines.append(("unused keys", _unused_text(card.unused_keys)))
+    return lines
+
+
+def _unused_text(unused: Mapping[str, int]) -> str:
+    ordered = sorted(unused.items(), key=lambda pair: (-pair[1], pair[0]))
+    shown = [f"{_shown_key(key)} ({count:,})" for key, count in ordered[:MAX_KEYS_SHOWN]]
+    more = len(ordered) - MAX_KEYS_SHOWN
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _shown_key(key: str) -> str:
+    """A key from a file, which may hold anything, in one bounded word."""
+    return key[:MAX_KEY_CHARS] if key.isprintable() else ascii(key[:MAX_KEY_CHARS])
 
 
 def _short(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedDataset as EncodedDataset
 from trainer.data.encoded import marked_text as marked_text
 from trainer.data.plain_text import check_text_row, is_text
+from trainer.data.rendered import check_markers_used, read_back
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
 from trainer.data.split import (
@@ -25,7 +27,7 @@ from trainer.data.split import HeldOutPrompt as HeldOutPrompt
 from trainer.data.split import content_key as content_key
 from trainer.data.tools import tools_of
 from trainer.data.truncation import RowTooLongError
-from trainer.data.turns import check_messages, tool_names
+from trainer.data.turns import check_messages, num_openings, tool_names
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
 
@@ -85,6 +87,9 @@ def encode_data(
     errors = RowErrors(section.on_bad_row, section.max_bad_rows)
     rows, format_name = read_sources(sources, section, errors, max_rows=section.max_rows)
     validation_rows, _ = read_sources(validation_sources, section, errors, max_rows=None)
+    rows = read_back(rows, encoder, errors, section.text_markers)
+    validation_rows = read_back(validation_rows, encoder, errors, section.text_markers)
+    check_markers_used([*rows, *validation_rows], section.text_markers)
     _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
     preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
     encoded = preparer.encode(rows)
@@ -114,6 +119,7 @@ def encode_data(
         validation=how,
         mix=mix,
         **preparer.counts(encoded, held_out),
+        **_row_counts([*encoded, *held_out]),
         **_token_counts(mixed, validation),
         sample=marked_text(encoder.tokenizer, mixed[0].example.input_ids, mixed[0].example.labels),
     )
@@ -153,6 +159,25 @@ def _check_fit(
 
 def _num_own_system(rows: list[Row]) -> int:
     return sum(row.messages[0]["role"] == "system" for row in rows)
+
+
+def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
+    """Fields of the data card that tell what the rows bring beside plain turns."""
+    unused: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for item in kept:
+        unused.update(item.row.notes.unused)
+        for turn in item.row.messages:
+            weight = turn.get("weight", 1.0)
+            weights["untrained" if weight == 0 else "weighted"] += weight != 1
+    return {
+        "num_untrained_turns": weights["untrained"],
+        "num_weighted_turns": weights["weighted"],
+        "num_openings": sum(num_openings(item.row.messages) > 0 for item in kept),
+        "unused_keys": dict(sorted(unused.items())),
+        "num_as_text": sum(item.row.notes.num_as_text for item in kept),
+        "num_rendered": sum(item.row.is_rendered for item in kept),
+    }
 
 
 def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
@@ -258,11 +283,19 @@ class _Preparer:
         clean = [turn.copy() for turn in row.messages]
         for turn in clean:
             turn["content"] = self.profile.clean(turn["content"])
+            if "reasoning_content" in turn:
+                turn["reasoning_content"] = self.profile.clean(turn["reasoning_content"])
         if is_text(clean):
-            return [check_text_row(turn["content"]) for turn in clean]
+            return [turn for turn in clean if check_text_row(turn["content"])]
         turns = self.profile.transform(clean, index=row.index, seed=self.seed)
         if _called(turns) != _called(row.messages):
             raise BadRowError("tool calls were lost or changed", "tool calls lost")
+        if _weights(turns) != _weights(row.messages):
+            raise BadRowError(
+                "the flags that say which turns are trained were lost; a profile's transform must "
+                "copy the turns that it changes",
+                "flags lost",
+            )
         if tools_of(turns) != tools_of(row.messages):
             raise BadRowError("the row's tools were lost or changed", "tools lost")
         # A profile can leave nothing to train, such as an answer of which nothing remains.
@@ -271,6 +304,12 @@ class _Preparer:
 
 def _called(messages: list[Message]) -> list[str]:
     return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
+
+
+def _weights(messages: list[Message]) -> list[float]:
+    """Of the assistant's turns; empty where each is trained like any other."""
+    weights = [turn.get("weight", 1.0) for turn in messages if turn["role"] == "assistant"]
+    return weights if any(weight != 1 for weight in weights) else []
 
 
 def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[Message]:

@@ -166,7 +166,7 @@ class _Counted:
 def _check_columns(section: DataSection, name: str) -> None:
     if name not in FORMATS:  # no row was good enough to tell
         return
-    known = FORMATS[name].keys | FORMATS[name].optional
+    known = FORMATS[name].takes
     unknown = sorted(set(section.columns) - known)
     if unknown:
         raise ConfigError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from trainer.data.rows import BadRowError
 from trainer.data.template import ChatTemplate, shared_prefix
+from trainer.data.turns import num_openings
 from trainer.profiles import Message
 
 
@@ -26,8 +27,10 @@ class Spans:
 
 
 def assistant_turns(row: list[Message]) -> list[int]:
-    """Positions of the assistant's turns."""
-    return [index for index, turn in enumerate(row) if turn["role"] == "assistant"]
+    """Positions of the assistant's turns that answer something: those behind a user turn."""
+    roles = [turn["role"] for turn in row]
+    first = roles.index("user") if "user" in roles else 0
+    return [index for index, role in enumerate(roles) if role == "assistant" and index > first]
 
 
 class SpanFinder:
@@ -53,7 +56,8 @@ class SpanFinder:
         """
         starts = [shared_prefix(ids, prompt) for prompt in prompts]
         self._check_last_prompt(ids, starts[-1], prompts[-1])
-        runs = _runs(mask) if mask is not None else []
+        # Greetings before the first user turn have marks too, and no prompt that asks for them.
+        runs = _runs(mask)[num_openings(row) :] if mask is not None else []
         if len(runs) == len(starts):
             ranges = [
                 self._trim(ids, max(begin, start), end)
@@ -140,9 +144,10 @@ class SpanFinder:
             position = end
         text = self._decode(between + ids[position:])
         missing = []
-        for turn in row:
+        answers = assistant_turns(row)
+        for index, turn in enumerate(row):
             content = turn["content"].strip()
-            if turn["role"] == "assistant" or not content:
+            if index in answers or not content:
                 continue
             at = text.find(content)
             if at < 0:

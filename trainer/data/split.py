@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config.schema import DataSection
 from trainer.data.encode import Example
@@ -42,6 +43,9 @@ class HeldOutPrompt:
     """False when the prompt is also trained on, with this answer or another one."""
     golden_ids: tuple[int, ...] = ()
     """The row's trained ids behind that prefix, up to the end of the turn."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The turns that are answered, for servers that render them; empty for plain text. One of them
+    carries the row's tools."""
 
 
 def content_key(messages: list[Message], seed: int) -> str:
@@ -201,5 +205,6 @@ def first_prompts(
                 prompt_id=f"{source}-{item.row.index}",
                 is_held_out=is_held_out and item.group not in trained,
                 golden_ids=tuple(item.example.golden_ids),
+                messages=tuple(dict(turn) for turn in item.example.conversation),
             )
     return tuple(chosen.values())

@@ -164,7 +164,7 @@ def _load_error(
 ) -> ModelError:
     whole = " ".join(str(error).split())
     first, name = whole[:300], section.model_path
-    if "flash" in first.lower() and section.attn_implementation == "flash_attention_2":
+    if "flash" in first.lower() and section.attn_implementation.startswith("flash"):
         return _attention_error(section, error)
     if "trust_remote_code" in whole:
         return ModelError(

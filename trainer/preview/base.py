@@ -6,6 +6,7 @@ No torch here: the monitor, a server and a client in another process import this
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +29,9 @@ class PreviewRequest(BaseModel):
     golden_token_ids: tuple[int, ...] | None = None
     """The answer's ids as trained on, behind `prompt_token_ids`; needed for its
     log-probabilities."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The whole conversation that is answered, with the tools on one of its turns, for backends
+    that cannot take ids; empty: `prompt` is all there is."""
     prompt_id: str = ""
     """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
     held_out: bool = True
@@ -42,9 +46,10 @@ class PreviewResult(BaseModel):
     step: int
     prompt: str
     text: str
-    """The answer without special tokens; "" when there was an error."""
+    """The answer without its stop token, decoded as the golden answer is: markers of calls and
+    thoughts are shown, special tokens or not. "" when there was an error."""
     raw_text: str = ""
-    """The answer with special tokens, up to and including the stop."""
+    """The answer up to and including the stop."""
     golden_answer: str | None = None
     matches: bool | None = None
     """The profile's comparison of text with golden; None without golden or after an error."""
@@ -129,6 +134,25 @@ class PreviewBackend(Protocol):
     def close(self) -> None:
         """Give back what the backend holds; may be called twice."""
         ...
+
+
+def is_match(
+    request: PreviewRequest, text: str, compare: Callable[[str, str], bool] | None
+) -> bool | None:
+    """Whether an answer says what the golden answer says; None without golden or comparison.
+
+    Nothing says what a blank golden answer says. Where the golden answer is what was trained, its
+    repetition is right whatever the comparison looks for: a profile that compares what stands
+    between two markers would else refuse a perfect call.
+    """
+    golden = request.golden_answer
+    if golden is None or compare is None:
+        return None
+    if not golden.strip():
+        return False
+    if request.golden_token_ids is not None and text.split() == golden.split():
+        return True
+    return bool(compare(text, golden))
 
 
 def to_json_line(result: PreviewResult) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The only code that samples tokens: used in the training process and by a worker alike.
 
-One left-padded batch, one `generate` call. Sampling noise is drawn in a logits processor from
-(seed, prompt, position), so it depends neither on the order of prompts nor on the global
-random state; with temperature 0 the most likely token wins.
+One left-padded batch, one `generate` call. A logits processor samples with one number per row and
+token that is a function of (seed, prompt, position), so it depends neither on the order of prompts
+nor on the device nor on the global random state; with temperature 0 the most likely token wins.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ class Generation:
 
 
 class NoiseProcessor(LogitsProcessor):  # type: ignore[misc]
-    """Divide by temperature and add Gumbel noise, so that argmax is a sample of the softmax."""
+    """Samples the softmax at a temperature, so that the argmax of what comes out is the sample.
+
+    The cumulative distribution is inverted where the scores are: one number per row and token is
+    drawn, however large the vocabulary, and equal scores give equal tokens on every device.
+    """
 
     def __init__(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> None:
         """Derive one seed per row from the run's seed and the row's prompt ids."""
@@ -57,14 +61,28 @@ class NoiseProcessor(LogitsProcessor):  # type: ignore[misc]
         self.position = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take scores (B, V), return scores (B, V) float32."""
-        noise = torch.empty(scores.shape, dtype=torch.float32)
-        for row, seed in enumerate(self.seeds):
-            # Drawn on the CPU: a GPU's generator would give other numbers for the same seed.
-            generator = torch.Generator().manual_seed((seed + self.position) % 2**63)
-            noise[row].exponential_(generator=generator)
+        """Take scores (B, V), return scores (B, V) float32: 0 for the sample, -inf elsewhere."""
+        drawn = [uniform(seed, self.position) for seed in self.seeds]
         self.position += 1
-        return scores.float() / self.temperature - noise.log().to(scores.device)
+        # fp32 sums of 150,000 probabilities would be off by more than a rare token's own.
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        scores = scores.to(wide)
+        # The maximum first: divided by a tiny temperature, it would be infinite.
+        scores = (scores - scores.amax(-1, keepdim=True)) / self.temperature
+        sums = scores.softmax(-1).cumsum(-1)  # (B, V)
+        total = sums[:, -1:]
+        target = torch.tensor(drawn, dtype=wide).to(scores.device)[:, None] * total
+        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+        # The first sum above the target: a token of probability 0 raises no sum.
+        chosen = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[-1] - 1)
+        sampled = torch.full(scores.shape, -torch.inf, device=scores.device)
+        return sampled.scatter_(-1, chosen, 0.0)
+
+
+def uniform(row_seed: int, position: int) -> float:
+    """A number in [0, 1) for one row and position; neighbours of either have unrelated ones."""
+    digest = hashlib.blake2b(f"{row_seed}:{position}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
 
 
 def _row_seed(prompt: Sequence[int], seed: int) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from trainer.models.template_date import date_options
-from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.base import PreviewRequest, PreviewResult, is_match
 from trainer.preview.generate import Generation, GenerationSettings, generate
 from trainer.preview.health import health_flags
 from trainer.preview.neutral import undisturbed
@@ -42,6 +43,7 @@ class LocalPreviewBackend:
         max_length: int | None = None,
         processors: Sequence[Any] = (),
         with_golden_logprobs: bool = False,
+        with_special_tokens: bool = True,
     ) -> None:
         """Take a model in any mode, on any device.
 
@@ -53,7 +55,10 @@ class LocalPreviewBackend:
             max_length: prompt and answer together, in tokens.
             processors: run behind the profile's own, at every token.
             with_golden_logprobs: also score golden answers whose ids are known.
+            with_special_tokens: show special tokens inside `text`, as golden answers do; False for
+                clients that want words only.
         """
+        self.with_special_tokens = with_special_tokens
         self.with_golden_logprobs = with_golden_logprobs
         self.processors = tuple(processors)
         self.model, self.tokenizer = model, tokenizer
@@ -69,7 +74,9 @@ class LocalPreviewBackend:
             pad_id=_pad_id(tokenizer),
             max_length=max_length,
         )
-        self._leak_ids = frozenset(tokenizer.all_special_ids)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(tokenizer.all_special_ids)
+        self._special_texts = {index: _token(tokenizer, index) for index in special}
         self.skipped_for_memory = 0
 
     def preview(
@@ -96,11 +103,13 @@ class LocalPreviewBackend:
         try:
             return self._answer(requests, step, settings)
         except torch.OutOfMemoryError as error:
-            return self._answer_less(requests, step, max_new_tokens, error)
+            reason = " ".join(str(error).split())[:120]
         except Exception as error:  # a preview must never stop training
             logger.exception("previews at step %d failed; training goes on", step)
             message = f"{type(error).__name__}: {error}"
             return [PreviewResult.failed(r, step, message, self.backend_type) for r in requests]
+        # Only out here: inside `except` the traceback holds all that the failed attempt allocated.
+        return self._answer_less(requests, step, max_new_tokens, reason)
 
     def close(self) -> None:
         """Nothing to give back: the model belongs to the training process."""
@@ -124,10 +133,9 @@ class LocalPreviewBackend:
         return ids
 
     def _answer_less(
-        self, requests: list[PreviewRequest], step: int, limit: int | None, error: Exception
+        self, requests: list[PreviewRequest], step: int, limit: int | None, reason: str
     ) -> list[PreviewResult]:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         half = len(requests) // 2
         if half:
             logger.warning(
@@ -142,7 +150,7 @@ class LocalPreviewBackend:
             ]
         self.skipped_for_memory += 1
         message = (
-            f"skipped: out of memory even for one prompt ({' '.join(str(error).split())[:120]}); "
+            f"skipped: out of memory even for one prompt ({reason}); "
             "lower monitoring.preview_max_tokens"
         )
         logger.warning("preview at step %d %s", step, message)
@@ -172,8 +180,11 @@ class LocalPreviewBackend:
             )
             seconds = time.perf_counter() - started
             scores = [self._score(request) for request in requests]
+        # What golden answers hold belongs to answers, such as the markers of a call.
+        goldens = "\n".join(request.golden_answer or "" for request in requests)
+        leaks = {index for index, text in self._special_texts.items() if text not in goldens}
         return [
-            self._result(request, answer, step, seconds).model_copy(update=score)
+            self._result(request, answer, step, seconds, leaks).model_copy(update=score)
             for request, answer, score in zip(requests, answers, scores, strict=True)
         ]
 
@@ -183,15 +194,22 @@ class LocalPreviewBackend:
         if not (self.with_golden_logprobs and prompt and golden):
             return {}
         return {
-            "golden_tokens": tuple(str(self.tokenizer.decode([token])) for token in golden),
+            "golden_tokens": tuple(_token(self.tokenizer, token) for token in golden),
             "golden_logprobs": tuple(golden_logprobs(self.model, prompt, golden).tolist()),
         }
 
     def _result(
-        self, request: PreviewRequest, answer: Generation, step: int, seconds: float
+        self,
+        request: PreviewRequest,
+        answer: Generation,
+        step: int,
+        seconds: float,
+        leak_ids: Collection[int],
     ) -> PreviewResult:
         text = self.tokenizer.decode(
-            answer.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            answer.token_ids,
+            skip_special_tokens=not self.with_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         golden = request.golden_answer
         count = len(answer.raw_ids)
@@ -201,7 +219,7 @@ class LocalPreviewBackend:
             text=text,
             raw_text=self.tokenizer.decode(answer.raw_ids, clean_up_tokenization_spaces=False),
             golden_answer=golden,
-            matches=None if golden is None else self.profile.matches(text, golden),
+            matches=is_match(request, text, self.profile.matches),
             tokens_generated=count,
             generation_time_sec=seconds,
             tokens_per_sec=count / seconds if seconds > 0 else 0.0,
@@ -217,9 +235,20 @@ class LocalPreviewBackend:
                 prompt=request.prompt,
                 golden=golden,
                 is_stopped=answer.is_stopped,
-                leak_ids=self._leak_ids,
+                leak_ids=leak_ids,
             ),
         )
+
+
+def _token(tokenizer: Any, index: int) -> str:
+    return str(tokenizer.decode([index], clean_up_tokenization_spaces=False))
+
+
+def release_memory() -> None:
+    """Give back what an attempt that ran out of memory has left, cycles of objects included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _model_stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

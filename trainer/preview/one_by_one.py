@@ -57,10 +57,6 @@ class OneByOneBackend(ABC):
         """Close the connections."""
         self._client.close()
 
-    def _matches(self, text: str, golden: str | None) -> bool | None:
-        """Whether an answer is right; None without golden or comparison."""
-        return self.compare(text, golden) if golden is not None and self.compare else None
-
     @abstractmethod
     def _ask(self, request: PreviewRequest, step: int, max_new_tokens: int) -> PreviewResult:
         """Answer one request.

@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.lane_state import LaneState, Staged
+from trainer.preview.local import release_memory
 from trainer.preview.publisher_process import PublisherProcess
 from trainer.preview.results import Canary, results_of
 from trainer.preview.scheduler import Finished, OnFinished
@@ -93,11 +96,34 @@ class PublishedPreviews:
             slot = self._slot_for(step, is_kept=is_kept)
         if slot is None:
             return
-        copied = self.snapshotter.copy(self.arenas[slot])
-        value = self.canary.score() if self.canary is not None else None
+        try:
+            copied = self.snapshotter.copy(self.arenas[slot])
+            value = self.canary.score() if self.canary is not None else None
+        except Exception as error:  # a preview must never stop training
+            reason = self._failure(step, error)
+        else:
+            with self._changed:
+                self._state.staged = Staged(step, slot, is_kept, copied, value, asked_at)
+                self._changed.notify_all()
+            return
+        # Only out here: inside `except` the traceback holds what the failed attempt allocated.
+        release_memory()
         with self._changed:
-            self._state.staged = Staged(step, slot, is_kept, copied, value, asked_at)
+            self._settle(slot, is_linked=False)
+            self._finish(step, error=reason)
             self._changed.notify_all()
+
+    def _failure(self, step: int, error: Exception) -> str:
+        """Say what went wrong on this side; out of memory needs no traceback."""
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        logger.error(
+            "the weights of step %d were not copied (%s); training goes on",
+            step,
+            words,
+            exc_info=None if is_memory else error,
+        )
+        return f"the weights of this step were not copied ({words})"
 
     def _slot_for(self, step: int, *, is_kept: bool) -> int | None:
         """A slot that may be overwritten now, or why there is none."""
@@ -192,13 +218,23 @@ class PublishedPreviews:
                 one = self._state.staged
                 assert one is not None, "_can_give() says so"
                 self._state.staged, self._state.feeding = None, one
-            one.copied()  # waits for the device, on a GPU, without holding anything up
-            if one.canary is not None:
-                one.canary_value = float(one.canary.sum())
+            reason = None
+            try:
+                one.copied()  # waits for the device, on a GPU, without holding anything up
+                if one.canary is not None:
+                    one.canary_value = float(one.canary.sum())
+            except Exception as error:  # the device's own errors come as late as this
+                reason = self._failure(one.step, error)
             with self._changed:
-                if self._state.feeding is one:  # else it was given up meanwhile
-                    self._state.feeding = None
+                if self._state.feeding is not one:
+                    continue  # it was given up meanwhile
+                self._state.feeding = None
+                if reason is None:
                     self._give(one)
+                else:
+                    self._settle(one.slot, is_linked=False)
+                    self._finish(one.step, error=reason)
+                    self._changed.notify_all()
 
     def _can_give(self) -> bool:
         state = self._state

@@ -16,7 +16,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import PreviewError
-from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult
+from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult, is_match
 from trainer.preview.http import KEY_VARIABLE, MIN_RETRY_S, BoundedClient
 from trainer.preview.one_by_one import OneByOneBackend
 
@@ -101,7 +101,7 @@ class Remote3090Backend(OneByOneBackend):
             text=answer.text,
             raw_text=answer.raw_text if answer.raw_text is not None else answer.text,
             golden_answer=golden,
-            matches=self._matches(answer.text, golden),
+            matches=is_match(request, answer.text, self.compare),
             tokens_generated=answer.tokens_generated,
             generation_time_sec=seconds,
             tokens_per_sec=answer.tokens_per_sec or answer.tokens_generated / max(seconds, 1e-9),

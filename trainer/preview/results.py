@@ -1,7 +1,7 @@
 """From a worker's answers to PreviewResults: what the trainer knows itself is not taken from it.
 
 Prompt, golden answer, step and comparison are the trainer's own; text and counts are the worker's.
-The canary decides whether they are shown: the log-probability of one golden answer, computed on
+The canary decides whether they are shown: the log-probability of some golden answers, computed on
 both sides, can only agree when the weights do.
 """
 
@@ -14,22 +14,27 @@ from typing import Any
 
 import torch
 
-from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof
+from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof, is_match
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}
-"""Nats per golden token by which two machines may differ, by the dtype in which weights travel.
-Measured in docs/previews.md."""
+NOISE_FP32 = 5e-4
+"""Nats by which the log-probability of one golden token may differ between two machines that
+compute in fp32 with the same numbers. Measured in docs/previews.md."""
+NOISE_HALF = 0.1
+"""The same where the trainer's attention kernel takes half precision only."""
+CANARY_TOKENS = 64
+"""Golden tokens that are scored, where the run's prompts have so many."""
 
 
 @dataclass(frozen=True)
 class Canary:
-    """One golden answer that both sides score."""
+    """Golden answers that both sides score, as one sum over all their tokens."""
 
-    index: int
-    """Its place among the requests."""
+    rows: tuple[int, ...]
+    """Their places among the requests."""
     num_tokens: int
     tolerance: float
-    """Nats per token."""
+    """Nats by which one token may differ. Tokens differ independently, so a sum of n may differ by
+    sqrt(n) of it, and their mean by 1/sqrt(n)."""
     score: Callable[[], torch.Tensor]
     """The trainer's own log-probabilities, (num_tokens,), under the weights as they are now."""
 
@@ -37,7 +42,7 @@ class Canary:
         """Why the two sums cannot come from the same weights; None when they agree."""
         if mine is None or theirs is None:
             return "the worker returned no canary"
-        allowed = self.tolerance * self.num_tokens + 1e-5 * abs(mine)
+        allowed = self.tolerance * math.sqrt(self.num_tokens) + 1e-6 * abs(mine)
         if math.isfinite(mine) and math.isfinite(theirs) and abs(mine - theirs) <= allowed:
             return None
         return (
@@ -87,6 +92,27 @@ def results_of(
     ]
 
 
+def canary_rows(requests: Sequence[PreviewRequest]) -> tuple[int, ...]:
+    """Places of the shortest requests that have CANARY_TOKENS golden tokens between them.
+
+    All that have golden ids, where those are fewer; the mean of many tokens tells weights apart
+    that differ by one step, and a single short answer does not.
+    """
+    usable = sorted(
+        (len(one.prompt_token_ids) + len(one.golden_token_ids), len(one.golden_token_ids), index)
+        for index, one in enumerate(requests)
+        if one.prompt_token_ids and one.golden_token_ids
+    )
+    rows: list[int] = []
+    total = 0
+    for _, num_golden, index in usable:
+        if total >= CANARY_TOKENS:
+            break
+        rows.append(index)
+        total += num_golden
+    return tuple(sorted(rows))
+
+
 HEALTH = frozenset({"empty", "repeats", "never_stopped", "template_leak", "copies_prompt"})
 
 
@@ -113,7 +139,6 @@ def _result(
     """One answer: the worker's words about it, our own about everything else."""
     theirs = _plausible(PreviewResult.model_validate(found))
     golden, ids = request.golden_answer, request.golden_token_ids
-    is_comparable = golden is not None and theirs.ok
     is_scored = score is not None and ids is not None and len(score) == len(ids)
     return theirs.model_copy(
         update={
@@ -121,7 +146,7 @@ def _result(
             "prompt_id": request.prompt_id,
             "held_out": request.held_out,
             "golden_answer": golden,
-            "matches": matches(theirs.text, golden or "") if is_comparable else None,
+            "matches": is_match(request, theirs.text, matches) if theirs.ok else None,
             "golden_tokens": tuple(map(decode, ids or ())) if is_scored else None,
             "golden_logprobs": tuple(score or ()) if is_scored else None,
         }

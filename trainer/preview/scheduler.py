@@ -163,6 +163,11 @@ class PreviewScheduler:
             return False
         return is_last or step % self.interval == 0
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether training stands still until the answers are there."""
+        return isinstance(self.lane, InlineLane)
+
     def is_asked(self, step: int) -> bool:
         """Whether the newest preview asked for is that of `step`."""
         return step == self._last_asked
@@ -219,6 +224,18 @@ class PreviewScheduler:
         self.lane.close()
 
 
+def answers_of(
+    backend: PreviewBackend, requests: list[PreviewRequest], step: int
+) -> list[PreviewResult]:
+    """A backend's answers; backends return errors, and one that raises must not end training."""
+    try:
+        return backend.preview_batch(requests, step)
+    except Exception as error:
+        logger.exception("the preview of step %d failed; training goes on", step)
+        message, kind = f"{type(error).__name__}: {error}", backend.backend_type
+        return [PreviewResult.failed(one, step, message, kind) for one in requests]
+
+
 class InlineLane:
     """Answers in the training thread, between two steps, while training waits."""
 
@@ -233,7 +250,7 @@ class InlineLane:
     def ask(self, step: int, *, is_kept: bool) -> None:
         """Answer now."""
         started = time.perf_counter()
-        results = self.backend.preview_batch(self.requests, step)
+        results = answers_of(self.backend, self.requests, step)
         waited = time.perf_counter() - started
         results = [one.model_copy(update={"visible_s": round(waited, 3)}) for one in results]
         self._on_finished(Finished(step, results, waited))
@@ -324,14 +341,6 @@ class ThreadLane:
         ]
         self._on_finished(Finished(step, results, is_superseded=is_superseded))
 
-    def _answers(self, step: int) -> list[PreviewResult]:
-        try:
-            return self.backend.preview_batch(self.requests, step)
-        except Exception as error:  # backends return errors; one that raises must not end this
-            logger.exception("the preview of step %d failed; training goes on", step)
-            message, kind = f"{type(error).__name__}: {error}", self.backend.backend_type
-            return [PreviewResult.failed(one, step, message, kind) for one in self.requests]
-
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -341,7 +350,7 @@ class ThreadLane:
                 current = self._running
             assert current is not None, "waited for"
             step, asked_at = current
-            results = self._answers(step)
+            results = answers_of(self.backend, self.requests, step)
             seconds = round(time.monotonic() - asked_at, 3)
             results = [one.model_copy(update={"visible_s": seconds}) for one in results]
             with self._changed:

@@ -30,6 +30,7 @@ Run = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,12
 Step = Annotated[int, Field(ge=0, le=2**53)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=131_072)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Row = Annotated[int, Field(ge=0, lt=MAX_BATCH)]
 Option = str | int | float | bool | None
 
 
@@ -162,7 +163,8 @@ class GenerateRequest(Body):
     max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
     """Another name of `max_new_tokens`; not both."""
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**53)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    """Without one every answer is drawn afresh; the same seed gives the same answer."""
     stop: Annotated[list[Stop], Field(max_length=16)] = []
     model_id: Name | None = None
 
@@ -227,8 +229,22 @@ class PreviewsRequest(Body):
     stop_ids: Annotated[TokenIds, Field(max_length=100)] = []
     """Ids that end an answer, beside the model's own."""
     golden_logprobs: bool = False
-    canary: Annotated[int, Field(ge=0, lt=MAX_BATCH)] | None = None
-    """Index of the prompt whose golden answer is scored to prove the weights."""
+    canary: Row | Annotated[list[Row], Field(min_length=1, max_length=MAX_BATCH)] | None = None
+    """Index of the prompt, or of the prompts, whose golden answers are scored to prove the
+    weights."""
+
+    @model_validator(mode="after")
+    def _canaries_are_prompts(self) -> PreviewsRequest:
+        if any(row >= len(self.prompts) for row in self.canaries):
+            raise ValueError(f"canary names a prompt that is none of the {len(self.prompts)}")
+        return self
+
+    @property
+    def canaries(self) -> list[int]:
+        """The indices of `canary`."""
+        if self.canary is None:
+            return []
+        return [self.canary] if isinstance(self.canary, int) else self.canary
 
 
 class PreviewsResult(Body):
@@ -241,6 +257,6 @@ class PreviewsResult(Body):
     golden_logprobs: list[list[float] | None] | None = None
     """Nats per golden token and prompt; None for a prompt without golden ids."""
     canary_logprob: float | None = None
-    """Sum of the canary row's golden log-probabilities, nats."""
+    """Sum of the golden log-probabilities of the canary's rows, nats."""
     seq: int = 0
     """Number of this batch on the server, for `GET /previews?after=`."""

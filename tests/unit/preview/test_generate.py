@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.preview import generate as sampling
 from trainer.preview.generate import GenerationSettings, NoiseProcessor, generate, left_pad
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16], [20, 21]]
@@ -51,14 +52,92 @@ def test_noise_depends_on_seed_prompt_and_position_only(model: Any, tokenizer: A
     assert run(model, tokenizer, PROMPTS, temperature=1.0, seed=2) != one
 
 
+def draws(logits: torch.Tensor, count: int, temperature: float = 0.7) -> torch.Tensor:
+    """How often each token is drawn at position 0 of `count` different prompts."""
+    processor = NoiseProcessor([[n] for n in range(count)], temperature, seed=0)
+    chosen = processor(None, logits.expand(count, -1)).argmax(-1)  # type: ignore[arg-type]
+    return torch.bincount(chosen, minlength=logits.numel())
+
+
+def chi_square(seen: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((seen - expected) ** 2 / expected).sum())
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, 0.3])
+LIMIT = 20.5
+"""Chi-square with 5 degrees of freedom: 1 in 1,000 fair draws is above it."""
+
+
 def test_noise_samples_the_softmax() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    draws = [
-        int(NoiseProcessor([[n]], 0.7, seed=0)(None, logits).argmax())  # type: ignore[arg-type]
-        for n in range(4000)
-    ]
-    share = torch.bincount(torch.tensor(draws), minlength=4) / 4000
-    assert torch.allclose(share, torch.softmax(logits[0] / 0.7, -1), atol=0.03)
+    for temperature in (0.3, 0.7, 1.5):
+        expected = 20_000 * torch.softmax(LOGITS / temperature, -1)
+        assert chi_square(draws(LOGITS, 20_000, temperature), expected) < LIMIT
+
+
+def test_neighbouring_positions_of_a_row_are_independent() -> None:
+    processor = NoiseProcessor([[n] for n in range(200)], 1.0, seed=0)
+    flat = torch.zeros(200, 4)
+    drawn = [processor(None, flat).argmax(-1) for _ in range(40)]  # type: ignore[arg-type]
+    pairs = 4 * torch.cat(drawn[::2]) + torch.cat(drawn[1::2])
+    seen = torch.bincount(pairs, minlength=16)
+    assert chi_square(seen, torch.full((16,), 250.0)) < 37.7  # 15 degrees of freedom
+
+
+def test_a_token_that_is_ruled_out_is_never_drawn() -> None:
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    assert set(draws(logits, 2000).nonzero().flatten().tolist()) == {1, 3}
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert draws(LOGITS, 50, 1e-38)[0] == 50
+
+
+def test_one_number_is_drawn_per_row_and_token(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []
+    uniform = sampling.uniform
+
+    def counted(seed: int, position: int) -> float:
+        drawn.append((seed, position))
+        return uniform(seed, position)
+
+    monkeypatch.setattr(sampling, "uniform", counted)
+    run(model, tokenizer, PROMPTS, temperature=1.0, max_new_tokens=9)
+    assert len(drawn) == len(set(drawn)) == 9 * len(PROMPTS)
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch_whatever_the_vocabulary() -> None:
+    scores = torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
+    together, alone = (
+        NoiseProcessor(PROMPTS, 1.0, 7),
+        [NoiseProcessor([prompt], 1.0, 7) for prompt in PROMPTS],
+    )
+    for _ in range(5):
+        batch = together(None, scores).argmax(-1)  # type: ignore[arg-type]
+        single = [
+            int(one(None, scores[n : n + 1]).argmax())  # type: ignore[arg-type]
+            for n, one in enumerate(alone)
+        ]
+        assert batch.tolist() == single
+
+
+def test_mutant_one_number_for_all_positions_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    uniform = sampling.uniform
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: uniform(seed, 0))
+    with pytest.raises(AssertionError):
+        test_neighbouring_positions_of_a_row_are_independent()
+
+
+def test_mutant_temperature_left_out_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = NoiseProcessor.__init__
+
+    def forgets(self: Any, prompts: Any, temperature: float, seed: int) -> None:
+        init(self, prompts, 1.0, seed)
+
+    monkeypatch.setattr(NoiseProcessor, "__init__", forgets)
+    with pytest.raises(AssertionError):
+        test_noise_samples_the_softmax()
 
 
 def test_generation_ends_at_a_stop_id_and_counts_it_once(model: Any, tokenizer: Any) -> None:

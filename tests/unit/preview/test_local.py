@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,28 @@ def test_out_of_memory_for_one_prompt_skips_it_and_says_so(backend: LocalPreview
     results = backend.preview_batch(requests(2), 1)
     assert all("out of memory" in (result.error_message or "") for result in results)
     assert backend.skipped_for_memory == 2
+
+
+def test_a_retry_starts_without_what_the_failed_attempt_held(
+    backend: LocalPreviewBackend,
+) -> None:
+    generate, held, alive = backend.model.generate, [], []
+
+    class Cache:
+        pass
+
+    def hungry(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(one() is not None for one in held))
+        cache = Cache()
+        cache.itself = cache  # type: ignore[attr-defined]  # modules and caches hold cycles
+        held.append(weakref.ref(cache))
+        if kwargs["input_ids"].shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(*args, **kwargs)
+
+    backend.model.generate = hungry
+    assert all(result.ok for result in backend.preview_batch(requests(4), 1))
+    assert alive[:3] == [0, 0, 0]  # attempts with 4, 2 and 1 prompts
 
 
 def test_any_other_failure_becomes_a_result(backend: LocalPreviewBackend) -> None:

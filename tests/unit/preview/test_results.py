@@ -28,7 +28,7 @@ def judged(canary_value: float | None, *, mine: float | None = -3.0, **more: Any
         "golden_logprobs": [[-1.0, -2.0]],
         "canary_logprob": canary_value,
     }
-    canary = Canary(0, 2, 1e-4, lambda: torch.zeros(2))
+    canary = Canary((0,), 2, 1e-4, lambda: torch.zeros(2))
     [result] = results_of(
         answer,
         [REQUEST],
