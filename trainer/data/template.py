@@ -99,10 +99,13 @@ class ChatTemplate:
     ) -> Any:
         if tools is not None:
             options = {**options, "tools": tools}
-        options = {**options, **date_options(self.tokenizer, options.get("chat_template"))}
+        own = options.get("chat_template")
         try:
             return self.tokenizer.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, **{**TEMPLATE_OPTIONS, **options}
+                conversations,
+                tokenize=True,
+                return_dict=True,
+                **{**TEMPLATE_OPTIONS, **options, **date_options(self.tokenizer, own)},
             )
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
             raise TemplateError(

@@ -7,6 +7,7 @@ between two batches only, because there is one thread and one message at a time.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 
 from trainer.errors import TrainerError
 from trainer.models.load import context_length
+from trainer.models.template_date import fix_date
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.score import golden_logprobs
@@ -310,6 +312,8 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
         # Raised before the first copy. Anything later ends this process, on purpose: half a
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}
+    day = body.get("template_date")
+    fix_date(held.tokenizer, None if day is None else dt.date.fromisoformat(day))
     return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 
