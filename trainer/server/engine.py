@@ -311,6 +311,8 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
         # Raised before the first copy. Anything later ends this process, on purpose: half a
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}
+    day = body.get("template_date")
+    fix_date(held.tokenizer, None if day is None else dt.date.fromisoformat(day))
     return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 
