@@ -122,6 +122,7 @@ def encode_data(
         **preparer.counts(encoded, held_out),
         **_row_counts([*encoded, *held_out]),
         **_token_counts(mixed, validation),
+        **_thought_fields(section, encoder, [*encoded, *held_out]),
         sample=marked_text(encoder.tokenizer, mixed[0].example.input_ids, mixed[0].example.labels),
     )
     prompts = sorted(validation or mixed, key=lambda item: (item.group, item.key))
@@ -195,6 +196,27 @@ def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict
         "num_without_stop": sum(not example.ends_with_stop for example in examples),
         "num_stripped": len(stripped),
         "stripped_example": stripped[0] if stripped else "",
+        "num_thoughts": sum(example.num_thoughts for example in examples),
+        "num_opened": sum(example.is_opened for example in examples),
+    }
+
+
+def _thought_fields(
+    section: DataSection, encoder: RowEncoder, encoded: list[EncodedRow]
+) -> dict[str, Any]:
+    """Fields of the data card about thoughts.
+
+    Raises:
+        ConfigError: thoughts are not to be trained, and there are none.
+    """
+    if not section.train_on_thinking and not any(item.example.num_thoughts for item in encoded):
+        raise ConfigError(
+            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
+            "in its tokens; remove the option."
+        )
+    return {
+        "thoughts": encoder.template.thought_words(is_trained=section.train_on_thinking),
+        "opening": encoder.template.opening,
     }
 
 
@@ -304,12 +326,18 @@ class _Preparer:
             )
         if tools_of(turns) != tools_of(row.messages):
             raise BadRowError("the row's tools were lost or changed", "tools lost")
+        if _num_thoughts(turns) < _num_thoughts(clean) and not self.profile.drops_thoughts:
+            raise BadRowError("thoughts were lost (`reasoning_content`)", "thoughts lost")
         # A profile can leave nothing to train, such as an answer of which nothing remains.
         return with_system_prompt(check_messages(turns), self.system_prompt)
 
 
 def _called(messages: list[Message]) -> list[str]:
     return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
+
+
+def _num_thoughts(messages: list[Message]) -> int:
+    return sum(bool(turn.get("reasoning_content", "").strip()) for turn in messages)
 
 
 def _weights(messages: list[Message]) -> list[float]:
