@@ -13,7 +13,7 @@ from trainer.core.context import RunContext
 from trainer.core.published import build_published
 from trainer.data.dataset import HeldOutPrompt
 from trainer.data.example import golden_text
-from trainer.data.template import ChatTemplate, is_prefix
+from trainer.data.template import ChatTemplate
 from trainer.errors import TemplateError
 from trainer.models.load import context_length
 from trainer.monitoring.preview_backend import create_preview_backend
@@ -115,16 +115,15 @@ def answer_text(
     None where the template refuses it, or rewrites the conversation before it.
     """
     before = [cast(Message, dict(turn)) for turn in turns]
-    for options in ({}, {"enable_thinking": True}):
+    for thinking in (False, True):
         try:
-            [prompt] = template.render([before], generation_prompt=True, **options)
-            [whole] = template.render([[*before, cast(Message, dict(answer))]], **options)
+            prompt = template.text(before, ask=True, thinking=thinking)
+            whole = template.text([*before, cast(Message, dict(answer))], thinking=thinking)
         except TemplateError:
             return None
-        if is_prefix(prompt, whole):
-            said = list(
-                itertools.takewhile(lambda i: i not in template.stop_ids, whole[len(prompt) :])
-            )
+        if whole.startswith(prompt):
+            [found] = template.encode([whole.removeprefix(prompt)])
+            said = list(itertools.takewhile(lambda i: i not in template.stop_ids, found.ids))
             return golden_text(template.tokenizer, said, ())
     return None
 
