@@ -11,6 +11,10 @@ from trainer.data.rows import BadRowError, RowNotes
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn that hold what it thinks."""
+CONTENT_KEYS = frozenset(
+    {"tool_plan", "image", "images", "audio", "audios", "video", "videos", "recipient", "channel"}
+)
+"""Keys of a turn with content that the model would miss: bad rows where they hold anything."""
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Kinds of parts that are words -> the key that holds them."""
 THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
@@ -61,7 +65,7 @@ def take_text(row: dict[str, Any], key: str, notes: RowNotes, where: str = "") -
         notes.num_as_text += 1
         return _number_text(value, f"{where}{key}")
     if value and is_parts(value):
-        words, thoughts = split_parts(value, f"{where}{key}")
+        words, thoughts = split_parts(value, f"{where}{key}", notes)
         if not thoughts:
             return words
     text: str = take(row, key, str)
@@ -75,9 +79,11 @@ def is_parts(value: Any) -> bool:
     )
 
 
-def split_parts(parts: list[Any], where: str) -> tuple[str, str]:
+def split_parts(parts: list[Any], where: str, notes: RowNotes) -> tuple[str, str]:
     """The words and the thoughts of a list of content parts, each joined as they follow.
 
+    Args:
+        notes: told of keys of parts that are not used.
     Raises:
         BadRowError: a part is no text; it is named with its kind.
     """
@@ -101,9 +107,10 @@ def split_parts(parts: list[Any], where: str) -> tuple[str, str]:
                 '{"type": "text", "text": "..."}',
                 f"part of type {str(kind)[:40]}",
             )
+        _check_part(part, key, at, notes)
         value = part.get(key)
         if is_thought and isinstance(value, list):
-            value = "".join(split_parts(value, f"{at}.{key}"))
+            value = "".join(split_parts(value, f"{at}.{key}", notes))
         if not isinstance(value, str):
             raise BadRowError(
                 f"{at}.{key} is {type(value).__name__}; it must be str", "broken part"
@@ -112,7 +119,20 @@ def split_parts(parts: list[Any], where: str) -> tuple[str, str]:
     return found[False], found[True]
 
 
-def take_thought(turn: dict[str, Any], where: str) -> str:
+def _check_part(part: dict[str, Any], key: str, where: str, notes: RowNotes) -> None:
+    """Refuse a part of text that brings other content, and count keys without an effect."""
+    for other, value in part.items():
+        if other in ("type", key) or not is_given(value):
+            continue
+        if other in CONTENT_KEYS:
+            raise BadRowError(
+                f"{where} has {other!r}, content that cannot be trained on here and would be lost",
+                f"part with {other}",
+            )
+        notes.note_unused(f"content[].{other}")
+
+
+def take_thought(turn: dict[str, Any], where: str, notes: RowNotes) -> str:
     """What a turn thinks, "" for nothing.
 
     Raises:
@@ -122,7 +142,7 @@ def take_thought(turn: dict[str, Any], where: str) -> str:
     for key in THOUGHT_KEYS:
         value = turn.get(key)
         if isinstance(value, list) and value:
-            value = "".join(split_parts(value, f"{where}{key}"))
+            value = "".join(split_parts(value, f"{where}{key}", notes))
         if not is_given(value):
             continue
         if not isinstance(value, str):

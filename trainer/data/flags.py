@@ -1,7 +1,8 @@
 """Which turns are trained, and how much: the flags that rows and turns carry, whoever wrote them.
 
-A turn that says nothing is trained with weight 1. Flags are true or false, or a number from 0 up;
-texts of these (a CSV has nothing else) count too, null and empty values say nothing.
+A turn that says nothing is trained with weight 1. Flags are true or false, or a number from 0 to 1
+(weights also above); texts of these count too (a CSV has nothing else), null and empty values say
+nothing.
 """
 
 from __future__ import annotations
@@ -140,11 +141,14 @@ def _number(value: Any, key: str, where: str) -> float:
             number = float({"true": "1", "false": "0"}.get(words, words))
     elif isinstance(words, int | float):  # bool is an int
         number = float(words) if abs(words) < 1e300 else math.nan
-    if math.isfinite(number) and number >= 0:
+    # A `loss` of 2.31 is a measurement, no flag.
+    most = math.inf if key in AMOUNT_KEYS else 1.0
+    if math.isfinite(number) and 0 <= number <= most:
         return number
+    rule = "from 0 up" if key in AMOUNT_KEYS else "from 0 to 1"
     raise BadRowError(
         f"{where}: {key!r} says what is trained and is {_short(value)}; it must be true, false or "
-        "a number from 0 up (rename the key if it means something else)",
+        f"a number {rule} (rename the key if it means something else)",
         f"broken {key}",
     )
 

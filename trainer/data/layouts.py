@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.data.content import is_parts, take, take_list, take_text, take_thought
+from trainer.data.content import CONTENT_KEYS, is_parts, take, take_list, take_text, take_thought
 from trainer.data.flags import ROW_FLAGS, apply_row_flags, is_given, settle, speaks_of_training
 from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rows import BadRowError, RowNotes
 from trainer.data.tools import tool_names, tools_of, with_tools
 from trainer.data.turns import (
-    CONTENT_KEYS,
     check_messages,
     from_turns,
     joined_calls,
@@ -151,7 +150,7 @@ def _from_pair(
         turns += _two_turns(*pair)
     turns += _two_turns(question, take_text(row, answered, notes))
     # A column called `reasoning` explains an answer as often as it is the thought before it.
-    thought = take_thought({k: v for k, v in row.items() if k in PAIRS}, "")
+    thought = take_thought({k: v for k, v in row.items() if k in PAIRS}, "", notes)
     if thought:
         turns[-1]["reasoning_content"] = thought
     return _flagged(row, turns)
@@ -249,7 +248,7 @@ REFUSED_KEYS = {
 """Keys of a row that change what it means and cannot be obeyed -> why; bad rows where given."""
 ALL_ROWS = {"system", "tools", *ROW_FLAGS}
 PAIRS = {"history", "reasoning_content", "thinking"}
-SAME = {"system_prompt": "system", "functions": "tools"}
+SAME = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
 
 FORMATS: dict[str, Format] = {
     "messages": Format(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.data.content import (
+    CONTENT_KEYS,
     THOUGHT_KEYS,
     as_json_text,
     check_text,
@@ -45,10 +46,6 @@ TURN_KEYS = frozenset(
     | {*THOUGHT_KEYS}
 )
 """Keys of a turn that are used, beside the flags (`flags.TURN_FLAGS`)."""
-CONTENT_KEYS = frozenset(
-    {"tool_plan", "image", "images", "audio", "audios", "video", "videos", "recipient", "channel"}
-)
-"""Keys of a turn with content that the model would miss: bad rows where they hold anything."""
 
 
 def from_turns(turns: list[Any], name: str, notes: RowNotes) -> list[Message]:
@@ -137,13 +134,13 @@ def _content(turn: dict[str, Any], where: str) -> tuple[Any, str]:
 def _fill(message: Message, turn: dict[str, Any], where: str, notes: RowNotes) -> None:
     """Set words, thought and calls of a message."""
     value, key = _content(turn, where)
-    thought = take_thought(turn, f"{where}.")
+    thought = take_thought(turn, f"{where}.", notes)
     calls = _calls(turn, message["role"], where)
     if message["role"] == "tool" and isinstance(value, dict | list) and not is_parts(value):
         message["content"] = as_json_text(value)
         notes.num_as_text += 1
     elif isinstance(value, list):
-        message["content"], inner = split_parts(value, f"{where}.{key}")
+        message["content"], inner = split_parts(value, f"{where}.{key}", notes)
         if thought and inner and thought != inner:
             raise BadRowError(f"{where} has two thoughts that differ", "two thoughts")
         thought = thought or inner

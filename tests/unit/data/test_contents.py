@@ -155,3 +155,12 @@ def test_system_turns_may_stand_anywhere_among_the_turns() -> None:
         rows, errors = read({"messages": turns})
         assert not errors
         assert sum(turn["role"] == "system" for turn in rows[0].messages) in (1, 2)
+
+
+def test_other_keys_of_parts_are_counted_or_refused_like_those_of_turns() -> None:
+    cached = {**part("x"), "cache_control": {"type": "ephemeral"}, "image": None}
+    rows, errors = read({"messages": [{**Q, "content": [cached, cached]}, A]})
+    assert not errors
+    assert rows[0].notes.unused == {"content[].cache_control": 2}
+    seen = {**part("x"), "image": "cat.png"}
+    assert "content[0] has 'image'" in refusal({"messages": [{**Q, "content": [seen]}, A]})

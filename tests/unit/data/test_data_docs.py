@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from trainer.data.content import CONTENT_KEYS
 from trainer.data.flags import FLAG_BEGINNINGS, ROW_FLAGS, TURN_FLAGS
-from trainer.data.layouts import FORMATS, REFUSED_KEYS
-from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
+from trainer.data.layouts import FORMATS, REFUSED_KEYS, SAME
+from trainer.data.turns import ROLES, TURN_KEYS
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -37,7 +38,7 @@ def first_words(table: list[list[set[str]]]) -> set[str]:
 def test_the_keys_of_every_format_are_those_that_each_takes() -> None:
     [common] = tables("Keys of every format")
     [own] = tables("Keys of each format")
-    assert first_words(common) == ROW_FLAGS | {"system", "system_prompt", "tools", "functions"}
+    assert first_words(common) == ROW_FLAGS | {*SAME, "system", "tools"}
     described: dict[str, set[str]] = {}
     for name, keys, _ in own:
         [format_name] = name

@@ -75,7 +75,9 @@ def test_a_turn_whose_flag_is_on_is_trained_like_one_without(key: str, on: Any) 
 
 @pytest.mark.parametrize("key", FLAGS)
 def test_fractions_are_weights(key: str) -> None:
-    assert weights(messages({key: 0.25}, {key: "1.5"})) == [0.25, 1.5]
+    assert weights(messages({key: 0.25}, {key: "0.75"})) == [0.25, 0.75]
+    if key == "weight":
+        assert weights(messages({key: 1.5}, {key: "2"})) == [1.5, 2.0]
 
 
 @pytest.mark.parametrize("key", [*FLAGS, "weights", "loss_weights", "train_mask"])
@@ -104,7 +106,8 @@ def test_a_rows_single_value_speaks_of_all_its_turns(key: str, value: Any) -> No
 BROKEN = {
     "negative": (messages({"weight": -1}), "'weight' says what is trained and is -1"),
     "words": (sharegpt({"train": "maybe"}), "'train' says what is trained and is 'maybe'"),
-    "not a number": (messages({"loss": "nan"}), "a number from 0 up"),
+    "a measured loss": ({**messages({}), "loss": 2.31}, "a number from 0 to 1"),
+    "not a number": (messages({"weight": "nan"}), "a number from 0 up"),
     "an object": (messages({"loss": {"a": 1}}), "'loss' says"),
     "two that disagree": (messages({"train": True, "loss": 0}, {}), "flags that disagree"),
     "two amounts": (messages({"weight": 0.5, "loss": 0.25}, {}), "flags that disagree"),

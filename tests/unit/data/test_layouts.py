@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.schema import DataSection
+from trainer.data.content import CONTENT_KEYS
 from trainer.data.flags import TURN_FLAGS
 from trainer.data.formats import FORMATS, RowErrors, read_rows, to_rows
 from trainer.data.layouts import REFUSED_KEYS
 from trainer.data.rows import Row
 from trainer.data.sources import find_sources, read_sources
-from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
+from trainer.data.turns import ROLES, TURN_KEYS
 from trainer.errors import ConfigError
 
 

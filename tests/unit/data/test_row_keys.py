@@ -42,7 +42,7 @@ def refusal(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("layout", PLAIN)
-@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
 def test_every_layout_takes_a_system_prompt(layout: str, key: str) -> None:
     assert turns({**PLAIN[layout], key: "S"}) == [{"role": "system", "content": "S"}, U, A]
     assert turns({**PLAIN[layout], key: None}) == turns({**PLAIN[layout], key: "  "}) == [U, A]
