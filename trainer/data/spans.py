@@ -431,18 +431,20 @@ class _Search:
                 self.stripped.append(message["reasoning_content"].strip())
                 return None
             self.num_thoughts += 1
-            rest = self.text[place:]
-            return place + shared_start(rest, self.template.thought_end)
+            end = place + shared_start(self.text[place:], self.template.thought_end)
+            return self._behind_space(end) if self.template.dialect.thought == "content" else end
         content = self.marks[turn].content
         place = self._first_place(content, begin) if content else None
         at = self.text.find("</think>", begin, place) if place is not None else -1
         if "</think>" not in message["content"] or at < 0:
             return None
         self.num_thoughts += 1
-        end = at + len("</think>")
-        while end < len(self.text) and self.text[end].isspace():
-            end += 1
-        return end
+        return self._behind_space(at + len("</think>"))
+
+    def _behind_space(self, place: int) -> int:
+        while place < len(self.text) and self.text[place].isspace():
+            place += 1
+        return place
 
     # ---- the turns of others
 
