@@ -15,6 +15,7 @@ from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rendered import check_markers_used, read_back
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
+from trainer.data.spans import assistant_turns
 from trainer.data.split import (
     EncodedRow,
     first_prompts,
@@ -287,10 +288,15 @@ class _Preparer:
         return content_key(self._words(row.messages), self.seed)
 
     def _group(self, row: Row) -> str:
-        """The key of the cleaned turns before the first answer, or of a plain text."""
+        """The key of the cleaned turns before the first answer, or of a plain text.
+
+        Flags and greetings make no difference: rows that differ in what is trained stand together.
+        """
         turns = self._words(row.messages)
-        roles = [turn["role"] for turn in turns]
-        prompt = turns[: roles.index("assistant")] if "assistant" in roles else turns
+        for turn in turns:
+            turn.pop("weight", None)
+        answers = assistant_turns(turns)
+        prompt = turns[: answers[0]] if answers else turns
         own = self._words([Message(role="system", content=self.system_prompt or "")])
         # A system turn like the run's asks the same as none.
         return content_key(prompt[1:] if prompt[:1] == own else prompt, self.seed)
