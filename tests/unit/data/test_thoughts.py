@@ -145,3 +145,16 @@ def test_a_turn_of_two_marked_parts_is_one_answer(make_tokenizer: Callable[..., 
         '{"name": "add", "arguments": {"a": 5}}\n</tool_call><|im_end|>'
         "<think>\nit says 12\n</think>\n\nso be it<|im_end|>"
     )
+
+
+def test_a_preview_of_a_template_that_takes_parts_begins_like_its_rows(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    from tests.trust.reference import llama
+    from trainer.preview.local import LocalPreviewBackend
+
+    tokenizer = make_tokenizer(shipped("smolvlm"))
+    example = RowEncoder(tokenizer, 512).encode([THINKS[0], {**THINKS[1], "content": "x"}])
+    backend = LocalPreviewBackend(model=llama(vocab_size=len(tokenizer)), tokenizer=tokenizer)
+    assert backend.render("a sum") == example.prompt_ids
+    assert "a sum" in tokenizer.decode(example.prompt_ids)
