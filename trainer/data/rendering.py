@@ -62,7 +62,7 @@ def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
     text = template.text(row, thinking=is_thinking)
     if has_marks(text):
         raise BadRowError(
-            "row holds characters of plane 15 (private use), which stand for no text; "
+            "row holds characters above U+108000 (private use), which stand for no text; "
             "take them out of the data",
             "not text",
         )

@@ -13,6 +13,7 @@ import json
 import re
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 
 from trainer.data.arguments import missing_arguments
 from trainer.data.marks import MARK, TurnMarks, shared_start
@@ -95,7 +96,7 @@ class _Search:
         end = 0
         for nth, turn in enumerate(turns):
             begin = self._begin(nth, end, is_last=nth == len(turns) - 1)
-            first = self._id_at(begin)
+            first = self._first_id(begin)
             if len(runs) == len(turns):  # the template's own markers may begin behind a space
                 first = max(first, runs[nth][0])
                 begin = max(begin, self._start_of(first))
@@ -314,7 +315,8 @@ class _Search:
             self.ids[first:stop], clean_up_tokenization_spaces=False
         )
         text = self.text[self._start_of(first) : self.encoding.token_to_chars(stop - 1)[1]]
-        if "".join(decoded.split()) != "".join(text.split()):
+        # Some tokenizers compose letters and their accents, which are then other characters.
+        if _squeezed(normalize("NFC", decoded)) != _squeezed(normalize("NFC", text)):
             raise BadRowError(
                 f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
                 f"they should say {text[:60]!r}, but say {decoded[:60]!r}",
@@ -326,7 +328,10 @@ class _Search:
         start = first
         while start > 0:
             start -= 1
-            if self.ids[start] in self.template.special_ids:
+            # Text that the tokenizer does not know can become a special token as well.
+            left, right = self.encoding.token_to_chars(start)
+            is_special = self.ids[start] in self.template.special_ids
+            if is_special and self.template.is_special(self.text[left:right].strip()):
                 break
         return self.text[self._start_of(start) if start else 0 : begin], start, first
 
@@ -389,6 +394,13 @@ class _Search:
     def _first_place(self, mark: str | None, start: int) -> int | None:
         places = self.places.get(mark or "", [])
         return next((place for place in places if place >= start), None)
+
+    def _first_id(self, place: int) -> int:
+        """As `_id_at`, or the token of spaces before it, which some tokenizers give no place."""
+        position = self._id_at(place)
+        while position > 0 and self._start_of(position - 1) > place:
+            position -= 1
+        return position
 
     def _id_at(self, place: int) -> int:
         """The first token that holds the character, or one behind it, or the number of tokens."""
