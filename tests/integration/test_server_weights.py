@@ -146,7 +146,9 @@ def test_an_older_kept_set_can_be_made_active_again(client: httpx.Client) -> Non
     assert client.post("/models/set_active", json={"weights_id": "0" * 64}).status_code == 404
 
 
-def test_a_completion_by_name_is_answered_by_these_weights_and_changes_nothing_for_others(client: httpx.Client) -> None:
+def test_a_completion_by_name_is_answered_by_these_weights_and_changes_nothing_for_others(
+    client: httpx.Client,
+) -> None:
     for seed, step in ((11, 20), (12, 21)):
         _, _, manifest, data = model_of(seed)
         upload = offer(client, manifest, step, run="named").json()["upload_id"]

@@ -29,6 +29,7 @@ from trainer.preview.identity import (
     tokenizer_hash,
 )
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.own_keys import remember_key_file
 from trainer.preview.published import PublishedPreviews
 from trainer.preview.push import ServerHashes, WorkerClient
 from trainer.preview.results import NOISE_FP32, NOISE_HALF, Canary, canary_rows
@@ -189,11 +190,14 @@ def _announcer(run: RunContext, key_file: Path | None) -> Announce:
         if url is None:
             folder.worker_json.unlink(missing_ok=True)
             return
+        key = key_file or monitoring.remote_3090_key_file
+        if key:
+            remember_key_file(key)
         folder.write_json(
             folder.worker_json,
             {
                 "url": url,
-                "key_file": str(key_file or monitoring.remote_3090_key_file or "") or None,
+                "key_file": str(key) if key else None,
                 "backend": monitoring.preview_backend,
                 "model_id": None,
                 "system_prompt": run.data.system_prompt,

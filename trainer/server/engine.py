@@ -33,8 +33,6 @@ from trainer.profiles import Message, get_profile
 from trainer.server.held import HeldModel, RefusedError
 from trainer.server.watch import JobCancelledError, TokenWatch, beat
 
-MIN_TEMPERATURE = 1e-5
-"""Below it scores overflow, and the most likely token is what is meant."""
 MAX_SEED = 2**53
 logger = logging.getLogger(__name__)
 Reply = dict[str, Any]
@@ -118,8 +116,6 @@ class Engine:
         """Answer a batch, all with the weights that it names."""
         if request.weights_id != self.held.weights_id:
             raise RefusedError("these weights are not the active ones; publish them first", 409)
-        if request.canary is not None and request.canary >= len(request.prompts):
-            raise RefusedError(f"canary={request.canary} is none of {len(request.prompts)} prompts")
         backend = self._backend(
             request.profile,
             request.profile_options,
@@ -172,7 +168,7 @@ class Engine:
             tokenizer=self.held.tokenizer,
             profile=get_profile(profile, options),
             max_new_tokens=limit,
-            temperature=0.0 if temperature < MIN_TEMPERATURE else temperature,
+            temperature=temperature,
             seed=seed,
             stop_ids=stop_ids,
             max_length=context_length(self.held.model.config),
@@ -233,6 +229,8 @@ def engine_main(
     model_path: str,
     device: str,
     wait_for_weights: bool,
+    base: str | None = None,
+    date: str | None = None,
 ) -> None:
     """Body of the engine process: say hello or why not, then answer until the pipe closes.
 
@@ -242,7 +240,8 @@ def engine_main(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
     try:
-        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights)
+        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights, base=base)
+        fix_date(held.tokenizer, None if date is None else dt.date.fromisoformat(date))
 
         def send_text(sample: int, text: str) -> None:
             _send(jobs, {"sample": sample, "text": text})

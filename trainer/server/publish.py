@@ -172,10 +172,10 @@ def add_preview_routes(app: FastAPI, service: Service) -> None:
             )
         # Run and step are those under which the weights were published, whatever a client says.
         # Weights that nobody published have none: the answer is the client's alone, not listed.
-        sent = body.model_dump(mode="json")
         is_published = tag["run"] is not None
         if is_published:
-            sent |= {"run": tag["run"], "step": tag["step"]}
+            body = body.model_copy(update={"run": tag["run"], "step": tag["step"]})
+        sent = body.model_dump_json().encode()
         job = service.submit(
             "previews", sent, idempotency_key, needs=tag, client=f"{client_of(request)} {body.run}"
         )
