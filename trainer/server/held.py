@@ -8,6 +8,7 @@ copies; an error there is not caught, so that the process ends and half a weight
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,8 @@ class HeldModel:
         self.section = ModelSection(model_path=model_path)
         self._folder, self._base_path = Path(resolve_alias(model_path)), base
         self.device = resolve_device(device)
+        self.date: dt.date | None = None
+        """What a chat template that prints the date prints over the own weights; None: today's."""
         self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
         self.base = self._load(wait_for_weights)
         self.model: Any = self.base
