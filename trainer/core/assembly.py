@@ -29,6 +29,7 @@ from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
 from trainer.data.packing import PackedDataset
 from trainer.errors import ConfigError
+from trainer.models.vocabulary import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved
@@ -126,7 +127,7 @@ def assemble_trainer(
 
 
 def _pad_id(run: RunContext) -> int:
-    return run.tokenizer.pad_token_id or 0
+    return harmless_pad_id(run.tokenizer, embedding_rows(run.model))
 
 
 def _check_packing(trainer: SupervisedTrainer) -> None:
