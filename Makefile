@@ -1,8 +1,10 @@
 # make demo   a tiny model learns in about a minute, golden answers beside what it says
-# make test   every test, on two cores in under 15 minutes
+# make test   every claim's tests, on two cores in under 15 minutes
+# make test-long  those and the exhaustive ones (marker `long`), in under an hour
 # make quick  the fast tests        make check  format, lint, types
 # make trust  the numeric checks        make mutants  that each check kills its mutant
 # make fuzz   500 drawn requests to every route of a real server
+# make wheel  the wheel, installed into an empty environment, runs the demo there
 # make bench  the benchmarks that need no data of yours
 # make screenshots  the pictures in docs/img, from a demo run (needs chromium)
 
@@ -11,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick trust mutants fuzz check format docs bench screenshots clean
+.PHONY: demo test test-long quick trust mutants fuzz check format docs wheel bench screenshots clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,13 +30,16 @@ demo: $(STAMP)
 TWO := -n 2 --dist loadfile
 
 test: $(STAMP)
+	$(BIN)/python -m pytest $(TWO) -m "not long"
+
+test-long: $(STAMP)
 	$(BIN)/python -m pytest $(TWO)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest $(TWO) -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not long"
 
 trust: $(STAMP)
-	$(BIN)/python -m pytest $(TWO) tests/trust
+	$(BIN)/python -m pytest $(TWO) -m "not long" tests/trust
 
 mutants: $(STAMP)
 	$(BIN)/python -m pytest -q $(TWO) -k is_killed
@@ -57,6 +62,18 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_startup.py
 	$(BIN)/python benchmarks/bench_monitor.py
+
+# A checkout has files that a wheel may lack: the demo runs where there is nothing else.
+wheel: $(STAMP)
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	git archive HEAD | (mkdir "$$work/source" && tar -x -C "$$work/source"); \
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps -w "$$work" "$$work/source"; \
+	$(PYTHON) -m venv "$$work/venv"; \
+	"$$work/venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt "$$work"/*.whl; \
+	rm -rf "$$work/source"; cd "$$work"; \
+	env -u PYTHONPATH "$$work/venv/bin/trainer" demo --steps 40 --output demo_run; \
+	test -s demo_run/final_model/model.safetensors; test -s demo_run/report.html; \
+	echo "the wheel runs the demo in an empty environment"
 
 screenshots: $(STAMP)
 	$(BIN)/python benchmarks/screenshots.py

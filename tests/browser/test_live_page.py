@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import time
@@ -187,6 +188,46 @@ def test_a_page_opened_before_the_run_starts_shows_it_and_a_restart_counts_once(
     assert page.locator(".place").inner_text() == "step 200, 3 of 3"
     page.reload()
     page.wait_for_function("document.querySelector('.place')?.innerText === 'step 200, 3 of 3'")
+
+
+def test_a_run_that_hangs_turns_amber_and_frames_without_data_are_not_drawn(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    times = {"started_at": time.time() - 100, "updated_at": time.time() - 60, "eta_s": 500.0}
+    status = {"state": "training", "phase": "training", "pid": os.getpid(), **times}
+    path = run / "status.json"
+    path.write_text(json.dumps(helpers.status_of(step=200, total_steps=400, **status)))
+    page = open_page(monitor(run), wait_for=".state-silent")
+    assert re.match(r"training, step 200 of 400, no word for 1 min", page.inner_text(".state"))
+    assert " left" not in page.locator(".page").inner_text()
+    assert page.locator(".charts canvas:visible").count() == 0
+    assert not page.locator("#final").is_visible()
+    now = {**status, "updated_at": time.time(), "started_at": time.time()}
+    path.write_text(json.dumps(helpers.status_of(step=202, total_steps=400, **now)))
+    page.wait_for_function("document.querySelector('.state').innerText.includes(' left')")
+    assert page.locator(".state-silent").count() == 0
+
+
+def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    answers = [helpers.preview_of(9, n, matches=n != 3, text=f"answer {n}") for n in range(5)]
+    helpers.write_lines(run / "final_evaluation.jsonl", answers)
+    summary = {"final_evaluation": {"exact_match": 0.8, "matched": 4, "num_prompts": 5}}
+    status = helpers.status_of(step=9, total_steps=9, summary=summary)
+    (run / "status.json").write_text(json.dumps(status))
+    page = open_page(monitor(run), wait_for="#final .said")
+    shown = page.locator("#final").inner_text()
+    assert "80.0 % (4/5)" in shown
+    assert page.locator("#final > div > .said").count() == 1
+    assert answers[3]["prompt"] in shown
+    assert "80.0 % (4/5)" in page.locator(".figure").first.inner_text()
+    assert "trainer chat" not in page.locator("#ask").inner_text()  # it left no weights
+    assert "it left no weights" in page.locator("#ask").inner_text()
 
 
 def test_two_runs_are_compared(

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.core import TrainerEngine
 from trainer.monitoring import TrainingStatusReader
+from trainer.monitoring.events import (
+    CheckpointSaved,
+    EvaluationDone,
+    PhaseChanged,
+    PreviewsDone,
+    StepDone,
+)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -273,3 +281,35 @@ def test_a_user_prompt_is_previewed_with_the_system_prompt(train: Callable[..., 
     assert [row.step for row in mine] == [0, 2]
     assert mine[0].golden_answer is None
     assert mine[0].matches is None
+
+
+def test_what_keeps_training_from_a_step_is_said_before_and_that_it_goes_on_after(
+    job: Callable[..., Any],
+) -> None:
+    told: list[str] = []
+
+    class Listener:
+        def on_event(self, event: Any) -> None:
+            if isinstance(event, PhaseChanged):
+                told.append(event.text)
+            elif isinstance(event, PreviewsDone | EvaluationDone | StepDone | CheckpointSaved):
+                told.append(f"{type(event).__name__} {event.step}")
+
+        def close(self) -> None:
+            pass
+
+    config = job(hyperparams={"max_steps": 4}, monitoring={"num_eval_samples": 3})
+    assert TrainerEngine(observers=[Listener()]).run_job(config).success
+    begin = told.index("making the previews of step 0 (3 prompts, 8 tokens)")
+    assert told[begin : begin + 4] == [told[begin], "PreviewsDone 0", "training", "StepDone 1"]
+    end = told.index("StepDone 4")
+    assert told[end + 1 : end + 9] == [
+        "measuring the validation loss of step 4",
+        "training",
+        "EvaluationDone 4",
+        "making the previews of step 4 (3 prompts, 8 tokens)",
+        "PreviewsDone 4",
+        "training",
+        "writing the checkpoint of step 4",
+        "CheckpointSaved 4",
+    ]

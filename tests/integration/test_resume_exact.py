@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.core import TrainerEngine
+from trainer.core import TrainerEngine, schedule
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.data.batches import EpochOrder
 from trainer.monitoring import TrainingStatusReader
@@ -147,7 +147,7 @@ def closed_form(name: str, step: int, peak: float, warmup: int, total: int) -> f
     """The learning rate of optimizer step `step`, from 1."""
     done = step - 1
     if done < warmup:
-        return peak * done / warmup
+        return peak * (done + 1) / (warmup + 1)
     share = (done - warmup) / (total - warmup)
     shapes = {
         "constant": 1.0,
@@ -185,6 +185,89 @@ def test_mutant_n18_two_schedule_steps_is_killed(
         step(self)
 
     monkeypatch.setattr(torch.optim.lr_scheduler.LambdaLR, "step", twice)
+    with pytest.raises(AssertionError):
+        check_n18(train, "linear")
+
+
+LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
+    # name: before the resume, from it on, step resumed from, steps in the end
+    "a finished run": ({"max_steps": 6}, {"max_steps": 12}, 6, 12),
+    "from its middle": ({"max_steps": 9}, {"max_steps": 12}, 6, 12),
+    "within the warm-up": ({"max_steps": 6}, {"max_steps": 12}, 2, 12),
+    "shorter": ({"max_steps": 9}, {"max_steps": 7}, 5, 7),
+    "its last step": ({"max_steps": 9}, {"max_steps": 9}, 8, 9),
+    "epochs": ({"num_epochs": 1, "max_steps": None}, {"num_epochs": 1.5, "max_steps": None}, 8, 12),
+    "epochs to steps": ({"num_epochs": 1, "max_steps": None}, {"max_steps": 11}, 8, 11),
+}
+
+
+MUON = {"lr_scheduler": "linear", "optimizer": "muon"}
+SHARE = {"lr_scheduler": "cosine", "warmup_steps": 0.25}
+LORA = {"lr_scheduler": "constant", "training_mode": "lora"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [
+        *((case, MUON) for case in LENGTHS),
+        *((case, SHARE) for case in ("a finished run", "shorter")),
+        *((case, LORA) for case in ("within the warm-up", "epochs to steps")),
+    ],
+)
+def test_n18_a_resume_to_another_length_has_the_rates_of_that_length(
+    train: Callable[..., Any], case: str, more: dict[str, Any]
+) -> None:
+    check_n18_length(train, *LENGTHS[case], **more)
+
+
+def check_n18_length(
+    train: Callable[..., Any],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    at: int,
+    total: int,
+    **more: Any,
+) -> None:
+    hyper = {"warmup_steps": 4, "learning_rate": 1e-3, **more}  # 32 rows: an epoch has 8 steps
+    first = train(hyperparams={**hyper, **before}, monitoring=QUIET, output=KEEP)
+    output = {**KEEP, "resume": str(first.output_dir / "checkpoints" / f"step-{at:08d}")}
+    again = train(hyperparams={**hyper, **after}, monitoring=QUIET, output=output)
+    assert (again.success, again.global_step) == (True, total), again.error_message
+    warmup = math.ceil(0.25 * total) if hyper["warmup_steps"] == 0.25 else 4
+    lines = TrainingStatusReader(again.output_dir).metrics()
+    rates = {line["step"]: line["learning_rate"] for line in lines if line["type"] == "StepDone"}
+    assert sorted(rates) == list(range(1, total + 1))
+    name = hyper["lr_scheduler"]
+    for step in range(at + 1, total + 1):
+        wanted = closed_form(name, step, 1e-3, warmup, total)
+        assert rates[step] == pytest.approx(wanted, rel=1e-12, abs=1e-15), step
+        path = again.output_dir / "checkpoints" / f"step-{step - 1:08d}" / "optimizer.pt"
+        if step > at + 1:  # of every group: after a step the optimizer holds the next one's rate
+            groups = torch.load(path, weights_only=True)["param_groups"]
+            assert [group["lr"] for group in groups] == pytest.approx([wanted] * len(groups))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["a finished run", "from its middle", "epochs"])
+def test_mutant_n18_the_checkpoints_rate_is_kept_is_killed(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    kept = torch.optim.lr_scheduler.LambdaLR.load_state_dict
+    monkeypatch.setattr(schedule.RateSchedule, "load_state_dict", kept)
+    with pytest.raises(AssertionError):
+        check_n18_length(train, *LENGTHS[case], lr_scheduler="linear")
+
+
+def test_mutant_n18_a_warm_up_from_zero_is_killed(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = schedule.rate_factor
+
+    def from_zero(name: str, step: int, *, warmup: int, total: int) -> float:
+        return step / warmup if step < warmup else ours(name, step, warmup=warmup, total=total)
+
+    monkeypatch.setattr(schedule, "rate_factor", from_zero)
     with pytest.raises(AssertionError):
         check_n18(train, "linear")
 

@@ -146,7 +146,9 @@ def test_an_older_kept_set_can_be_made_active_again(client: httpx.Client) -> Non
     assert client.post("/models/set_active", json={"weights_id": "0" * 64}).status_code == 404
 
 
-def test_a_completion_by_name_makes_kept_weights_active_first(client: httpx.Client) -> None:
+def test_a_completion_by_name_is_answered_by_these_weights_and_changes_nothing_for_others(
+    client: httpx.Client,
+) -> None:
     for seed, step in ((11, 20), (12, 21)):
         _, _, manifest, data = model_of(seed)
         upload = offer(client, manifest, step, run="named").json()["upload_id"]
@@ -162,7 +164,7 @@ def test_a_completion_by_name_makes_kept_weights_active_first(client: httpx.Clie
         answer = client.post("/v1/completions", json={**body, "model": name}).json()
         local, tokenizer, manifest, _ = model_of({20: 11, 21: 12}[step])
         assert answer["system_fingerprint"] == manifest.weights_id
-        assert client.get("/models/active").json()["step"] == step
+        assert client.get("/models/active").json()["step"] == 21, "a read moves nothing"
         backend = LocalPreviewBackend(
             model=local, tokenizer=tokenizer, max_new_tokens=8, temperature=0.0
         )
@@ -171,7 +173,7 @@ def test_a_completion_by_name_makes_kept_weights_active_first(client: httpx.Clie
         assert texts[name] == ours.text
     assert texts["named@20"] != texts["named:latest"]
     own = client.post("/v1/completions", json={**body, "model": "tiny"}).json()
-    assert own["system_fingerprint"] == model_of(11)[2].weights_id, "the base name asks for no set"
+    assert own["system_fingerprint"] == model_of(12)[2].weights_id, "the plain name: last commit"
     assert client.post("/v1/completions", json={**body, "model": "r@5"}).status_code == 404
 
 

@@ -116,6 +116,18 @@ def data_format(lab: Lab) -> None:
     assert "data.format says" in lab.refusal(data={"format": "alpaca"})
 
 
+@shows("data.text_markers")
+def text_markers(lab: Lab) -> None:
+    text = "<|im_start|>user\n{}?<|im_end|>\n<|im_start|>assistant\nja {}<|im_end|>\n"
+    path = str(lab.write([{"text": text.format(n, n)} for n in range(9)]))
+    trained = {
+        how: lab.data(data={"dataset_path": path, "text_markers": how}).card.num_trained_tokens
+        for how in ("turns", "tokens")
+    }
+    assert 0 < trained["turns"] < trained["tokens"] / 2
+    assert "holds a control token" in lab.refusal(data={"text_markers": "tokens"})
+
+
 @shows("data.columns")
 def columns(lab: Lab) -> None:
     path = str(lab.write([{"frage": f"{n}?", "antwort": f"ja {n}"} for n in range(9)]))

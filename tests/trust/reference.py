@@ -5,7 +5,7 @@ Nothing here imports the package: two sides that share a helper would prove noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 128
 IGNORED = -100
 Rows = list[tuple[list[int], list[int]]]
+WeightedRows = list[tuple[list[int], list[int], list[float]]]
+AnyRows = Rows | WeightedRows
 
 
 def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A 2-layer Llama, 64 wide, with the same weights on every call."""
+    return decoder(LlamaForCausalLM, LlamaConfig, tied=tied, dtype=dtype, **changes)
+
+
+def decoder(
+    kind: Any,
+    config: Any,
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Any:
+    """A 2-layer model of any family, 64 wide, with the same weights on every call."""
     options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -35,7 +49,7 @@ def llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, **changes: 
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**{**options, **changes})).to(dtype)
+        model = kind(config(**{**options, **changes})).to(dtype)
     if dtype == torch.float64:
         _norms_in_fp64(model)
     return model
@@ -83,6 +97,32 @@ def token_mean(model: Any, rows: Rows) -> torch.Tensor:
     return torch.stack(losses).sum() / len(losses)
 
 
+def weighted_rows(count: int, *, seed: int = 0, unit: float = 0.25) -> WeightedRows:
+    """Ragged rows whose trained tokens count 1 to 7 units, each token drawn by itself."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows: WeightedRows = []
+    for ids, labels in ragged_rows(count, seed=seed):
+        drawn = torch.randint(1, 8, (len(ids),), generator=generator) * unit
+        counts = [
+            0.0 if label == IGNORED else w for label, w in zip(labels, drawn.tolist(), strict=True)
+        ]
+        rows.append((ids, labels, counts))
+    return rows
+
+
+def weighted_mean(model: Any, rows: WeightedRows) -> torch.Tensor:
+    """sum(w x -log p) / sum(w) over the trained tokens of all rows."""
+    losses = torch.stack(token_losses(model, [(ids, labels) for ids, labels, _ in rows]))
+    counts = [
+        w
+        for _, labels, weights_ in rows
+        for label, w in zip(labels[1:], weights_[1:], strict=True)
+        if label != IGNORED
+    ]
+    shares = torch.tensor(counts, dtype=losses.dtype)
+    return (shares * losses).sum() / shares.sum()
+
+
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
 
@@ -103,12 +143,14 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def sgd_change(model: Any, windows: Sequence[Rows]) -> torch.Tensor:
+def sgd_change(
+    model: Any, windows: Sequence[Any], loss_of: Callable[[Any, Any], torch.Tensor] = token_mean
+) -> torch.Tensor:
     """By how much one SGD step a window, at rate 1, moves the weights of `model`."""
     before = weights(model)
     for rows in windows:
         model.zero_grad()
-        token_mean(model, rows).backward()
+        loss_of(model, rows).backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.trust import flash
 from trainer.config import create_default_config
 from trainer.core import TrainerEngine
 from trainer.core.packing_check import check_documents_apart
@@ -77,11 +78,23 @@ def check_packed_equals_unpacked(train: Callable[..., Any], start: Path, attenti
     assert (packed - plain).norm() <= 2e-6 * plain.norm()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 def test_n5_packed_trains_as_unpacked(
     train: Callable[..., Any], model_folder: Path, attention: str, sgd: None
 ) -> None:
-    check_packed_equals_unpacked(train, model_folder, attention)
+    with flash.installed():
+        check_packed_equals_unpacked(train, model_folder, attention)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_packs_for_a_varlen_kernel_are_trained_in_bf16(
+    train: Callable[..., Any], mode: str
+) -> None:
+    hyper = {"batch_size": 2, "max_steps": 2, "fp_precision": "bf16", "training_mode": mode}
+    hyper["learning_rate"] = 1e-3
+    with flash.installed() as calls:
+        train("bf16", packing=True, attention="flash_attention_2", hyperparams=hyper)
+        assert calls.varlen
 
 
 def add_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +113,7 @@ def test_mutant_n5_all_ones_mask_is_killed(
 ) -> None:
     add_mask(monkeypatch)
     # The check at start would stop the run before N5 could see anything.
-    monkeypatch.setattr("trainer.core.assembly.check_documents_apart", lambda model: None)
+    monkeypatch.setattr("trainer.core.assembly.check_documents_apart", lambda *_, **__: None)
     with pytest.raises(AssertionError):
         check_packed_equals_unpacked(train, model_folder, "sdpa")
 

@@ -124,7 +124,7 @@ def test_n11_tokens_in_are_tokens_out_and_reported_cuts(
 def check_once_per_epoch(data: RunData) -> None:
     """N11: in each of two epochs the real loop sees every row once, in two different orders."""
     is_packed = isinstance(data.train, packing.PackedDataset)
-    rows = data.train._rows if is_packed else data.train  # type: ignore[attr-defined]
+    rows = data.train.rows if is_packed else data.train  # type: ignore[attr-defined]
     expected = Counter(tuple(rows[i]["input_ids"].tolist()) for i in range(len(rows)))
     trainer = make_trainer(
         llama(vocab_size=len(data.encoder.tokenizer), max_position_embeddings=128),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trust import two_processes
-from tests.trust.reference import distance, llama, ragged_rows
+from tests.trust import flash, two_processes
+from tests.trust.reference import distance, llama, ragged_rows, weighted_rows
 from tests.trust.trainers import trained_change
 
 pytestmark = pytest.mark.slow
@@ -52,11 +52,24 @@ def one_process() -> torch.Tensor:
     )
 
 
-def check_equal_to_one_process(ranks: Ranks, case: str, expected: torch.Tensor) -> None:
+def by_one_process(capacity: int | None = None, **model_options: Any) -> torch.Tensor:
+    """The weighted rows in the same steps by one process."""
+    return trained_change(
+        llama(**model_options),
+        weighted_rows(two_processes.NUM_ROWS, seed=4),
+        batch_size=2 * two_processes.BATCH_SIZE * two_processes.ACCUMULATION,
+        capacity=capacity,
+        optimizer=two_processes.sgd,
+    )
+
+
+def check_equal_to_one_process(
+    ranks: Ranks, case: str, expected: torch.Tensor, steps: int = 3
+) -> None:
     """N4: two processes move the weights as one does, and both alike."""
     ours = [part[case] for part in ranks]
     assert [part["num_processes"] for part in ours] == [2, 2]
-    assert [part["steps"] for part in ours] == [3, 3]
+    assert [part["steps"] for part in ours] == [steps, steps]
     assert torch.equal(ours[0]["change"], ours[1]["change"])
     assert distance(ours[0]["change"], expected) <= 2e-6
 
@@ -68,6 +81,23 @@ def test_n4_two_processes_train_as_one(ranks: Ranks, one_process: torch.Tensor) 
 def test_mutant_n4_per_rank_mean_is_killed(ranks: Ranks, one_process: torch.Tensor) -> None:
     with pytest.raises(AssertionError):
         check_equal_to_one_process(ranks, "per_rank_mean", one_process)
+
+
+def test_n4_two_processes_train_weighted_rows_as_one(ranks: Ranks) -> None:
+    check_equal_to_one_process(ranks, "weighted", by_one_process())
+
+
+def test_mutant_n4_weights_of_each_rank_alone_is_killed(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError):
+        check_equal_to_one_process(ranks, "per_rank_weights", by_one_process())
+
+
+def test_n4_two_processes_train_joined_packs_as_one(ranks: Ranks) -> None:
+    # Blanks fill the last batches here too: documents of one token at the end of a joined row.
+    with flash.installed():
+        expected = by_one_process(two_processes.CAPACITY, **two_processes.VARLEN)
+    check_equal_to_one_process(ranks, "joined", expected, steps=2)
+    assert distance(expected, by_one_process(two_processes.CAPACITY)) <= 2e-6
 
 
 def check_rows_once(ranks: Ranks, case: str) -> None:

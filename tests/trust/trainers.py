@@ -10,22 +10,29 @@ from typing import Any
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from tests.trust.reference import Rows, weights
+from tests.trust.reference import AnyRows, weights
 from trainer.config import create_default_config
 from trainer.config.resolve import resolve
 from trainer.core.arguments import build_training_arguments
 from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.packing_check import pack_collator
 from trainer.data.batches import EpochOrder, PadCollator
 from trainer.data.dataset import EncodedDataset
 from trainer.data.encode import Example
-from trainer.data.packing import PackCollator, PackedDataset
+from trainer.data.packing import PackedDataset
 from trainer.models.precision import resolve_precision
 
 CPU = torch.device("cpu")
 
 
-def dataset(rows: Rows) -> EncodedDataset:
-    return EncodedDataset([Example(ids, labels, "", "", 0, False, True) for ids, labels in rows])
+def dataset(rows: AnyRows) -> EncodedDataset:
+    """Rows of ids and labels, and loss weights where a row has a third part."""
+    return EncodedDataset(
+        [
+            Example(ids, labels, "", "", 0, False, True, weights=rest[0] if rest else None)
+            for ids, labels, *rest in rows
+        ]
+    )
 
 
 def sgd(model: Any) -> torch.optim.Optimizer:
@@ -35,7 +42,7 @@ def sgd(model: Any) -> torch.optim.Optimizer:
 
 def make_trainer(
     model: Any,
-    rows: Rows,
+    rows: AnyRows,
     *,
     batch_size: int,
     accumulation: int = 1,
@@ -76,7 +83,7 @@ def make_trainer(
             run_dir=folder,
         ),
         train_dataset=used,
-        data_collator=PackCollator(0) if packed else PadCollator(0),
+        data_collator=pack_collator(model, 0) if packed else PadCollator(0),
         optimizers=(optimizer(model), None),
         order=EpochOrder(
             used.lengths,
@@ -92,7 +99,7 @@ def make_trainer(
     return trainer
 
 
-def trained_change(model: Any, rows: Rows, **options: Any) -> torch.Tensor:
+def trained_change(model: Any, rows: AnyRows, **options: Any) -> torch.Tensor:
     """By how much the real training loop moves the weights of `model`."""
     before = weights(model)
     make_trainer(model, rows, **options).train()

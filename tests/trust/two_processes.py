@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.trust.reference import llama, ragged_rows, weights
+from tests.trust import flash
+from tests.trust.reference import AnyRows, llama, ragged_rows, weighted_rows, weights
 from tests.trust.trainers import make_trainer
 from trainer.config.schema import DataSection
 from trainer.core import hf_trainer
@@ -28,6 +29,9 @@ from trainer.profiles import get_profile
 
 NUM_ROWS, BATCH_SIZE, ACCUMULATION, RATE = 22, 2, 2, 0.1
 """Steps of 8, 8 and 6 rows: the last micro-batches cannot be full on both ranks."""
+CAPACITY = 44
+"""Ten packs: steps of eight and two, the last filled up with two blank ones."""
+VARLEN = {"attn_implementation": "flash_attention_2"}
 
 
 def sgd(model: Any) -> torch.optim.Optimizer:
@@ -44,23 +48,27 @@ def patched(holder: Any, name: str, value: Any) -> Iterator[None]:
         setattr(holder, name, before)
 
 
-def trained() -> dict[str, Any]:
+def trained(
+    rows: AnyRows | None = None, capacity: int | None = None, **model_options: Any
+) -> dict[str, Any]:
     """Change of the weights, and the rows with something to train that this rank was given."""
-    model = llama()
+    model = llama(**model_options)
     before = weights(model)
     trainer = make_trainer(
         model,
-        ragged_rows(NUM_ROWS, seed=4),
+        rows or ragged_rows(NUM_ROWS, seed=4),
         batch_size=BATCH_SIZE,
         accumulation=ACCUMULATION,
         world=2,
+        capacity=capacity,
         optimizer=sgd,
     )
     seen: list[list[int]] = []
     compute = trainer.compute_loss
 
     def noting(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        masks = inputs.get("attention_mask", torch.zeros(len(inputs["input_ids"]), 0))
+        for ids, mask in zip(inputs["input_ids"], masks, strict=True):
             if mask.sum() > 1:
                 seen.append(ids[mask.bool()].tolist())
         return compute(model, inputs, *rest, **named)
@@ -86,6 +94,16 @@ def per_rank_mean() -> Any:
         return plain(self, model, inputs, *rest, **named)
 
     return patched(hf_trainer.SupervisedTrainer, "compute_loss", compute_loss)
+
+
+def per_rank_weights() -> Any:
+    """Each process divides by the weights of its own rows, and gradients are averaged."""
+
+    def own(self: Any, batch_samples: list[Any], device: Any) -> Any:
+        shares = [hf_trainer.loss_share(batch) for batch in batch_samples]
+        return torch.stack(shares).sum() * self.accelerator.num_processes
+
+    return patched(hf_trainer.SupervisedTrainer, "_get_num_items_in_batch", own)
 
 
 def rows_dealt_twice() -> Any:
@@ -122,6 +140,12 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"right": trained(), "split": split(folder)}
     found["world_size"], found["backend"] = dist.get_world_size(), dist.get_backend()
+    weighted = weighted_rows(NUM_ROWS, seed=4)
+    found["weighted"] = trained(weighted)
+    with flash.installed():
+        found["joined"] = trained(weighted, CAPACITY, **VARLEN)
+    with per_rank_weights():
+        found["per_rank_weights"] = trained(weighted)
     with per_rank_mean():
         found["per_rank_mean"] = trained()
     with rows_dealt_twice():

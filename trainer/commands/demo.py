@@ -50,9 +50,10 @@ def run(argv: list[str]) -> int:
     )
     result = engine.run_job(config)
     records.finish(folder)
-    if not result.success:
+    if result.error_message:
         word = "stopped" if result.state == "stopped" else "error"
         print(f"{word}: {result.error_message}", file=sys.stderr)
+    if not result.success:
         return result.exit_code
     _report(console, folder, data, result)
     return result.exit_code

@@ -45,7 +45,7 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     if result.error_message:
         word = "stopped" if result.state == "stopped" else "error"
         print(f"{word}: {result.error_message}", file=sys.stderr)
-    elif display_name not in ("quiet", "json"):
+    if result.success and display_name not in ("quiet", "json"):
         _say_what_next(result.output_dir, result.model_path, report)
         failure = preview_failure_words(result.summary)
         if failure is not None:

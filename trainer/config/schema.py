@@ -86,9 +86,11 @@ class Hyperparams(Section):
     """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: bitsandbytes
     on a GPU."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate moves after the warm-up; linear and cosine end at 0."""
+    """How the learning rate moves after the warm-up. Linear and cosine fall so that the step after
+    the last one would have 0."""
     warmup_steps: Annotated[float, Field(ge=0.0)] = 0.03
-    """Steps over which the rate rises from 0: a whole number, or below 1 a share of all steps."""
+    """Steps before the first one at the peak rate: a whole number, or below 1 a share of all steps.
+    With N of them the first step has 1/(N+1) of the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of the optimizer (norms and biases are left out)."""
     adam_beta1: Share = 0.9
@@ -130,7 +132,9 @@ class ModelSection(Section):
     unpacked; needs the extra `gguf`). Flag: --model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"
+    ] = "auto"
     """Attention code; `auto` is the model's own choice, usually sdpa."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """`chatml`, `plain` or a Jinja file, in place of the model's own; saved with the result.
@@ -153,6 +157,9 @@ class DataSection(Section):
         "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca", "text"
     ] = "auto"
     """The rows' layout; `auto` looks at the first row of each file and says what it found."""
+    text_markers: Literal["turns", "tokens"] = "turns"
+    """Rows of format `text` that hold the model's own control tokens: `turns` reads them back into
+    the conversation they were made from and trains its answers; `tokens` trains every token."""
     columns: dict[str, str] = {}
     """Other names for the format's keys, such as `question=frage`: its key = the file's."""
     weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
@@ -175,6 +182,9 @@ class DataSection(Section):
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
     """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
     tokens. The data card counts them."""
+    train_on_thinking: bool = True
+    """Train the thoughts of answers (`reasoning_content`, or `<think>...</think>` in the content);
+    `false` trains only what follows them. An error where no row has a thought."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True
@@ -182,7 +192,8 @@ class DataSection(Section):
     enable_packing: bool = False
     """Fill each training sequence with several whole rows, kept apart, up to `max_length` tokens.
     `batch_size` then counts packs, not rows, so that a step holds more rows and an epoch has fewer
-    steps. Refused for models whose rows would see each other."""
+    steps. Refused for models whose rows would see each other, as found at start in batches of the
+    run's own size. Flash attention gets the packs of a batch as one long row."""
 
     @model_validator(mode="after")
     def _check_order(self) -> DataSection:
@@ -317,9 +328,10 @@ class OutputSection(Section):
     output_dir: str = "outputs"
     """Folder of the run. Flag: --output."""
     checkpoint_interval: Interval = 500
-    """Steps between checkpoints; the last step and a stop by signal always make one."""
+    """Steps between checkpoints; the last step and a stop always make one."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept; one of the step with the lowest validation loss is kept besides."""
+    """Newest checkpoints kept. The one of the step with the lowest validation loss is kept besides
+    (each lower loss makes one), and the one that was marked as best."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
     report: bool = True

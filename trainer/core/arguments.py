@@ -14,6 +14,7 @@ from trainer.models.precision import ResolvedPrecision
 
 OWN_TRACKERS = {"tensorboard", "none"}
 """Not for HF to start: TensorBoard's callback is ours, with previews in the same file."""
+# The rates are made by schedule.py; these names and the warm-up are what trackers show of them.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 

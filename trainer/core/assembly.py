@@ -16,19 +16,24 @@ from trainer.core.checkpoint import save_checkpoint
 from trainer.core.context import RunContext, is_main_process
 from trainer.core.evaluate import build_evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.loss_check import is_loss_equal
+from trainer.core.loss_check import forget_peak_memory, is_loss_equal
+from trainer.core.memory_probe import MemoryProbe
 from trainer.core.optim import build_optimizer
-from trainer.core.packing_check import check_documents_apart
-from trainer.core.preparation import epoch_order
+from trainer.core.packing_check import check_documents_apart, pack_collator, takes_borders
+from trainer.core.preparation import epoch_order, num_steps
 from trainer.core.previews import build_scheduler
 from trainer.core.run_folder import package_versions
+from trainer.core.schedule import RateSchedule
+from trainer.core.semantics import SEMANTICS
 from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
-from trainer.data.packing import PackCollator
+from trainer.data.packing import PackedDataset
 from trainer.errors import ConfigError
+from trainer.models.vocabulary import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved
+from trainer.monitoring.run_files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.published import PublishedPreviews
@@ -45,13 +50,16 @@ def assemble_callbacks(run: RunContext, config: TrainerConfig) -> list[Any]:
     stopping = EarlyStopping(hyper.early_stopping_patience, hyper.early_stopping_min_delta)
     if run.resume is not None:
         stopping.restore(run.resume.run_state["early_stopping"])
+        kept = checkpoint_steps(Path(config.output.output_dir) / CHECKPOINTS_NAME)
+        if stopping.lowest_step not in kept:  # its weights are gone, so a later step is the best
+            stopping.lowest_loss, stopping.lowest_step = None, 0
     run.callback = LiveMonitorCallback(
         config.monitoring,
         observers=run.observers,
-        evaluate=build_evaluator(run, collate=_collator(run)),
+        evaluate=build_evaluator(run, collate=PadCollator(_pad_id(run))),
         early_stopping=stopping,
         checkpoint_interval=config.output.checkpoint_interval,
-        is_stop_requested=lambda: run.stop.is_set,
+        is_stop_requested=lambda: run.stop.is_signalled,
         request_stop=lambda: run.stop.ask("the control file"),
         control=ControlFile(run.folder.path, run.notice) if run.folder is not None else None,
         row_of_step=lambda step: run.data.train_texts[order.first_row_of_step(step)],
@@ -82,14 +90,18 @@ def assemble_trainer(
     Raises:
         ConfigError: sharded weights, or a model that cannot be trained as asked.
     """
-    is_packed = config.data.enable_packing
+    packs = data.train if isinstance(data.train, PackedDataset) else None
+    pad_id = _pad_id(run)
+    optimizer = build_optimizer(model, config.hyperparams)
+    memory = MemoryProbe()
+    schedule = RateSchedule(optimizer, config.hyperparams, num_steps(config, data))
     trainer = SupervisedTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
-        data_collator=_collator(run, is_packed=is_packed),
-        optimizers=(build_optimizer(model, config.hyperparams), None),
-        callbacks=callbacks,
+        data_collator=pack_collator(model, pad_id) if packs is not None else PadCollator(pad_id),
+        optimizers=(optimizer, schedule),
+        callbacks=[memory, *callbacks],  # before the previews of step 0
         order=epoch_order(config, data),
         save_checkpoint=_checkpoint_saver(run),
         run_state=lambda: _run_state(run),
@@ -104,30 +116,34 @@ def assemble_trainer(
         run.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
-    run.trainer = trainer
+    run.trainer = memory.trainer = trainer
     if run.callback is not None:
         run.callback.trainer = trainer
-    if is_packed:
+    if packs is not None:
         _check_packing(trainer)
-    collate = _collator(run, is_packed=is_packed)
-    trainer.use_own_forward = not is_loss_equal(run, trainer, collate)
+    trainer.use_own_forward = not is_loss_equal(run, trainer, packs.rows if packs else data.train)
+    forget_peak_memory(trainer.args.device)
     return trainer
 
 
-def _collator(run: RunContext, *, is_packed: bool = False) -> PadCollator | PackCollator:
-    pad_id = run.tokenizer.pad_token_id or 0
-    return PackCollator(pad_id) if is_packed else PadCollator(pad_id)
+def _pad_id(run: RunContext) -> int:
+    return harmless_pad_id(run.tokenizer, embedding_rows(run.model))
 
 
 def _check_packing(trainer: SupervisedTrainer) -> None:
-    """Refuse packing where documents see each other, before the first step."""
-    attention = getattr(trainer.model.config, "_attn_implementation", None)
-    is_flash = attention == "flash_attention_2"  # takes half precision only
-    is_mixed = len({p.dtype for p in trainer.model.parameters()}) > 1
-    needs_autocast = is_flash or is_mixed
+    """Refuse packing where documents see each other, before the first step.
+
+    In fp32 where the model allows it, which hides least. Varlen kernels take half precision only.
+    """
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
+    needs_autocast = takes_borders(trainer.model) or len(dtypes) > 1
     autocast = trainer.accelerator.autocast() if needs_autocast else contextlib.nullcontext()
     with undisturbed(trainer.model), autocast:
-        check_documents_apart(trainer.model)
+        check_documents_apart(
+            trainer.model,
+            batch_size=trainer.args.per_device_train_batch_size,
+            collate=trainer.data_collator,
+        )
 
 
 def _checkpoint_saver(run: RunContext) -> Callable[[int, Callable[[Path], None]], None]:
@@ -145,6 +161,7 @@ def _checkpoint_saver(run: RunContext) -> Callable[[int, Callable[[Path], None]]
                 "data_fingerprint": run.data.train.fingerprint(),
                 "date": run.date.isoformat(),
                 "versions": package_versions(),
+                "semantics": SEMANTICS,
             },
         )
         seconds = time.perf_counter() - started

@@ -6,6 +6,7 @@ each of them with size and sha256. Nothing here knows about models or trainers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,14 +19,18 @@ from typing import Any
 
 from trainer.core import fs_ops
 from trainer.errors import CheckpointError, ResumeError
+from trainer.monitoring.run_files import checkpoint_steps, step_name
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-STEP_NAME = re.compile(r"^step-(\d{8})$")
 STAGING_NAME = re.compile(r"^\.tmp-step-\d{8}-(\d+)$")
 RETIRED_PREFIX = ".old-"
+LEFT_PREFIX = "left-at-"
+"""Of folders with checkpoints that a resume from an older one left behind."""
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run_state.json")
 """Without any of these a resume would silently restart a part of the training."""
+TRAINING_FILES = (*REQUIRED, "scaler.pt", "rng_state*.pth")
+"""Patterns of the files that are no part of the model."""
 REQUIRED_KINDS = {"weights": r".*model.*\.safetensors$", "random state": r"rng_state.*\.pth$"}
 
 
@@ -41,7 +46,7 @@ class Manifest:
 
 def step_dir(root: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
-    return root / f"step-{step:08d}"
+    return root / step_name(step)
 
 
 def save_checkpoint(
@@ -136,17 +141,11 @@ def _put_back(target: Path) -> None:
 
 def _retain(root: Path, keep: int, protect: Collection[int]) -> None:
     """Remove all but the newest `keep` checkpoints, by step number, never a protected one."""
-    steps = sorted(_steps(root))
+    steps = checkpoint_steps(root)
     for step in steps[: max(len(steps) - keep, 0)]:
         if step not in protect:
             fs_ops.remove_tree(step_dir(root, step))
     fs_ops.sync_dir(root)
-
-
-def _steps(root: Path) -> list[int]:
-    if not root.is_dir():
-        return []
-    return [int(found[1]) for path in root.iterdir() if (found := STEP_NAME.match(path.name))]
 
 
 def verify_checkpoint(path: Path) -> Manifest:
@@ -207,7 +206,7 @@ def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
     """
     _restore_retired(root)
     problems: list[str] = []
-    for step in sorted(_steps(root), reverse=True):
+    for step in reversed(checkpoint_steps(root)):
         path = step_dir(root, step)
         try:
             return path, _verify_for_resume(path), problems
@@ -234,6 +233,33 @@ def load_named_checkpoint(path: Path) -> Manifest:
         raise ResumeError(
             f"--resume {error} Give another checkpoint, or --resume alone for the newest whole one."
         ) from error
+
+
+def set_aside_newer(root: Path, step: int) -> Path | None:
+    """Move checkpoints of later steps than `step` out of the way; none is removed.
+
+    They belong to a course of the run that was given up: left in place, the next resume would take
+    the newest of them, and retention would keep them instead of new ones.
+
+    Returns:
+        The folder they are in now; None where there were none.
+    Raises:
+        CheckpointError: they cannot be moved.
+    """
+    newer = [one for one in checkpoint_steps(root) if one > step]
+    if not newer:
+        return None
+    names = (f"{LEFT_PREFIX}{step_name(step)}-{n}" for n in itertools.count(1))
+    folder = next(root / name for name in names if not (root / name).exists())
+    try:
+        fs_ops.make_dir(folder)
+        for one in newer:
+            fs_ops.replace(step_dir(root, one), step_dir(folder, one))
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: newer checkpoints cannot be moved there ({error})."
+        ) from error
+    return folder
 
 
 def _restore_retired(root: Path) -> None:

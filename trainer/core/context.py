@@ -40,7 +40,7 @@ class RunContext:
     stop: StopRequest = field(default_factory=StopRequest)
     started: float = field(default_factory=time.perf_counter)
     date: dt.date = field(default_factory=dt.date.today)
-    """Of the system prompt; a resume keeps the date of its run."""
+    """Of the system prompt and of the chat template; a resume keeps the date of its run."""
     durations_s: dict[str, float] = field(default_factory=dict)
     use_cache: bool = True
     """The model config's own value, which training changes."""
@@ -123,25 +123,37 @@ class RunContext:
 
     # ---- how it ended
 
-    def completed(
+    def ended(
         self, model_path: Path | None, final_evaluation: dict[str, Any] | None
     ) -> TrainingResult:
-        """The result of a run that reached its end."""
+        """The result of a run that reached its end, or was asked by its control file to end."""
+        is_over = self.callback is not None and self.callback.early_stopping.is_over
+        is_early = is_over and self.trainer is not None and self.step < self.trainer.state.max_steps
+        ended_by = "control" if self.stop.is_set else "early_stopping" if is_early else "steps"
+        message = None
+        if self.stop.is_set:
+            message = f"by {self.stop.by} after step {self.step}; its model is saved"
+            message += self._how_to_continue()
         return self._result(
-            "completed",
-            {"final_evaluation": final_evaluation},
+            "stopped" if self.stop.is_set else "completed",
+            {"final_evaluation": final_evaluation, "ended_by": ended_by},
             success=True,
             exit_code=EXIT_COMPLETED,
             model_path=model_path,
+            error_message=message,
         )
+
+    def _how_to_continue(self) -> str:
+        if self.checkpoint is None or self.folder is None:
+            return ""
+        return f"; continue with --resume --output {self.folder.path}"
 
     def failed(self, error: BaseException) -> TrainingResult:
         """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""
-        more: dict[str, Any] = {"error_type": type(error).__name__}
+        more: dict[str, Any] = {"error_type": type(error).__name__, "ended_by": "error"}
         if isinstance(error, StoppedError):
-            message = str(error)
-            if self.checkpoint is not None and self.folder is not None:
-                message += f"; continue with --resume --output {self.folder.path}"
+            message = str(error) + self._how_to_continue()
+            more["ended_by"] = self.stop.by
             return self._result("stopped", more, exit_code=error.exit_code, error_message=message)
         message = str(error) or type(error).__name__
         if isinstance(error, TrainerError):

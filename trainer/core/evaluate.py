@@ -1,4 +1,4 @@
-"""The loss on held-out rows, weighted by tokens, without touching the training state."""
+"""The loss on held-out rows, a mean over tokens as in training, without touching its state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from trainer.core.context import RunContext
-from trainer.core.loss import supervised_loss
+from trainer.core.loss import loss_share, supervised_loss
+from trainer.data.batches import on_device
 from trainer.data.dataset import EncodedDataset
 from trainer.data.encode import IGNORE_INDEX
 from trainer.preview.neutral import undisturbed
@@ -24,7 +25,7 @@ class Evaluation:
     """A measured loss."""
 
     loss: float
-    """Mean nats per supervised token over all rows."""
+    """Mean nats per supervised token over all rows, each token by its loss weight."""
     num_rows: int
     num_trained_tokens: int
 
@@ -50,16 +51,17 @@ class Evaluator:
     def __call__(self, model: Any) -> Evaluation:
         """Evaluate the unwrapped model; its mode and all random states are put back."""
         device = next(model.parameters()).device
-        total = torch.zeros((), dtype=torch.float64)
+        total = share = torch.zeros((), dtype=torch.float64)
         tokens = rows = 0
         with undisturbed(model), self._autocast(device):
             for indices in self.batches:
                 batch = self.collate([self.dataset[i] for i in indices])
-                count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-                batch = {key: value.to(device) for key, value in batch.items()}
-                total += supervised_loss(model, model, batch, 1).double().cpu()
-                tokens, rows = tokens + count, rows + len(indices)
-        return Evaluation(float(total) / max(tokens, 1), rows, tokens)
+                tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+                rows += len(indices)
+                share = share + loss_share(batch)
+                batch = on_device(batch, device)
+                total = total + supervised_loss(model, model, batch, 1).double().cpu()
+        return Evaluation(float(total) / (float(share) or 1.0), rows, tokens)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:

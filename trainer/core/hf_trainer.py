@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerState
 
-from trainer.core.loss import full_loss, supervised_loss
-from trainer.data.batches import EpochOrder
+from trainer.core.loss import full_loss, loss_share, supervised_loss
+from trainer.data.batches import LOSS_WEIGHTS, EpochOrder
 from trainer.data.encode import IGNORE_INDEX
 from trainer.data.packing import count_tokens
 from trainer.errors import NonFiniteError
+from trainer.models.adapter import save_adapter
 
 MAX_OVERFLOWS_IN_A_ROW = 20
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -86,7 +87,10 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy over supervised tokens, divided by those of the whole optimizer step."""
+        """Cross-entropy over supervised tokens, divided by those of the whole optimizer step.
+
+        With loss weights: each token's times its weight, divided by the sum of the weights.
+        """
         if self.use_own_forward:
             loss = full_loss(model, inputs, num_items_in_batch)
         else:
@@ -97,6 +101,20 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             loss = loss * self.accelerator.num_processes
         self._note(loss, inputs)
         return (loss, None) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the losses of a step are divided by, over its micro-batches and all processes.
+
+        Returns:
+            The trained tokens, as HF counts them, or the sum of their loss weights. All rows of a
+            run have weights or none has, so that every process is on the same way.
+        """
+        if not batch_samples or LOSS_WEIGHTS not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = torch.stack([loss_share(batch) for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
 
     def _note(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
         """Add this micro-batch to the step's sums, on the device, without waiting for it."""
@@ -173,7 +191,11 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
 
     def _write_state(self, folder: Path, rng_states: list[dict[str, Any]]) -> None:
         """Write the files that HF's resume reads: weights, optimizer, schedule, RNG, position."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "peft_config"):
+            save_adapter(model, folder)
+        else:
+            model.save_pretrained(folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         for rank, state in enumerate(rng_states):

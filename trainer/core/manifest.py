@@ -9,6 +9,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.core.context import RunContext
 from trainer.core.result import TrainingResult
 from trainer.core.run_folder import RunFolder, environment_manifest
+from trainer.core.semantics import SEMANTICS
 from trainer.errors import EXIT_USER_INPUT, OutputError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def write_manifest(run: RunContext, folder: RunFolder, config: TrainerConfig) ->
         folder.run_json,
         {
             "state": "training",
+            "semantics": SEMANTICS,
             "config": resolved,
             "date": run.date.isoformat(),
             "system_prompt": run.data.system_prompt,

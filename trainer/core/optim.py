@@ -125,6 +125,20 @@ class MuonAdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "_parts": self._parts}
 
 
+def state_placeholders(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Empty tensors of the size that the optimizer's state will have; none where it has one."""
+    if optimizer.state:
+        return []
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    is_8bit = "8bit" in type(inner).__name__
+    return [
+        torch.empty_like(parameter, dtype=torch.uint8 if is_8bit else None)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for _ in range(1 if group.get(ALGORITHM) == "muon" else 2)  # momentum, or two moments
+    ]
+
+
 def _muon(matrices: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Torch's, which computes in bf16, where the device does; elsewhere ours, in fp32."""
     if default_precision(matrices[0].device) != "bf16":

@@ -16,6 +16,7 @@ from trainer.core.checkpoint import clean_staging
 from trainer.core.context import RunContext, is_main_process
 from trainer.core.resume import check_resumable, find_resume_point
 from trainer.core.run_folder import RunFolder
+from trainer.core.schedule import check_schedule
 from trainer.data.batches import EpochOrder
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
@@ -23,7 +24,15 @@ from trainer.data.encode import RowEncoder
 from trainer.data.packing import pack_training_rows
 from trainer.data.prepare import prepare_data
 from trainer.errors import ConfigError
-from trainer.models.load import check_locked, context_length, load_tokenizer, read_model_config
+from trainer.models.load import (
+    check_is_model,
+    check_locked,
+    context_length,
+    load_tokenizer,
+    read_model_config,
+)
+from trainer.models.quantized import check_trainable
+from trainer.models.template_date import fix_date
 from trainer.monitoring.events import CardShown
 from trainer.profiles import DataProfile
 
@@ -38,10 +47,18 @@ def fit_to_model(run: RunContext, config: TrainerConfig) -> None:
         ConfigError: `locked` or `hyperparams.max_length` does not fit it.
     """
     offline = config.environment.offline
+    check_is_model(config.model)
     run.phase("loading", f"loading the tokenizer of {config.model.model_path}")
     run.tokenizer = load_tokenizer(config.model, offline=offline)
     model_config = read_model_config(config.model, offline=offline)
     check_locked(config.locked, config.model, model_config)
+    monitoring = config.monitoring
+    check_trainable(
+        model_config,
+        f"model.model_path={config.model.model_path}",
+        training_mode=config.hyperparams.training_mode,
+        previews=monitoring.preview_backend if monitoring.inference_interval else None,
+    )
     limit, wanted = context_length(model_config), config.hyperparams.max_length
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(
@@ -95,6 +112,7 @@ def prepare_rows(
     hyper = config.hyperparams
     run.phase("loading", f"encoding {config.data.dataset_path}")
     started = time.perf_counter()
+    fix_date(tokenizer, run.date)
     data = prepare_data(
         config.data,
         profile=profile,
@@ -102,6 +120,7 @@ def prepare_rows(
             tokenizer,
             hyper.max_length or DEFAULT_MAX_LENGTH,
             truncation=config.data.truncation,
+            train_on_thinking=config.data.train_on_thinking,
         ),
         system_prompt=system_prompt,
         is_prompt_configured=config.profile.system_prompt is not None,
@@ -125,11 +144,7 @@ def _check_against_rows(run: RunContext, config: TrainerConfig, data: RunData) -
     """What can be told only once the rows are known."""
     hyper = config.hyperparams
     total = num_steps(config, data)
-    if hyper.warmup_steps >= total:
-        raise ConfigError(
-            f"hyperparams.warmup_steps={hyper.warmup_steps:g} is not below the {total} steps "
-            "that these rows and epochs make; lower it or train longer."
-        )
+    check_schedule(hyper, total, start=run.resume.step if run.resume else 0)
     if hyper.early_stopping_patience and data.validation is None:
         raise ConfigError(
             "hyperparams.early_stopping_patience is set, but no rows are held out "

@@ -16,6 +16,7 @@ from trainer.config.schema import MonitoringConfig
 from trainer.core.context import RunContext
 from trainer.errors import ConfigError, PreviewError
 from trainer.models.precision import resolve_device
+from trainer.models.template_date import is_dated
 from trainer.preview.base import PreviewRequest
 from trainer.preview.http import AwayError, read_key
 from trainer.preview.identity import (
@@ -118,6 +119,7 @@ def _worker_and_setup(
         "folder": str(folder),
         "hashes": hashes.model_dump(),
         "model": run.config.model.model_path if is_http else None,
+        "template_date": run.date.isoformat() if is_dated(run.tokenizer) else None,
         "previews": _previews(run, requests, local, profile, canary),
     }
 

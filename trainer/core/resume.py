@@ -12,6 +12,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import find_latest_checkpoint, load_named_checkpoint
 from trainer.core.hf_trainer import RUN_STATE_FILE
 from trainer.core.run_folder import package_versions
+from trainer.core.semantics import check_semantics
 from trainer.errors import ResumeError
 
 LATEST = "latest"
@@ -51,7 +52,7 @@ class ResumePoint:
 
     @property
     def date(self) -> dt.date | None:
-        """The date in the run's system prompt, which a resume must not change."""
+        """The date in the run's prompts, which a resume must not change."""
         recorded = self.metadata.get("date")
         return dt.date.fromisoformat(recorded) if recorded else None
 
@@ -63,7 +64,8 @@ def find_resume_point(wanted: str, root: Path) -> ResumePoint:
         wanted: `latest`, or the folder of one checkpoint.
         root: the run's `checkpoints/`.
     Raises:
-        ResumeError: nothing to resume, or the named checkpoint is broken.
+        ResumeError: nothing to resume, the named checkpoint is broken, or its run was begun
+            under other rules than this version's.
     """
     problems: list[str] = []
     if wanted == LATEST:
@@ -71,6 +73,7 @@ def find_resume_point(wanted: str, root: Path) -> ResumePoint:
     else:
         path = Path(wanted)
         manifest = load_named_checkpoint(path)
+    check_semantics(manifest.metadata, path)
     run_state = json.loads((path / RUN_STATE_FILE).read_text())
     return ResumePoint(path, manifest.step, manifest.metadata, run_state, tuple(problems))
 

@@ -23,7 +23,7 @@ import torch
 from trainer import __version__
 from trainer.errors import OutputError, ResumeError
 from trainer.monitoring.plain_values import plain_values
-from trainer.monitoring.run_files import replace_file
+from trainer.monitoring.run_files import CHECKPOINTS_NAME, replace_file
 
 LOCK = ".lock"
 OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
@@ -47,7 +47,7 @@ class RunFolder:
     RUN_JSON = "run.json"
     CONFIG = "config.resolved.json"
     STATUS = "status.json"
-    CHECKPOINTS = "checkpoints"
+    CHECKPOINTS = CHECKPOINTS_NAME
     FINAL_MODEL = "final_model"
 
     def __init__(self, path: Path, lock: IO[str] | None, *, is_new: bool) -> None:

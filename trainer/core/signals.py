@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM, SIGHUP: the first asks for a stop at the end of the step, a second aborts."""
+"""Ctrl-C, SIGTERM, SIGHUP: the first asks for a stop at the end of the step, a second aborts.
+
+The control file asks for a stop too, but of another kind: the run then ends as if it were done.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from trainer.errors import EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM, StoppedError
+from trainer.errors import EXIT_COMPLETED, EXIT_SIGHUP, EXIT_SIGINT, EXIT_SIGTERM, StoppedError
 
 EXIT_CODES = {
     signal.SIGINT: EXIT_SIGINT,
@@ -39,20 +42,23 @@ class StopRequest:
         """Who asked, such as `SIGINT`."""
         return self.signal.name if self.signal is not None else str(self.asked_by)
 
+    @property
+    def is_signalled(self) -> bool:
+        """Whether a signal came: there may be little time, so nothing but a checkpoint is made."""
+        return self.signal is not None
+
     def ask(self, who: str) -> None:
-        """Ask for a stop at the end of the step, as a first Ctrl-C does."""
+        """Ask for a stop at the end of the step, with everything that the end of a run makes."""
         self.asked_by = self.asked_by or who
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT and when asked without a signal, 143 after SIGTERM, 129 after SIGHUP."""
-        if self.signal is None:
-            return EXIT_SIGINT if self.is_set else 0
-        return EXIT_CODES[self.signal]
+        """130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP; 0 without a signal."""
+        return EXIT_CODES[self.signal] if self.signal is not None else EXIT_COMPLETED
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: remember the first signal, abort at the second or outside a step."""
-        is_second = self.is_set
+        is_second = self.is_signalled
         self.signal = self.signal or signal.Signals(number)
         if is_second or not self.can_wait:
             raise StoppedError(f"by {self.signal.name}", exit_code=self.exit_code)

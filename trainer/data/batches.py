@@ -14,14 +14,16 @@ from trainer.data.encode import IGNORE_INDEX
 GROUPS_PER_POOL = 50  # batches sorted together: short padding, yet rows still meet new company
 BLANK = -1
 """Index of a row without anything to train: it fills the last batches of several processes."""
+LOSS_WEIGHTS = "loss_weights"
+"""Key of rows and batches: how much each label counts in the loss; absent: each counts 1."""
 
 
 class EpochOrder(Sampler[int]):
     """Row indices of one epoch, the same on every start, rank and resume.
 
     With `group_by_length` rows are shuffled, sorted by length within pools of 50 groups, cut into
-    groups (one optimizer step each), and the groups are shuffled. The group with the longest row
-    comes first, so that running out of memory shows in the first step.
+    groups (one optimizer step each), and the groups are shuffled. No group has a place of its own:
+    that the longest rows fit into memory is found out before the first step (core/memory_probe.py).
     """
 
     def __init__(
@@ -56,6 +58,10 @@ class EpochOrder(Sampler[int]):
         """Optimizer steps of one epoch; the last one may have fewer rows."""
         return -(-len(self.lengths) // self.group_size)
 
+    def longest_rows(self, count: int) -> list[int]:
+        """The `count` longest rows: no forward pass over as many is padded to more tokens."""
+        return sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])[:count]
+
     def first_row_of_step(self, step: int) -> int:
         """The first row of optimizer step `step`, from 1, counted over all epochs."""
         epoch, nth = divmod(step - 1, self.steps_per_epoch)
@@ -89,13 +95,7 @@ class EpochOrder(Sampler[int]):
         full = [group for group in groups if len(group) == size]
         rest = [group for group in groups if len(group) != size]
         mixed = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        if mixed:
-            longest = max(range(len(mixed)), key=lambda i: self._longest(mixed[i]))
-            mixed.insert(0, mixed.pop(longest))
         return [row for group in [*mixed, *rest] for row in group]
-
-    def _longest(self, group: list[int]) -> int:
-        return max(self.lengths[row] for row in group)
 
 
 class PadCollator:
@@ -108,17 +108,38 @@ class PadCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return input_ids, labels, attention_mask, all (B, T) int64.
 
+        Rows with loss weights make `loss_weights` too, (B, T) float32, aligned with the labels.
         The mask comes from the lengths, never from the pad id, which may equal a real token.
         """
-        ids = [row["input_ids"] for row in rows]
-        labels = [row["labels"] for row in rows]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        }
+        batch = stack_rows(rows, pad_id=self.pad_id)
+        masks = [torch.ones_like(row["input_ids"]) for row in rows]
+        return {**batch, "attention_mask": pad_sequence(masks, batch_first=True)}
 
 
-def blank_row() -> dict[str, Any]:
-    """What BLANK stands for: one token that nothing is trained on, so that attention has a key."""
-    return {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.tensor([IGNORE_INDEX])}
+def stack_rows(rows: list[dict[str, Any]], *, pad_id: int) -> dict[str, torch.Tensor]:
+    """Stack every key of the rows to (B, T); padding has no label, weight 0 and position 0."""
+    fills = {"input_ids": pad_id, "labels": IGNORE_INDEX}
+    return {
+        key: pad_sequence(
+            [row[key] for row in rows], batch_first=True, padding_value=fills.get(key, 0)
+        )
+        for key in rows[0]
+    }
+
+
+def blank_row(*, has_weights: bool = False) -> dict[str, Any]:
+    """What BLANK stands for: one token that nothing is trained on, so that attention has a key.
+
+    Args:
+        has_weights: the other rows have loss weights; all rows of a batch have the same keys.
+    """
+    row = {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.tensor([IGNORE_INDEX])}
+    return {**row, LOSS_WEIGHTS: torch.zeros(1)} if has_weights else row
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device; lengths that are plain numbers stay so."""
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }

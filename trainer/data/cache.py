@@ -6,6 +6,7 @@ What cannot be described exactly (a profile without source code) is not cached.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import io
@@ -26,11 +27,15 @@ import psutil
 from pydantic import BaseModel
 
 from trainer import __version__
+from trainer.models.template_date import printed_dates
 from trainer.profiles import DataProfile
 
 SUFFIX = ".cache"
 TEMPORARY = ".tmp"
 DIGEST_BYTES = 32
+KEY_CHARS = 40
+KEPT_ENTRIES = 8
+"""Entries of data files with one name; the one that was longest unused goes first."""
 LIBRARIES = ("transformers", "tokenizers", "trl", "jinja2")
 OWN_PACKAGES = ("data", "profiles")
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -79,12 +84,17 @@ class CacheEntry:
         digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
         if hashlib.sha256(body).digest() != digest:
             raise DamagedEntryError("its checksum is wrong")
+        with contextlib.suppress(OSError):  # a folder that is only read serves as well
+            os.utime(self.path)
         with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
             return dict(arrays)
 
-    def store(self, arrays: Arrays) -> None:
+    def store(self, arrays: Arrays) -> int:
         """Write the file in one step: it is whole, or not there.
 
+        Returns:
+            How many older entries of data files with this name were removed: the file that is
+            edited again and again must not fill the disk.
         Raises:
             OSError: the folder cannot be written.
         """
@@ -103,6 +113,25 @@ class CacheEntry:
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
+        return self._forget_oldest()
+
+    def _forget_oldest(self) -> int:
+        """Remove entries of this data file's name beyond the KEPT_ENTRIES used last."""
+        label = self.path.name[: -KEY_CHARS - len(SUFFIX)]
+        found = [
+            path
+            for path in entries(self.path.parent)
+            if path.suffix == SUFFIX
+            and path.name.startswith(label)
+            and len(path.name) == len(self.path.name)
+            and path != self.path
+        ]
+        removed = 0
+        for path in sorted(found, key=_last_use, reverse=True)[KEPT_ENTRIES - 1 :]:
+            with contextlib.suppress(OSError):  # another run removed it first, or may remove it
+                path.unlink()
+                removed += 1
+        return removed
 
 
 def find_entry(folder: Path, label: str, parts: dict[str, Any]) -> CacheEntry:
@@ -116,9 +145,9 @@ def find_entry(folder: Path, label: str, parts: dict[str, Any]) -> CacheEntry:
         NotCacheableError: one of them has no exact description.
     """
     described = describe({**parts, "code": own_code_hash(), "versions": library_versions()})
-    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(canonical(described).encode()).hexdigest()
     safe = re.sub(r"[^\w.-]", "_", label)[:40]
-    return CacheEntry(folder / f"{safe}-{key[:40]}{SUFFIX}")
+    return CacheEntry(folder / f"{safe}-{key[:KEY_CHARS]}{SUFFIX}")
 
 
 def entries(folder: Path) -> list[Path]:
@@ -126,6 +155,13 @@ def entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (SUFFIX, TEMPORARY))
+
+
+def _last_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another run removed it just now
+        return 0.0
 
 
 # ---- what decides the rows, as plain values
@@ -144,7 +180,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [describe(part) for part in value]
     if isinstance(value, set | frozenset):
-        return sorted((describe(part) for part in value), key=repr)
+        # Whole, so that no two parts are equal to the sort: a set's own order changes by process.
+        return sorted((describe(part) for part in value), key=canonical)
     if isinstance(value, re.Pattern):
         return [value.pattern, value.flags]
     if hasattr(value, "backend_tokenizer"):
@@ -178,10 +215,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """
     if type(tokenizer).__module__.startswith("transformers_modules"):
         raise NotCacheableError("a tokenizer with code of its own")
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left there by earlier calls; what a row's tokens are cut to is in the encoder.
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
     parts = {
         "class": type(tokenizer).__qualname__,
-        "rules": tokenizer.backend_tokenizer.to_str(),
+        "rules": rules,
         "template": tokenizer.chat_template,
+        "date": printed_dates(tokenizer),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "added": {
             index: [token.content, token.special]
@@ -189,7 +231,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
         },
         "sides": [tokenizer.padding_side, tokenizer.truncation_side],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON values as a text that is the same for equal ones."""
+    return json.dumps(value, sort_keys=True)
 
 
 def describe_profile(profile: DataProfile) -> Any:

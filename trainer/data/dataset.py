@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,28 @@ from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedDataset as EncodedDataset
 from trainer.data.encoded import marked_text as marked_text
 from trainer.data.plain_text import check_text_row, is_text
+from trainer.data.rendered import check_markers_used, read_back
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
-from trainer.data.split import EncodedRow, first_prompts, split_rows, weigh_rows
+from trainer.data.spans import assistant_turns
+from trainer.data.split import (
+    EncodedRow,
+    first_prompts,
+    shared_prompts,
+    split_rows,
+    trained_groups,
+    weigh_rows,
+)
 from trainer.data.split import HeldOutPrompt as HeldOutPrompt
 from trainer.data.split import content_key as content_key
 from trainer.data.tools import tools_of
 from trainer.data.truncation import RowTooLongError
-from trainer.data.turns import check_messages, tool_names
+from trainer.data.turns import check_messages, num_openings, tool_names
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
+
+MAX_NAMED = 5
+"""Prompts that the card names, of each kind."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,9 @@ def encode_data(
     errors = RowErrors(section.on_bad_row, section.max_bad_rows)
     rows, format_name = read_sources(sources, section, errors, max_rows=section.max_rows)
     validation_rows, _ = read_sources(validation_sources, section, errors, max_rows=None)
+    rows = read_back(rows, encoder, errors, section.text_markers)
+    validation_rows = read_back(validation_rows, encoder, errors, section.text_markers)
+    check_markers_used([*rows, *validation_rows], section.text_markers)
     _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
     preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
     encoded = preparer.encode(rows)
@@ -87,7 +103,9 @@ def encode_data(
             f"({'; '.join(errors.errors[:3])}), {preparer.num_dropped} are longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
-    train_keys = {item.key for item in train}
+    trained = trained_groups(validation, train)
+    shared = shared_prompts(section, encoded) if validation else ()
+    leaked = [item for item in validation if item.group in trained]
     mixed, mix = weigh_rows(sources, train)
     card = DataCard(
         dataset_path=section.dataset_path,
@@ -95,19 +113,24 @@ def encode_data(
         template=_mask_source(encoder, sum(is_text(row.messages) for row in rows), len(rows)),
         num_own_system=_num_own_system(rows),
         num_duplicates=len(encoded) - len({item.key for item in encoded}),
-        num_leaked=sum(item.key in train_keys for item in validation),
+        num_leaked=len(leaked),
+        leaked_prompts=tuple(dict.fromkeys(item.example.prompt for item in leaked))[:MAX_NAMED],
+        shared_prompts=shared[:MAX_NAMED],
+        num_shared_prompts=len(shared),
         validation=how,
         mix=mix,
         **preparer.counts(encoded, held_out),
+        **_row_counts([*encoded, *held_out]),
         **_token_counts(mixed, validation),
+        **_thought_fields(section, encoder, [*encoded, *held_out]),
         sample=marked_text(encoder.tokenizer, mixed[0].example.input_ids, mixed[0].example.labels),
     )
-    prompts = sorted(validation or mixed, key=lambda item: item.key)
+    prompts = sorted(validation or mixed, key=lambda item: (item.group, item.key))
     return RunData(
         train=EncodedDataset([item.example for item in mixed]),
         validation=EncodedDataset([item.example for item in validation]) if validation else None,
-        preview_prompts=first_prompts(prompts, num_preview, bool(validation)),
-        final_prompts=first_prompts(prompts, num_final, bool(validation)),
+        preview_prompts=first_prompts(prompts, num_preview, bool(validation), trained=trained),
+        final_prompts=first_prompts(prompts, num_final, bool(validation), trained=trained),
         train_texts=tuple((item.example.prompt, item.example.golden_answer) for item in mixed),
         card=card,
         encoder=encoder,
@@ -140,6 +163,25 @@ def _num_own_system(rows: list[Row]) -> int:
     return sum(row.messages[0]["role"] == "system" for row in rows)
 
 
+def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
+    """Fields of the data card that tell what the rows bring beside plain turns."""
+    unused: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for item in kept:
+        unused.update(item.row.notes.unused)
+        for turn in item.row.messages:
+            weight = turn.get("weight", 1.0)
+            weights["untrained" if weight == 0 else "weighted"] += weight != 1
+    return {
+        "num_untrained_turns": weights["untrained"],
+        "num_weighted_turns": weights["weighted"],
+        "num_openings": sum(num_openings(item.row.messages) > 0 for item in kept),
+        "unused_keys": dict(sorted(unused.items())),
+        "num_as_text": sum(item.row.notes.num_as_text for item in kept),
+        "num_rendered": sum(item.row.is_rendered for item in kept),
+    }
+
+
 def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
     """Fields of the data card that count tokens of what is trained and measured."""
     examples = [item.example for item in [*train, *validation]]
@@ -154,6 +196,27 @@ def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict
         "num_without_stop": sum(not example.ends_with_stop for example in examples),
         "num_stripped": len(stripped),
         "stripped_example": stripped[0] if stripped else "",
+        "num_thoughts": sum(example.num_thoughts for example in examples),
+        "num_opened": sum(example.is_opened for example in examples),
+    }
+
+
+def _thought_fields(
+    section: DataSection, encoder: RowEncoder, encoded: list[EncodedRow]
+) -> dict[str, Any]:
+    """Fields of the data card about thoughts.
+
+    Raises:
+        ConfigError: thoughts are not to be trained, and there are none.
+    """
+    if not section.train_on_thinking and not any(item.example.num_thoughts for item in encoded):
+        raise ConfigError(
+            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
+            "in its tokens; remove the option."
+        )
+    return {
+        "thoughts": encoder.template.thought_words(is_trained=section.train_on_thinking),
+        "opening": encoder.template.opening,
     }
 
 
@@ -199,7 +262,7 @@ class _Preparer:
             elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
-                encoded.append(EncodedRow(row, self._key(row), result))
+                encoded.append(EncodedRow(row, self._key(row), result, self._group(row)))
         return encoded
 
     def counts(self, encoded: list[EncodedRow], held_out: list[EncodedRow]) -> dict[str, Any]:
@@ -222,28 +285,65 @@ class _Preparer:
 
     def _key(self, row: Row) -> str:
         """The key of the cleaned content: rows that are trained alike go to one side."""
-        turns = [turn.copy() for turn in row.messages]
+        return content_key(self._words(row.messages), self.seed)
+
+    def _group(self, row: Row) -> str:
+        """The key of the cleaned turns before the first answer, or of a plain text.
+
+        Flags and greetings make no difference: rows that differ in what is trained stand together.
+        """
+        turns = self._words(row.messages)
+        for turn in turns:
+            turn.pop("weight", None)
+        answers = assistant_turns(turns)
+        prompt = turns[: answers[0]] if answers else turns
+        own = self._words([Message(role="system", content=self.system_prompt or "")])
+        # A system turn like the run's asks the same as none.
+        return content_key(prompt[1:] if prompt[:1] == own else prompt, self.seed)
+
+    def _words(self, messages: list[Message]) -> list[Message]:
+        turns = [turn.copy() for turn in messages]
         for turn in turns:
             turn["content"] = " ".join(self.profile.clean(turn["content"]).split())
-        return content_key(turns, self.seed)
+        return turns
 
     def _conversation(self, row: Row) -> list[Message]:
         clean = [turn.copy() for turn in row.messages]
         for turn in clean:
             turn["content"] = self.profile.clean(turn["content"])
+            if "reasoning_content" in turn:
+                turn["reasoning_content"] = self.profile.clean(turn["reasoning_content"])
         if is_text(clean):
-            return [check_text_row(turn["content"]) for turn in clean]
+            return [turn for turn in clean if check_text_row(turn["content"])]
         turns = self.profile.transform(clean, index=row.index, seed=self.seed)
         if _called(turns) != _called(row.messages):
             raise BadRowError("tool calls were lost or changed", "tool calls lost")
+        if _weights(turns) != _weights(row.messages):
+            raise BadRowError(
+                "the flags that say which turns are trained were lost; a profile's transform must "
+                "copy the turns that it changes",
+                "flags lost",
+            )
         if tools_of(turns) != tools_of(row.messages):
             raise BadRowError("the row's tools were lost or changed", "tools lost")
+        if _num_thoughts(turns) < _num_thoughts(clean) and not self.profile.drops_thoughts:
+            raise BadRowError("thoughts were lost (`reasoning_content`)", "thoughts lost")
         # A profile can leave nothing to train, such as an answer of which nothing remains.
         return with_system_prompt(check_messages(turns), self.system_prompt)
 
 
 def _called(messages: list[Message]) -> list[str]:
     return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
+
+
+def _num_thoughts(messages: list[Message]) -> int:
+    return sum(bool(turn.get("reasoning_content", "").strip()) for turn in messages)
+
+
+def _weights(messages: list[Message]) -> list[float]:
+    """Of the assistant's turns; empty where each is trained like any other."""
+    weights = [turn.get("weight", 1.0) for turn in messages if turn["role"] == "assistant"]
+    return weights if any(weight != 1 for weight in weights) else []
 
 
 def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[Message]:

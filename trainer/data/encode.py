@@ -4,57 +4,68 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from trainer.data.example import Example as Example
 from trainer.data.example import golden_ids, golden_text
 from trainer.data.plain_text import TextEncoder, is_text
 from trainer.data.rows import BadRowError
-from trainer.data.spans import SpanFinder, Spans, assistant_turns
-from trainer.data.template import PROBE, ChatTemplate, is_prefix
+from trainer.data.spans import Rendered, SpanFinder, Spans, assistant_turns
+from trainer.data.template import PROBE, ChatTemplate
 from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.truncation import IGNORE_INDEX as IGNORE_INDEX
-from trainer.data.truncation import cut
+from trainer.data.truncation import cut, kept_weights
+from trainer.data.turns import num_openings
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
+REFUSED = "refused by the chat template"
 CHUNK = 256  # rows per tokenizer call: the fast tokenizer works on a chunk in parallel
 
 
 class RowEncoder:
     """Turns conversations into examples with one tokenizer, one template, one length."""
 
-    def __init__(self, tokenizer: Any, max_length: int, *, truncation: str = "keep_start") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        truncation: str = "keep_start",
+        train_on_thinking: bool = True,
+    ) -> None:
         """Take a fast tokenizer with a provable chat template.
 
         Args:
             tokenizer: a transformers fast tokenizer.
             max_length: longest example in tokens.
             truncation: what becomes of longer ones, as `data.truncation`.
+            train_on_thinking: whether thoughts are trained, as `data.train_on_thinking`.
         Raises:
             TemplateError: the template cannot be proved.
         """
         self.template = ChatTemplate(tokenizer)
-        self.finder = SpanFinder(self.template)
+        self.finder = SpanFinder(self.template, train_on_thinking=train_on_thinking)
         self.tokenizer = tokenizer
         self.max_length, self.truncation = max_length, truncation
         specials = sorted(
             {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
             | set(tokenizer.all_special_tokens),
-            key=len,
-            reverse=True,
+            # The longest first, and no two alike: the pattern is part of the cache's key.
+            key=lambda text: (-len(text), text),
         )
         self.texts = TextEncoder(tokenizer, max_length, truncation)
         self._prove_template()
-        self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self.control_tokens = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
     def _prove_template(self) -> None:
         """Find the answer of a small conversation, so that a hopeless template stops the run."""
-        row = PROBE
-        [(ids, mask)] = self.template.render_with_mask([row])
-        prompts = self.template.render([row[:1]], generation_prompt=True)
         try:
-            self.finder.find(row, ids, mask, prompts)
+            rendered = self.finder.render(PROBE)
+            [encoding] = self.template.encode([rendered.text])
+            spans = self.finder.find(rendered, encoding)
+            self._check_prompt(spans, encoding.ids, self._encoded_prompts([spans]))
         except BadRowError as error:
             raise TemplateError(
                 "it cannot be proved which tokens the assistant writes under the model's chat "
@@ -86,98 +97,180 @@ class RowEncoder:
         return result
 
     def _encode_mixed(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
-        texts = [row[0]["content"] for row in chunk if is_text(row)]
+        texts = [row[0] for row in chunk if is_text(row)]
         turns = [row for row in chunk if not is_text(row)]
         from_texts = iter(self.texts.encode_chunk(texts, self._refuse_control) if texts else ())
         from_turns = iter(self._encode_chunk(turns) if turns else ())
         return [next(from_texts if is_text(row) else from_turns) for row in chunk]
 
     def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
-        try:
-            rendered = self.template.render_with_mask(chunk)
-            prompts = self.template.render(
-                [row[:turn] for row in chunk for turn in assistant_turns(row)],
-                generation_prompt=True,
-            )
-        except TemplateError as error:
-            if len(chunk) > 1:  # find the row that the template refuses
-                return [result for row in chunk for result in self._encode_chunk([row])]
-            return [BadRowError(str(error), "refused by the chat template")]
-        remaining = iter(prompts)
+        rendered = [self._render(row) for row in chunk]
+        texts = [found.text for found in rendered if isinstance(found, Rendered)]
+        encodings = iter(self.template.encode(texts) if texts else ())
+        found = [
+            result if isinstance(result, BadRowError) else self._find(result, next(encodings))
+            for result in rendered
+        ]
+        prompts = self._encoded_prompts([part[0] for part in found if isinstance(part, tuple)])
         results: list[Example | BadRowError] = []
-        for row, (ids, mask) in zip(chunk, rendered, strict=True):
-            own_prompts = [next(remaining) for _ in assistant_turns(row)]
-            try:
-                self._refuse_special_text(row)
-                if not is_prefix(own_prompts[-1], ids):
-                    own_prompts = self._thinking_prompts(row)
-                if tools_of(row):
-                    refuse_lost_tools(row, self.tokenizer.decode(ids))
-                spans = self.finder.find(row, ids, mask, own_prompts)
-                results.append(self._example(row, ids, spans))
-            except BadRowError as error:
-                results.append(error)
-            except TemplateError as error:
-                results.append(BadRowError(str(error), "refused by the chat template"))
+        for row, part in zip(chunk, found, strict=True):
+            if isinstance(part, BadRowError):
+                is_refused = part.reason == REFUSED and num_openings(row)
+                results.append(self._encode_without_opening(row) if is_refused else part)
+            else:
+                results.append(self._finish(row, *part, prompts))
         return results
 
-    def _thinking_prompts(self, row: list[Message]) -> list[list[int]]:
-        """The prompts that let the model think, for rows whose answer begins with a thought."""
-        return self.template.render(
-            [row[:turn] for turn in assistant_turns(row)],
-            generation_prompt=True,
-            enable_thinking=True,
-        )
+    def _encode_without_opening(self, row: list[Message]) -> Example | BadRowError:
+        """A row whose template takes no assistant turn before the first user turn.
+
+        Such a greeting is not trained anyway; without it the answers still are, and its text is
+        reported like everything that a template leaves out.
+        """
+        first = [turn["role"] for turn in row].index("user")
+        before = [turn for turn in row[:first] if turn["role"] != "assistant"]
+        result = self._encode_mixed([[*before, *row[first:]]])[0]
+        if isinstance(result, BadRowError):
+            return result
+        left_out = [turn["content"] for turn in row[:first] if turn["role"] == "assistant"]
+        return replace(result, stripped=(*left_out, *result.stripped))
+
+    def _render(self, row: list[Message]) -> Rendered | BadRowError:
+        try:
+            self._refuse_special_text(row)
+            rendered = self.finder.render(row)
+            if tools_of(row):
+                refuse_lost_tools(row, rendered.text)
+            return rendered
+        except BadRowError as error:
+            return error
+        except TemplateError as error:
+            return BadRowError(str(error), REFUSED)
+
+    def _find(self, rendered: Rendered, encoding: Any) -> tuple[Spans, list[int]] | BadRowError:
+        try:
+            return self.finder.find(rendered, encoding), encoding.ids
+        except BadRowError as error:
+            return error
+
+    def _encoded_prompts(self, spans: list[Spans]) -> dict[str, list[int]]:
+        """The ends of prompts as tokens; most rows of a file share one."""
+        texts = list(dict.fromkeys(found.last_prompt[0] for found in spans if found.last_prompt))
+        encodings = self.template.encode(texts) if texts else []
+        return {text: found.ids for text, found in zip(texts, encodings, strict=True)}
+
+    def _finish(
+        self, row: list[Message], spans: Spans, ids: list[int], prompts: dict[str, list[int]]
+    ) -> Example | BadRowError:
+        try:
+            _refuse_lost_system(row, spans.stripped)
+            self._check_prompt(spans, ids, prompts)
+            return self._example(row, ids, spans)
+        except BadRowError as error:
+            return error
+
+    def _check_prompt(self, spans: Spans, ids: list[int], prompts: dict[str, list[int]]) -> None:
+        """Refuse rows whose last prompt, taken by itself, becomes other tokens than in the row."""
+        if spans.last_prompt is None:
+            return
+        text, begin, end = spans.last_prompt
+        if prompts[text] != ids[begin:end]:
+            alone, inside = (
+                self.tokenizer.convert_ids_to_tokens(part)[-4:]
+                for part in (prompts[text], ids[begin : end + 1])
+            )
+            raise BadRowError(
+                "the prompt of the last assistant turn is not a prefix of the whole row under the "
+                "model's chat template, so training and generation would not see the same tokens: "
+                f"{text[-40:]!r} ends with the tokens {alone} by itself, and is followed up as "
+                f"{inside} in the row",
+                "template not provable",
+            )
 
     def _example(self, row: list[Message], ids: list[int], spans: Spans) -> Example:
         labels = [IGNORE_INDEX] * len(ids)
-        for begin, end in spans.ranges:
-            labels[begin:end] = ids[begin:end]
+        weights = [0.0] * len(ids)
+        turns = assistant_turns(row)
+        trained = []
+        for (begin, end), turn in zip(spans.ranges, turns, strict=False):
+            weight = row[turn].get("weight", 1.0)
+            if weight:
+                labels[begin:end] = ids[begin:end]
+                weights[begin:end] = [weight] * (end - begin)
+                trained.append((turn, begin, end))
         kept_ids, kept_labels = cut(ids, labels, self.max_length, self.truncation)
         is_cut_at_end = len(ids) > self.max_length and self.truncation == "keep_start"
         limit = self.max_length if is_cut_at_end else len(ids)
-        ends = [end for _, end in spans.ranges if end <= limit]
         removed = len(ids) - len(kept_ids) if self.truncation == "keep_end" else 0
-        nth, prompt_length = _first_whole_answer(spans, kept_labels, removed)
-        first_turn = assistant_turns(row)[nth]
+        first_turn, prompt_length = _first_whole_answer(trained, kept_labels, removed)
         return Example(
             input_ids=kept_ids,
             labels=kept_labels,
             prompt=row[first_turn - 1]["content"],
             golden_answer=golden_text(
-                self.tokenizer, golden_ids(kept_labels, prompt_length), self.template.stop_ids
+                self.tokenizer, golden_ids(kept_labels, prompt_length), self.template.end_ids
             ),
             conversation=tuple(row[:first_turn]),
             is_truncated=len(ids) > self.max_length,
-            ends_with_stop=all(ids[end - 1] in self.template.stop_ids for end in ends),
+            ends_with_stop=all(
+                ids[end - 1] in self.template.end_ids for _, _, end in trained if end <= limit
+            ),
             stripped=spans.stripped,
             prompt_length=prompt_length,
             num_removed=len(ids) - len(kept_ids),
+            num_thoughts=spans.num_thoughts,
+            is_opened=spans.is_opened,
+            weights=kept_weights(weights[removed:], kept_labels),
         )
+
+    def control_token(self, text: str) -> str | None:
+        """The first control token that the tokenizer would find in a text; None: there is none."""
+        found = self.control_tokens.search(text)
+        return found.group() if found else None
 
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
             tools = [turn.get("tool_calls", ""), turn.get("tools", "")]
-            for text in (turn["content"], json.dumps(tools, ensure_ascii=False)):
+            for text in (
+                turn["content"],
+                turn.get("reasoning_content", ""),
+                json.dumps(tools, ensure_ascii=False),
+            ):
                 self._refuse_control(text, f"turn {position} ({turn['role']})")
 
     def _refuse_control(self, text: str, where: str = "the text") -> None:
-        found = self._special_text.search(text)
-        if found:
+        found = self.control_token(text)
+        if found is not None:
             raise BadRowError(
-                f"{where} contains the text {found.group()!r}, which the tokenizer turns into a "
+                f"{where} contains the text {found!r}, which the tokenizer turns into a "
                 "control token; take it out of the data",
                 "control token in text",
             )
 
 
-def _first_whole_answer(spans: Spans, labels: list[int], removed: int) -> tuple[int, int]:
-    """The first turn whose prompt is kept, and the tokens before it.
+def _refuse_lost_system(row: list[Message], stripped: tuple[str, ...]) -> None:
+    """Refuse a row with a later system turn that the template leaves out."""
+    for position, turn in enumerate(row):
+        if position and turn["role"] == "system" and turn["content"].strip() in stripped:
+            raise BadRowError(
+                f"messages[{position}] is a system turn, which the model's chat template does not "
+                "write there; make it the first turn, or a user turn",
+                "system turn lost",
+            )
+
+
+def _first_whole_answer(
+    trained: list[tuple[int, int, int]], labels: list[int], removed: int
+) -> tuple[int, int]:
+    """The first trained turn whose prompt is kept, and the tokens before it.
 
     Where the start of the only answer left is gone too, the prompt is what precedes its rest.
+
+    Args:
+        trained: (position in the row, begin, end in ids) of each turn that is trained.
     """
-    for nth, (begin, _) in enumerate(spans.ranges):
+    for turn, begin, _ in trained:
         if begin > removed:
-            return nth, begin - removed
+            return turn, begin - removed
     first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    return len(spans.ranges) - 1, first
+    return trained[-1][0], first

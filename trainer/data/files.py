@@ -1,26 +1,33 @@
-"""Files -> raw rows: JSONL, JSON arrays, CSV, TSV, Parquet, any of the text kinds also as .gz.
+"""Files -> raw rows: JSONL, JSON, CSV, TSV, Parquet, any of the text kinds also as .gz.
 
 A row that cannot be read comes back as a BadRowError value, so that all of them are told at once;
-a file that cannot be read at all is a DataError. What the keys of a row mean is in `formats.py`.
+a file that cannot be read at all, or is no file of rows, is one DataError. What the keys of a row
+mean is in `formats.py`.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
+from trainer.data.arrow import parquet_rows
+from trainer.data.json_text import explain, parse, values
 from trainer.data.rows import BadRowError
+from trainer.data.tables import table_rows
+from trainer.data.text_files import open_text, refuse_single_byte
 from trainer.errors import DataError
 
-BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 16 * 2**20
 """No row worth training is longer; a file without line ends must not fill the memory."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
+
+WRAPPERS = frozenset({"data", "dataset", "examples", "instances", "items", "records", "rows"})
+"""Keys under which programs write a list of rows beside what else they know of it."""
 
 RawRow = tuple[str, Any]
 """Where the row stands, and its parsed value or what is wrong with it."""
@@ -48,13 +55,13 @@ def raw_rows(path: Path) -> Iterator[RawRow]:
 def _rows_of_kind(path: Path) -> Iterator[RawRow]:
     kind = kind_of(path)
     if kind == ".parquet":
-        yield from _parquet_rows(path)
+        yield from parquet_rows(path)
     elif kind in (".csv", ".tsv"):
-        yield from _table_rows(path, "," if kind == ".csv" else "\t")
-    elif kind == ".json" and _first_byte(path) == b"[":
-        yield from _array_rows(path)
+        yield from table_rows(path, kind, MAX_LINE_BYTES)
+    elif _is_one_text(path, kind):
+        yield from _whole_rows(path)
     else:
-        yield from _line_rows(path)
+        yield from _json_lines_only(path, _line_rows(path))
 
 
 def kind_of(path: Path) -> str:
@@ -63,28 +70,25 @@ def kind_of(path: Path) -> str:
     return plain.suffix.lower()
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def _first_byte(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read(4096).removeprefix(BOM).lstrip()[:1]
+# ---- one row a line
 
 
 def _line_rows(path: Path) -> Iterator[RawRow]:
-    with _open(path) as file:
+    is_checked = False
+    with open_text(path) as file:
         for number, line in enumerate(_lines(file), start=1):
             where = f"{path}:{number}"
             if isinstance(line, BadRowError):
                 yield where, line
                 continue
-            # A UTF-8 byte order mark is not part of the first row.
-            content = (line.removeprefix(BOM) if number == 1 else line).strip()
-            if content:
-                yield where, _parse(content)
+            content = line.strip()
+            if not content:
+                continue
+            row = parse(content)
+            if isinstance(row, BadRowError) and row.reason == "not UTF-8" and not is_checked:
+                refuse_single_byte(path)
+                is_checked = True
+            yield where, row
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes | BadRowError]:
@@ -101,86 +105,197 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | BadRowError]:
         )
 
 
-def _array_rows(path: Path) -> Iterator[RawRow]:
-    with _open(path) as file:
-        parsed = _parse(file.read().removeprefix(BOM))
-    if isinstance(parsed, BadRowError):
-        raise DataError(f"{path}: {parsed}. A .json file must be one array of rows, or JSONL.")
-    for index, row in enumerate(parsed):
-        yield f"{path}[{index}]", row
+def _json_lines_only(path: Path, rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """The rows; a file of which no line is JSON is named once, with what to do.
 
-
-def _parse(content: bytes) -> Any:
-    """Parse strict JSON; what is wrong comes back as a BadRowError value."""
-    try:
-        return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        return BadRowError(f"not UTF-8 text (byte {error.start} of the line)", "not UTF-8")
-    except json.JSONDecodeError as error:
-        at = (
-            f"line {error.lineno} column {error.colno}"
-            if error.lineno > 1
-            else f"column {error.colno}"
-        )
-        return BadRowError(f"not valid JSON: {error.msg} at {at}", "not JSON")
-    except RecursionError:
-        return BadRowError("not usable JSON: nested too deeply", "not JSON")
-    except BadRowError as error:
-        return error
-    except ValueError:  # Python refuses integers of thousands of digits
-        return BadRowError("not usable JSON: a number with too many digits", "not JSON")
-
-
-def _refuse_constant(name: str) -> None:
-    raise BadRowError(f"not valid JSON: {name} is no JSON number", "not JSON")
-
-
-def _table_rows(path: Path, delimiter: str) -> Iterator[RawRow]:
-    """Rows of a CSV or TSV file with a header; every cell is text."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    with _open(path) as file:
-        # Bytes that are no UTF-8 pass as surrogates, and are found in the row that holds them.
-        text = (line.decode("utf-8-sig", "surrogateescape") for line in file)
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}:1: a column name stands twice in the header {header}.")
-            end = reader.line_num
-            for cells in reader:
-                start, end = end + 1, reader.line_num  # quoted line ends: a row has several lines
-                if cells:
-                    yield f"{path}:{start}", _table_row(header, cells)
-        except csv.Error as error:
-            raise DataError(
-                f"{path}:{reader.line_num}: not valid CSV: {error}. Nothing after it can be read."
-            ) from error
-
-
-def _table_row(header: list[str], cells: list[str]) -> Any:
-    if len(cells) != len(header):
-        return BadRowError(
-            f"row has {len(cells)} cells, the header has {len(header)}", "wrong number of cells"
-        )
-    if any("\udc80" <= char <= "\udcff" for cell in cells for char in cell):
-        return BadRowError("not UTF-8 text", "not UTF-8")
-    return dict(zip(header, cells, strict=True))
-
-
-def _parquet_rows(path: Path) -> Iterator[RawRow]:
-    # pyarrow is large and most files are text.
-    import pyarrow
-    from pyarrow import parquet
-
-    index = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield f"{path}[{index}]", row
-                    index += 1
-    # The others: cells that are no UTF-8, and dates that Python does not have.
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+    Raises:
+        DataError: there are several lines, and none of them is JSON.
+    """
+    bad: list[tuple[str, BadRowError]] = []
+    for where, row in rows:
+        if isinstance(row, BadRowError) and row.reason == "not JSON":
+            bad.append((where, row))
+            continue
+        yield from bad
+        yield where, row
+        yield from rows
+        return
+    if not bad:
+        return
+    where, error = bad[0]
+    if len(bad) > 1:
         raise DataError(
-            f"{path}: not a readable Parquet file ({' '.join(str(error).split())})."
+            f"{where}: {error}, nor is any other of its {len(bad):,} lines. {_advice(path)}"
+        )
+    yield where, BadRowError(f"{error}. {_advice(path)}", error.reason)
+
+
+def _advice(path: Path) -> str:
+    """What to do with a text that is no JSONL."""
+    first, second = [*_first_lines(path, 2), b"", b""][:2]
+    for mark in (b",", b";", b"\t"):
+        if b"{" not in first and first.count(mark) == second.count(mark) > 0:
+            return "It looks like CSV; if it is, give it a name that ends in .csv."
+    if first[:1] not in b"{[":
+        return (
+            'Plain text is trained from rows such as {"text": "..."}, one a line, in a .jsonl file.'
+        )
+    return 'Rows are JSON objects such as {"question": "...", "answer": "..."}, one a line.'
+
+
+# ---- one text: an array, or objects over several lines
+
+
+def _first_lines(path: Path, count: int) -> list[bytes]:
+    """The first lines that are not blank, stripped; b"" for one that is too long."""
+    found: list[bytes] = []
+    with open_text(path) as file:
+        for line in _lines(file):
+            content = b"" if isinstance(line, BadRowError) else line.strip()
+            if content or isinstance(line, BadRowError):
+                found.append(content)
+            if len(found) == count:
+                break
+    return found
+
+
+def _is_one_text(path: Path, kind: str) -> bool:
+    """Whether the file's rows are read from its whole text, not line by line."""
+    first, *others = _first_lines(path, 2) or [b""]
+    if first[:1] == b"[":
+        # Arrays that stand one a line, or hold no objects, are lines without a row.
+        whole = [] if kind == ".json" else parse(first)
+        is_line = isinstance(whole, list) and not all(isinstance(row, dict) for row in whole)
+        return not is_line and (kind == ".json" or not others or isinstance(whole, BadRowError))
+    if first[:1] != b"{":
+        return False
+    if not others:
+        return isinstance(parse(first), dict)  # one object, which may hold the rows
+    if all(line.endswith(b"},") for line in (first, *others)):
+        return True  # an array without its brackets, which is named as that
+    return _is_unfinished(first) and (_is_json(path) or not _has_rows_in_lines(path))
+
+
+def _is_unfinished(line: bytes) -> bool:
+    """Whether an object begins in this line and goes on in the next."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(error.doc.rstrip())
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return sum(1 for _ in values(_text(path))) > 0
+    except (json.JSONDecodeError, RecursionError, UnicodeDecodeError):
+        return False
+
+
+def _has_rows_in_lines(path: Path) -> bool:
+    """Whether any line that begins an object, not indented, is one: JSONL with a damaged start."""
+    with open_text(path) as file:
+        lines = (line for line in _lines(file) if not isinstance(line, BadRowError))
+        return any(line[:1] == b"{" and isinstance(parse(line.strip()), dict) for line in lines)
+
+
+def _text(path: Path) -> str:
+    with open_text(path) as file:
+        return file.read().decode("utf-8")
+
+
+def _whole_rows(path: Path) -> Iterator[RawRow]:
+    """Rows of an array, or of objects that follow one another.
+
+    Raises:
+        DataError: the text is no JSON, or one object that holds no rows.
+    """
+    try:
+        text = _text(path)
+        is_array = text.lstrip()[:1] == "["
+        found = values(text)
+        if not is_array:
+            yield from _objects(path, text, list(found))
+            return
+        for index, row in found:
+            yield f"{path}[{index}]", row
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: not valid JSON: {explain(error)}. Rows are one array of "
+            "objects in a .json file, or JSONL: one object a line."
         ) from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not usable JSON: nested too deeply.") from error
+    except UnicodeDecodeError as error:
+        refuse_single_byte(path, at_least=1)
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8.") from error
+
+
+def _objects(path: Path, text: str, found: list[tuple[int, Any]]) -> Iterator[RawRow]:
+    if len(found) == 1 and isinstance(found[0][1], dict):
+        inner = _inner_rows(path, found[0][1])
+        if inner is not None:
+            for index, row in enumerate(inner):
+                yield f"{path}[{index}]", row
+            return
+    line, seen = 1, 0
+    for start, row in found:
+        line += text.count("\n", seen, start)
+        seen = start
+        yield f"{path}:{line}", row
+
+
+def _inner_rows(path: Path, whole: dict[str, Any]) -> list[Any] | None:
+    """The rows that the file's only object holds; None where it is a row itself.
+
+    Raises:
+        DataError: it holds columns, or several lists of rows.
+    """
+    lists: dict[str, list[Any]] = {key: rows for key, rows in whole.items() if _is_rows(rows)}
+    if len(whole) == 1 and lists:
+        [rows] = lists.values()
+        return rows
+    if len(lists) > 1 and len(lists) == len(whole):
+        names = ", ".join(f"{key!r} ({len(value):,})" for key, value in lists.items())
+        raise DataError(
+            f"{path}: holds several lists of rows, {names}; write each into a file of its own."
+        )
+    for key in WRAPPERS & set(lists):
+        others = ", ".join(repr(other) for other in whole if other != key)
+        raise DataError(
+            f"{path}: holds its rows under {key!r}, beside {others}; write that list alone into a "
+            "file (jq .KEY FILE > NEW)."
+        )
+    if _is_columns(whole):
+        raise DataError(
+            f"{path}: holds columns ({', '.join(map(repr, whole))}), and no rows; write one object "
+            "for each row (pandas: frame.to_json(FILE, orient='records', lines=True))."
+        )
+    return None
+
+
+def _is_rows(value: Any) -> bool:
+    """A list of objects that are not the turns of one conversation."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and not {"role", "from"} & set(item) for item in value)
+    )
+
+
+def _is_columns(whole: dict[str, Any]) -> bool:
+    """Whether every value is as many cells as the others: lists, or objects {"0": ..., "1": ...}.
+
+    The turns of conversations are objects, so lists of objects are none.
+    """
+    if all(isinstance(value, list) and value for value in whole.values()):
+        cells = [cell for value in whole.values() for cell in value]
+        is_even = len({len(value) for value in whole.values()}) == 1
+        return is_even and len(cells) > 1 and not any(isinstance(cell, dict) for cell in cells)
+    return all(
+        isinstance(value, dict) and value and all(re.fullmatch(r"\d+", key) for key in value)
+        for value in whole.values()
+    )

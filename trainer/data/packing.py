@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from trainer.data.batches import BLANK, blank_row
+from trainer.data.batches import BLANK, LOSS_WEIGHTS, stack_rows
 from trainer.data.dataset import EncodedDataset, RunData
 from trainer.data.encode import IGNORE_INDEX
 
@@ -46,25 +45,28 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 class PackedDataset(EncodedDataset):
-    """Packs of documents; item i is {"input_ids", "labels", "position_ids"}, int64 (T_i,)."""
+    """Packs of documents; item i is {"input_ids", "labels", "position_ids"}, int64 (T_i,).
+
+    With "loss_weights", float32 (T_i,), where the rows have them.
+    """
 
     def __init__(self, rows: EncodedDataset, capacity: int) -> None:
         """Pack the rows into sequences of at most `capacity` tokens."""
-        self._rows, self.document_lengths = rows, rows.lengths
+        self.rows, self.document_lengths = rows, rows.lengths
         self.packs = best_fit_decreasing(self.document_lengths, capacity)
         self.lengths = [sum(self.document_lengths[i] for i in pack) for pack in self.packs]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One pack as tensors."""
         if index == BLANK:
-            return join_documents([blank_row()])
-        documents = [self._rows[i] for i in self.packs[index]]
+            return join_documents([self.rows[BLANK]])
+        documents = [self.rows[i] for i in self.packs[index]]
         return join_documents(documents)
 
     def fingerprint(self) -> str:
         """sha256 of the documents and of how they are packed."""
         return hashlib.sha256(
-            (self._rows.fingerprint() + json.dumps(self.packs)).encode()
+            (self.rows.fingerprint() + json.dumps(self.packs)).encode()
         ).hexdigest()
 
 
@@ -84,14 +86,13 @@ def join_documents(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
     The first token of each has no label: the token before it belongs to another document.
     """
-    labels = [document["labels"].clone() for document in documents]
-    for own in labels:
-        own[:1] = IGNORE_INDEX
-    return {
-        "input_ids": torch.cat([document["input_ids"] for document in documents]),
-        "labels": torch.cat(labels),
-        "position_ids": torch.cat([torch.arange(len(own)) for own in labels]),
-    }
+    pack = {key: torch.cat([document[key] for document in documents]) for key in documents[0]}
+    positions = torch.cat([torch.arange(len(document["input_ids"])) for document in documents])
+    is_first = positions == 0
+    pack["labels"] = pack["labels"].masked_fill(is_first, IGNORE_INDEX)
+    if LOSS_WEIGHTS in pack:
+        pack[LOSS_WEIGHTS] = pack[LOSS_WEIGHTS].masked_fill(is_first, 0.0)
+    return {**pack, "position_ids": positions}
 
 
 class PackCollator:
@@ -104,12 +105,46 @@ class PackCollator:
         """Take the id that fills short packs; its labels are ignored."""
         self.pad_id = pad_id
 
-    def __call__(self, packs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids, labels, position_ids, all (B, T) int64; padding has position 0."""
-        fills = {"input_ids": self.pad_id, "labels": IGNORE_INDEX, "position_ids": 0}
+    def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return input_ids, labels, position_ids, all (B, T) int64; padding has position 0.
+
+        Packs with loss weights make `loss_weights` too, (B, T) float32.
+        """
+        return dict(stack_rows(packs, pad_id=self.pad_id))
+
+
+class JoinCollator:
+    """Puts the packs of a batch end to end in one row, for kernels of sequences of any length.
+
+    Such a kernel (flash attention) is told where documents begin. With several rows it is not:
+    transformers then ignores positions, and documents of a row would see each other.
+    """
+
+    def __init__(self, *, with_borders: bool) -> None:
+        """Say whether the model takes borders; else it finds them in the positions of one row."""
+        self.with_borders = with_borders
+
+    def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return input_ids, labels, position_ids, (1, T) int64, without padding.
+
+        With borders: `cu_seq_lens_q` and `_k`, (documents + 1,) int32, and the longest
+        document's length as a plain number, which costs the device no wait; `max_length_q`, `_k`.
+        """
+        batch: dict[str, Any] = {
+            key: torch.cat([pack[key] for pack in packs])[None] for key in packs[0]
+        }
+        if not self.with_borders:
+            return batch
+        starts = (batch["position_ids"][0] == 0).nonzero().flatten()
+        end = torch.tensor([batch["input_ids"].shape[1]])
+        borders = torch.cat([starts, end]).to(torch.int32)
+        longest = int(borders.diff().max())
         return {
-            key: pad_sequence([pack[key] for pack in packs], batch_first=True, padding_value=fill)
-            for key, fill in fills.items()
+            **batch,
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
         }
 
 

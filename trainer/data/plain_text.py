@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from trainer.data.content import check_text
 from trainer.data.example import Example, golden_ids, golden_text
 from trainer.data.rows import BadRowError
-from trainer.data.truncation import cut
-from trainer.data.turns import check_text
+from trainer.data.truncation import cut, kept_weights
 from trainer.profiles import Message
 
 TEXT_ROLE = "text"
 """Role of the only turn of such a row; no turn of a conversation can have it."""
+MARKED_ROLE = "text with markers"
+"""The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
 MAX_PROMPT_CHARS = 300
 
 
 def is_text(messages: list[Message]) -> bool:
     """Whether a row is plain text and no conversation."""
-    return bool(messages) and messages[0]["role"] == TEXT_ROLE
+    return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
 
 
 def check_text_row(text: str) -> Message:
@@ -45,11 +47,12 @@ class TextEncoder:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
 
     def encode_chunk(
-        self, texts: list[str], refuse: Callable[[str], None]
+        self, turns: list[Message], refuse: Callable[[str], None]
     ) -> list[Example | BadRowError]:
         """Encode texts, in order; what cannot be encoded comes back as its error.
 
         Args:
+            turns: the only turn of each row.
             refuse: raises BadRowError for text that holds a control token.
         """
         eos = self.tokenizer.eos_token_id
@@ -59,23 +62,29 @@ class TextEncoder:
                 "never stop; set eos_token in its tokenizer_config.json",
                 "no end-of-text token",
             )
-            return [error for _ in texts]
+            return [error for _ in turns]
+        texts = [turn["content"] for turn in turns]
         # With the tokenizer's own special tokens: one that begins texts with BOS does so here.
         tokens = self.tokenizer(texts, return_offsets_mapping=True)
         results: list[Example | BadRowError] = []
-        for text, ids, offsets in zip(
-            texts, tokens["input_ids"], tokens["offset_mapping"], strict=True
+        for turn, ids, offsets in zip(
+            turns, tokens["input_ids"], tokens["offset_mapping"], strict=True
         ):
             try:
-                refuse(text)
-                results.append(self._example(text, ids, offsets, eos))
+                if turn["role"] != MARKED_ROLE:
+                    refuse(turn["content"])
+                results.append(self._example(turn, ids, offsets, eos))
             except BadRowError as error:
                 results.append(error)
         return results
 
     def _example(
-        self, text: str, ids: list[int], offsets: list[tuple[int, int]], eos: int
+        self, turn: Message, ids: list[int], offsets: list[tuple[int, int]], eos: int
     ) -> Example:
+        text, weights = turn["content"], [turn.get("weight", 1.0)] * (len(ids) + 1)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:  # the text brings its own
+            ids, offsets = ids[1:], offsets[1:]
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
         kept_ids, kept_labels = cut(ids, list(ids), self.max_length, self.truncation)
@@ -92,6 +101,7 @@ class TextEncoder:
             is_truncated=removed > 0,
             ends_with_stop=kept_ids[-1] == eos or removed > 0,
             num_removed=removed,
+            weights=kept_weights(weights, kept_labels),
         )
 
 

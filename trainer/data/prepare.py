@@ -122,13 +122,14 @@ def _read(entry: CacheEntry, encoder: RowEncoder) -> tuple[RunData | None, str]:
 
 def _write(entry: CacheEntry, data: RunData, note: str) -> str:
     try:
-        entry.store(_as_arrays(data))
+        removed = entry.store(_as_arrays(data))
     except OSError as error:
         logger.warning(
             "%s: cannot be written (%s); the next start encodes again", entry.path, error
         )
         return f"not written: {error.strerror}"
-    return f"{note}written to {entry.path}"
+    more = f"; {removed} older entries of this file name removed" if removed else ""
+    return f"{note}written to {entry.path}{more}"
 
 
 def _as_arrays(data: RunData) -> Arrays:

@@ -10,6 +10,20 @@ from trainer.profiles import Message
 MAX_ERRORS_SHOWN = 20
 
 
+@dataclass
+class RowNotes:
+    """What is to be said about a row that is used; the data card sums it up."""
+
+    unused: dict[str, int] = field(default_factory=dict)
+    """Key that nothing was done with -> how often it stands in the row."""
+    num_as_text: int = 0
+    """Numbers and booleans that were taken as their JSON text."""
+
+    def note_unused(self, key: str) -> None:
+        """Count one key that nothing is done with."""
+        self.unused[key] = self.unused.get(key, 0) + 1
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a file."""
@@ -21,6 +35,9 @@ class Row:
     messages: list[Message]
     source: int = 0
     """Which of the run's files it is from."""
+    notes: RowNotes = field(default_factory=RowNotes)
+    is_rendered: bool = False
+    """It was text with the chat template's markers, and was read back into these turns."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import DataSection
+from trainer.data.arrow import own_values
 from trainer.data.files import SUFFIXES, RawRow, raw_rows
 from trainer.data.formats import FORMATS, to_rows
 from trainer.data.rows import Row, RowErrors
@@ -61,8 +62,9 @@ class Source:
             raise DataError(f"{self.name}: cannot be read ({error.strerror}).") from error
 
     def _hub_rows(self) -> Iterator[RawRow]:
+        schema = self._hub_dataset.features.arrow_schema
         for index, row in enumerate(self._hub_dataset):
-            yield f"{self.name}[{index}]", row
+            yield f"{self.name}[{index}]", own_values(row, schema)
 
     @cached_property
     def _hub_dataset(self) -> Any:
@@ -164,7 +166,7 @@ class _Counted:
 def _check_columns(section: DataSection, name: str) -> None:
     if name not in FORMATS:  # no row was good enough to tell
         return
-    known = FORMATS[name].keys | FORMATS[name].optional
+    known = FORMATS[name].takes
     unknown = sorted(set(section.columns) - known)
     if unknown:
         raise ConfigError(

@@ -9,16 +9,17 @@ from trainer.data.rows import BadRowError
 from trainer.profiles import Message
 
 
-def with_tools(row: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages, the first of which carries the row's `tools`; they go to the chat template.
+def with_tools(tools: Any, messages: list[Message]) -> list[Message]:
+    """The messages, the first of which carries the row's tools; they go to the chat template.
 
     Raises:
         BadRowError: `tools` is no list of function definitions, nor JSON text of one.
     """
-    tools = row.get("tools")
     if not tools or not messages:
         return messages
     if isinstance(tools, str):
+        if not tools.strip():
+            return messages
         tools = _parsed(tools, "'tools'", "broken tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise _broken("'tools' must be a list of objects")
@@ -78,19 +79,70 @@ def refuse_lost_tools(messages: list[Message], text: str) -> None:
         )
 
 
-def calls_from_text(text: str, where: str) -> list[dict[str, Any]]:
-    """The calls of a sharegpt `function_call` turn: JSON of one call or of several.
+def check_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
+    """The `tool_calls` of an assistant turn, each {"function": {"name": ..., "arguments": ...}}.
+
+    Raises:
+        BadRowError: they are none, or the turn is not the assistant's.
+    """
+    if isinstance(calls, str):
+        calls = _parsed(calls, f"{where}.tool_calls", "broken tool_calls")
+    is_list = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    # Some files hold the inner part only.
+    whole = [_whole_call(call) for call in calls] if is_list else []
+    if role != "assistant" or not is_list or not all(tool_names(whole)):
+        raise BadRowError(
+            f"{where} has tool_calls that are none; an assistant turn's are a list of "
+            '{"type": "function", "function": {"name": "...", "arguments": {...}}}',
+            "broken tool_calls",
+        )
+    return whole
+
+
+def _whole_call(call: dict[str, Any]) -> dict[str, Any]:
+    return call if "function" in call else {"type": "function", "function": call}
+
+
+def call_of_function(call: Any, role: str, where: str) -> dict[str, Any]:
+    """The call of an older `function_call`: {"name": ..., "arguments": JSON text}.
+
+    Raises:
+        BadRowError: it is none, or the turn is not the assistant's.
+    """
+    if isinstance(call, str):
+        call = _parsed(call, f"{where}.function_call", "broken function_call")
+    if role != "assistant" or not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise BadRowError(
+            f"{where} has a function_call that is none; an assistant turn's is "
+            '{"name": "...", "arguments": "{...}"}',
+            "broken function_call",
+        )
+    return {"type": "function", "function": call}
+
+
+def calls_from_value(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of a turn that is nothing but calls: JSON, or its text, of one or of several.
 
     Raises:
         BadRowError: it is none.
     """
-    found = _parsed(text, where, "broken function_call")
+    found = _parsed(value, where, "broken function_call") if isinstance(value, str) else value
     calls = found if isinstance(found, list) else [found]
-    if not calls or not all(
-        isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls
-    ):
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        calls = [{}]
+    calls = [_with_arguments(call.get("function", call)) for call in calls]
+    if not all(isinstance(call.get("name"), str) for call in calls):
         raise BadRowError(
             f'{where} is no call; it must be JSON like {{"name": "...", "arguments": {{...}}}}',
             "broken function_call",
         )
     return [{"type": "function", "function": call} for call in calls]
+
+
+def _with_arguments(call: Any) -> dict[str, Any]:
+    """A call under the usual names; Llama's own format calls the arguments `parameters`."""
+    if not isinstance(call, dict):
+        return {}
+    if "arguments" not in call and "parameters" in call:
+        return {"arguments" if k == "parameters" else k: v for k, v in call.items()}
+    return call

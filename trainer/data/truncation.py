@@ -50,3 +50,18 @@ def cut(
             "no trained token within max_length",
         )
     return ids[begin : begin + max_length], kept
+
+
+def kept_weights(weights: list[float], labels: list[int]) -> list[float] | None:
+    """The loss weights of kept labels: 0 where nothing is trained; None where all are 1.
+
+    Args:
+        weights: of the tokens from the first kept one on.
+        labels: what `cut` kept.
+    """
+    pairs = zip(labels, weights[: len(labels)], strict=True)
+    kept = [0.0 if label == IGNORE_INDEX else weight for label, weight in pairs]
+    is_plain = all(
+        weight == (label != IGNORE_INDEX) for label, weight in zip(labels, kept, strict=True)
+    )
+    return None if is_plain else kept

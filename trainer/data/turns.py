@@ -4,132 +4,228 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.data.rows import BadRowError
-from trainer.data.tools import calls_from_text
+from trainer.data.content import (
+    THOUGHT_KEYS,
+    as_json_text,
+    check_text,
+    is_parts,
+    split_parts,
+    take_text,
+    take_thought,
+)
+from trainer.data.flags import TURN_FLAGS, is_given, speaks_of_training, turn_weight
+from trainer.data.rows import BadRowError, RowNotes
+from trainer.data.tools import call_of_function, calls_from_value, check_calls
 from trainer.data.tools import tool_names as tool_names
 from trainer.profiles import Message
 
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
-TURN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
-SHAREGPT_ROLES = {
+ROLES = {
     "system": "system",
-    "human": "user",
+    "developer": "system",
     "user": "user",
+    "human": "user",
+    "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
-    "assistant": "assistant",
     "function_call": "assistant",
-    "observation": "tool",
+    "tool_call": "assistant",
     "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
 }
+"""Who may speak, under any of the names that files use -> the role."""
+CALL_ROLES = ("function_call", "tool_call")
+"""Turns of these are an assistant's calls, written as JSON."""
+TURN_KEYS = frozenset(
+    {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"}
+    | {*THOUGHT_KEYS}
+)
+"""Keys of a turn that are used, beside the flags (`flags.TURN_FLAGS`)."""
+CONTENT_KEYS = frozenset(
+    {"tool_plan", "image", "images", "audio", "audios", "video", "videos", "recipient", "channel"}
+)
+"""Keys of a turn with content that the model would miss: bad rows where they hold anything."""
 
 
-def take(row: dict[str, Any], key: str, kind: type) -> Any:
-    """The value under `key`, which must be there and of this type.
+def from_turns(turns: list[Any], name: str, notes: RowNotes) -> list[Message]:
+    """Turns with `role` and `content`, or `from` and `value`.
 
+    Args:
+        name: the row's key that holds them.
+        notes: told of keys that are not used and of numbers taken as text.
     Raises:
-        BadRowError: it is not.
+        BadRowError: a turn is none, or has a key that would have to have an effect.
     """
-    if key not in row:
-        raise BadRowError(f"row has no {key!r}; found keys {sorted(row)}", f"no {key}")
-    value = row[key]
-    if not isinstance(value, kind):
-        raise BadRowError(
-            f"{key!r} is {type(value).__name__}; it must be {kind.__name__}", f"{key} of wrong type"
-        )
-    return value
+    return [_message(turn, f"{name}[{n}]", name, notes) for n, turn in enumerate(turns)]
 
 
-def take_text(row: dict[str, Any], key: str) -> str:
-    """The text under `key`."""
-    text: str = take(row, key, str)
-    return text
-
-
-def from_turns(turns: list[Any], name: str) -> list[Message]:
-    """Turns with `role` and `content`; `name` is the row's key that holds them."""
-    messages = []
-    for position, turn in enumerate(turns):
-        where = f"{name}[{position}]"
-        _check_turn(turn, where, TURN_KEYS, "role, content and tool_calls")
-        calls = turn.get("tool_calls")
-        # An assistant that only calls tools says nothing, which is often written as null.
-        is_silent = bool(calls) and turn.get("content") is None
-        content = "" if is_silent else take_text(turn, "content")
-        message = Message(role=take_text(turn, "role"), content=content)
-        if calls:
-            message["tool_calls"] = _tool_calls(calls, message["role"], where)
-        if turn.get("name") is not None:
-            message["name"] = take_text(turn, "name")
-        if turn.get("tool_call_id") is not None:
-            message["tool_call_id"] = take_text(turn, "tool_call_id")
-        messages.append(message)
-    return messages
-
-
-def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """Calls of an assistant turn, each {"function": {"name": ..., "arguments": ...}}."""
-    is_list = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
-    if role != "assistant" or not is_list or not all(tool_names(calls)):
-        raise BadRowError(
-            f"{where} has tool_calls that are none; an assistant turn's are a list of "
-            '{"type": "function", "function": {"name": "...", "arguments": {...}}}',
-            "broken tool_calls",
-        )
-    found: list[dict[str, Any]] = calls
-    return found
-
-
-def from_sharegpt(turns: list[Any]) -> list[Message]:
-    """Turns with `from` and `value`; `human` is the user, `gpt` the assistant.
-
-    `function_call` is an assistant's turn that calls tools, `observation` what they answer.
-    """
-    messages = []
-    for position, turn in enumerate(turns):
-        where = f"conversations[{position}]"
-        _check_turn(turn, where, {"from", "value"}, "from and value")
-        speaker = take_text(turn, "from")
-        if speaker not in SHAREGPT_ROLES:
-            raise BadRowError(
-                f"{where} is from {speaker!r}; known: {', '.join(SHAREGPT_ROLES)}", "unknown role"
-            )
-        text = take_text(turn, "value")
-        message = Message(role=SHAREGPT_ROLES[speaker], content=text)
-        if speaker == "function_call":
-            calls = calls_from_text(text, f"{where}.value")
-            message = Message(role="assistant", content="", tool_calls=calls)
-        messages.append(message)
-    return messages
-
-
-def _check_turn(turn: Any, where: str, known: set[str], words: str) -> None:
-    """Refuse turns that are no objects, and keys that would have to have an effect."""
+def _message(turn: Any, where: str, name: str, notes: RowNotes) -> Message:
     if not isinstance(turn, dict):
         raise BadRowError(
-            f"{where} is a {type(turn).__name__}; it must be an object with {words}",
+            f"{where} is a {type(turn).__name__}; it must be an object with role and content",
             "broken messages",
         )
-    # `weight: 0` means "do not train this turn", so that it is no empty value; 1 changes nothing.
-    extra = sorted(
-        key
-        for key, value in turn.items()
-        if key not in known and (value != 1 and value is not None if key == "weight" else value)
-    )
-    if extra:
+    _check_keys(turn, where, name, notes)
+    speaker = _speaker(turn, where)
+    message = Message(role=ROLES[speaker], content="")
+    if speaker in CALL_ROLES:
+        value, key = _content(turn, where)
+        message["tool_calls"] = calls_from_value(value, f"{where}.{key}")
+    else:
+        _fill(message, turn, where, notes)
+    for key in ("name", "tool_call_id"):
+        if is_given(turn.get(key)):
+            message[key] = take_text(turn, key, notes, f"{where}.")  # type: ignore[literal-required]
+    weight = turn_weight(turn, message["role"], where)
+    if weight is not None:
+        message["weight"] = weight
+    return message
+
+
+def _check_keys(turn: dict[str, Any], where: str, name: str, notes: RowNotes) -> None:
+    """Refuse keys that would have to have an effect, and count those that have none."""
+    for key, value in turn.items():
+        if key in TURN_KEYS or key in TURN_FLAGS or not is_given(value):
+            continue
+        # Harmony's final channel is what everybody else's answers are.
+        if key in CONTENT_KEYS and (key, value) != ("channel", "final"):
+            raise BadRowError(
+                f"{where} has {key!r}, content that cannot be trained on here and would be lost; "
+                "take it out, or put it into the turn's text",
+                f"turn with {key}",
+            )
+        if speaks_of_training(key):
+            raise BadRowError(
+                f"{where} has {key!r}, which seems to say what is trained; known flags: "
+                f"{', '.join(sorted(TURN_FLAGS))}. Rename it, or take it out",
+                "unknown flag",
+            )
+        notes.note_unused(f"{name}[].{key}")
+
+
+def _speaker(turn: dict[str, Any], where: str) -> str:
+    key = "role" if is_given(turn.get("role")) or "from" not in turn else "from"
+    if key not in turn:
         raise BadRowError(
-            f"{where} has {extra}, which this version cannot train on; it takes {words}",
-            "unsupported turn",
+            f"{where} has neither 'role' nor 'from'; found keys {sorted(turn)}", "no role"
         )
+    speaker = turn[key]
+    if not isinstance(speaker, str):
+        raise BadRowError(
+            f"{where}: {key!r} is {type(speaker).__name__}; it must be str", "role of wrong type"
+        )
+    if speaker.strip().lower() not in ROLES:
+        raise BadRowError(
+            f"{where} has {key} {speaker!r}; known: {', '.join(ROLES)}", "unknown role"
+        )
+    return speaker.strip().lower()
+
+
+def _content(turn: dict[str, Any], where: str) -> tuple[Any, str]:
+    """What a turn says, and the key that it stands under."""
+    said = {key: turn[key] for key in ("content", "value") if turn.get(key) is not None}
+    if len(said) == 2 and said["content"] != said["value"]:
+        raise BadRowError(f"{where} has a 'content' and another 'value'", "two contents")
+    key = next(iter(said), "value" if "from" in turn and "role" not in turn else "content")
+    return said.get(key), key
+
+
+def _fill(message: Message, turn: dict[str, Any], where: str, notes: RowNotes) -> None:
+    """Set words, thought and calls of a message."""
+    value, key = _content(turn, where)
+    thought = take_thought(turn, f"{where}.")
+    calls = _calls(turn, message["role"], where)
+    if message["role"] == "tool" and isinstance(value, dict | list) and not is_parts(value):
+        message["content"] = as_json_text(value)
+        notes.num_as_text += 1
+    elif isinstance(value, list):
+        message["content"], inner = split_parts(value, f"{where}.{key}")
+        if thought and inner and thought != inner:
+            raise BadRowError(f"{where} has two thoughts that differ", "two thoughts")
+        thought = thought or inner
+    # An assistant that only calls tools says nothing, which is often written as null.
+    elif not (calls and value is None):
+        message["content"] = take_text(turn, key, notes, f"{where}.")
+    if thought.strip():
+        if message["role"] != "assistant":
+            raise BadRowError(
+                f"{where} ({message['role']}) has a thought; only the assistant thinks",
+                "thought of another",
+            )
+        message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = calls
+
+
+def _calls(turn: dict[str, Any], role: str, where: str) -> list[dict[str, Any]]:
+    """Calls of an assistant turn, from `tool_calls` or from the older `function_call`."""
+    calls = []
+    if is_given(turn.get("tool_calls")):
+        calls = check_calls(turn["tool_calls"], role, where)
+    if is_given(turn.get("function_call")):
+        old = call_of_function(turn["function_call"], role, where)
+        if calls and [call["function"] for call in calls] != [old["function"]]:
+            raise BadRowError(
+                f"{where} has 'tool_calls' and another 'function_call'; keep one of them",
+                "two calls",
+            )
+        calls = calls or [old]
+    return calls
+
+
+def joined_calls(messages: list[Message], turns: list[Any]) -> list[Message]:
+    """Calls that files write as turns of their own, one after the other, are one turn.
+
+    Args:
+        turns: what the messages were made of, one for one.
+    """
+    joined: list[Message] = []
+    was_call = False
+    for message, turn in zip(messages, turns, strict=True):
+        is_call = str(turn.get("role") or turn.get("from")).strip().lower() in CALL_ROLES
+        if is_call and was_call and joined[-1].get("weight") == message.get("weight"):
+            joined[-1]["tool_calls"] = [*joined[-1]["tool_calls"], *message["tool_calls"]]
+        else:
+            joined.append(message)
+        was_call = is_call
+    return joined
+
+
+def num_openings(messages: list[Message]) -> int:
+    """Assistant turns before the first user turn: they answer nothing."""
+    roles = [turn["role"] for turn in messages]
+    first = roles.index("user") if "user" in roles else len(roles)
+    return roles[:first].count("assistant")
+
+
+def leave_openings(messages: list[Message]) -> list[Message]:
+    """Greetings before the first user turn are read and not trained: no prompt asks for them.
+
+    Raises:
+        BadRowError: a flag asks to train one.
+    """
+    opened = num_openings(messages)
+    for turn in [turn for turn in messages if turn["role"] == "assistant"][:opened]:
+        if turn.get("weight"):
+            raise BadRowError(
+                "an assistant turn before the first user turn asks to be trained, and no prompt "
+                "asks for it; set its flag to false, or put a user turn before it",
+                "flag on an opening turn",
+            )
+        turn["weight"] = 0.0
+    return messages
 
 
 def check_messages(messages: list[Message]) -> list[Message]:
     """Refuse conversations that cannot be trained on.
 
     Raises:
-        BadRowError: unknown role, system turn not first, no assistant turn, an empty one, or
-            text that no tokenizer takes.
+        BadRowError: unknown role, no user turn, no assistant turn behind it that is trained, an
+            empty one, or text that no tokenizer takes.
     """
     for position, turn in enumerate(messages):
         if turn["role"] not in KNOWN_ROLES:
@@ -137,45 +233,29 @@ def check_messages(messages: list[Message]) -> list[Message]:
                 f"messages[{position}] has role {turn['role']!r}; known: {', '.join(KNOWN_ROLES)}",
                 "unknown role",
             )
-        if turn["role"] == "system" and position > 0:
-            raise BadRowError(
-                f"messages[{position}] is a system turn; it must be the first",
-                "system turn not first",
-            )
         check_text(turn["content"], f"turn {position}")
+        check_text(turn.get("reasoning_content", ""), f"turn {position}")
     roles = [turn["role"] for turn in messages]
     if "assistant" not in roles:
         raise BadRowError(
             f"row has no assistant turn, so nothing to train; its roles: {roles}",
             "no assistant turn",
         )
-    if "user" not in roles[: roles.index("assistant")]:
+    answers = [turn for turn in messages if turn["role"] == "assistant"][num_openings(messages) :]
+    if not answers:
         raise BadRowError(
-            f"row has no user turn before the first assistant turn; its roles: {roles}",
+            f"row has no user turn that an assistant turn answers; its roles: {roles}",
             "no user turn first",
         )
+    if not any(turn.get("weight", 1.0) for turn in answers):
+        raise BadRowError(
+            "the row's flags leave none of its assistant turns to train; take the row out, or "
+            "train one of them",
+            "nothing to train by its flags",
+        )
     if any(
-        not turn["content"].strip() and not turn.get("tool_calls")
-        for turn in messages
-        if turn["role"] == "assistant"
+        not turn["content"].strip() and not turn.get("tool_calls") and turn.get("weight", 1.0)
+        for turn in answers
     ):
         raise BadRowError("an assistant turn is empty, so nothing to train", "empty assistant turn")
     return messages
-
-
-def check_text(text: str, where: str) -> None:
-    """JSON can spell characters that are no text: half of a pair, and NUL.
-
-    Raises:
-        BadRowError: `where` holds one of them.
-    """
-    if "\0" in text:
-        raise BadRowError(f"{where} contains a NUL character", "NUL in text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRowError(
-            f"{where} contains half of a surrogate pair at character {error.start}, which is no "
-            "text",
-            "not text",
-        ) from error

@@ -46,9 +46,11 @@ def alerts_of(reader: RunReader) -> list[Alert]:
 
 def _ending_alerts(reader: RunReader) -> list[Alert]:
     status = reader.status
+    found = []
     if status is not None and status.error is not None:
-        return [Alert("error", status.error.message)]
-    return [Alert("error", reader.words())] if reader.state() == "lost" else []
+        found.append(Alert("error", status.error.message))
+    going_on = reader.going_on()
+    return [*found, Alert("info", going_on)] if going_on else found
 
 
 def _loss_alerts(reader: RunReader) -> list[Alert]:

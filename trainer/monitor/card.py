@@ -43,8 +43,17 @@ def card_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, label in (("num_dropped", "dropped"), ("num_duplicates", "duplicates")):
         if get(key):
             rows.append((label, f"{_whole(get(key))} rows"))
+    lines = get("row_lines")  # runs of older versions have none
+    rows += [
+        (str(line[0]), str(line[1]))
+        for line in (lines if isinstance(lines, list) else [])
+        if isinstance(line, list) and len(line) == 2
+    ]
+    for count, prompt in (get("shared_prompts") or ())[:1]:
+        rows.append(("shared", f"{_whole(count)} rows share one prompt: {prompt[:60]!r}"))
     if get("num_leaked"):
-        rows.append(("leak", f"{_whole(get('num_leaked'))} validation rows are also trained on"))
+        words = f"{_whole(get('num_leaked'))} validation rows have a prompt that is also trained"
+        rows.append(("leak", words))
     return [(label, str(value)) for label, value in rows if value is not None]
 
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-import time
 from datetime import datetime
 
 import numpy as np
 
 from trainer.monitor.run_reader import RunReader
-from trainer.monitoring.text import duration_words, left_words
+from trainer.monitoring.text import duration_words
 
 
 def live_figures(reader: RunReader) -> list[tuple[str, str]]:
     """What one wants to see while a run goes on, the most wanted first."""
     status, metrics = reader.status, reader.metrics
-    rows = [("loss", _number(metrics.newest("train_loss"), "{:.4f}"))]
+    rows = final_figures(reader)
+    rows.append(("loss", _number(metrics.newest("train_loss"), "{:.4f}")))
     if status is not None and status.val_loss is not None:
         rows.append((f"validation loss, step {status.val_step}", f"{status.val_loss:.4f}"))
     rows.append(("learning rate", _number(metrics.newest("learning_rate"), "{:.2e}")))
     rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
     rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
-    if status is not None and status.eta_s is not None and reader.state() == "training":
-        waited = time.time() - status.updated_at
-        rows.append(("left", left_words(max(0.0, status.eta_s - waited)).removesuffix(" left")))
     accuracy = reader.previews.accuracy()
     if accuracy:
         step = max(accuracy)
@@ -82,11 +79,7 @@ def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
     """Accuracy, the final evaluation, and what previews cost."""
     rows = [("previews", accuracy_words(reader))]
     summary = reader.status.summary if reader.status is not None else {}
-    final = summary.get("final_evaluation")
-    if isinstance(final, dict) and isinstance(final.get("exact_match"), float | int):
-        share = 100 * final["exact_match"]
-        figure = f"{share:.1f} % ({final.get('matched')}/{final.get('num_prompts')})"
-        rows.append(("exact match, final evaluation", figure))
+    rows += final_figures(reader)
     previews, durations = summary.get("previews"), summary.get("durations_s")
     waited = previews.get("stall_s_total") if isinstance(previews, dict) else None
     trained = durations.get("training") if isinstance(durations, dict) else None
@@ -96,6 +89,12 @@ def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
     if summary.get("stop_reason"):
         rows.append(("stopped because", str(summary["stop_reason"])))
     return rows
+
+
+def final_figures(reader: RunReader) -> list[tuple[str, str]]:
+    """The score of the final evaluation, such as `99.0 % (198/200)`; none where there was none."""
+    final = reader.final_evaluation
+    return [("exact match, final evaluation", final.score_words)] if final is not None else []
 
 
 def _number(value: float, form: str) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from trainer.monitor.svg import LOG_RATIO
 
 MAX_POINTS = 5_000
 """Most points of one chart (facts: 5,000 points reach the screen in 1.3 s)."""
@@ -30,6 +32,8 @@ COLUMNS = (
     "total_steps",
 )
 NAN = math.nan
+SMOOTHING_SHARE = 0.025
+"""Usual width of the window of a smoothed curve, as a share of the run's steps."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class MetricsTable:
         self.non_finite: dict[int, str] = {}
         """Step -> what was not finite in it, such as `train_loss nan`; the first hundred."""
         self._is_sorted = True
-        self._means: dict[str, ExponentialMean] = {}
 
     def __len__(self) -> int:
         """Steps that count."""
@@ -109,15 +112,17 @@ class MetricsTable:
             keep: Any = slice(0, int(np.searchsorted(self.steps, step, side="right")))
             if keep.stop == len(self.steps):
                 return
-            self._means.clear()
             self.steps = self.steps[keep]
             self.columns = {name: column[keep] for name, column in self.columns.items()}
             return
-        self._means.clear()
         mask = np.asarray(self.steps) <= step
         self.steps = array("q", np.asarray(self.steps)[mask].tolist())
         for name, column in self.columns.items():
             self.columns[name] = array("d", np.asarray(column)[mask].tolist())
+
+    def has(self, name: str) -> bool:
+        """Whether a column has a value."""
+        return any(value == value for value in reversed(self.columns[name]))
 
     def newest(self, name: str) -> float:
         """The last value of a column; NaN where there is none."""
@@ -130,54 +135,84 @@ class MetricsTable:
         values = np.array(self.columns[name][-count:], dtype=np.float64)
         return values[~np.isnan(values)]
 
-    def series(
-        self, name: str, *, smoothing: float = 0.0, max_points: int = MAX_POINTS
-    ) -> list[tuple[int, float]]:
+    def series(self, name: str, *, max_points: int = MAX_POINTS) -> list[tuple[int, float]]:
         """(step, value) points for a chart.
 
         Args:
             name: one of COLUMNS.
-            smoothing: weight of the past in an exponential mean, from 0 (none) below 1.
             max_points: most points; of each stretch of steps the lowest and the highest stay.
         """
-        steps = np.array(self.steps, dtype=np.int64)
-        column = self._smoothed(name, smoothing) if smoothing > 0 else self.columns[name]
-        values = np.array(column, dtype=np.float64)
-        known = ~np.isnan(values)
-        steps, values = steps[known], values[known]
+        steps, values = self._known(name)
         picked = pick_points(values, max_points)
         return list(zip(steps[picked].tolist(), values[picked].tolist(), strict=True))
 
-    def _smoothed(self, name: str, weight: float) -> array[float]:
-        """The exponential mean of a column; goes on from where the last call stopped."""
-        kept = self._means.get(name)
-        if kept is None or kept.weight != weight:
-            kept = self._means[name] = ExponentialMean(weight)
-        kept.extend(self.columns[name][len(kept.means) :])
-        return kept.means
+    def smoothed(
+        self, name: str, share: float, *, is_log: bool = False, max_points: int = MAX_POINTS
+    ) -> list[tuple[int, float]]:
+        """(step, value) points of a column without its noise, at evenly spread steps.
+
+        Args:
+            share: width of the window as a share of the run's steps, as in SMOOTHING_SHARE.
+            is_log: the chart's axis is logarithmic: a geometric mean instead of a median.
+        """
+        steps, values = self._known(name)
+        half = window_half(len(values), share)
+        picked = np.unique(np.linspace(0, max(len(values) - 1, 0), max_points).astype(np.int64))
+        picked = picked[: len(values)]
+        smooth = centred(values, picked, half, is_log=is_log)
+        return list(zip(steps[picked].tolist(), smooth.tolist(), strict=True))
+
+    def _known(
+        self, name: str
+    ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.float64]]]:
+        """Steps and values of a column without missing ones, (N,) each."""
+        steps = np.array(self.steps, dtype=np.int64)
+        values = np.array(self.columns[name], dtype=np.float64)
+        known = ~np.isnan(values)
+        return steps[known], values[known]
 
 
-class ExponentialMean:
-    """The exponential mean of a growing row of numbers."""
+def is_spread_wide(metrics: MetricsTable) -> bool:
+    """Whether the loss is better seen on a log scale."""
+    losses = metrics.last("train_loss", len(metrics))
+    return bool(len(losses)) and losses.min() > 0 and losses.max() >= LOG_RATIO * losses.min()
 
-    def __init__(self, weight: float) -> None:
-        """Take the weight of the past, from 0 below 1."""
-        self.weight = weight
-        self.means = array("d")
-        self._mean, self._scale = 0.0, 1.0
 
-    def extend(self, values: Iterable[float]) -> None:
-        """Go on; a NaN stays a NaN and changes nothing after it."""
-        weight, mean, scale = self.weight, self._mean, self._scale
-        for value in values:
-            if value != value:
-                self.means.append(value)
-                continue
-            mean = weight * mean + (1 - weight) * value
-            scale *= weight
-            # Divided as in Adam: without it the first values would be pulled towards 0.
-            self.means.append(mean / (1 - scale))
-        self._mean, self._scale = mean, scale
+def window_half(count: int, share: float) -> int:
+    """Steps on either side of a smoothed point: its window is about `share` of all of them."""
+    return round(share * count / 2)
+
+
+def centred(
+    values: np.ndarray[Any, np.dtype[np.float64]],
+    at: np.ndarray[Any, np.dtype[np.int64]],
+    half: int,
+    *,
+    is_log: bool = False,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The middle of the values around each index in `at`.
+
+    A window reaches `half` values to either side, fewer at the ends of the run, so that the curve
+    neither runs behind the values, as an exponential mean does, nor ahead of them.
+
+    Args:
+        values: (N,), finite or infinite.
+        at: (M,) indices.
+        is_log: the geometric mean of a window whose values are all above 0; else the median.
+    Returns:
+        (M,).
+    """
+    found = np.empty(len(at), dtype=np.float64)
+    for nth, index in enumerate(at.tolist()):
+        reach = min(half, index, len(values) - 1 - index)
+        # At the very ends two values more, or the first and the last would be noise alone.
+        low, high = max(0, index - max(reach, 1)), index + max(reach, 1) + 1
+        window = values[low:high] if half else values[index : index + 1]
+        if is_log and (window > 0).all():
+            found[nth] = np.exp(np.log(window).mean())
+        else:
+            found[nth] = np.median(window)
+    return found
 
 
 def _number(value: Any) -> float:

@@ -18,7 +18,7 @@ from trainer import __version__
 from trainer.monitor.alerts import alerts_of
 from trainer.monitor.card import card_rows, card_sample, environment_rows
 from trainer.monitor.facts import report_figures
-from trainer.monitor.metrics import MetricsTable
+from trainer.monitor.metrics import SMOOTHING_SHARE, MetricsTable, is_spread_wide
 from trainer.monitor.previews import MARK_WORDS, PreviewBook, mark_of
 from trainer.monitor.run_reader import RunReader, config_rows
 from trainer.monitor.svg import Chart, Points, make_chart
@@ -29,10 +29,11 @@ from trainer.preview.base import PreviewResult
 
 REPORT_NAME = "report.html"
 GRID_COLUMNS = 24
+MAX_WRONG = 100
+"""Wrong rows of the final evaluation shown; what is left out is counted."""
 MAX_ANSWERS = 200
 """Different answers of one prompt shown; what is left out is counted."""
 CHART_POINTS = 1_500
-SMOOTHING = 0.9
 MIN_SMOOTHED = 50
 """Shorter curves are shown as they are."""
 
@@ -76,6 +77,8 @@ def render_report(reader: RunReader) -> str:
         words=reader.words(),
         alerts=alerts_of(reader),
         figures=report_figures(reader),
+        final=reader.final_evaluation,
+        max_wrong=MAX_WRONG,
         charts=charts_of(reader),
         grid_steps=shown,
         num_steps=len(book.steps),
@@ -119,8 +122,10 @@ def charts_of(reader: RunReader) -> list[Chart]:
     raw = metrics.series("train_loss", max_points=CHART_POINTS)
     loss: list[tuple[str, str, Points]] = [("training", "train", raw)]
     if len(metrics) >= MIN_SMOOTHED:
-        smoothed = metrics.series("train_loss", smoothing=SMOOTHING, max_points=CHART_POINTS)
-        loss.append((f"training, smoothed ({SMOOTHING:g})", "smooth", smoothed))
+        smoothed = metrics.smoothed(
+            "train_loss", SMOOTHING_SHARE, is_log=is_spread_wide(metrics), max_points=CHART_POINTS
+        )
+        loss.append(("training, smoothed", "smooth", smoothed))
     loss.append(("validation", "val", _evaluations(metrics)))
     accuracy = [(step, 100 * r / of) for step, (r, of) in reader.previews.accuracy().items()]
     found = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -18,11 +19,20 @@ import psutil
 from pydantic import ValidationError
 
 from trainer.errors import OutputError
+from trainer.monitor.final_evaluation import FinalEvaluation, read_final_evaluation
 from trainer.monitor.metrics import MetricsTable
 from trainer.monitor.previews import PreviewBook
 from trainer.monitor.small_files import read_json_object
 from trainer.monitor.tail import LineTail
-from trainer.monitoring.state_words import ending_words, lost_words, working_words
+from trainer.monitoring.run_files import CHECKPOINTS_NAME, checkpoint_steps
+from trainer.monitoring.state_words import (
+    TRAINING,
+    ending_words,
+    going_on_words,
+    is_silent,
+    lost_words,
+    working_words,
+)
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
@@ -38,13 +48,15 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "run.json"
 ORIGINS_NAME = "config.origins.json"
 LOCK_NAME = ".lock"
+RECENT_STEPS = 20
+"""The longest of so many steps is what a step takes."""
 STEP_DONE = "StepDone"
 OVER = ("completed", "stopped", "failed")
 MAX_STEP = 2**53
 PIECE = 5_000
 """Lines that are parsed and taken at a time."""
-SILENT_S = 600.0
-"""A run on another machine that says nothing for so long is called silent."""
+LONG_PHASE_S = 600.0
+"""A phase other than training that says nothing for so long gets its time beside it."""
 
 
 @dataclass
@@ -81,6 +93,8 @@ class RunReader:
         """Dotted config key -> where its value came from; empty where nobody wrote that down."""
         self.metrics = MetricsTable()
         self.previews = PreviewBook()
+        self.final_evaluation: FinalEvaluation | None = None
+        """Of a run that is over and had one."""
         self.num_bad_lines = 0
         self._tails = {name: LineTail(folder / name) for name in (METRICS_NAME, PREVIEWS_NAME)}
         self._stamps: dict[str, tuple[int, int, int]] = {}
@@ -120,7 +134,10 @@ class RunReader:
             status = TrainingStatusReader(self.folder).read()
         except OutputError as error:
             problem = str(error)
+        summary = status.summary if status is not None and status.state in OVER else {}
+        final = read_final_evaluation(self.folder, summary)
         with self.lock:
+            self.final_evaluation = final
             # A status that cannot be read now does not make the last good one untrue.
             self.status = status or self.status
             self.problem = problem
@@ -257,10 +274,69 @@ class RunReader:
             )
         if self.is_lost():
             return lost_words(self.step, status.total_steps, silent_s)
+        waited_s = self._waited_s(status, now)
         words = working_words(
-            status.phase, self.step, status.total_steps, status.eta_s, waited_s=silent_s
+            status.phase,
+            self.step,
+            status.total_steps,
+            status.eta_s,
+            waited_s=waited_s,
+            step_time_s=self._step_time_s(status),
         )
-        return f"{words} (no word for {silent_s / 60:.0f} min)" if silent_s > SILENT_S else words
+        if status.phase != TRAINING and waited_s > LONG_PHASE_S:
+            words += f" (no word for {waited_s / 60:.0f} min)"
+        return words
+
+    def is_silent(self, now: float | None = None) -> bool:
+        """Whether the run trains and says nothing for longer than its pace explains."""
+        status = self.status
+        if status is None or self.is_over or self.is_lost():
+            return False
+        waited_s = self._waited_s(status, time.time() if now is None else now)
+        return is_silent(status.phase, waited_s, self._step_time_s(status))
+
+    def _waited_s(self, status: TrainingStatus, now: float) -> float:
+        """Seconds since the run said something: status.json is not written at every step."""
+        newest = self.metrics.newest("created_at")
+        last = status.updated_at if math.isnan(newest) else max(status.updated_at, newest)
+        return max(0.0, now - last)
+
+    def _step_time_s(self, status: TrainingStatus) -> float:
+        """Seconds between two words of a run that trains; 0 where nothing tells."""
+        recent = self.metrics.last("step_time_s", RECENT_STEPS)
+        if len(recent):
+            return float(recent.max())
+        left = (status.total_steps or 0) - status.step
+        if status.eta_s is None or left <= 0:
+            return 0.0
+        # Only status.json was read, which is written every few steps.
+        return status.eta_s / left * self._status_interval()
+
+    def _status_interval(self) -> int:
+        found = self.config_value("monitoring", "status_update_interval")
+        return found if isinstance(found, int) and found > 0 else 1
+
+    def config_value(self, section: str, name: str) -> Any:
+        """A value of the run's config; None where run.json does not have it."""
+        config = self.manifest.get("config")
+        values = config.get(section) if isinstance(config, dict) else None
+        return values.get(name) if isinstance(values, dict) else None
+
+    def last_checkpoint_step(self) -> int | None:
+        """Step of the newest checkpoint in the run folder; None where there is none."""
+        try:
+            return max(checkpoint_steps(self.folder / CHECKPOINTS_NAME), default=None)
+        except OSError:
+            return None
+
+    def going_on(self) -> str:
+        """How to go on with a run that failed or broke off; "" for every other one."""
+        state, newest = self.state(), self.last_checkpoint_step()
+        said = self.status.error.message if self.status and self.status.error else ""
+        # A run that was stopped says it itself, and so do some errors.
+        if state == "lost" or (state == "failed" and newest and "--resume" not in said):
+            return going_on_words(str(self.folder), newest)
+        return ""
 
 
 def parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:

@@ -30,6 +30,7 @@ from trainer.monitoring.events import (
     RunStarted,
     StepDone,
 )
+from trainer.monitoring.state_words import TRAINING
 from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME, RESUMED
 from trainer.monitoring.status_schema import TrainingStatus
 from trainer.preview.base import PreviewResult
@@ -130,7 +131,7 @@ class Follower:
                 yield Notice(text=f"checkpoint of step {saved.step}: {saved.path}")
         is_phase_new = status.phase != self._phase and not self.reader.is_over
         self._phase = status.phase
-        if is_phase_new and status.phase not in ("", "training"):
+        if is_phase_new and status.phase and (self._is_attached or status.phase != TRAINING):
             yield PhaseChanged(state=status.state, text=status.phase)
 
 

@@ -8,6 +8,7 @@ but from files that runs of this user were started with.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import PreviewError
 from trainer.monitor.net import is_loopback
+from trainer.monitor.run_reader import RunReader
 from trainer.monitor.small_files import read_json_object, read_regular_file
 from trainer.preview.http import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_ANSWER, is_own_key_file
 
 WORKER_NAME = "worker.json"
+FINAL_MODEL = "final_model"
 TIMEOUT_S = 120.0
 MAX_KEY_BYTES = 4096
 
@@ -69,9 +72,7 @@ def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerStat
     """
     path = folder / WORKER_NAME
     if not path.is_file():
-        return WorkerState(
-            None, "this run has no worker (a sidecar or a remote preview server) that could answer"
-        )
+        return WorkerState(None, "the run names no preview server")
     try:
         worker = Worker.model_validate(read_json_object(path))
         parts = urlsplit(worker.url)
@@ -97,6 +98,27 @@ def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerStat
     if is_loopback(host) and worker.pid is not None and not psutil.pid_exists(worker.pid):
         return WorkerState(None, "the run's worker has ended")
     return WorkerState(worker)
+
+
+def absence_words(reader: RunReader) -> str:
+    """Why a run without worker.json can answer nobody, and who can, with the command to copy."""
+    backend = reader.config_value("monitoring", "preview_backend")
+    if reader.state() not in ("completed", "stopped", "failed", "lost"):
+        if backend in ("sidecar", "remote_3090"):
+            return f"the run's preview server ({backend}) is not ready yet"
+        if backend == "openai":
+            return "the server that makes this run's previews does not have this run's weights"
+        return (
+            "previews of this run are made in the training process, which answers nobody else; "
+            "a run with --preview-backend sidecar can be asked while it trains"
+        )
+    ended = "the run has ended"
+    if backend == "sidecar":
+        ended += ", and its sidecar with it"
+    has_weights = (reader.folder / FINAL_MODEL).is_dir() or reader.last_checkpoint_step()
+    if not has_weights:
+        return f"{ended}; it left no weights"
+    return f"{ended}; ask its weights with: trainer chat {shlex.quote(str(reader.folder))}"
 
 
 def ask_worker(

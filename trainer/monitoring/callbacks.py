@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -19,16 +19,18 @@ import torch
 from transformers import TrainerCallback
 
 from trainer.config.schema import MonitoringConfig
-from trainer.monitoring.control import COMMANDS, Command, ControlFile
+from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import (
     EvaluationDone,
     Event,
     Notice,
     Observer,
+    PhaseChanged,
     PreviewsDone,
     RowShown,
     StepDone,
 )
+from trainer.monitoring.state_words import TRAINING
 from trainer.preview.base import PreviewResult
 from trainer.preview.scheduler import PreviewScheduler
 
@@ -89,17 +91,25 @@ class Observers:
 
 @dataclass
 class EarlyStopping:
-    """Counts micro-evaluations without a lower loss; part of what a resume restores."""
+    """Counts micro-evaluations without a lower loss; part of what a resume restores.
+
+    The lowest loss is known without patience too: the checkpoint of its step is kept.
+    """
 
     patience: int = 0
     min_delta: float = 0.0
     best_loss: float | None = None
+    """The last one that was lower by `min_delta`: what patience is counted from."""
     best_step: int = 0
     num_without: int = 0
+    lowest_loss: float | None = None
+    lowest_step: int = 0
+    """Whose checkpoint is kept; 0: none yet."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {name: getattr(self, name) for name in ("best_loss", "best_step", "num_without")}
+        given = ("patience", "min_delta")
+        return {name: value for name, value in asdict(self).items() if name not in given}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave; patience and min_delta stay those of the config."""
@@ -113,6 +123,8 @@ class EarlyStopping:
 
     def update(self, loss: float, step: int) -> bool:
         """Take a loss; True when it is time to stop."""
+        if math.isfinite(loss) and (self.lowest_loss is None or loss < self.lowest_loss):
+            self.lowest_loss, self.lowest_step = loss, step
         is_lower = self.best_loss is None or loss < self.best_loss - self.min_delta
         if is_lower and math.isfinite(loss):
             self.best_loss, self.best_step, self.num_without = loss, step, 0
@@ -146,6 +158,17 @@ class StepClock:
         return self._sum / self._weight + self._pause_s / self.num_steps
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted at the end of a step beside what the config says."""
+
+    stop: bool
+    by_signal: bool
+    """The stop is a signal's: nothing is made but a checkpoint."""
+    preview: bool
+    save: bool
+
+
 class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
     """Status, metrics, previews and micro-evaluation of a run, by MonitoringConfig."""
 
@@ -168,8 +191,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         Args:
             evaluate: unwrapped model -> an object with loss, num_rows, num_trained_tokens.
             checkpoint_interval: steps between checkpoints; 0 = only at the end.
-            is_stop_requested: asked once per step.
-            request_stop: told when the control file asks to stop.
+            is_stop_requested: asked once per step: whether a signal came.
+            request_stop: told, on every process, when the control file asks to stop.
             control: the control file; the main process has it.
             row_of_step: step -> (prompt, golden answer) of one row of its batch.
         """
@@ -195,29 +218,29 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next step's clock starts behind the checkpoint, which is no training."""
+        self._say_phase(TRAINING)
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step, then measure, preview, save or stop where that is due."""
         step, total = state.global_step, state.max_steps
         self._report(state)
-        should_stop, commands = self._asked_for()
-        if should_stop:
-            self.stop_reason = "asked to stop"
+        asked = self._asked_for(step, total)
+        is_last = asked.stop or step >= total
         is_best = False
-        if self._is_evaluation_due(step, total) and not should_stop:
-            should_stop = self._agree(self._measure(step))
-            stopping = self.early_stopping
-            is_best = self._agree(stopping.patience > 0 and stopping.best_step == step)
-        is_last = should_stop or step >= total
+        if self._is_evaluation_due(step, is_last=is_last) and not asked.by_signal:
+            is_over = self._agree(self._measure(step))
+            is_last = is_last or is_over
+            is_best = self._agree(self.early_stopping.lowest_step == step)
         if state.is_world_process_zero:
-            is_last_preview = is_last and self.stop_reason != "asked to stop"
-            self._preview(step, is_last=is_last_preview or "preview" in commands)
-            self._acknowledge(commands, step)
-        control.should_training_stop = control.should_training_stop or should_stop
+            # A signal leaves no time: the previews of the last weights are not made.
+            self._preview(step, is_last=asked.preview or (is_last and not asked.by_signal))
+            self._acknowledge(step)
+        control.should_training_stop = control.should_training_stop or is_last
         is_nth = bool(self.checkpoint_interval) and step % self.checkpoint_interval == 0
-        is_asked = bool({"save", "mark_best"} & commands)
-        control.should_save = is_last or is_best or is_nth or is_asked
+        control.should_save = is_last or is_best or is_nth or asked.save
+        if control.should_save:
+            self._say_phase(f"writing the checkpoint of step {step}")
         self._step_started = time.perf_counter()
 
     # ---- parts
@@ -251,9 +274,9 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             prompt, golden = self._row_of_step(step)
             self.observers.emit(RowShown(step=step, prompt=prompt, golden_answer=golden))
 
-    def _is_evaluation_due(self, step: int, total: int) -> bool:
+    def _is_evaluation_due(self, step: int, *, is_last: bool) -> bool:
         interval = self.config.micro_eval_interval
-        return bool(self._evaluate and interval) and (step % interval == 0 or step >= total)
+        return bool(self._evaluate and interval) and (step % interval == 0 or is_last)
 
     def _measure(self, step: int) -> bool:
         """Micro-evaluation on the main process; True when early stopping says so."""
@@ -261,7 +284,9 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             return False
         assert self._evaluate is not None, "no evaluation without held-out rows"
         started = time.perf_counter()
+        self._say_phase(f"measuring the validation loss of step {step}")
         found = self._evaluate(self._unwrapped())
+        self._say_phase(TRAINING)
         self.last_val_loss = found.loss
         self.observers.emit(
             EvaluationDone(
@@ -278,42 +303,60 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         best = self.early_stopping
         self.stop_reason = (
             f"early stopping: no validation loss below {_shown(best.best_loss)} (step "
-            f"{best.best_step}, whose checkpoint is kept) in {best.num_without} evaluations"
+            f"{best.best_step}) in {best.num_without} evaluations; the checkpoint of the lowest "
+            f"one (step {best.lowest_step}) is kept"
         )
         self.observers.emit(Notice(text=self.stop_reason))
         return True
 
-    def _asked_for(self) -> tuple[bool, frozenset[Command]]:
-        """Whether to stop, and what the control file asks for: the same on all processes."""
-        wanted = self.control_file.poll() if self.control_file is not None else frozenset()
-        if "stop" in wanted:
+    def _asked_for(self, step: int, total: int) -> Asked:
+        """What a signal and the control file ask for: the same on all processes."""
+        file = self.control_file
+        commands = file.poll() if file is not None else frozenset()
+        by_signal, by_file, preview, save = self._agree_on(
+            self._is_stop_requested(),
+            "stop" in commands and step < total,  # at the last step there is nothing to stop
+            "preview" in commands,
+            file is not None and file.is_save_asked(step),
+        )
+        if by_file:
             self._request_stop()
-        should_stop, *flags = self._agree_on(
-            self._is_stop_requested(), *(command in wanted for command in COMMANDS)
-        )
-        return should_stop, frozenset(
-            command for command, is_wanted in zip(COMMANDS, flags, strict=True) if is_wanted
-        )
+            self.stop_reason = f"the control file asked to stop after step {step}"
+        if by_signal:
+            self.stop_reason = "asked to stop"
+        return Asked(by_signal or by_file, by_signal, preview, save)
 
-    def _acknowledge(self, commands: frozenset[Command], step: int) -> None:
+    def _acknowledge(self, step: int) -> None:
         """Say what became of the control file's commands."""
-        if self.control_file is None or not commands:
+        if self.control_file is None:
             return
         is_previewed = self.scheduler is not None and self.scheduler.is_asked(step)
         self.control_file.acknowledge(step, is_previewed=is_previewed)
 
     @property
     def protected_steps(self) -> set[int]:
-        """Steps whose checkpoints are kept: the best by validation loss, and the marked one."""
+        """Steps whose checkpoints are kept: of the lowest validation loss, and the marked one."""
         marked = self.control_file.marked_step if self.control_file is not None else 0
-        return {self.early_stopping.best_step, marked} - {0}
+        return {self.early_stopping.lowest_step, marked} - {0}
 
     def _preview(self, step: int, *, is_last: bool) -> None:
         if self.scheduler is None:
             return
         self.scheduler.note_step(step)
-        if self.scheduler.is_due(step, is_last=is_last):
+        if not self.scheduler.is_due(step, is_last=is_last):
+            return
+        if not self.scheduler.is_waited_for:
             self.scheduler.ask(step, is_last=is_last)
+            return
+        count, limit = len(self.scheduler.requests), self.config.preview_max_tokens
+        self._say_phase(f"making the previews of step {step} ({count} prompts, {limit} tokens)")
+        self.scheduler.ask(step, is_last=is_last)
+        self._say_phase(TRAINING)
+
+    def _say_phase(self, text: str) -> None:
+        """Say what keeps training from the next step, or that it goes on."""
+        if self.trainer is None or self.trainer.is_world_process_zero():
+            self.observers.emit(PhaseChanged(state="training", text=text))
 
     def deliver_previews(self, step: int, results: list[PreviewResult], waited_s: float) -> None:
         """What the scheduler calls with finished previews."""

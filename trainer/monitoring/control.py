@@ -14,9 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trainer.monitoring.run_files import replace_file
+from trainer.monitoring.run_files import (
+    CHECKPOINTS_NAME,
+    checkpoint_steps,
+    remove_quietly,
+    replace_file,
+)
 
 CONTROL_NAME = "control.json"
 BEST_NAME = "best.json"
@@ -25,7 +30,6 @@ MAX_COMMANDS = 20
 MAX_BYTES = 64 * 1024
 
 Command = Literal["preview", "save", "mark_best", "stop"]
-COMMANDS: tuple[Command, ...] = ("preview", "save", "mark_best", "stop")
 
 
 class ControlCommand(BaseModel):
@@ -36,7 +40,15 @@ class ControlCommand(BaseModel):
     id: Annotated[str, Field(pattern=r"^[0-9a-zA-Z_-]{1,64}$")]
     """Told apart by it: a command is done once."""
     command: Command
+    step: Annotated[int, Field(ge=0)] | None = None
+    """With `mark_best` only: the step whose answers were judged; None: the one that ends then."""
     created_at: float = 0.0
+
+    @model_validator(mode="after")
+    def _check_step(self) -> ControlCommand:
+        if self.step is not None and self.command != "mark_best":
+            raise ValueError(f"step={self.step} goes with mark_best, not with {self.command}")
+        return self
 
 
 class ControlContent(BaseModel):
@@ -64,7 +76,7 @@ class ControlFile:
         self._is_reported = False
         self._pending: list[ControlCommand] = []
         self._done = {command.id for command in self._read()}
-        self.marked_step = self._read_mark()
+        self.marked_step = read_mark(folder)
         """The step that a person marked as best; 0: none. Its checkpoint is kept."""
 
     def poll(self) -> frozenset[Command]:
@@ -75,8 +87,17 @@ class ControlFile:
                 self._pending.append(command)
         return frozenset(command.command for command in self._pending)
 
+    def is_save_asked(self, step: int) -> bool:
+        """Whether a pending command needs a checkpoint of `step`, which ends now."""
+        return any(
+            one.command == "save" or (one.command == "mark_best" and one.step in (None, step))
+            for one in self._pending
+        )
+
     def acknowledge(self, step: int, *, is_previewed: bool) -> None:
         """Say of each pending command what is done at the end of `step`; marks the best step.
+
+        A step is marked only where its checkpoint is there, or is about to be: `is_save_asked`.
 
         Args:
             is_previewed: whether previews of this step were asked for (not where they are off).
@@ -89,9 +110,27 @@ class ControlFile:
             "stop": f"stop after step {step}",
         }
         for command in self._pending:
-            words = said.get(command.command) or self._mark_best(step)
-            self._report(f"control: {words} ({command.id})", "info")
+            if command.command != "mark_best":
+                self._report(f"control: {said[command.command]} ({command.id})", "info")
+                continue
+            wanted = step if command.step is None else command.step
+            if wanted == step or wanted in self._kept():
+                self._report(f"control: {self._mark_best(wanted)} ({command.id})", "info")
+            else:
+                self._report(f"control: {self._not_kept(wanted)} ({command.id})", "warning")
         self._pending.clear()
+
+    def _kept(self) -> list[int]:
+        return checkpoint_steps(self.path.parent / CHECKPOINTS_NAME)
+
+    def _not_kept(self, step: int) -> str:
+        """Another step in its place would be one that nobody judged."""
+        kept = ", ".join(map(str, self._kept())) or "none"
+        return (
+            f"step {step} is not marked as best: it has no checkpoint, so its weights are gone "
+            f"(checkpoints: {kept}); with output.checkpoint_interval = monitoring."
+            "inference_interval every previewed step has one"
+        )
 
     def _mark_best(self, step: int) -> str:
         """Remember `step` as the best one, over a resume too."""
@@ -102,12 +141,10 @@ class ControlFile:
             return f"step {step} marked as best until the run ends ({BEST_NAME}: {error.strerror})"
         return f"step {step} marked as best; its checkpoint is kept"
 
-    def _read_mark(self) -> int:
-        try:
-            step = json.loads(self._best_path.read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return 0
-        return step if isinstance(step, int) and step > 0 else 0
+    def unmark(self) -> None:
+        """No step is marked as best any more."""
+        self.marked_step = 0
+        remove_quietly(self._best_path)
 
     def _read(self) -> Sequence[ControlCommand]:
         """The commands of the file, if it changed since the last look."""
@@ -154,3 +191,12 @@ class ControlFile:
                 "warning",
             )
         return ()
+
+
+def read_mark(folder: Path) -> int:
+    """The step of a run folder that a person marked as best; 0: none."""
+    try:
+        step = json.loads((folder / BEST_NAME).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int) and step > 0 else 0

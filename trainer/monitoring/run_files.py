@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import psutil
 
+CHECKPOINTS_NAME = "checkpoints"
+STEP_NAME = re.compile(r"^step-(\d{8})$")
 BLOCK = 64 * 1024
 """Bytes read at a time when the end of a cut line is looked for."""
 
@@ -93,3 +96,16 @@ def read_whole_lines(path: Path) -> list[bytes]:
         FileNotFoundError: there is no file.
     """
     return path.read_bytes().split(b"\n")[:-1]
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of which a run's `checkpoints/` has one, in order; whether it is whole is not seen."""
+    if not root.is_dir():
+        return []
+    names = (STEP_NAME.match(path.name) for path in root.iterdir())
+    return sorted(int(found[1]) for found in names if found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from trainer.monitoring.text import (
     duration_words,
     left_words,
@@ -10,10 +12,32 @@ from trainer.monitoring.text import (
 )
 
 REASON_CHARS = 200
+TRAINING = "training"
+"""The phase in which steps are made; every other one says in words what keeps it from a step."""
+SILENT_S = 20.0
+SILENT_STEPS = 10
+"""A training run that says nothing for longer than both, 20 s and 10 steps, is called silent."""
+
+
+def is_silent(phase: str, waited_s: float, step_time_s: float) -> bool:
+    """Whether a run at work says nothing for longer than its pace explains.
+
+    Args:
+        phase: what is done now; evaluation, previews and saving take what they take.
+        waited_s: seconds since the run said something.
+        step_time_s: seconds that a step takes; 0 where none is known.
+    """
+    return phase == TRAINING and waited_s > max(SILENT_S, SILENT_STEPS * step_time_s)
 
 
 def working_words(
-    phase: str, step: int, total_steps: int | None, eta_s: float | None, *, waited_s: float = 0.0
+    phase: str,
+    step: int,
+    total_steps: int | None,
+    eta_s: float | None,
+    *,
+    waited_s: float = 0.0,
+    step_time_s: float = 0.0,
 ) -> str:
     """A run at work, such as `training, step 420 of 1000, 3 min left`.
 
@@ -21,13 +45,18 @@ def working_words(
         phase: what is done now, in words.
         eta_s: seconds until the last step as of the last step; None: not known.
         waited_s: seconds since that was measured.
+        step_time_s: seconds that a step takes; 0: not known.
     """
     words = printable(phase, REASON_CHARS) or "at work"
     if total_steps is None:
         return words
     words += f", step {step} of {total_steps}"
-    if eta_s is not None and step < total_steps:
-        words += f", {left_words(max(0.0, eta_s - waited_s))}"
+    if is_silent(phase, waited_s, step_time_s):
+        pace = f" (a step takes {duration_words(step_time_s)})" if step_time_s > 0 else ""
+        return f"{words}, no word for {duration_words(waited_s)}{pace}"
+    # What is left is a guess that was made at the last step: it is not counted below zero.
+    if eta_s is not None and step < total_steps and eta_s > waited_s:
+        words += f", {left_words(eta_s - waited_s)}"
     return words
 
 
@@ -66,5 +95,17 @@ def lost_words(step: int, total_steps: int | None, silent_s: float) -> str:
     of_total = f" of {total_steps}" if total_steps is not None else ""
     return (
         f"broke off at step {step}{of_total}, {duration_words(silent_s)} ago: its process is gone "
-        "and said nothing; continue with --resume"
+        "and said nothing"
     )
+
+
+def going_on_words(folder: str, checkpoint_step: int | None) -> str:
+    """How to go on with a run that did not complete, with the command to copy.
+
+    Args:
+        checkpoint_step: step of the newest checkpoint in the folder; None: there is none.
+    """
+    if checkpoint_step is None:
+        return "no checkpoint was written, so there is nothing to resume: start the run again"
+    command = f"trainer train --resume --output {shlex.quote(folder)}"
+    return f"the last checkpoint is of step {checkpoint_step}; continue with: {command}"

@@ -24,6 +24,7 @@ from trainer.monitoring.events import (
 )
 from trainer.monitoring.plain_values import json_line, plain_values
 from trainer.monitoring.safe_stream import SafeStream
+from trainer.monitoring.state_words import TRAINING
 from trainer.monitoring.text import (
     closing_words,
     duration_words,
@@ -155,7 +156,9 @@ class PlainDisplay(_Display):
         line = self.stream.line
         match event:
             case PhaseChanged():
-                line(printable(event.text, NOTICE_CHARS))
+                # In a log the pauses between steps would be a line each; people wait for the first.
+                if event.state != "training" or (self.step is None and event.text != TRAINING):
+                    line(printable(event.text, NOTICE_CHARS))
             case CardShown():
                 line(card_words(event))
             case RunStarted():

@@ -23,7 +23,7 @@ from trainer.monitoring.events import (
     RunStarted,
     StepDone,
 )
-from trainer.monitoring.state_words import working_words
+from trainer.monitoring.state_words import TRAINING, is_silent, working_words
 from trainer.monitoring.text import (
     duration_words,
     mark_of,
@@ -68,9 +68,12 @@ class LiveView:
         self._phase_at = self._step_at = clock()
 
     def set_phase(self, event: PhaseChanged) -> None:
-        """A phase begins."""
+        """A phase begins; training itself is the absence of any other."""
         self._phase_at = self._clock()
-        self.phase = event
+        if event.text == TRAINING:
+            self._step_at, self.phase = self._phase_at, None
+        else:
+            self.phase = event
 
     def set_step(self, event: StepDone) -> None:
         """A step was made: whatever phase there was is over."""
@@ -107,7 +110,8 @@ class LiveView:
     def _headline(self, console: Console, is_ascii: bool) -> Text:
         state = self.phase.state if self.phase else "training"
         state = self.end.state if self.end else state
-        line = Text(style=STATE_STYLES[state])
+        is_late = self.end is None and self.phase is None and self._is_silent()
+        line = Text(style="bold yellow" if is_late else STATE_STYLES[state])
         if self._is_spinning():
             spinner = Spinner("line" if is_ascii else "dots")
             frame = spinner.render(console.get_time())
@@ -132,11 +136,20 @@ class LiveView:
             non_finite = non_finite_words(error_type, reason)
             return non_finite or f"{state}, step {step.step} of {step.total_steps}"
         waited_s = self._clock() - self._step_at
-        words = working_words(state, step.step, step.total_steps, step.eta_s, waited_s=waited_s)
-        if waited_s > max(LONG_PHASE_S, 3 * step.step_time_s):
-            # The next step, a preview or an evaluation: nothing tells which.
-            words += f" ({duration_words(waited_s)} since that step)"
-        return words
+        return working_words(
+            state,
+            step.step,
+            step.total_steps,
+            step.eta_s,
+            waited_s=waited_s,
+            step_time_s=step.step_time_s,
+        )
+
+    def _is_silent(self) -> bool:
+        step = self.step
+        return step is not None and is_silent(
+            TRAINING, self._clock() - self._step_at, step.step_time_s
+        )
 
     def _bar(self, step: StepDone, width: int) -> Table:
         share = f"{100 * step.step // max(1, step.total_steps):d} %"

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from trainer.models.chat_template import as_taken
+from trainer.models.template_date import date_options
+from trainer.models.vocabulary import embedding_rows, harmless_pad_id
 from trainer.preview.base import PreviewRequest, PreviewResult, is_match
 from trainer.preview.generate import Generation, GenerationSettings, generate
 from trainer.preview.health import health_flags, leak_ids, special_texts
@@ -70,7 +73,7 @@ class LocalPreviewBackend:
             seed=seed,
             stop_strings=self.profile.stop_strings,
             stop_ids=frozenset(stop_ids or ()) | _model_stop_ids(model, tokenizer),
-            pad_id=_pad_id(tokenizer),
+            pad_id=harmless_pad_id(tokenizer, embedding_rows(model)),
             max_length=max_length,
         )
         self._special_texts = special_texts(tokenizer)
@@ -125,7 +128,11 @@ class LocalPreviewBackend:
     def render_turns(self, turns: list[Message]) -> list[int]:
         """Token ids of a conversation with the generation prompt behind it."""
         ids: list[int] = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, enable_thinking=False, return_dict=True
+            as_taken(self.tokenizer, turns),
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=True,
+            **date_options(self.tokenizer),
         )["input_ids"]
         return ids
 
@@ -251,10 +258,3 @@ def _model_stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = named if isinstance(named, list) else [named]
     return frozenset({tokenizer.eos_token_id, *ids} - {None})
-
-
-def _pad_id(tokenizer: Any) -> int:
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0

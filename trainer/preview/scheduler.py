@@ -174,6 +174,11 @@ class PreviewScheduler:
             return False
         return is_last or step % self.interval == 0
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether training stands still until the answers are there."""
+        return isinstance(self.lane, InlineLane)
+
     def is_asked(self, step: int) -> bool:
         """Whether the newest preview asked for is that of `step`."""
         return step == self._last_asked

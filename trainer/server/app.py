@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
@@ -18,12 +17,13 @@ from trainer import __version__
 from trainer.preview.wire import GenerateRequest, GenerateResult, ModelState, RegisterModel
 from trainer.profiles import known_profiles
 from trainer.server.auth import Guard
-from trainer.server.jobs import Job
+from trainer.server.job import Job
+from trainer.server.jobs import REQUEST_TIMEOUT_S
 from trainer.server.metrics import add_metrics_route
 from trainer.server.openai import add_openai_routes
 from trainer.server.problems import add_problem_handlers, documented
 from trainer.server.publish import add_active_route, add_preview_routes, add_weight_routes
-from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service
+from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service, client_of
 from trainer.server.weights import KEPT_SETS, WeightStore
 from trainer.server.worker import EngineProcess
 
@@ -94,6 +94,7 @@ def create_app(
     host: str = "127.0.0.1",
     weights_dir: Path | None = None,
     num_kept: int = KEPT_SETS,
+    request_timeout_s: float = REQUEST_TIMEOUT_S,
 ) -> Guard:
     """Build the ASGI app round an engine that is started, or has no model yet.
 
@@ -102,15 +103,15 @@ def create_app(
         store_dir: private folder for uploads.
         weights_dir: folder of transport `dir`; None: refused.
         num_kept: weight sets that can be made active again.
+        request_timeout_s: longest time that the engine spends on one request.
     """
     store = WeightStore(store_dir, weights_dir, num_kept=num_kept)
-    service = Service(engine, store)
+    service = Service(engine, store, request_timeout_s=request_timeout_s)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        runner = asyncio.create_task(service.queue.run())
-        yield
-        runner.cancel()
+        async with service.running():
+            yield
         engine.stop()
 
     app = FastAPI(
@@ -188,7 +189,7 @@ def _add_generate_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/generate",
         response_model=GenerateResult,
-        responses={**documented(404, 409, 422, 429, 500, 503), 202: {"model": JobState}},
+        responses={**documented(404, 409, 422, 429, 500, 503, 504), 202: {"model": JobState}},
     )
     async def generate(
         body: GenerateRequest,
@@ -198,13 +199,26 @@ def _add_generate_routes(app: FastAPI, service: Service) -> None:
     ) -> Any:
         service.check_ready()
         needs = service.find_weights(body.model_id)
-        job = service.submit("generate", body.model_dump(mode="json"), idempotency_key, needs=needs)
+        sent = b'{"request":%s,"samples":1}' % body.model_dump_json().encode()
+        job = service.submit(
+            "generate", sent, idempotency_key, needs=needs, client=client_of(request)
+        )
         if not wait:
-            return JSONResponse(job.public(), 202)
-        return await service.answer(request, job)
+            job.is_polled = True
+            return JSONResponse(state(job).model_dump(exclude_unset=True), 202)
+        return plain(await service.answer(request, job))
+
+    def plain(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if name != "samples"}
+
+    def state(job: Job) -> JobState:
+        found = job.public()
+        if "result" in found:
+            found["result"] = plain(found["result"])
+        return JobState.model_validate(found)
 
     def find(job_id: str) -> Job:
-        job = queue.jobs.get(job_id)
+        job = queue.book.jobs.get(job_id)
         if job is None or job.operation != "generate":
             raise HTTPException(404, "no such job; the last 512 are kept")
         return job
@@ -213,10 +227,10 @@ def _add_generate_routes(app: FastAPI, service: Service) -> None:
     async def job_state(job_id: str, wait: Annotated[float, Query(ge=0, le=60)] = 0) -> JobState:
         job = find(job_id)
         await queue.wait(job, wait)
-        return JobState.model_validate(job.public())
+        return state(job)
 
     @app.delete("/jobs/{job_id}", responses=documented(404, 422), response_model_exclude_unset=True)
     async def cancel(job_id: JobId) -> JobState:
         job = find(job_id)
         queue.cancel(job)
-        return JobState.model_validate(job.public())
+        return state(job)

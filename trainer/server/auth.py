@@ -15,6 +15,10 @@ from trainer.errors import ConfigError
 from trainer.preview.wire import MAX_BODY
 from trainer.server.problems import problem_body
 
+MAX_HELD = 64 << 20
+"""Bytes of large request bodies that are held at once, until they are answered."""
+SMALL_BODY = 256 << 10
+"""A body up to this size is not counted: it is taken while others are large."""
 SCOPES = ("generate", "publish")
 MIN_KEY = 16
 OPEN_PATHS = frozenset({"/health"})
@@ -84,6 +88,9 @@ class Guard:
     keys: dict[str, str] = field(default_factory=dict)
     hosts: frozenset[str] = frozenset()
     max_body: int = MAX_BODY
+    max_held: int = MAX_HELD
+    held: int = field(default=0, init=False)
+    """Bytes of large bodies that are held now."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Check Host, Origin, key and length, then count the body while it streams."""
@@ -100,7 +107,11 @@ class Guard:
         if refusal is not None:
             await _answer(send, scope["path"], *refusal)
             return
-        await self.app(scope, self._counted(receive), send)
+        body = _Body(self, is_kept=not _is_part(scope["path"]))
+        try:
+            await self.app(scope, body.counted(receive), send)
+        finally:
+            self.held -= body.counts
 
     def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str, str] | None:
         host = _host_name(headers.get("host", ""))
@@ -129,22 +140,48 @@ class Guard:
                 held = scope
         return held
 
-    def _counted(self, receive: Any) -> Any:
-        seen = 0
+
+@dataclass
+class _Body:
+    """The bytes of one request's body."""
+
+    guard: Guard
+    is_kept: bool
+    """False where it is written to a file as it comes."""
+    seen: int = 0
+    counts: int = 0
+    """How much of `Guard.held` it is."""
+
+    def counted(self, receive: Any) -> Any:
+        """`receive`, refusing what is too much for one body or for all together."""
 
         async def counted() -> Any:
-            nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_body:
-                raise HTTPException(
-                    413,
-                    f"a body may have at most {self.max_body} bytes",
-                    {"Connection": "close"},  # the rest of it is not read
-                )
+            self._take(len(message.get("body", b"")))
             return message
 
         return counted
+
+    def _take(self, count: int) -> None:
+        self.seen += count
+        # The rest of a refused body is not read.
+        if self.seen > self.guard.max_body:
+            limit = f"a body may have at most {self.guard.max_body} bytes"
+            raise HTTPException(413, limit, {"Connection": "close"})
+        if not (self.is_kept and self.seen > SMALL_BODY):
+            return
+        if self.guard.held and self.guard.held - self.counts + self.seen > self.guard.max_held:
+            raise HTTPException(
+                503,
+                "too many large bodies at once",
+                {"Connection": "close", "Retry-After": "5"},
+            )
+        self.guard.held += self.seen - self.counts
+        self.counts = self.seen
+
+
+def _is_part(path: str) -> bool:
+    return path.startswith("/weights/") and "/parts/" in path
 
 
 def _host_name(header: str) -> str:

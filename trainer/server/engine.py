@@ -7,14 +7,18 @@ between two batches only, because there is one thread and one message at a time.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
+import hashlib
 import json
 import logging
+import secrets
 import signal
 from multiprocessing.connection import Connection
 from typing import Any
 
 from trainer.errors import TrainerError
 from trainer.models.load import context_length
+from trainer.models.template_date import fix_date
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.score import golden_logprobs
@@ -27,8 +31,9 @@ from trainer.preview.wire import (
 )
 from trainer.profiles import Message, get_profile
 from trainer.server.held import HeldModel, RefusedError
-from trainer.server.watch import JobCancelledError, TokenWatch
+from trainer.server.watch import JobCancelledError, TokenWatch, beat
 
+MAX_SEED = 2**53
 logger = logging.getLogger(__name__)
 Reply = dict[str, Any]
 
@@ -60,11 +65,26 @@ class Engine:
 
     # ---- generation
 
-    def generate(self, request: GenerateRequest) -> GenerateResult:
-        """Answer one prompt."""
+    def generate(self, request: GenerateRequest, samples: int = 1) -> Reply:
+        """Answer one prompt, with as many samples as are wanted.
+
+        Returns:
+            The first answer as a GenerateResult, and under `samples` all of them.
+        """
         self._weights_id()
+        # Without a seed nobody asks for the same answer again.
+        seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
+        found = [self._one(request, seed, number) for number in range(samples)]
+        first: Reply = found[0].model_dump(mode="json")
+        return {**first, "samples": [one.model_dump(mode="json") for one in found]}
+
+    def _one(self, request: GenerateRequest, seed: int, sample: int) -> GenerateResult:
         backend = self._backend(
-            "plain", {}, limit=request.limit, temperature=request.temperature, seed=request.seed
+            "plain",
+            {},
+            limit=request.limit,
+            temperature=request.temperature,
+            seed=sample_seed(seed, sample),
         )
         backend.with_special_tokens = False  # clients want words; raw_text has everything
         backend.system_prompt = request.system_prompt
@@ -72,9 +92,10 @@ class Engine:
         ids = request.prompt_token_ids or self._render(backend, request)
         self._check_ids(ids)
         asked = PreviewRequest(prompt=request.prompt or "", prompt_token_ids=tuple(ids))
+        self.watch.begin_sample(sample)
         return self._answer(backend, asked, len(ids))
 
-    def chat(self, messages: list[Message], request: dict[str, Any]) -> GenerateResult:
+    def chat(self, messages: list[Message], request: Reply, samples: int) -> Reply:
         """Answer a conversation; `request` is a GenerateRequest without a prompt."""
         backend = self._backend("plain", {}, limit=1, temperature=0.0, seed=0)
         try:
@@ -82,12 +103,14 @@ class Engine:
         except Exception as error:  # the template's own words
             words = " ".join(str(error).split())[:200]
             raise RefusedError(f"the chat template refuses these turns: {words}") from error
-        return self.generate(GenerateRequest.model_validate({**request, "prompt_token_ids": ids}))
+        asked = GenerateRequest.model_validate({**request, "prompt_token_ids": ids})
+        return self.generate(asked, samples)
 
-    def complete(self, text: str, request: dict[str, Any]) -> GenerateResult:
+    def complete(self, text: str, request: Reply, samples: int) -> Reply:
         """Continue plain text, without a template."""
         ids = self.held.tokenizer(text)["input_ids"]
-        return self.generate(GenerateRequest.model_validate({**request, "prompt_token_ids": ids}))
+        asked = GenerateRequest.model_validate({**request, "prompt_token_ids": ids})
+        return self.generate(asked, samples)
 
     def previews(self, request: PreviewsRequest) -> PreviewsResult:
         """Answer a batch, all with the weights that it names."""
@@ -113,6 +136,7 @@ class Engine:
             for row in request.prompts
         ]
         results = backend.preview_batch(asked, request.step)
+        self.watch.check()
         scores = [
             golden_logprobs(self.held.model, row.prompt_token_ids, row.golden_token_ids).tolist()
             if row.golden_token_ids and (request.golden_logprobs or index in request.canaries)
@@ -190,14 +214,40 @@ class Engine:
         return result.model_copy(update={**signs, "backend_type": "remote_3090"})
 
 
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of one of several samples; the first is the one that is made alone."""
+    if sample == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}:{sample}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") % MAX_SEED
+
+
 def engine_main(
-    jobs: Connection, control: Connection, model_path: str, device: str, wait_for_weights: bool
+    jobs: Connection,
+    cancelled: Any,
+    beats: Any,
+    model_path: str,
+    device: str,
+    wait_for_weights: bool,
+    base: str | None = None,
+    date: str | None = None,
 ) -> None:
-    """Body of the engine process: say hello or why not, then answer until the pipe closes."""
+    """Body of the engine process: say hello or why not, then answer until the pipe closes.
+
+    Args:
+        cancelled: shared number of the message that is to be given up.
+        beats: shared number that grows while this process runs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
     try:
-        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights)
-        watch = TokenWatch(control, held.tokenizer, lambda text: _send(jobs, {"text": text}))
+        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights, base=base)
+        fix_date(held.tokenizer, None if date is None else dt.date.fromisoformat(date))
+
+        def send_text(sample: int, text: str) -> None:
+            _send(jobs, {"sample": sample, "text": text})
+
+        watch = TokenWatch(cancelled, held.tokenizer, send_text)
+        held.watch_layers(watch.check)
         engine = Engine(held, watch)
     except TrainerError as error:
         _send(jobs, {"ok": False, "error": str(error)})
@@ -206,30 +256,34 @@ def engine_main(
         words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         _send(jobs, {"ok": False, "error": f"--model {model_path}: it does not load ({words})."})
         return
+    beat(beats)
     _send(jobs, {"ok": True, "result": engine.hello()})
     while True:
         try:
-            message = json.loads(jobs.recv_bytes())
-            _send(jobs, _handle(engine, message))
+            head = json.loads(jobs.recv_bytes())
+            body = json.loads(jobs.recv_bytes())
+            _send(jobs, _handle(engine, head, body))
         except (EOFError, OSError):
             return  # the API process is gone, and so is everyone who could ask
 
 
-def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
-    engine.watch.begin(message["id"], is_streamed=message["stream"])
-    operation: str = message["op"]
-    body: Any = message["body"]
+def _handle(engine: Engine, head: dict[str, Any], body: Any) -> Reply:
+    engine.watch.begin(head["id"], is_streamed=head["stream"])
+    operation: str = head["op"]
     if operation == "load_weights":
         return _load(engine.held, body)
     try:
         if operation == "previews":
-            found: Any = engine.previews(PreviewsRequest.model_validate(body))
+            asked = PreviewsRequest.model_validate(body)
+            found: Reply = engine.previews(asked).model_dump(mode="json")
         elif operation == "chat":
-            found = engine.chat(body["messages"], body["request"])
+            found = engine.chat(body["messages"], body["request"], body["samples"])
         elif operation == "complete":
-            found = engine.complete(body["text"], body["request"])
+            found = engine.complete(body["text"], body["request"], body["samples"])
         else:
-            found = engine.generate(GenerateRequest.model_validate(body))
+            found = engine.generate(
+                GenerateRequest.model_validate(body["request"]), body["samples"]
+            )
     except JobCancelledError:
         return {"ok": False, "status": 499, "error": "cancelled"}
     except RefusedError as error:
@@ -240,7 +294,7 @@ def _handle(engine: Engine, message: dict[str, Any]) -> Reply:
         # The weights are as they were: no reason to die, and nothing of it is the client's to see.
         logger.exception("a %s request failed", operation)
         return {"ok": False, "status": 500, "error": "internal error; the server's log says more"}
-    return {"ok": True, "result": found.model_dump(mode="json")}
+    return {"ok": True, "result": found}
 
 
 def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
@@ -257,6 +311,8 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
         # Raised before the first copy. Anything later ends this process, on purpose: half a
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}
+    day = body.get("template_date")
+    fix_date(held.tokenizer, None if day is None else dt.date.fromisoformat(day))
     return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 

@@ -1,12 +1,15 @@
 """HeldModel: the model in the engine process, and how its weights are replaced as a whole.
 
-A swap happens between two batches. Everything that can be refused is refused before the first
-tensor is copied; an error in the middle is not caught, so that the process ends and half a weight
-set never answers.
+A swap happens between two batches, in two parts. `_prepare` reads and checks everything and changes
+nothing: whatever fails there is a refusal, and the old weights go on answering. What it gives then
+copies; an error there is not caught, so that the process ends and half a weight set never answers.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,18 @@ import torch
 from safetensors import safe_open
 
 from trainer.config.schema import ModelSection
+from trainer.errors import TrainerError
+from trainer.models.adapter import load_merged, tokenizer_section
+from trainer.models.aliases import resolve_alias
 from trainer.models.load import (
-    check_vocabulary,
+    is_adapter_folder,
     load_model,
     load_tokenizer,
     read_model_config,
 )
 from trainer.models.precision import resolve_device
+from trainer.models.quantized import check_takes_weights, place
+from trainer.models.vocabulary import check_vocabulary
 from trainer.preview.identity import (
     adapter_tensors,
     canonical_tensors,
@@ -28,6 +36,10 @@ from trainer.preview.identity import (
     model_manifest,
 )
 from trainer.preview.wire import AdapterConfig
+from trainer.server.watch import watch_layers
+
+logger = logging.getLogger(__name__)
+Change = Callable[[], None]
 
 
 class RefusedError(Exception):
@@ -42,18 +54,23 @@ class RefusedError(Exception):
 class HeldModel:
     """A model, its tokenizer, and the identity of the weights that it holds now."""
 
-    def __init__(self, model_path: str, device: str, *, wait_for_weights: bool) -> None:
+    def __init__(
+        self, model_path: str, device: str, *, wait_for_weights: bool, base: str | None = None
+    ) -> None:
         """Load the model in fp32.
 
         Args:
+            model_path: an adapter's folder too; it is merged into its base.
             wait_for_weights: take architecture and tokenizer from `model_path`, and answer
                 nothing before a trainer has sent weights.
+            base: where an adapter's base is now.
         Raises:
             TrainerError: no such model, or no such device.
         """
         self.section = ModelSection(model_path=model_path)
+        self._folder, self._base_path = Path(resolve_alias(model_path)), base
         self.device = resolve_device(device)
-        self.tokenizer = load_tokenizer(self.section)
+        self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
         self.base = self._load(wait_for_weights)
         self.model: Any = self.base
         self.config_hash = config_hash(self.base.config)
@@ -67,11 +84,18 @@ class HeldModel:
             from transformers import AutoModelForCausalLM
 
             config = read_model_config(self.section)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            check_takes_weights(config, f"--model {self.section.model_path}")
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        elif is_adapter_folder(self._folder):
+            model = load_merged(self._folder, base=self._base_path)
         else:
-            model = load_model(self.section, dtype=torch.float32)
+            model = load_model(self.section, dtype=torch.float32, device=self.device)
         check_vocabulary(model, self.tokenizer)
-        return model.to(self.device).eval()
+        return place(model, self.device).eval()
+
+    def watch_layers(self, check: Callable[..., None]) -> None:
+        """Call `check` before every layer of every forward pass."""
+        watch_layers(self.base, check)
 
     def load_weights(
         self,
@@ -89,73 +113,130 @@ class HeldModel:
             adapter: the file holds these adapters, on the full weights `base_id`.
             base_path: file of those, where they may have to be loaded first.
         Raises:
-            RefusedError: the tensors are not the model's, or the base is gone; nothing changed.
+            RefusedError: the tensors are not the model's, or something is gone; nothing changed.
         """
-        if path is not None and not Path(path).is_file():
-            raise RefusedError("the file of these weights is gone; publish them again", 409)
-        if path is None:
-            self._load_original(weights_id)
-        elif adapter is None:
-            self._load_full(path, weights_id)
-        else:
-            if self.base_id != base_id:
-                self._load_base(base_id, base_path)
-            self._load_adapter(path, adapter)
+        try:
+            changes = self._prepare(path, weights_id, adapter, base_id, base_path)
+        except RefusedError:
+            raise
+        except Exception as error:  # a file can be wrong in any way, and nothing is changed yet
+            logger.warning("weights %s are refused", weights_id[:12], exc_info=True)
+            raise RefusedError(
+                f"these weights cannot be loaded ({type(error).__name__}); the server's log says "
+                "more"
+            ) from error
+        self.weights_id = None  # from here on they are neither the old nor the new ones
+        for change in changes:
+            change()
         self.weights_id = weights_id
 
-    def _load_full(self, path: str, weights_id: str) -> None:
-        if self._adapter is not None:
-            self.model, self._adapter = self.model.unload(), None
-        _copy(path, canonical_tensors(self.base), self._poison)
-        self.base_id = weights_id
+    # ---- first everything that can be refused
 
-    def _load_base(self, base_id: str | None, base_path: str | None) -> None:
-        if base_path is not None and base_id is not None:
-            if not Path(base_path).is_file():
-                raise RefusedError("the file of the base weights is gone; publish them again", 409)
-            self._load_full(base_path, base_id)
-        else:
-            self._load_original(base_id)
+    def _prepare(
+        self,
+        path: str | None,
+        weights_id: str,
+        adapter: AdapterConfig | None,
+        base_id: str | None,
+        base_path: str | None,
+    ) -> list[Change]:
+        if adapter is None:
+            return [self._full(path, weights_id)]
+        if path is None:
+            raise RefusedError("an adapter comes in a file")
+        _check_adapter(_present(path), self._outline(), adapter)
+        changes = []
+        if self.base_id != base_id:
+            if base_id is None:
+                raise RefusedError("an adapter names its base")
+            changes.append(self._full(base_path, base_id))
+        return [*changes, lambda: self._put_adapter(path, adapter)]
 
-    def _load_original(self, weights_id: str | None) -> None:
-        if weights_id is None or weights_id != self.original_id:
+    def _full(self, path: str | None, weights_id: str) -> Change:
+        """Check a full set; what it gives replaces the weights of the plain model by it."""
+        if path is None:
+            return self._original(weights_id)
+        self._check_full(_present(path))
+
+        def change() -> None:
+            self._take_off()
+            _copy(path, canonical_tensors(self.base))
+            self.base_id = weights_id
+
+        return change
+
+    def _check_full(self, path: str) -> None:
+        # The names of the plain model, whatever adapters are on it now.
+        mine = {entry.name: tuple(entry.shape) for entry in self.manifest.tensors}
+        _compare(path, mine)
+
+    def _original(self, weights_id: str) -> Change:
+        if weights_id != self.original_id:
             raise RefusedError("these weights are not held here", 409)
-        fresh = canonical_tensors(self._load(False))
+        try:
+            fresh = canonical_tensors(self._load(False))
+        except (TrainerError, OSError) as error:
+            logger.warning("the model does not load again: %s", error)
+            raise RefusedError("the model that the server began with is gone", 409) from error
+
+        def change() -> None:
+            self._take_off()
+            with torch.no_grad():
+                for name, target in canonical_tensors(self.base).items():
+                    target.copy_(fresh[name])
+            self.base_id = weights_id
+
+        return change
+
+    def _outline(self) -> Any:
+        """The plain model's modules and shapes, without memory for the weights."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(self.base.config))
+
+    # ---- then the changes
+
+    def _take_off(self) -> None:
+        """The plain model, without adapters."""
         if self._adapter is not None:
             self.model, self._adapter = self.model.unload(), None
-        self._poison()
-        with torch.no_grad():
-            for name, target in canonical_tensors(self.base).items():
-                target.copy_(fresh[name])
-        self.base_id = weights_id
 
-    def _load_adapter(self, path: str, adapter: AdapterConfig) -> None:
+    def _put_adapter(self, path: str, adapter: AdapterConfig) -> None:
         if self._adapter != adapter:
-            if self._adapter is not None:
-                self.model, self._adapter = self.model.unload(), None
+            self._take_off()
             self.model = _with_adapter(self.base, adapter).eval()
             self._adapter = adapter
-            self.weights_id = None  # its adapters are fresh ones until the copy below
-        _copy(path, adapter_tensors(self.model), self._poison)
-
-    def _poison(self) -> None:
-        """From here on the weights are neither the old nor the new ones."""
-        self.weights_id = None
+        _copy(path, adapter_tensors(self.model))
 
 
-def _with_adapter(base: Any, adapter: AdapterConfig) -> Any:
-    """Put adapters on named modules of a model.
+def _check_adapter(path: str, outline: Any, adapter: AdapterConfig) -> None:
+    """Build the adapters on a model without memory, and compare them with a file.
 
     Raises:
-        RefusedError: the model has no such modules.
+        RefusedError: they cannot be built, or the file holds others.
     """
-    # peft takes over a second to import, and most servers never see an adapter.
-    from peft import LoraConfig, get_peft_model
-
-    names = {name for name, _ in base.named_modules()}
+    names = {name for name, _ in outline.named_modules()}
+    for name in (*adapter.target_modules, *adapter.modules_to_save):
+        if not any(one == name or one.endswith("." + name) for one in names):
+            raise RefusedError(f"the model has no module {name!r}")
     missing = [name for name in adapter.target_modules if name not in names]
     if missing:
         raise RefusedError(f"the model has no module {missing[0]!r}")
+    try:
+        with torch.device("meta"):
+            wrapped = _with_adapter(outline, adapter)
+    except Exception as error:  # peft's own words: it raises ValueError, TypeError and others
+        words = " ".join(str(error).split())[:200]
+        raise RefusedError(f"the adapter cannot be put on these modules: {words}") from error
+    _compare(path, {name: tuple(value.shape) for name, value in adapter_tensors(wrapped).items()})
+
+
+def _with_adapter(base: Any, adapter: AdapterConfig) -> Any:
+    """Put adapters on named modules of a model."""
+    # peft takes over a second to import, and most servers never see an adapter.
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -167,14 +248,35 @@ def _with_adapter(base: Any, adapter: AdapterConfig) -> Any:
     return get_peft_model(base, config)
 
 
-def _copy(path: str, targets: dict[str, torch.Tensor], begin: Any) -> None:
-    """Check names and shapes, then copy every tensor."""
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        if set(file.keys()) != set(targets):
-            raise RefusedError(f"the tensors of {Path(path).name[:12]} are not the model's")
-        for name, target in targets.items():
-            if tuple(file.get_slice(name).get_shape()) != tuple(target.shape):
+def _present(path: str) -> str:
+    """A path whose file is there.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    if not Path(path).is_file():
+        raise RefusedError("the file of these weights is gone; publish them again", 409)
+    return path
+
+
+def _compare(path: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes of a file with those that are needed.
+
+    Raises:
+        RefusedError: they differ.
+    """
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+        if found != set(shapes):
+            odd = sorted(found ^ set(shapes))
+            raise RefusedError(f"the file's tensors are not the model's: {odd[0][:200]!r}")
+        for name, shape in shapes.items():
+            if tuple(file.get_slice(name).get_shape()) != shape:
                 raise RefusedError(f"{name} has another shape than the model's")
-        begin()
+
+
+def _copy(path: str, targets: dict[str, torch.Tensor]) -> None:
+    """Copy every tensor of a file that was compared before."""
+    with safe_open(path, framework="pt") as file, torch.no_grad():
         for name, target in targets.items():
             target.copy_(file.get_tensor(name))

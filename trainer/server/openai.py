@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -25,7 +26,7 @@ from trainer.server.openai_wire import (
     Usage,
 )
 from trainer.server.problems import documented, problem_body
-from trainer.server.service import Service, result_of
+from trainer.server.service import Service, client_of, result_of
 
 logger = logging.getLogger(__name__)
 Completion = ChatRequest | CompletionRequest
@@ -44,7 +45,7 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 
 def add_openai_routes(app: FastAPI, service: Service) -> None:
     """Chat, completions, models."""
-    errors = documented(404, 409, 422, 429, 500, 503, openai=True)
+    errors = documented(404, 409, 422, 429, 500, 503, 504, openai=True)
 
     @app.get("/v1/models", responses=documented(openai=True))
     async def models() -> ModelList:
@@ -65,7 +66,13 @@ async def _complete(service: Service, body: Completion, request: Request, prefix
     service.check_ready()
     needs = service.find_weights(body.model)
     operation, sent = body.job()
-    job = service.submit(operation, sent, needs=needs, is_streamed=bool(body.stream))
+    job = service.submit(
+        operation,
+        sent,
+        needs=needs,
+        client=client_of(request),
+        is_streamed=bool(body.stream),
+    )
     base = {"id": f"{prefix}-{job.id}", "created": int(time.time()), "model": body.model}
     if not body.stream:
         return _whole(body, base, await service.answer(request, job))
@@ -98,17 +105,28 @@ class _EventResponse(StreamingResponse):
 
 def _whole(body: Completion, base: dict[str, Any], found: dict[str, Any]) -> Any:
     base = {**base, "system_fingerprint": found["weights_id"], "usage": _usage(found)}
-    text = found["text"][: stop_position(found["text"], body.stops)]
-    reason = found["finish_reason"]
+    said = [
+        (index, _cut(one["text"], body.stops), one["finish_reason"])
+        for index, one in enumerate(found["samples"])
+    ]
     if isinstance(body, ChatRequest):
-        choice = ChatChoice(message=Said(content=text), finish_reason=reason)
-        return ChatCompletion(**base, choices=[choice])
-    return TextCompletion(**base, choices=[TextChoice(text=text, finish_reason=reason)])
+        turns = [
+            ChatChoice(index=index, message=Said(content=text), finish_reason=reason)
+            for index, text, reason in said
+        ]
+        return ChatCompletion(**base, choices=turns)
+    texts = [TextChoice(index=index, text=text, finish_reason=end) for index, text, end in said]
+    return TextCompletion(**base, choices=texts)
 
 
 def _usage(found: dict[str, Any]) -> Usage:
-    used, made = found["prompt_tokens"], found["tokens_generated"]
+    used = found["prompt_tokens"]
+    made = sum(one["tokens_generated"] for one in found["samples"])
     return Usage(prompt_tokens=used, completion_tokens=made, total_tokens=used + made)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    return text[: stop_position(text, stops)]
 
 
 def stop_position(text: str, stops: Sequence[str]) -> int:
@@ -129,6 +147,15 @@ def safe_length(text: str, stops: Sequence[str]) -> int:
     return len(text)
 
 
+@dataclass
+class _Sent:
+    """What is known of a sample, and how much of it was sent."""
+
+    text: str = ""
+    length: int = 0
+    has_begun: bool = False
+
+
 class _Stream:
     """The events of one streamed completion."""
 
@@ -142,51 +169,61 @@ class _Stream:
         self.has_usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events; their texts add up to the text of the whole answer."""
-        text, sent, has_begun = "", 0, False
-        async for piece in self.service.texts(self.request, self.job):
-            if not has_begun:
-                # The weights cannot change while a job runs.
-                active = self.service.queue.active["weights_id"]
-                self.base["system_fingerprint"] = active
-                has_begun = True
-                if self.is_chat:
-                    yield self._event({"role": "assistant", "content": ""})
-            text += piece
-            end = safe_length(text, self.body.stops)
-            if end > sent:
-                yield self._event(self._said(text[sent:end]))
-                sent = end
+        """Server-sent events; their texts add up to the texts of the whole answer.
+
+        Samples come one behind the other, told apart by their `index`.
+        """
+        samples = [_Sent() for _ in range(self.body.n or 1)]
+        async for number, piece in self.service.texts(self.request, self.job):
+            assert self.job.tag is not None, "a job that writes knows whose weights answer"
+            self.base["system_fingerprint"] = self.job.tag["weights_id"]
+            for event in self._more(number, samples[number], piece):
+                yield event
         if not self.job.done.is_set():
             return  # nobody is there any more
         try:
             found = result_of(self.job)
         except HTTPException as error:
-            if not has_begun:
+            if not any(one.has_begun for one in samples):
                 raise
             yield self._error(error.status_code, str(error.detail))
             return
         self.base["system_fingerprint"] = found["weights_id"]
-        if self.is_chat and not has_begun:
-            yield self._event({"role": "assistant", "content": ""})
-        whole = found["text"][: stop_position(found["text"], self.body.stops)]
-        if not whole.startswith(text[:sent]):
-            logger.error("a streamed text is not the beginning of the whole one; not completed")
-            yield self._error(500, "the text cannot be completed; ask without stream")
-            return
-        if len(whole) > sent:
-            yield self._event(self._said(whole[sent:]))
-        yield self._event({} if self.is_chat else "", found["finish_reason"])
+        for number, (sent, one) in enumerate(zip(samples, found["samples"], strict=True)):
+            whole = _cut(one["text"], self.body.stops)
+            if not whole.startswith(sent.text[: sent.length]):
+                logger.error("a streamed text is not the beginning of the whole one; not completed")
+                yield self._error(500, "the text cannot be completed; ask without stream")
+                return
+            for event in self._begin(number, sent):
+                yield event
+            if len(whole) > sent.length:
+                yield self._event(number, self._said(whole[sent.length :]))
+            yield self._event(number, {} if self.is_chat else "", one["finish_reason"])
         if self.has_usage:
             yield _line({**self.base, "choices": [], "usage": _usage(found).model_dump()})
         yield "data: [DONE]\n\n"
 
+    def _begin(self, number: int, sent: _Sent) -> Iterator[str]:
+        if self.is_chat and not sent.has_begun:
+            yield self._event(number, {"role": "assistant", "content": ""})
+        sent.has_begun = True
+
+    def _more(self, number: int, sent: _Sent, piece: str) -> Iterator[str]:
+        """What can be sent once a piece has come."""
+        yield from self._begin(number, sent)
+        sent.text += piece
+        end = safe_length(sent.text, self.body.stops)
+        if end > sent.length:
+            yield self._event(number, self._said(sent.text[sent.length : end]))
+            sent.length = end
+
     def _said(self, text: str) -> Any:
         return {"content": text} if self.is_chat else text
 
-    def _event(self, said: Any, finish_reason: str | None = None) -> str:
+    def _event(self, number: int, said: Any, finish_reason: str | None = None) -> str:
         choice = {
-            "index": 0,
+            "index": number,
             ("delta" if self.is_chat else "text"): said,
             "logprobs": None,
             "finish_reason": finish_reason,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from trainer.preview.wire import MAX_NEW_TOKENS, MAX_PROMPT_CHARS, Body, Name, Stop, TokenIds
+from trainer.server.problems import ONLY_SAMPLING
 
 DEFAULT_MAX_TOKENS = 256
+MAX_SAMPLES = 16
 Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
 Limit = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -59,18 +69,31 @@ class OpenAIRequest(Body):
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
     """1 where it is not given."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
-    """42 where it is not given: the same request is answered alike."""
+    """Without one every answer is drawn afresh; the same seed gives the same answer."""
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=1000)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    """How many answers, each from noise of its own."""
     # No effect here: at its default each of them says nothing, at another value it asks for
     # something that this server would not do.
-    n: OneInt | None = None
     top_p: One | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @field_validator("top_p", "presence_penalty", "frequency_penalty", "logit_bias", mode="before")
+    @classmethod
+    def _says_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+        default = {"top_p": 1, "logit_bias": {}}.get(info.field_name or "", 0)
+        is_number = not isinstance(value, bool) and isinstance(value, (int, float, dict))
+        if is_number and value != default:
+            raise ValueError(
+                f"{info.field_name}={str(value)[:50]} is not supported: {ONLY_SAMPLING}; leave "
+                f"{info.field_name} out or give {default}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> OpenAIRequest:
@@ -90,9 +113,16 @@ class OpenAIRequest(Body):
         return {
             "max_new_tokens": self.max_tokens or self.max_completion_tokens or DEFAULT_MAX_TOKENS,
             "temperature": 1.0 if self.temperature is None else self.temperature,
-            "seed": 42 if self.seed is None else self.seed,
+            "seed": self.seed,
             "stop": self.stops,
         }
+
+    def sent(self, prompt_token_ids: list[int] | None = None, **what: Any) -> bytes:
+        """JSON for the engine: a GenerateRequest, with what stands for its prompt beside it."""
+        request = self.settings()
+        if prompt_token_ids is not None:
+            request["prompt_token_ids"] = prompt_token_ids
+        return json.dumps({**what, "request": request, "samples": self.n or 1}).encode()
 
 
 class ChatRequest(OpenAIRequest):
@@ -105,10 +135,10 @@ class ChatRequest(OpenAIRequest):
     response_format: PlainText | None = None
     store: Literal[False] | None = None
 
-    def job(self) -> tuple[str, dict[str, Any]]:
+    def job(self) -> tuple[str, bytes]:
         """The engine's operation and body."""
         turns = [message.turn() for message in self.messages]
-        return "chat", {"messages": turns, "request": self.settings()}
+        return "chat", self.sent(messages=turns)
 
 
 class CompletionRequest(OpenAIRequest):
@@ -124,11 +154,11 @@ class CompletionRequest(OpenAIRequest):
     logprobs: None = None
     suffix: None = None
 
-    def job(self) -> tuple[str, dict[str, Any]]:
+    def job(self) -> tuple[str, bytes]:
         """The engine's operation and body."""
         if isinstance(self.prompt, str):
-            return "complete", {"text": self.prompt, "request": self.settings()}
-        return "generate", {"prompt_token_ids": self.prompt, **self.settings()}
+            return "complete", self.sent(text=self.prompt)
+        return "generate", self.sent(prompt_token_ids=self.prompt)
 
 
 # ---- answers
@@ -150,18 +180,18 @@ class Said(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """The one answer."""
+    """One answer."""
 
-    index: Literal[0] = 0
+    index: int = 0
     message: Said
     logprobs: None = None
     finish_reason: Literal["stop", "length"]
 
 
 class TextChoice(BaseModel):
-    """The one answer."""
+    """One answer."""
 
-    index: Literal[0] = 0
+    index: int = 0
     text: str
     logprobs: None = None
     finish_reason: Literal["stop", "length"]

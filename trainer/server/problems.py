@@ -23,8 +23,17 @@ CODES = {
     422: "invalid",
     429: "queue_full",
     499: "client_gone",
+    431: "head_too_large",
     503: "not_ready",
+    504: "too_slow",
 }
+SAMPLING = {
+    *("top_p", "top_k", "min_p", "typical_p", "top_a", "tfs", "mirostat", "dry_multiplier"),
+    *("repetition_penalty", "repeat_penalty", "presence_penalty", "frequency_penalty"),
+    *("logit_bias", "no_repeat_ngram_size", "num_beams", "length_penalty", "do_sample"),
+}
+"""Names of sampling fields that other servers take."""
+ONLY_SAMPLING = "this server samples by temperature and seed from the whole distribution"
 
 
 class Problem(BaseModel):
@@ -61,14 +70,19 @@ class WeightsRefusedError(Exception):
 
 
 def problem_body(
-    path: str, status: int, detail: str, code: str | None = None, bad: list[str] | None = None
+    path: str,
+    status: int,
+    detail: str,
+    code: str | None = None,
+    bad: list[str] | None = None,
+    param: str | None = None,
 ) -> dict[str, Any]:
     """The JSON of an error, in the shape of the route's family."""
     code = code or CODES.get(status, "error")
     if path.startswith(OPENAI_PREFIX):
         kind = "server_error" if status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, kind)
-        return {"error": {"message": detail, "type": kind, "param": None, "code": code}}
+        return {"error": {"message": detail, "type": kind, "param": param, "code": code}}
     return {"detail": detail, "code": code, **({"bad": bad} if bad else {})}
 
 
@@ -91,7 +105,8 @@ def add_problem_handlers(app: FastAPI) -> None:
     def answer(
         request: Request, status: int, detail: str, code: str | None = None, **more: Any
     ) -> JSONResponse:
-        body = problem_body(request.url.path, status, detail, code, more.get("bad"))
+        path = request.url.path
+        body = problem_body(path, status, detail, code, more.get("bad"), more.get("param"))
         return JSONResponse(body, status, headers=more.get("headers"))
 
     @app.exception_handler(HTTPException)
@@ -106,11 +121,11 @@ def add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # The input is left out: it may be large, and it is the client's own anyway.
-        problems = [
-            f"{'.'.join(map(str, item['loc'][1:])) or 'body'}: {item['msg']}"
-            for item in error.errors()[:20]
-        ]
-        return answer(request, 422, "; ".join(problems)[:2000])
+        items = error.errors()[:20]
+        problems = [_said(item) for item in items]
+        place = items[0]["loc"][1:2] if items else ()
+        param = str(place[0])[:100] if place and isinstance(place[0], str) else None
+        return answer(request, 422, "; ".join(problems)[:2000], param=param)
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(_: Request, __: ClientDisconnect) -> Response:
@@ -119,3 +134,13 @@ def add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
         return answer(request, 500, "internal error; the server's log says more", "internal")
+
+
+def _said(item: dict[str, Any]) -> str:
+    """One thing that is wrong with a body: which field, what is wrong, what to do."""
+    place = ".".join(map(str, item["loc"][1:]))[:300] or "body"
+    if item["type"] != "extra_forbidden":
+        return f"{place}: {item['msg'].removeprefix('Value error, ')}"
+    if str(item["loc"][-1]) in SAMPLING:
+        return f"{place} is not supported: {ONLY_SAMPLING}; leave it out"
+    return f"{place}: this request has no such field; leave it out (GET /openapi.json lists all)"

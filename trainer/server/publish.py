@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+from collections import deque
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, HTTPException, Path, Query, Request
@@ -19,11 +21,12 @@ from trainer.preview.wire import (
     WeightsState,
 )
 from trainer.server.problems import WeightsRefusedError, documented
-from trainer.server.service import IdempotencyKey, Service
+from trainer.server.service import IdempotencyKey, Service, client_of
 from trainer.server.upload import Upload
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
 KEPT_BATCHES = 200
+KEPT_BYTES = 32 << 20
 
 
 class PreviewBatches(BaseModel):
@@ -36,31 +39,42 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
     """Offer, parts, state, commit."""
     queue, store = service.queue, service.store
 
-    def state(upload: Upload, *, committed: bool = False) -> WeightsState:
+    def state(upload: Upload) -> WeightsState:
         held = store.holds(upload.weights_id)
         return WeightsState(
             upload_id=upload.id,
             weights_id=upload.weights_id,
             have=[entry.name for entry in upload.offer.manifest.tensors] if held else [],
-            committed=committed,
             parts=sorted(upload.parts),
         )
 
+    def finished(upload_id: str, weights_id: str) -> WeightsState:
+        return WeightsState(upload_id=upload_id, weights_id=weights_id, committed=True)
+
     @app.post("/weights", responses=documented(409, 422, 429, 503))
     async def offer(body: WeightsOffer) -> WeightsState:
-        upload = store.offer(body)
-        if upload.weights_id != queue.active["weights_id"]:
-            return state(upload)
+        weights_id = store.check(body)
+        is_active = weights_id == queue.active["weights_id"]
+        if not (is_active and store.is_same_day(body, weights_id)):
+            return state(store.offer(body, weights_id))
         # Equal weights: nothing is sent, only the step moves.
-        store.drop(upload)
-        store.name(body.run, body.step, upload.weights_id)
-        queue.active |= {"run": body.run, "step": body.step}
-        return state(upload, committed=True)
+        queue.active = store.name(body.run, body.step, weights_id)
+        upload_id = secrets.token_hex(16)
+        store.finish(upload_id, weights_id)
+        return finished(upload_id, weights_id)
 
     @app.get("/weights/{upload_id}", responses=documented(404, 422))
     @app.head("/weights/{upload_id}", include_in_schema=False)
     async def upload_state(upload_id: UploadId) -> WeightsState:
-        return state(store.find(upload_id))
+        known = store.finished.get(upload_id)
+        return state(store.find(upload_id)) if known is None else finished(upload_id, known)
+
+    @app.delete("/weights/{upload_id}", status_code=204, responses=documented(404, 409, 422))
+    async def drop(upload_id: UploadId) -> None:
+        upload = store.find(upload_id)
+        if upload.is_sealed:
+            raise WeightsRefusedError(409, "committing", "this upload is being committed")
+        store.drop(upload)
 
     @app.put(
         "/weights/{upload_id}/parts/{number}",
@@ -84,17 +98,25 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/weights/{upload_id}/commit", responses=documented(404, 409, 422, 429, 503, 507))
     async def commit(upload_id: UploadId) -> WeightsState:
+        known = store.finished.get(upload_id)
+        if known is not None and known in store.loads:
+            return finished(upload_id, known)  # the answer to the first commit was lost
         upload = store.find(upload_id)
         upload.seal()
         try:
             path = await asyncio.to_thread(store.verify, upload)
             body = store.load_body(upload, path)
-            await service.load(body)
-        except BaseException:
-            upload.is_sealed = False  # to be sent or committed again
+            await service.load(body, upload.tag)
+        except (WeightsRefusedError, HTTPException) as error:
+            status = error.status if isinstance(error, WeightsRefusedError) else error.status_code
+            if status == 422:
+                store.failed(upload)
             raise
+        finally:
+            upload.is_sealed = False  # to be sent or committed again
+            upload.touch()
         store.committed(upload, body)
-        return state(upload, committed=True)
+        return finished(upload_id, upload.weights_id)
 
 
 def add_active_route(app: FastAPI, service: Service) -> None:
@@ -102,39 +124,66 @@ def add_active_route(app: FastAPI, service: Service) -> None:
 
     @app.post("/models/set_active", responses=documented(404, 409, 422, 429, 503))
     async def set_active(body: SetActive) -> ModelState:
-        known = service.store.tags.get(body.weights_id)
+        known = service.store.loads.get(body.weights_id)
         if known is None:
             raise HTTPException(404, "these weights are not kept; publish them again")
-        await service.load(known)
+        await service.load(known, service.store.tags[body.weights_id])
         return service.state()
+
+
+class _Batches:
+    """The last batches that were answered, bounded in number and in bytes."""
+
+    def __init__(self) -> None:
+        self.found: deque[tuple[dict[str, Any], int]] = deque()
+        self.num_bytes = self.seq = 0
+
+    def add(self, found: dict[str, Any], num_bytes: int) -> None:
+        """Number a batch and list it, once."""
+        if found["seq"]:
+            return  # a retried request is answered, not listed twice
+        self.seq += 1
+        found["seq"] = self.seq
+        self.found.append((found, num_bytes))
+        self.num_bytes += num_bytes
+        while len(self.found) > KEPT_BATCHES or (
+            self.num_bytes > KEPT_BYTES and len(self.found) > 1
+        ):
+            self.num_bytes -= self.found.popleft()[1]
+
+    def since(self, run: str, after: int) -> list[dict[str, Any]]:
+        """Batches of a run behind a number."""
+        return [one for one, _ in self.found if one["run"] == run and one["seq"] > after]
 
 
 def add_preview_routes(app: FastAPI, service: Service) -> None:
     """A batch under pinned weights, and what was answered since."""
-    batches: list[dict[str, Any]] = []
+    batches = _Batches()
 
-    @app.post("/previews", responses=documented(409, 422, 429, 500, 503))
+    @app.post("/previews", responses=documented(409, 422, 429, 500, 503, 504))
     async def previews(
         body: PreviewsRequest, request: Request, idempotency_key: IdempotencyKey = None
     ) -> PreviewsResult:
         service.check_ready()
-        is_active = body.weights_id == service.queue.active["weights_id"]
-        if not is_active and body.weights_id not in service.store.tags:
+        tag = service.store.tag(body.weights_id, body.run, body.step)
+        if tag is None:
             raise WeightsRefusedError(
-                409, "not_active", "these weights are not the active ones; publish them first"
+                409, "not_active", "these weights are not held here; publish them first"
             )
-        # Where another trainer's weights are active, this one's are put back in the same breath.
-        needs = {"weights_id": body.weights_id, "run": body.run, "step": body.step}
-        sent = body.model_dump(mode="json")
-        job = service.submit("previews", sent, idempotency_key, needs=needs)
+        # Run and step are those under which the weights were published, whatever a client says.
+        # Weights that nobody published have none: the answer is the client's alone, not listed.
+        is_published = tag["run"] is not None
+        if is_published:
+            body = body.model_copy(update={"run": tag["run"], "step": tag["step"]})
+        sent = body.model_dump_json().encode()
+        job = service.submit(
+            "previews", sent, idempotency_key, needs=tag, client=f"{client_of(request)} {body.run}"
+        )
         found = await service.answer(request, job)
-        if not found["seq"]:  # a retried request is answered, not listed twice
-            found["seq"] = batches[-1]["seq"] + 1 if batches else 1
-            batches.append(found)
-            del batches[:-KEPT_BATCHES]
+        if is_published:
+            batches.add(found, job.result_bytes)
         return PreviewsResult.model_validate(found)
 
     @app.get("/previews", responses=documented(422))
     async def since(run: Run, after: Annotated[int, Query(ge=0)] = 0) -> PreviewBatches:
-        found = [batch for batch in batches if batch["run"] == run and batch["seq"] > after]
-        return PreviewBatches.model_validate({"previews": found})
+        return PreviewBatches.model_validate({"previews": batches.since(run, after)})

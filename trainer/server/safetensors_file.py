@@ -1,6 +1,7 @@
 """Whether a safetensors file is what its manifest says: every byte, without torch.
 
-The header is not trusted: names, dtypes, shapes, offsets and hashes must be those of the manifest.
+The header is not trusted: names, dtypes, shapes, offsets and hashes must be those of the manifest,
+and the tensors must fill the file without gap or overlap, as the library that loads it wants.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import struct
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from trainer.preview.wire import TensorEntry, WeightsManifest
 from trainer.server.problems import WeightsRefusedError
@@ -54,6 +57,36 @@ def check_file(path: Path, manifest: WeightsManifest) -> None:
             f"{len(bad)} tensors are not what the manifest says",
             [_printable(name) for name in bad[:100]],
         )
+    _check_places(header, size - start)
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # whatever else the library wants of a header, it says here and not in the engine
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsRefusedError(
+            422, "bad_file", f"the safetensors library refuses the file: {str(error)[:200]}"
+        ) from error
+
+
+def _check_places(header: dict[str, Any], data_bytes: int) -> None:
+    """Every byte behind the header belongs to exactly one tensor.
+
+    Raises:
+        WeightsRefusedError: 422, there is a gap, an overlap or a rest.
+    """
+    end = 0
+    for first, last, name in sorted(
+        (*place["data_offsets"], name) for name, place in header.items()
+    ):
+        if first != end:
+            kind = "a gap before" if first > end else "an overlap with"
+            raise WeightsRefusedError(
+                422, "bad_file", f"the file has {kind} a tensor", [_printable(name)]
+            )
+        end = last
+    if end != data_bytes:
+        raise WeightsRefusedError(
+            422, "bad_file", f"the file has {data_bytes - end} bytes behind its last tensor"
+        )
 
 
 def _read_header(prefix: bytes, file: Any, size: int) -> tuple[dict[str, Any], int]:
@@ -85,7 +118,8 @@ def _is_tensor(found: Any, entry: TensorEntry, view: memoryview, start: int, siz
     if not (isinstance(offsets, list) and len(offsets) == 2):
         return False
     first, last = offsets
-    if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last):
+    # True is an int here and none to the library.
+    if not (type(first) is int and type(last) is int and 0 <= first <= last):
         return False
     if start + last > size or last - first != num_bytes(entry):
         return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -14,7 +16,8 @@ from fastapi import Header, HTTPException, Request
 from trainer.errors import ModelError
 from trainer.models.aliases import TINY, resolve_alias
 from trainer.preview.wire import ModelState, WeightsManifest
-from trainer.server.jobs import Job, JobQueue, KeyReusedError, QueueFullError
+from trainer.server.job import Job, KeyReusedError
+from trainer.server.jobs import REQUEST_TIMEOUT_S, JobQueue, QueueFullError
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.weights import WeightStore
 from trainer.server.worker import EngineProcess
@@ -23,23 +26,49 @@ logger = logging.getLogger(__name__)
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 DISCONNECT_POLL_S = 0.2
 RETRY_AFTER = {"Retry-After": "2"}
+SWEEP_S = 30.0
 
 
 class Service:
     """What the routes share: the queue, the weight store, and the model's name."""
 
-    def __init__(self, engine: EngineProcess, store: WeightStore) -> None:
+    def __init__(
+        self,
+        engine: EngineProcess,
+        store: WeightStore,
+        *,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> None:
         """Take the parts; the queue runs with the app's lifespan.
 
         Args:
             engine: started, or without a model: then it waits to be told which.
+            request_timeout_s: longest time that the engine spends on one request.
         """
         self.engine, self.store = engine, store
-        self.queue = JobQueue(engine, store.tags.get)
+        self.queue = JobQueue(engine, store.loads.get, request_timeout_s=request_timeout_s)
         self.model_id: str | None = None
         self.is_loading = False
         if engine.hello:
             self._take_model()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve the queue, watch the engine and expire uploads, for the length of the block."""
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self.queue.run(), self.queue.watch(), self._sweep())
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.store.expire()
 
     # ---- the model
 
@@ -111,7 +140,7 @@ class Service:
         if not self.queue.is_ready:
             raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
 
-    def submit(self, operation: str, body: Any, key: str | None = None, **more: Any) -> Job:
+    def submit(self, operation: str, body: bytes, key: str | None = None, **more: Any) -> Job:
         """Put a job into the queue, or answer 422 (key reused), 429 or 503."""
         self.check_ready()
         try:
@@ -122,15 +151,18 @@ class Service:
             raise HTTPException(429, "the queue is full", RETRY_AFTER) from None
 
     async def answer(self, request: Request, job: Job) -> dict[str, Any]:
-        """Wait for a job; a client that goes away cancels it."""
-        while not job.done.is_set():
-            await self.queue.wait(job, DISCONNECT_POLL_S)
-            if not job.done.is_set() and await request.is_disconnected():
-                self.queue.cancel(job)
-                raise HTTPException(499, "the client went away")
+        """Wait for a job; the last of its clients that goes away cancels it."""
+        job.waiters += 1
+        try:
+            while not job.done.is_set():
+                await self.queue.wait(job, DISCONNECT_POLL_S)
+                if not job.done.is_set() and await request.is_disconnected():
+                    raise HTTPException(499, "the client went away")
+        finally:
+            self.queue.leave(job)
         return result_of(job)
 
-    async def texts(self, request: Request, job: Job) -> AsyncIterator[str]:
+    async def texts(self, request: Request, job: Job) -> AsyncIterator[tuple[int, str]]:
         """Pieces of a streamed answer while it is made; a client that goes away cancels it."""
         assert job.texts is not None, "submitted with is_streamed"
         waiting = asyncio.ensure_future(job.texts.get())
@@ -138,20 +170,30 @@ class Service:
             while not await request.is_disconnected():
                 done, _ = await asyncio.wait([waiting], timeout=DISCONNECT_POLL_S)
                 if done:
-                    text = waiting.result()
-                    if text is None:
+                    found = waiting.result()
+                    if found is None:
                         return
-                    yield text
+                    yield found
                     waiting = asyncio.ensure_future(job.texts.get())
         finally:
             waiting.cancel()
             self.queue.cancel(job)  # does nothing where the job has ended
 
-    async def load(self, body: dict[str, Any]) -> None:
-        """Swap weights, to the end: a swap that has begun does not care who is still there."""
-        job = self.submit("load_weights", body)
+    async def load(self, body: dict[str, Any], tag: dict[str, Any]) -> None:
+        """Swap weights, to the end: a swap that has begun does not care who is still there.
+
+        Args:
+            tag: weights_id, run and step that are the active ones afterwards.
+        """
+        sent = json.dumps(body).encode()
+        job = self.submit("load_weights", sent, needs=tag, client=str(tag["run"]))
         await job.done.wait()
         result_of(job)
+
+
+def client_of(request: Request) -> str:
+    """Who shares the engine with others: the address that asks."""
+    return request.client.host if request.client is not None else ""
 
 
 def result_of(job: Job) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.preview.wire import PART_BYTES, WeightsOffer
 from trainer.server.problems import WeightsRefusedError
+
+BROKEN_S = 30.0
+"""A part of which no byte has come for so long is given up."""
 
 
 @dataclass
@@ -23,12 +26,54 @@ class Upload:
     path: Path
     limit: int
     """Bytes the file may have."""
+    clock: Callable[[], float]
+    """Seconds."""
     parts: set[int] = field(default_factory=set)
     size: int = 0
     is_sealed: bool = False
     """True while the file is checked, and ever after: nothing may be written to it."""
     is_stored: bool = False
     """True once it was checked: the file lies where the kept sets do."""
+    writers: int = 0
+    """Requests that are sending a part now."""
+    epoch: int = 0
+    """Grows when it starts over: what a request before that still sends is not taken."""
+    used_at: float | None = None
+    """When something was last heard of it; None: it may go as soon as its place is needed."""
+
+    def __post_init__(self) -> None:
+        self.used_at = self.clock()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds for which nothing has been heard of it."""
+        return float("inf") if self.used_at is None else self.clock() - self.used_at
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is being committed, or a part of it comes in just now."""
+        return self.is_sealed or (self.writers > 0 and self.idle_s < BROKEN_S)
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing of it is here, so that its client loses nothing with its place."""
+        return not (self.parts or self.writers or self.is_stored)
+
+    @property
+    def tag(self) -> dict[str, Any]:
+        """weights_id, run and step."""
+        return {"weights_id": self.weights_id, "run": self.offer.run, "step": self.offer.step}
+
+    def touch(self) -> None:
+        """Something was heard of it, unless it may go."""
+        if self.used_at is not None:
+            self.used_at = self.clock()
+
+    def start_over(self) -> None:
+        """Forget what has arrived; the place is given to the next one who needs it."""
+        self.parts.clear()
+        self.size, self.is_stored, self.used_at = 0, False, None
+        self.epoch += 1
 
     async def put(self, number: int, digest: str, stream: AsyncIterator[bytes]) -> None:
         """Write one part to its place; it counts only when its hash is right.
@@ -42,10 +87,16 @@ class Upload:
         if self.is_stored:
             raise WeightsRefusedError(409, "committing", "this upload is whole; commit it")
         self.parts.discard(number)
+        self.used_at, epoch = self.clock(), self.epoch
+        self.writers += 1
         try:
             found, length = await self._write(start, stream)
         except OSError as error:
             raise no_room(f"part {number}", error) from error
+        finally:
+            self.writers -= 1
+        if self.epoch != epoch:
+            raise WeightsRefusedError(409, "started_over", "this upload began again; send it again")
         if found.hexdigest() != digest:
             raise WeightsRefusedError(
                 422, "bad_part_hash", f"part {number} does not have the hash that came with it"
@@ -55,7 +106,7 @@ class Upload:
 
     async def _write(self, start: int, stream: AsyncIterator[bytes]) -> tuple[Any, int]:
         """Put a stream at its place in the file; its hash and length."""
-        found, length = hashlib.sha256(), 0
+        found, length, epoch = hashlib.sha256(), 0, self.epoch
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             async for piece in stream:
@@ -63,8 +114,9 @@ class Upload:
                     raise WeightsRefusedError(413, "too_large", "the part is too long")
                 # Asked at every piece: a connection that hangs must not hold up a commit, nor
                 # write once the file has been checked. Nothing is buffered, for the same reason.
-                if self.is_sealed:
+                if self.is_sealed or self.epoch != epoch:
                     raise WeightsRefusedError(409, "committing", "this upload is being committed")
+                self.used_at = self.clock()
                 found.update(piece)
                 _write_all(descriptor, piece, start + length)
                 length += len(piece)

@@ -1,14 +1,15 @@
-"""What happens in the engine at every token: look for a cancellation, tell what was written.
+"""What happens in the engine at every layer and token: look for a cancellation, tell what was
+written, show that the process lives.
 
 No sampling here: scores go through as they are.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import threading
+import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -66,26 +67,74 @@ class TokenWatch(LogitsProcessor):  # type: ignore[misc]
     """Runs before every token of the message that is being answered."""
 
     def __init__(
-        self, control: Connection, tokenizer: Any, send_text: Callable[[str], None]
+        self, cancelled: Any, tokenizer: Any, send_text: Callable[[int, str], None]
     ) -> None:
-        """Take the pipe on which `{"cancel": id}` arrives, and where pieces of text go."""
-        self.control, self.tokenizer, self.send_text = control, tokenizer, send_text
+        """Take where to look and whom to tell.
+
+        Args:
+            cancelled: shared number: the message that is to be given up.
+            send_text: takes a sample's number and a piece of its text.
+        """
+        self.cancelled, self.tokenizer, self.send_text = cancelled, tokenizer, send_text
         self.job: int | None = None
         self.prompt_length = 0
+        self.sample = 0
+        self.is_streamed = False
         self.pieces: TextPieces | None = None
 
     def begin(self, job: int, *, is_streamed: bool) -> None:
         """A new message is being answered."""
-        self.job = job
-        self.pieces = TextPieces(self.tokenizer) if is_streamed else None
+        self.job, self.is_streamed = job, is_streamed
+        self.begin_sample(0)
+
+    def begin_sample(self, sample: int) -> None:
+        """The next of its samples is being made."""
+        self.sample = sample
+        self.pieces = TextPieces(self.tokenizer) if self.is_streamed else None
+
+    def check(self, *_: Any) -> None:
+        """End the message if it is to be given up.
+
+        Raises:
+            JobCancelledError: it is.
+        """
+        if self.cancelled.value == self.job:
+            raise JobCancelledError
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores as they are."""
-        while self.control.poll(0):
-            if json.loads(self.control.recv_bytes())["cancel"] == self.job:
-                raise JobCancelledError
+        self.check()
         if self.pieces is not None and input_ids.shape[1] > self.prompt_length:
             text = self.pieces.next(input_ids[0, self.prompt_length :].tolist())
             if text:
-                self.send_text(text)
+                self.send_text(self.sample, text)
         return scores
+
+
+def watch_layers(model: Any, check: Callable[..., None]) -> None:
+    """Call `check` before every layer, so that a long prompt can be given up as well."""
+
+    def look(*_: Any) -> None:  # a function, not a method: layers may be copied with their hooks
+        check()
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    inner = {id(below) for one in lists for below in one.modules() if below is not one}
+    for one in lists:
+        if id(one) not in inner:
+            for layer in one:
+                layer.register_forward_pre_hook(look)
+
+
+def beat(beats: Any, pause_s: float = 0.5) -> None:
+    """Count on for ever in a thread: a process that is stopped or stuck counts no more.
+
+    Args:
+        beats: shared number.
+    """
+
+    def count() -> None:
+        while True:
+            beats.value += 1
+            time.sleep(pause_s)
+
+    threading.Thread(target=count, name="beat", daemon=True).start()

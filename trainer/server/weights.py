@@ -1,4 +1,4 @@
-"""Weight sets on their way in: uploads in parts, and the check of every tensor before a commit.
+"""Weight sets: uploads on their way in, committed sets, and the names that they go by.
 
 A set is one safetensors file; `safetensors_file` compares it with its manifest. No torch here.
 """
@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.preview.wire import PART_BYTES, TensorEntry, WeightsManifest, WeightsOffer
+from trainer.preview.wire import PART_BYTES, WeightsManifest, WeightsOffer
+from trainer.server.fit import check_fit
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.safetensors_file import MAX_HEADER, check_file, num_bytes
 from trainer.server.upload import Upload, no_room
 
 MAX_UPLOADS = 4
+UNUSED_S = 3.0
+"""An offer of which nothing has come for so long yields its place to a newer one,"""
+IDLE_S = 60.0
+"""and so does an upload that has stopped for so long."""
+EXPIRY_S = 3600.0
+"""An upload that nothing has been heard of for so long is dropped in any case."""
 KEPT_SETS = 2
 MAX_NAMES = 200
-FLOATS = {"F32", "F16", "BF16"}
-"""Dtypes that an fp32 model holds without loss."""
+MAX_FINISHED = 64
+Tag = dict[str, Any]
+"""weights_id, run and step."""
 
 
 class WeightStore:
@@ -31,6 +42,7 @@ class WeightStore:
         weights_dir: Path | None,
         *,
         num_kept: int = KEPT_SETS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take where files go.
 
@@ -38,16 +50,23 @@ class WeightStore:
             folder: private to this server; uploads and committed sets lie here.
             weights_dir: for transport `dir`; None: that transport is refused.
             num_kept: committed sets that can be made active again, their bases apart.
+            clock: seconds, for what expires.
         """
         self.folder, self.weights_dir, self.num_kept = folder, weights_dir, num_kept
+        self.clock = clock
         self.expected: WeightsManifest | None = None
         self.original_id: str | None = None
         self.uploads: dict[str, Upload] = {}
+        self.finished: OrderedDict[str, str] = OrderedDict()
+        """weights_id of uploads that were committed: a commit whose answer was lost is answered
+        again."""
         self.sets: list[str] = []
-        self.tags: dict[str, dict[str, Any]] = {}
-        """Sets that can be made active: the engine's `load_weights` of each."""
-        self.names: dict[str, dict[str, Any]] = {}
-        """`RUN@STEP` and `RUN:latest`: weights_id, run and step of each, the newest last."""
+        self.loads: dict[str, dict[str, Any]] = {}
+        """Sets that can be made active: the body of the engine's `load_weights` of each."""
+        self.tags: dict[str, Tag] = {}
+        """The newest run and step of each of them."""
+        self.names: dict[str, Tag] = {}
+        """What `RUN@STEP` and `RUN:latest` mean, the newest last."""
 
     def expect(self, manifest: WeightsManifest, original_id: str | None) -> None:
         """Learn which model is loaded: an offer must fit it.
@@ -57,104 +76,100 @@ class WeightStore:
         """
         self.expected, self.original_id = manifest, original_id
         if original_id is not None:
-            self.tags[original_id] = {
-                "path": None,
-                "weights_id": original_id,
-                "run": None,
-                "step": None,
-            }
+            self.loads[original_id] = {"path": None, "weights_id": original_id}
+            self.tags[original_id] = {"weights_id": original_id, "run": None, "step": None}
 
-    def name(self, run: str, step: int, weights_id: str) -> None:
+    def name(self, run: str, step: int, weights_id: str) -> Tag:
         """Let `RUN@STEP` and `RUN:latest` mean these weights from now on."""
         found = {"weights_id": weights_id, "run": run, "step": step}
         for name in (f"{run}@{step}", f"{run}:latest"):
             self.names.pop(name, None)
             self.names[name] = found
+        self.tags[weights_id] = found
         while len(self.names) > MAX_NAMES:
             self.names.pop(next(iter(self.names)))
+        return found
 
-    def offer(self, offer: WeightsOffer) -> Upload:
-        """Accept an offer; a newer one of the same run replaces an older one.
+    def tag(self, weights_id: str, run: str, step: int) -> Tag | None:
+        """Run and step under which these weights were published: those named, else the newest.
+
+        Returns:
+            None where there are no such weights.
+        """
+        named = self.names.get(f"{run}@{step}")
+        if named is not None and named["weights_id"] == weights_id:
+            return named
+        return self.tags.get(weights_id)
+
+    # ---- places for uploads
+
+    def check(self, offer: WeightsOffer) -> str:
+        """Whether these weights could be taken; gives their weights_id.
 
         Raises:
-            WeightsRefusedError: another architecture or tokenizer, too many uploads, or no model.
+            WeightsRefusedError: another architecture or tokenizer, or no model.
         """
         if self.expected is None:
             raise WeightsRefusedError(
                 503, "no_model", "no model yet; name one with POST /models/register"
             )
-        self._check_fit(offer.manifest, self.expected)
+        if offer.manifest.kind == "adapter" and offer.manifest.base not in self.loads:
+            raise WeightsRefusedError(
+                409, "base_missing", "the adapter's base weights are not here; publish them first"
+            )
+        check_fit(offer.manifest, self.expected)
         if offer.transport == "dir" and self.weights_dir is None:
             raise WeightsRefusedError(
                 409, "no_weights_dir", "the server was started without --weights-dir"
             )
-        weights_id = offer.manifest.weights_id
+        return offer.manifest.weights_id
+
+    def offer(self, offer: WeightsOffer, weights_id: str) -> Upload:
+        """Make a place for a checked offer; a newer one of the same run replaces an older one.
+
+        Raises:
+            WeightsRefusedError: too many uploads.
+        """
         for upload in list(self.uploads.values()):
             if upload.offer.run == offer.run:
                 if upload.weights_id == weights_id and upload.offer == offer:
                     return upload  # the same offer again: go on where it stopped
+                if upload.is_sealed:
+                    raise WeightsRefusedError(
+                        503, "committing", "an older offer of this run is being committed"
+                    )
                 self.drop(upload)
-        if len(self.uploads) >= MAX_UPLOADS:
-            raise WeightsRefusedError(429, "too_many_uploads", "too many uploads are open")
+        self._make_room()
         limit = 8 + MAX_HEADER + sum(map(num_bytes, offer.manifest.tensors))
         upload_id = secrets.token_hex(16)
         path = self.folder / f"{upload_id}.upload"
-        upload = Upload(upload_id, offer, weights_id, path, limit)
+        upload = Upload(upload_id, offer, weights_id, path, limit, self.clock)
         self.uploads[upload_id] = upload
         return upload
 
-    def _check_fit(self, manifest: WeightsManifest, expected: WeightsManifest) -> None:
-        for name, code in (
-            ("config_hash", "other_architecture"),
-            ("tokenizer_hash", "other_tokenizer"),
-            ("chat_template_hash", "other_chat_template"),
-        ):
-            if getattr(manifest, name) != getattr(expected, name):
-                raise WeightsRefusedError(
-                    409,
-                    code,
-                    f"{name} is not that of the loaded model; start the server with the base "
-                    "model of the run (trainer serve --model ...)",
-                )
-        if manifest.kind == "adapter":
-            self._check_adapter(manifest, expected)
-            return
-        mine = {entry.name: entry for entry in expected.tensors}
-        bad = sorted(
-            {entry.name for entry in manifest.tensors if not _fits(entry, mine.get(entry.name))}
-            | (set(mine) - {entry.name for entry in manifest.tensors})
-        )
-        if bad:
-            raise WeightsRefusedError(
-                422, "tensors_differ", "tensors are missing or of another shape or dtype", bad
-            )
+    def _make_room(self) -> None:
+        """Give back the place of whoever has been away longest, where all are taken.
 
-    def _check_adapter(self, manifest: WeightsManifest, expected: WeightsManifest) -> None:
-        """The base must be here; names and shapes are the engine's to check, before it copies."""
-        if manifest.base not in self.tags:
-            raise WeightsRefusedError(
-                409, "base_missing", "the adapter's base weights are not here; publish them first"
-            )
-        if sum(map(num_bytes, manifest.tensors)) > sum(map(num_bytes, expected.tensors)):
-            raise WeightsRefusedError(413, "too_large", "an adapter larger than its model")
-
-    def load_body(self, upload: Upload, path: Path | None) -> dict[str, Any]:
-        """The engine's `load_weights` for a verified upload."""
-        manifest = upload.offer.manifest
-        body: dict[str, Any] = {
-            "path": None if path is None else str(path),
-            "weights_id": upload.weights_id,
-            "run": upload.offer.run,
-            "step": upload.offer.step,
-        }
-        if manifest.adapter is not None:
-            base = self.tags.get(manifest.base or "")
-            body |= {
-                "adapter": manifest.adapter.model_dump(mode="json"),
-                "base_id": manifest.base,
-                "base_path": base["path"] if base is not None else None,
+        Raises:
+            WeightsRefusedError: 429, all of them are being used.
+        """
+        self.expire()
+        while len(self.uploads) >= MAX_UPLOADS:
+            waits = {
+                upload.id: (UNUSED_S if upload.is_unused else IDLE_S) - upload.idle_s
+                for upload in self.uploads.values()
+                if not upload.is_busy
             }
-        return body
+            first = min(waits, key=waits.__getitem__, default=None)
+            if first is None or waits[first] > 0:
+                raise WeightsRefusedError(429, "too_many_uploads", "too many uploads are open")
+            self.drop(self.uploads[first])
+
+    def expire(self) -> None:
+        """Drop the uploads that nothing has been heard of for a long time."""
+        for upload in list(self.uploads.values()):
+            if not upload.is_busy and upload.idle_s > EXPIRY_S:
+                self.drop(upload)
 
     def find(self, upload_id: str) -> Upload:
         """The upload called so.
@@ -167,10 +182,24 @@ class WeightStore:
             raise WeightsRefusedError(404, "no_upload", "no such upload; offer the weights again")
         return upload
 
+    def drop(self, upload: Upload) -> None:
+        """Remove an upload and what has arrived of it."""
+        self.uploads.pop(upload.id, None)
+        self._forget_parts(upload)
+
+    def _forget_parts(self, upload: Upload) -> None:
+        """What has arrived of an upload goes, and its place with it where somebody needs one."""
+        upload.path.unlink(missing_ok=True)
+        if upload.is_stored and upload.weights_id not in self.sets:
+            self._kept_path(upload.weights_id).unlink(missing_ok=True)
+        upload.start_over()
+
+    # ---- commit
+
     def holds(self, weights_id: str) -> bool:
         """Whether the file of this set is here, so that nothing has to be sent."""
-        tag = self.tags.get(weights_id)
-        return tag is not None and tag["path"] is not None and Path(tag["path"]).is_file()
+        load = self.loads.get(weights_id)
+        return load is not None and load["path"] is not None and Path(load["path"]).is_file()
 
     def verify(self, upload: Upload) -> Path | None:
         """Check the whole set of a sealed upload (slow: run it in a thread).
@@ -186,8 +215,7 @@ class WeightStore:
         if upload.weights_id in self.sets and kept.is_file():
             return kept
         if upload.is_stored and not kept.is_file():  # stored by another offer, and forgotten since
-            upload.is_stored = False
-            upload.parts.clear()
+            upload.start_over()
         try:
             if upload.offer.transport == "dir":
                 return self._verify_shared(upload)
@@ -201,10 +229,6 @@ class WeightStore:
                 upload.is_stored = True  # a second try finds it, if the engine dies on the first
         except OSError as error:
             raise no_room("the set", error) from error
-        except WeightsRefusedError as error:
-            if error.status == 422:
-                upload.parts.clear()  # which of them is wrong cannot be told: all are sent again
-            raise
         return kept
 
     def _verify_shared(self, upload: Upload) -> Path:
@@ -215,35 +239,59 @@ class WeightStore:
         check_file(path, upload.offer.manifest)
         return path
 
-    def committed(self, upload: Upload, tag: dict[str, Any]) -> None:
+    def is_same_day(self, offer: WeightsOffer, weights_id: str) -> bool:
+        """Whether kept weights answer under the date of this offer; the server's own do so."""
+        kept = self.loads.get(weights_id, {})
+        is_own = weights_id == self.original_id
+        return is_own or kept.get("template_date") == offer.template_date
+
+    def load_body(self, upload: Upload, path: Path | None) -> dict[str, Any]:
+        """The engine's `load_weights` for a verified upload."""
+        manifest = upload.offer.manifest
+        is_own = upload.weights_id == self.original_id  # the server's own answer as of today
+        body: dict[str, Any] = {
+            "path": None if path is None else str(path),
+            "weights_id": upload.weights_id,
+            "template_date": None if is_own else upload.offer.template_date,
+        }
+        if manifest.adapter is not None:
+            base = self.loads.get(manifest.base or "")
+            body |= {
+                "adapter": manifest.adapter.model_dump(mode="json"),
+                "base_id": manifest.base,
+                "base_path": base["path"] if base is not None else None,
+            }
+        return body
+
+    def failed(self, upload: Upload) -> None:
+        """A commit was refused for good: the upload begins again, if its place is not needed."""
+        # Which of its parts is wrong cannot be told: all of them are to be sent again.
+        self._forget_parts(upload)
+
+    def committed(self, upload: Upload, load: dict[str, Any]) -> None:
         """Forget the upload; keep the last sets only."""
         self.uploads.pop(upload.id, None)
         upload.path.unlink(missing_ok=True)
-        self.tags[upload.weights_id] = tag
+        self.finish(upload.id, upload.weights_id)
+        self.loads[upload.weights_id] = load
         self.name(upload.offer.run, upload.offer.step, upload.weights_id)
         if upload.weights_id == self.original_id:
             return
         self.sets = [*(w for w in self.sets if w != upload.weights_id), upload.weights_id]
         newest = self.sets[-self.num_kept :]
-        needed = {*newest, *(self.tags[one].get("base_id") for one in newest)}
+        needed = {*newest, *(self.loads[one].get("base_id") for one in newest)}
         for old in [one for one in self.sets if one not in needed]:
             self.sets.remove(old)
+            self.loads.pop(old)
             self.tags.pop(old)
             self.names = {k: v for k, v in self.names.items() if v["weights_id"] != old}
             self._kept_path(old).unlink(missing_ok=True)  # a file of --weights-dir is not ours
 
-    def drop(self, upload: Upload) -> None:
-        """Remove an upload and what has arrived of it."""
-        self.uploads.pop(upload.id, None)
-        upload.path.unlink(missing_ok=True)
-        if upload.is_stored and upload.weights_id not in self.sets:
-            self._kept_path(upload.weights_id).unlink(missing_ok=True)
+    def finish(self, upload_id: str, weights_id: str) -> None:
+        """Remember for a while that this upload was committed."""
+        self.finished[upload_id] = weights_id
+        while len(self.finished) > MAX_FINISHED:
+            self.finished.popitem(last=False)
 
     def _kept_path(self, weights_id: str) -> Path:
         return self.folder / f"{weights_id}.safetensors"
-
-
-def _fits(entry: TensorEntry, mine: TensorEntry | None) -> bool:
-    if mine is None or entry.shape != mine.shape:
-        return False
-    return entry.dtype == mine.dtype or {entry.dtype, mine.dtype} <= FLOATS

@@ -12,6 +12,8 @@ from typing import Any
 from trainer.errors import ModelError
 
 START_TIMEOUT_S = 600.0
+NOTHING = 0
+"""In the cancel flag: no message is to be given up (they are numbered from 1)."""
 
 
 class EngineDiedError(Exception):
@@ -22,17 +24,30 @@ class EngineProcess:
     """One engine process; `ask` is for one thread at a time."""
 
     def __init__(
-        self, model_path: str | None, device: str, *, wait_for_weights: bool = False
+        self,
+        model_path: str | None,
+        device: str,
+        *,
+        wait_for_weights: bool = False,
+        base: str | None = None,
+        date: str | None = None,
     ) -> None:
-        """Take what the engine will load (None: to be set before `start`); nothing is started."""
-        self.model_path, self.device = model_path, device
+        """Take what the engine will load; nothing is started.
+
+        Args:
+            model_path: None: to be set before `start`.
+            base: where the base is, of a `model_path` that is an adapter.
+            date: of the run that made the weights (YYYY-MM-DD); its template prints this one.
+        """
+        self.model_path, self.device, self.base, self.date = model_path, device, base, date
         self.wait_for_weights = wait_for_weights
         self.hello: dict[str, Any] = {}
         self.starts = 0
         self._ids = itertools.count(1)
         self._process: Any = None
         self._jobs: Connection | None = None
-        self._control: Connection | None = None
+        self._cancelled: Any = None
+        self._beats: Any = None
 
     def start(self) -> None:
         """Start the process and wait until the model is loaded.
@@ -46,16 +61,26 @@ class EngineProcess:
 
         context = multiprocessing.get_context("spawn")
         self._jobs, theirs = context.Pipe()
-        self._control, their_control = context.Pipe()
+        # Two numbers in shared memory: whoever writes one never waits, whatever the engine does.
+        self._cancelled = context.RawValue("q", NOTHING)
+        self._beats = context.RawValue("q", 0)
         self._process = context.Process(
             target=engine_main,
-            args=(theirs, their_control, self.model_path, self.device, self.wait_for_weights),
+            args=(
+                theirs,
+                self._cancelled,
+                self._beats,
+                self.model_path,
+                self.device,
+                self.wait_for_weights,
+                self.base,
+                self.date,
+            ),
             name="trainer-engine",
             daemon=True,
         )
         self._process.start()
         theirs.close()
-        their_control.close()
         self.starts += 1
         self.hello = self._wait_for_hello()
 
@@ -82,38 +107,48 @@ class EngineProcess:
         self,
         message_id: int,
         operation: str,
-        body: Any,
-        on_text: Callable[[str], None] | None = None,
-    ) -> dict[str, Any]:
+        body: bytes,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> tuple[dict[str, Any], int]:
         """Send one message and wait for its reply.
 
         Args:
-            on_text: told pieces of the answer while it is made, in this thread.
+            body: JSON.
+            on_text: told the number of a sample and pieces of it while it is made, in this thread.
+        Returns:
+            The reply, and how many bytes it had.
         Raises:
             EngineDiedError: the process ended instead of answering.
         """
-        assert self._jobs is not None, "start() comes first"
+        if self._jobs is None:
+            raise EngineDiedError("no engine runs")
         jobs = self._jobs
-        is_streamed = on_text is not None
-        message = {"id": message_id, "op": operation, "body": body, "stream": is_streamed}
+        head = {"id": message_id, "op": operation, "stream": on_text is not None}
         try:
-            jobs.send_bytes(json.dumps(message).encode())
+            jobs.send_bytes(json.dumps(head).encode())
+            jobs.send_bytes(body)
             while True:
-                reply: dict[str, Any] = json.loads(jobs.recv_bytes())
+                data = jobs.recv_bytes()
+                reply: dict[str, Any] = json.loads(data)
                 if "text" not in reply:
-                    return reply
+                    return reply, len(data)
                 if on_text is not None:
-                    on_text(reply["text"])
+                    on_text(reply["sample"], reply["text"])
         except (EOFError, OSError) as error:
             raise EngineDiedError(str(error)) from error
 
     def cancel(self, message_id: int) -> None:
-        """Ask the engine to give up the message before its next token."""
-        if self._control is not None:
-            try:
-                self._control.send_bytes(json.dumps({"cancel": message_id}).encode())
-            except OSError:
-                return  # it died: whoever asks next notices and starts a new one
+        """Ask the engine to give up the message that it answers; never waits, may be repeated.
+
+        One message is answered at a time, so one number says all: an older one means nothing.
+        """
+        if self._cancelled is not None:
+            self._cancelled.value = message_id
+
+    @property
+    def beats(self) -> int:
+        """A number that grows while the process runs, whatever it computes."""
+        return 0 if self._beats is None else int(self._beats.value)
 
     @property
     def pid(self) -> int | None:
@@ -125,15 +160,19 @@ class EngineProcess:
         """Whether the process runs."""
         return self._process is not None and bool(self._process.is_alive())
 
+    def kill(self) -> None:
+        """End a process that no longer reacts; whoever waits for its answer is told."""
+        if self._process is not None:
+            self._process.kill()
+
     def stop(self) -> None:
         """End the process; may be called twice."""
-        for connection in (self._jobs, self._control):
-            if connection is not None:
-                connection.close()
+        if self._jobs is not None:
+            self._jobs.close()
         if self._process is not None:
             self._process.terminate()
             self._process.join(5)
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join(5)
-        self._process = self._jobs = self._control = None
+        self._process = self._jobs = None

@@ -38,10 +38,22 @@ def test_grouping_shortens_padding_and_still_mixes_groups() -> None:
     assert firsts != sorted(firsts, reverse=True)
 
 
-def test_the_longest_row_is_in_the_first_step() -> None:
-    for epoch in range(3):
-        rows = order().epoch_rows(epoch)
-        assert max(LENGTHS) in [LENGTHS[i] for i in rows[:8]]
+def test_no_step_of_an_epoch_is_kept_for_the_longest_row() -> None:
+    found = {
+        at // 8
+        for epoch in range(20)
+        for at, row in enumerate(order().epoch_rows(epoch))
+        if LENGTHS[row] == max(LENGTHS)
+    }
+    assert len(found) > 20  # of 125 steps
+
+
+def test_no_forward_pass_is_padded_to_more_than_the_longest_rows() -> None:
+    for options in ({}, {"group_by_length": False}, {"shuffle": False}):
+        rows = list(order(**options))
+        passes = [[LENGTHS[row] for row in rows[at : at + 4]] for at in range(0, 1000, 4)]
+        longest = [LENGTHS[row] for row in order(**options).longest_rows(4)]
+        assert len(longest) * max(longest) == max(len(one) * max(one) for one in passes)
 
 
 def test_first_row_of_step_is_the_first_row_of_that_steps_batch() -> None:

@@ -86,19 +86,15 @@ REFUSED = {
     ),
     "two systems": (
         {"system": "S", "conversations": [{"from": "system", "value": "T"}]},
-        "must be the first",
+        "begin with another system turn",
     ),
-    "weight 0": ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "weight"),
+    "weight 0": ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "flags leave none"),
     "history": ({"instruction": "a", "output": "b", "history": ["x"]}, "history[0]"),
     "history of another type": (
         {"instruction": "a", "output": "b", "history": 5},
         "'history' is int",
     ),
-    "input": ({"instruction": "a", "output": "b", "input": 3}, "'input' is int"),
-    "prompt with answers": (
-        {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
-        "assistant turn",
-    ),
+    "input": ({"instruction": "a", "output": "b", "input": {"c": 3}}, "'input' is dict"),
     "mixed prompt": ({"prompt": [USER], "completion": "a"}, "'completion' is str"),
     "nothing to train": ({"instruction": "a", "output": ""}, "empty"),
     "no turns": ({"messages": []}, "no assistant turn"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.monitor.metrics import ExponentialMean, MetricsTable, pick_points
+from trainer.monitor.metrics import SMOOTHING_SHARE, MetricsTable, pick_points
 
 
 def table_of(losses: list[float | None]) -> MetricsTable:
@@ -50,26 +50,36 @@ def test_missing_values_are_left_out() -> None:
     assert table_of([1.0, None, 3.0]).series("train_loss") == [(1, 1.0), (3, 3.0)]
 
 
-def test_smoothing_is_the_weighted_mean_of_the_past() -> None:
-    values = np.array([4.0, 1.0, 7.0])
-    weights = np.array([0.25, 0.5, 1.0])
-    mean = ExponentialMean(0.5)
-    mean.extend(values)
-    assert mean.means[-1] == pytest.approx((values * weights).sum() / weights.sum())
+def test_a_smoothed_curve_is_not_behind_a_loss_that_falls_fast() -> None:
+    rng = np.random.default_rng(0)
+    losses = [
+        float(5.0 * 0.9**step * noise) for step, noise in enumerate(rng.lognormal(0, 0.3, 260))
+    ]
+    smooth = dict(table_of(losses).smoothed("train_loss", SMOOTHING_SHARE, is_log=True))
+    assert list(smooth) == list(range(1, 261))
+    for step in (20, 40, 130, 250):
+        middle = float(np.median(losses[step - 5 : step + 4]))
+        assert middle / 1.5 < smooth[step] < middle * 1.5, step
 
 
-def test_smoothing_goes_on_where_it_stopped_and_begins_again_after_a_resume() -> None:
-    losses = [5.0, 4.0, None, 3.0, 2.0, 6.0, 1.0]
-    growing = table_of(losses[:3])
-    growing.series("train_loss", smoothing=0.9)
-    for step, loss in enumerate(losses[3:], 4):
-        growing.add({"type": "StepDone", "step": step, "train_loss": loss})
-    whole = table_of(losses)
-    assert growing.series("train_loss", smoothing=0.9) == whole.series("train_loss", smoothing=0.9)
-    whole.drop_after(4)
-    expected = table_of(losses[:4]).series("train_loss", smoothing=0.9)
-    assert whole.series("train_loss", smoothing=0.9) == expected
-    assert whole.series("train_loss", smoothing=0.5) != expected
+def test_one_spike_does_not_bend_the_smoothed_curve() -> None:
+    losses: list[float | None] = [1.0] * 1000
+    losses[500] = 1e6
+    smooth = table_of(losses).smoothed("train_loss", SMOOTHING_SHARE)
+    assert {value for _, value in smooth} == {1.0}
+
+
+def test_a_smoothed_curve_looks_as_far_ahead_as_back_and_leaves_out_missing_values() -> None:
+    table = table_of([1.0, 2.0, None, 9.0, 4.0, 6.0])
+    # Five values with a window of three; two at the ends.
+    assert table.smoothed("train_loss", 0.4) == [(1, 1.5), (2, 2.0), (4, 4.0), (5, 6.0), (6, 5.0)]
+
+
+def test_a_smoothed_curve_has_few_points_however_long_the_run_is() -> None:
+    table = table_of([float(step) for step in range(5000)])
+    points = table.smoothed("train_loss", SMOOTHING_SHARE, max_points=100)
+    assert len(points) == 100
+    assert (points[0][0], points[-1][0]) == (1, 5000)
 
 
 @pytest.mark.parametrize("order", [lambda steps: steps, reversed], ids=["in order", "reversed"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from trainer.errors import OutputError
+from trainer.monitor.alerts import alerts_of
 from trainer.monitor.run_reader import RunReader, find_runs
+from trainer.monitoring.events import PhaseChanged
 from trainer.monitoring.status_reader import TrainingStatusReader
 
 MakeRun = Callable[..., Any]
@@ -124,10 +127,7 @@ def test_a_killed_run_is_lost_and_a_living_one_is_not(made_up_run: MakeRun) -> N
     run = made_up_run()
     run.step(81)
     assert run.read().state() == "training"
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    path = run.folder / "status.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "pid": ended.pid}))
+    kill(run.folder)
     assert run.read().state() == "lost"
     assert run.reader.words().startswith("broke off at step 81 of 1000")
     (run.folder / ".lock").write_text("process 1 on some-other-machine\n")
@@ -158,3 +158,81 @@ def test_an_empty_folder_is_unknown_and_says_why(tmp_path: Path) -> None:
     reader.poll()
     assert reader.state() == "unknown"
     assert "no such status file" in reader.words()
+
+
+def test_a_run_that_hangs_says_so_and_stops_counting_down(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.steps(1, 420, step_time_s=0.2, eta_s=180.0)
+    run.reader.poll()
+    last = run.reader.metrics.newest("created_at")
+    assert not run.reader.is_silent(now=last + 19)
+    assert "3 min left" in run.reader.words(now=last + 19)
+    assert run.reader.is_silent(now=last + 45)
+    words = run.reader.words(now=last + 45)
+    assert words == "training, step 420 of 1000, no word for 45 s (a step takes 0.2 s)"
+
+
+def test_steps_that_take_long_are_waited_for(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.steps(1, 3, step_time_s=30.0, eta_s=6000.0)
+    run.reader.poll()
+    last = run.reader.metrics.newest("created_at")
+    assert not run.reader.is_silent(now=last + 250)
+    assert run.reader.is_silent(now=last + 301)
+
+
+def test_a_list_of_runs_that_reads_status_alone_knows_the_pace_too(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.steps(1, 500, step_time_s=30.0, eta_s=15_000.0)
+    run.reader.poll_summary()
+    assert not run.reader.is_silent(now=time.time() + 250)
+    assert run.reader.is_silent(now=time.time() + 400)
+
+
+@pytest.mark.parametrize(
+    "text", ["making the previews of step 20 (4 prompts, 256 tokens)", "writing a checkpoint"]
+)
+def test_previews_evaluation_and_saving_take_what_they_take(
+    made_up_run: MakeRun, text: str
+) -> None:
+    run = made_up_run()
+    run.steps(1, 20)
+    run.writer.on_event(PhaseChanged(state="training", text=text))
+    run.reader.poll()
+    assert not run.reader.is_silent(now=time.time() + 300)
+    words = run.reader.words(now=time.time() + 300)
+    assert words == f"{text}, step 20 of 1000"  # nothing is counted below zero
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "words"),
+    [
+        ([], "no checkpoint was written"),
+        (
+            ["step-00000040", "step-00000080", "step-00000090.tmp"],
+            "step 80; continue with: trainer",
+        ),
+    ],
+)
+def test_a_broken_run_says_once_how_to_go_on(
+    made_up_run: MakeRun, checkpoints: list[str], words: str
+) -> None:
+    run = made_up_run()
+    run.step(81)
+    for name in checkpoints:
+        (run.folder / "checkpoints" / name).mkdir(parents=True)
+    kill(run.folder)
+    assert run.read().state() == "lost"
+    said = [run.reader.words(), *(alert.text for alert in alerts_of(run.reader))]
+    assert sum("checkpoint" in text or "--resume" in text for text in said) == 1
+    assert words in " ".join(said)
+    if checkpoints:
+        assert f"trainer train --resume --output {run.folder}" in " ".join(said)
+
+
+def kill(folder: Path) -> None:
+    """The run's process is gone without a word."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path = folder / "status.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid": ended.pid}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import PreviewError
-from trainer.monitor.worker_link import Worker, ask_worker, find_worker
+from trainer.monitor.worker_link import Worker, absence_words, ask_worker, find_worker
 
 KEY = "0123456789abcdef"
 
@@ -119,7 +119,7 @@ def reason_of(folder: Path, content: Any, *hosts: str) -> str:
 
 
 def test_why_nobody_can_be_asked(tmp_path: Path) -> None:
-    assert "has no worker" in find_worker(tmp_path).reason
+    assert "names no preview server" in find_worker(tmp_path).reason
     assert "not what a run writes" in reason_of(tmp_path, ["x"])
     assert "not what a run writes" in reason_of(tmp_path, {"url": "http://127.0.0.1:99999999"})
     assert "no usable address" in reason_of(tmp_path, {"url": "file:///etc/passwd"})
@@ -130,3 +130,39 @@ def test_why_nobody_can_be_asked(tmp_path: Path) -> None:
     ended = {"url": "http://127.0.0.1:8765", "pid": 2**22 + 1}
     assert "has ended" in reason_of(tmp_path, ended)
     assert reason_of(tmp_path, {**ended, "pid": os.getpid()}) == ""
+
+
+def config_of(folder: Path, backend: str) -> None:
+    config = {"monitoring": {"preview_backend": backend}}
+    (folder / "run.json").write_text(json.dumps({"config": config}))
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("local", "made in the training process"),
+        ("sidecar", "(sidecar) is not ready yet"),
+        ("remote_3090", "(remote_3090) is not ready yet"),
+        ("openai", "does not have this run's weights"),
+    ],
+)
+def test_who_answers_while_a_run_trains_is_said(
+    made_up_run: Callable[..., Any], backend: str, words: str
+) -> None:
+    run = made_up_run()
+    run.step(1)
+    config_of(run.folder, backend)
+    assert words in absence_words(run.read())
+
+
+def test_a_run_that_ended_names_the_command_that_asks_its_weights(
+    made_up_run: Callable[..., Any],
+) -> None:
+    run = made_up_run()
+    config_of(run.folder, "sidecar")
+    run.end("completed", 9)
+    assert absence_words(run.read()) == "the run has ended, and its sidecar with it; " + (
+        "it left no weights"
+    )
+    (run.folder / "final_model").mkdir()
+    assert absence_words(run.reader).endswith(f"ask its weights with: trainer chat {run.folder}")

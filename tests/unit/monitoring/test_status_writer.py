@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from trainer.monitoring.events import CheckpointSaved, Notice, PhaseChanged, RowShown, RunEnded
 from trainer.monitoring.status_reader import TrainingStatusReader
 from trainer.monitoring.status_writer import TrainingStatusWriter
@@ -112,18 +110,6 @@ def test_accuracy_counts_the_last_20_and_50_with_golden(tmp_path, previews):
     assert (status.accuracy_last_20.num_matched, status.accuracy_last_20.num_previews) == (20, 20)
     assert (status.accuracy_last_50.num_matched, status.accuracy_last_50.num_previews) == (24, 48)
     assert status.accuracy_last_50.share == 0.5
-
-
-@pytest.mark.parametrize(
-    ("before", "newest", "trend"),
-    [(10, 12, "flat"), (10, 13, "rising"), (13, 10, "falling"), (12, 10, "flat")],
-)
-def test_trend_needs_a_move_of_more_than_a_tenth(previews, before, newest, trend):
-    writer = TrainingStatusWriter(None)
-    for count in (before, newest):
-        assert writer.status.accuracy_trend is None
-        writer.on_event(previews(1, [True] * count + [False] * (20 - count)))
-    assert writer.status.accuracy_trend == trend
 
 
 def test_numbers_that_json_cannot_hold_become_null_and_a_notice(tmp_path, started, step_done):

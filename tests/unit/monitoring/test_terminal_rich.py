@@ -114,9 +114,22 @@ def test_a_long_phase_gets_a_spinner_and_its_time():
     assert not drawn(view)[0].startswith("loading")
 
 
-def test_time_left_runs_down_between_steps_and_a_long_wait_is_said(view):
+def test_time_left_runs_down_between_steps_and_a_long_silence_is_said(view):
+    view._clock.now = 19.0
+    assert drawn(view)[0].endswith("training, step 42 of 100, 3 min left")
     view._clock.now = 61.0
-    assert drawn(view)[0].endswith("training, step 42 of 100, 2 min left (1 min since that step)")
+    words = "training, step 42 of 100, no word for 1 min (a step takes 0.1 s)"
+    assert drawn(view)[0].endswith(words)
+
+
+def test_a_pause_between_steps_is_named_and_over_when_training_goes_on(view):
+    text = "making the previews of step 42 (4 prompts, 256 tokens)"
+    view.set_phase(PhaseChanged(state="training", text=text))
+    view._clock.now = 61.0
+    assert drawn(view)[0].endswith(f"{text}, 1 min")
+    view.set_phase(PhaseChanged(state="training", text="training"))
+    view._clock.now = 62.0
+    assert drawn(view)[0].endswith("training, step 42 of 100, 3 min left")
 
 
 def test_the_final_view_stands_still(view):

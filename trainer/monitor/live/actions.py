@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from nicegui import ui
@@ -12,7 +12,13 @@ from trainer.errors import PreviewError
 from trainer.monitor.control_writer import COMMAND_WORDS, ControlWriter
 from trainer.monitor.live.elements import answer, box, confirm, text
 from trainer.monitor.run_reader import RunReader
-from trainer.monitor.worker_link import Reply, ask_worker, find_worker
+from trainer.monitor.worker_link import (
+    WORKER_NAME,
+    Reply,
+    absence_words,
+    ask_worker,
+    find_worker,
+)
 
 MAX_PROMPT = 20_000
 
@@ -39,7 +45,9 @@ class AskBox:
         found = find_worker(self.reader.folder, self.allowed_hosts)
         self._form.set_visibility(found.worker is not None)
         self._reason.set_visibility(found.worker is None)
-        self._reason.set_text(f"Nobody can be asked: {found.reason}.")
+        is_named = (self.reader.folder / WORKER_NAME).is_file()
+        reason = found.reason if is_named else absence_words(self.reader)
+        self._reason.set_text(f"Nobody can be asked: {reason}")
 
     async def _ask(self) -> None:
         worker = find_worker(self.reader.folder, self.allowed_hosts).worker
@@ -81,22 +89,24 @@ class AskBox:
 class ActBox:
     """Buttons that write control.json; each asks first."""
 
-    def __init__(self, reader: RunReader, *, is_allowed: bool) -> None:
-        """Build the buttons here, or say how to get them."""
-        self.reader = reader
+    def __init__(
+        self, reader: RunReader, shown_step: Callable[[], int | None], *, is_allowed: bool
+    ) -> None:
+        """Build the buttons here, or say how to get them.
+
+        Args:
+            shown_step: the step whose answers the page shows; None: it shows none.
+        """
+        self.reader, self._shown_step = reader, shown_step
         self.writer = ControlWriter(reader.folder)
         self._buttons: list[Any] = []
         if not is_allowed:
             text("p", "Off: start the monitor with --allow-control to act on runs.", "dim")
             return
         with box("div", "act"):
-            for command, (label, question) in COMMAND_WORDS.items():
+            for command, (label, _) in COMMAND_WORDS.items():
                 button = ui.button(label).props("outline no-caps")
-                button.on_click(
-                    lambda command=command, question=question, label=label: confirm(
-                        question, label, lambda: self._send(command)
-                    )
-                )
+                button.on_click(lambda command=command: self._ask(command))
                 self._buttons.append(button)
         self._said = text("p", "", "dim").props("aria-live=polite")
         self.refresh()
@@ -114,9 +124,22 @@ class ActBox:
             words = "The run does not train now."
         self._said.set_text(words)
 
-    def _send(self, command: str) -> None:
+    async def _ask(self, command: str) -> None:
+        """Ask whether it is meant; what cannot be done is said instead."""
+        label, question = COMMAND_WORDS[command]
+        step = None
+        if command == "mark_best":
+            # Taken now: the page may show another step by the time of the answer.
+            step = self._shown_step()
+            question, is_possible = self.writer.mark_question(step)
+            if not is_possible:
+                ui.notify(question, type="warning")
+                return
+        await confirm(question, label, lambda: self._send(command, step))
+
+    def _send(self, command: str, step: int | None) -> None:
         try:
-            self.writer.send(command)
+            self.writer.send(command, step=step)
         except OSError as error:
             ui.notify(f"control.json cannot be written: {error.strerror}", type="negative")
         self.refresh()

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from trainer.monitor.metrics import MAX_POINTS, pick_points
+from trainer.monitor.metrics import MAX_POINTS, pick_points, window_half
 from trainer.monitor.run_reader import RunReader
-from trainer.monitor.svg import LOG_RATIO
 
 LOSS_POINTS = 1_600
 """Of the raw and of the smoothed curve: two for every pixel of a wide screen and half again."""
 SMALL_POINTS = 700
+SMOOTH_POINTS = 400
+"""A curve without noise needs no more."""
 MAX_EVALUATIONS = MAX_POINTS - 2 * LOSS_POINTS
 PERCENT = (0.0, 100.0)
 DIGITS = 6
@@ -89,23 +90,23 @@ def chart(
     }
 
 
-def is_spread_wide(reader: RunReader) -> bool:
-    """Whether the loss is better seen on a log scale, as the report decides it too."""
-    losses = reader.metrics.last("train_loss", len(reader.metrics))
-    return bool(len(losses)) and losses.min() > 0 and losses.max() >= LOG_RATIO * losses.min()
-
-
 def loss_chart(
     reader: RunReader, *, smoothing: float, is_log: bool, is_dark: bool
 ) -> dict[str, Any]:
-    """Training loss (raw, smoothed) and validation loss."""
+    """Training loss (raw, smoothed) and validation loss.
+
+    Args:
+        smoothing: width of the window as a share of the run's steps; 0 for none.
+    """
     colours, metrics = COLOURS[is_dark], reader.metrics
     raw = metrics.series("train_loss", max_points=LOSS_POINTS)
     series = []
-    if smoothing > 0:
+    if window_half(len(metrics), smoothing):
         faint = {"opacity": 0.35, "width": 1}
         series.append(line("training", raw, colours["train"], is_log=is_log, style=faint))
-        smoothed = metrics.series("train_loss", smoothing=smoothing, max_points=LOSS_POINTS)
+        smoothed = metrics.smoothed(
+            "train_loss", smoothing, is_log=is_log, max_points=SMOOTH_POINTS
+        )
         style = {"width": 2.5}
         series.append(
             line("training, smoothed", smoothed, colours["train"], is_log=is_log, style=style)

@@ -27,6 +27,7 @@ from trainer.monitor.live.elements import (
     text,
 )
 from trainer.monitor.live.store import RunStore
+from trainer.monitor.metrics import SMOOTHING_SHARE
 from trainer.monitor.previews import mark_of
 from trainer.monitor.run_reader import RunReader
 from trainer.monitoring.text import printable
@@ -103,8 +104,8 @@ class ComparePage:
         for name, reader, key in zip("AB", self.readers, ("train", "val"), strict=True):
             colour = COLOURS[is_dark][key]
             with reader.lock:
-                points = reader.metrics.series(
-                    "train_loss", smoothing=0.9, max_points=COMPARE_POINTS
+                points = reader.metrics.smoothed(
+                    "train_loss", SMOOTHING_SHARE, max_points=COMPARE_POINTS
                 )
                 validation = validation_line(f"{name} validation", reader, colour)
                 matched = match_line(name, reader, colour)

@@ -88,6 +88,15 @@ class PreviewPanel:
 
     # ---- what it shows
 
+    @property
+    def shown_step(self) -> int | None:
+        """The step whose answer is shown; None where there are no previews."""
+        with self.reader.lock:
+            line = self.reader.previews.timelines.get(self.key or "")
+            if line is None or not len(line):
+                return None
+            return line.steps[min(self.index, len(line) - 1)]
+
     def refresh(self) -> None:
         """Show what was read last; the caller holds the reader's lock."""
         book = self.reader.previews

@@ -10,8 +10,9 @@ from nicegui import ui
 from trainer.monitor.alerts import Alert, alerts_of
 from trainer.monitor.card import card_rows, card_sample, environment_rows
 from trainer.monitor.facts import live_figures, report_figures
+from trainer.monitor.final_evaluation import FinalEvaluation
 from trainer.monitor.live.actions import ActBox, AskBox
-from trainer.monitor.live.charts import is_spread_wide, loss_chart, match_chart, metric_chart
+from trainer.monitor.live.charts import loss_chart, match_chart, metric_chart
 from trainer.monitor.live.colours import Colours
 from trainer.monitor.live.elements import (
     answer,
@@ -24,8 +25,10 @@ from trainer.monitor.live.elements import (
     set_options,
     text,
 )
+from trainer.monitor.live.final_panel import show_final_evaluation
 from trainer.monitor.live.options import PageOptions
 from trainer.monitor.live.preview_panel import PreviewPanel
+from trainer.monitor.metrics import SMOOTHING_SHARE, is_spread_wide
 from trainer.monitor.previews import mark_of
 from trainer.monitor.run_reader import RunReader, Versions, config_rows
 
@@ -53,6 +56,7 @@ class RunPage:
         self.reader, self.options = reader, options
         self._seen = Versions(-1, -1, -1, -1)
         self._alerts_shown: list[Alert] = []
+        self._final_shown: FinalEvaluation | None = None
         self._charts_at = 0.0
         self._dark = open_page(label)
         self._colours = Colours(self._dark, self._draw_charts)
@@ -60,11 +64,17 @@ class RunPage:
             self._build_top(label, is_alone)
             with section("Previews", "previews"):
                 self._panel = PreviewPanel(reader)
+            self._final = section("Final evaluation", "final")
+            self._final.set_visibility(False)
+            with self._final:
+                self._final_body = box("div")
             self._build_charts()
             with section("Ask the model now", "ask"):
                 self._ask = AskBox(reader, options.worker_hosts)
             with section("Act on the run", "act"):
-                self._act = ActBox(reader, is_allowed=options.is_control_allowed)
+                self._act = ActBox(
+                    reader, lambda: self._panel.shown_step, is_allowed=options.is_control_allowed
+                )
             self._build_background()
         self.update()
         ui.timer(TICK_S, self.update)
@@ -85,26 +95,32 @@ class RunPage:
         self._figures = box("div", "figures")
 
     def _build_charts(self) -> None:
-        with section("Curves", "curves"), box("div", "charts"):
+        self._curves = section("Curves", "curves")
+        with self._curves, box("div", "charts"):
             with box("div", "chart-big"):
                 with box("div", "chart-head"):
                     text("h3", "loss, nats per trained token")
-                    self._log = ui.switch("log scale", value=is_spread_wide(self.reader))
+                    self._log = ui.switch("log scale", value=is_spread_wide(self.reader.metrics))
                     self._log.on_value_change(self._draw_charts)
-                    text("span", "smoothing", "dim")
+                    text("span", "smoothing, % of the run", "dim")
                     self._smoothing = ui.slider(
-                        min=0, max=0.99, step=0.01, value=0.9, on_change=self._draw_charts
+                        min=0,
+                        max=20,
+                        step=0.5,
+                        value=100 * SMOOTHING_SHARE,
+                        on_change=self._draw_charts,
                     )
-                    self._smoothing.props('label aria-label="smoothing"')
+                    self._smoothing.props('label aria-label="smoothing, % of the run"')
                 self._loss = ui.echart({"series": []})
-            with box("div"):
+            self._match_box = box("div")
+            with self._match_box:
                 text("h3", "previews that match, %")
                 self._matches = ui.echart({"series": []})
-            self._small: dict[str, Any] = {}
+            self._small: dict[str, tuple[Any, Any]] = {}
             for name, title in SMALL_CHARTS.items():
-                with box("div"):
+                with box("div") as frame:
                     text("h3", title)
-                    self._small[name] = ui.echart({"series": []})
+                    self._small[name] = (frame, ui.echart({"series": []}))
 
     def _build_background(self) -> None:
         with section("What the run is made of", "about"):
@@ -122,6 +138,8 @@ class RunPage:
         with self.reader.lock:
             now, seen = self.reader.versions.copy(), self._seen
             self._state.set_text(self.reader.words())
+            is_silent = self.reader.is_silent()
+            self._state.classes("state-silent" if is_silent else "", remove="state-silent")
             if now.status != seen.status or now.metrics != seen.metrics:
                 self._show_state()
                 self._act.refresh()
@@ -145,6 +163,7 @@ class RunPage:
         for name in ("completed", "failed", "lost", "stopped"):
             is_it = reader.state() == name
             self._state.classes(f"state-{name}" if is_it else "", remove=f"state-{name}")
+        self._show_final()
         total = reader.status.total_steps if reader.status is not None else None
         self._bar.set_value(reader.step / total if total else 0.0)
         self._figures.clear()
@@ -169,14 +188,30 @@ class RunPage:
                 self._loss,
                 loss_chart(
                     reader,
-                    smoothing=float(self._smoothing.value or 0.0),
+                    smoothing=float(self._smoothing.value or 0.0) / 100,
                     is_log=bool(self._log.value),
                     is_dark=is_dark,
                 ),
             )
+            # A frame without data only asks what is wrong with it.
+            self._match_box.set_visibility(bool(reader.previews.accuracy()))
             set_options(self._matches, match_chart(reader, is_dark=is_dark))
-            for name, chart in self._small.items():
+            for name, (frame, chart) in self._small.items():
+                frame.set_visibility(reader.metrics.has(name))
                 set_options(chart, metric_chart(reader, name, is_dark=is_dark))
+            self._curves.set_visibility(reader.metrics.has("train_loss"))
+
+    def _show_final(self) -> None:
+        """The final evaluation, drawn once: it does not change."""
+        final = self.reader.final_evaluation
+        if final == self._final_shown:
+            return
+        self._final_shown = final
+        self._final_body.clear()
+        self._final.set_visibility(final is not None)
+        if final is not None:
+            with self._final_body:
+                show_final_evaluation(final)
 
     def _show_background(self) -> None:
         """Fill what is open."""

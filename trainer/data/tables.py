@@ -1,0 +1,163 @@
+"""CSV and TSV files -> rows, as spreadsheets and programs write them; every cell is text."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.data.rows import BadRowError
+from trainer.data.text_files import as_windows_1252, open_text, refuse_single_byte
+from trainer.errors import DataError
+
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
+"""The usual one first; another one only where the header has no second column by the usual one."""
+MISSING = frozenset({"NaN", "nan", "<NA>", "#N/A"})
+"""What pandas and Excel write into a cell that has no value."""
+
+
+def table_rows(path: Path, kind: str, max_cell: int) -> Iterator[tuple[str, Any]]:
+    """Yield (`file:line`, row) of a CSV or TSV file with a header.
+
+    Rows without a cell of text are no rows, and columns without a name and without text are none.
+
+    Args:
+        path: of the file.
+        kind: `.csv` or `.tsv`.
+        max_cell: characters that a cell may have.
+    Raises:
+        DataError: the file is damaged as a whole, or is no table.
+    """
+    csv.field_size_limit(max_cell)
+    is_checked = False
+    with open_text(path) as file:
+        lines = _Lines(file)
+        reader: Any = None
+        try:
+            reader, header = _begin(path, lines, kind)
+            if header is None:
+                return
+            end = lines.count
+            for cells in reader:
+                start, end = end + 1, lines.count  # quoted line ends: a row has several lines
+                if not any(cell.strip() for cell in cells):
+                    continue
+                row = _row(header, cells)
+                if isinstance(row, BadRowError) and row.reason == "not UTF-8" and not is_checked:
+                    refuse_single_byte(path)
+                    is_checked = True
+                yield f"{path}:{start}", row
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{lines.count}: not valid CSV: {error}{_hint(str(error))}. Nothing after "
+                "it can be read."
+            ) from error
+
+
+class _Lines:
+    """Lines of a file as text, counted, and one that can be put back."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.count, self.held = file, 0, ""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self.held:
+            line, self.held = self.held, ""
+        else:
+            raw = self.file.readline()
+            if not raw:
+                raise StopIteration
+            # Bytes that are no UTF-8 pass as surrogates, and are found in the row that holds them.
+            line = raw.decode("utf-8-sig", "surrogateescape")
+        self.count += 1
+        return line
+
+    def put_back(self, line: str) -> None:
+        self.held, self.count = line, self.count - 1
+
+
+def _begin(path: Path, lines: _Lines, kind: str) -> tuple[Any, list[str] | None]:
+    """The reader behind the header, and the columns' names (None: there are no lines)."""
+    first = next((line for line in lines if line.strip(' \t\r\n,;|"')), None)
+    if first is None:
+        return None, None
+    if re.match(r"\s*(\{|\[\s*\{)\s*[\"']", first):
+        raise DataError(
+            f"{path}: its name says CSV, but it holds JSON ({first.strip()[:60]!r}); name it "
+            ".jsonl (one object a line) or .json."
+        )
+    named = re.fullmatch(r'"?sep=(.)"?', first.strip("\r\n"))  # Excel's own first line
+    if named:
+        first = next(lines, "")
+        delimiter = named[1]
+    else:
+        delimiter = _delimiter(first, DELIMITERS[kind])
+    lines.put_back(first)
+    cells = _cells(first, delimiter)
+    is_spaced = len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_spaced)
+    names = [cell.strip() for cell in next(reader, [])]
+    given = [name for name in names if name]
+    if len(set(given)) < len(given):
+        raise DataError(
+            f"{path}:{lines.count}: a column name stands twice in the header {given}; "
+            "rename or remove one."
+        )
+    if names and not names[0]:
+        names[0] = "column 1"  # the index that pandas writes
+    return reader, names
+
+
+def _delimiter(line: str, known: str) -> str:
+    """The usual one where it makes columns of the header; else the one that makes the most."""
+    counts = {mark: len(_cells(line, mark)) for mark in known}
+    return known[0] if counts[known[0]] > 1 else max(known, key=lambda mark: counts[mark])
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line], delimiter=delimiter), [])
+
+
+def _row(header: list[str], cells: list[str]) -> Any:
+    if any("\udc80" <= char <= "\udcff" for cell in cells for char in cell):
+        said = as_windows_1252("\t".join(cells).encode("utf-8", "surrogateescape"))
+        return BadRowError(
+            f"not UTF-8 text (as Windows-1252 it says {said!r}); save the file as UTF-8",
+            "not UTF-8",
+        )
+    num_named = max((place for place, name in enumerate(header, start=1) if name), default=0)
+    num_filled = max(place for place, cell in enumerate(cells, start=1) if cell.strip())
+    if len(cells) < num_named or num_filled > len(header):
+        return BadRowError(
+            f"row has {len(cells)} cells, the header has {len(header)}; put cells that hold the "
+            "separator or a line end into double quotes",
+            "wrong number of cells",
+        )
+    for place, (name, cell) in enumerate(zip(header, cells, strict=False), start=1):
+        if not name and cell.strip():
+            return BadRowError(
+                f"cell {place} says {cell[:40]!r}, and its column has no name in the header; name "
+                "the column, or put a cell that holds the separator into double quotes",
+                "cell without a column",
+            )
+    return {
+        name: None if cell in MISSING else cell
+        for name, cell in zip(header, cells, strict=False)
+        if name
+    }
+
+
+def _hint(error: str) -> str:
+    if "expected after" in error:
+        return (
+            ' (a cell goes on behind its closing quote; a quote within a cell is written twice, "",'
+            r" not \")"
+        )
+    if "unexpected end" in error:
+        return " (a quote is opened and never closed)"
+    return ""
