@@ -13,7 +13,7 @@ from trainer.core.context import RunContext
 from trainer.core.published import build_published
 from trainer.data.dataset import HeldOutPrompt
 from trainer.data.example import golden_text
-from trainer.data.template import ChatTemplate, is_prefix
+from trainer.data.template import ChatTemplate
 from trainer.errors import TemplateError
 from trainer.models.load import context_length
 from trainer.monitoring.preview_backend import create_preview_backend
@@ -121,7 +121,7 @@ def answer_text(
             [whole] = template.render([[*before, cast(Message, dict(answer))]], **options)
         except TemplateError:
             return None
-        if is_prefix(prompt, whole):
+        if whole[: len(prompt)] == prompt:
             said = list(
                 itertools.takewhile(lambda i: i not in template.stop_ids, whole[len(prompt) :])
             )
