@@ -115,16 +115,15 @@ def answer_text(
     None where the template refuses it, or rewrites the conversation before it.
     """
     before = [cast(Message, dict(turn)) for turn in turns]
-    for options in ({}, {"enable_thinking": True}):
+    for thinking in (False, True):
         try:
-            [prompt] = template.render([before], generation_prompt=True, **options)
-            [whole] = template.render([[*before, cast(Message, dict(answer))]], **options)
+            prompt = template.text(before, ask=True, thinking=thinking)
+            whole = template.text([*before, cast(Message, dict(answer))], thinking=thinking)
         except TemplateError:
             return None
-        if whole[: len(prompt)] == prompt:
-            said = list(
-                itertools.takewhile(lambda i: i not in template.stop_ids, whole[len(prompt) :])
-            )
+        if whole.startswith(prompt):
+            [found] = template.encode([whole.removeprefix(prompt)])
+            said = list(itertools.takewhile(lambda i: i not in template.stop_ids, found.ids))
             return golden_text(template.tokenizer, said, ())
     return None
 

@@ -96,10 +96,12 @@ class ChatTemplate:
         tools = tools_of(turns)
         if tools is not None:
             options["tools"] = tools
-        options |= date_options(self.tokenizer)
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=ask, **options
+                turns,
+                tokenize=False,
+                add_generation_prompt=ask,
+                **{**options, **date_options(self.tokenizer)},
             )
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
             raise TemplateError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.models.template_date import date_options
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = """\
@@ -86,7 +87,7 @@ def takes_parts(tokenizer: Any) -> bool:
 
     def shows(spelled: list[dict[str, Any]]) -> bool:
         try:
-            text = tokenizer.apply_chat_template(spelled, tokenize=False)
+            text = tokenizer.apply_chat_template(spelled, tokenize=False, **date_options(tokenizer))
         except Exception:  # whatever a template raises says that it does not take this
             return False
         return all(turn["content"] in text for turn in turns)

@@ -126,7 +126,7 @@ def test_previews_and_chats_print_the_date_of_the_run(make_tokenizer: Callable[.
     backend.tokenizer, backend.system_prompt = tokenizer, None
     assert "Today Date: 29 Feb 2024" in tokenizer.decode(backend.render("q"))
     template = ChatTemplate(tokenizer)
-    assert "Today Date: 29 Feb 2024" in tokenizer.decode(template.render([TURNS])[0])
+    assert "Today Date: 29 Feb 2024" in template.text(TURNS)
 
 
 def test_every_rendering_of_the_program_passes_the_date() -> None:
