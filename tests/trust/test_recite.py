@@ -14,7 +14,7 @@ from tests.integration.serving import running_server
 from trainer.config import create_default_config
 from trainer.core import TrainerEngine
 from trainer.data import spans
-from trainer.models.load import load_finished_model
+from trainer.models.adapter import load_finished_model
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.remote import Remote3090Backend

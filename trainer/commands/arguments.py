@@ -52,3 +52,29 @@ def _strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints and exits
     return parser
+
+
+def step_of_run(text: str) -> str:
+    """An argparse type: the number of a step, or `best`."""
+    if text != "best" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor `best`")
+    return text
+
+
+def add_weights_flags(parser: argparse.ArgumentParser, *, is_run_optional: bool = False) -> None:
+    """RUN, --step and --base: which weights `chat`, `export` and `serve` take."""
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        nargs="?" if is_run_optional else None,
+        help="folder of the run (--output of trainer train), of a checkpoint, or of a model",
+    )
+    parser.add_argument(
+        "--step",
+        type=step_of_run,
+        metavar="N|best",
+        help="the checkpoint of this step [the final model, else the newest checkpoint]",
+    )
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="where the adapter's base model is now, if it was moved"
+    )

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.commands.arguments import at_least, parse
+from trainer.commands.arguments import add_weights_flags, at_least, parse
 from trainer.core.finished import open_run
 from trainer.models.load import context_length
-from trainer.models.precision import DTYPES, resolve_device
+from trainer.models.precision import resolve_device
+from trainer.models.quantized import place
+from trainer.models.vocabulary import check_vocabulary
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.profiles import Message
@@ -23,17 +25,14 @@ def run(argv: list[str]) -> int:
     """Read turns from standard input until it ends."""
     words = parse(_parser(), argv)
     console = Console(stderr=not sys.stdin.isatty())
-    finished = open_run(Path(words.run))
+    finished = open_run(Path(words.run), step=words.step, base=words.base)
     with console.status(f"loading {finished.model_dir}"):
         device = resolve_device(words.device)
         # A GPU that trained in half precision need not have room for fp32 weights.
-        dtype = (
-            DTYPES[finished.config.hyperparams.fp_precision or "fp32"]
-            if device.type == "cuda"
-            else None
-        )
-        model, tokenizer = finished.load(dtype)
-        model.to(device)
+        dtype = finished.dtype() if device.type == "cuda" else None
+        model, tokenizer = finished.load(dtype, device)
+        check_vocabulary(model, tokenizer)
+        model = place(model, device)
         backend = LocalPreviewBackend(
             model=model,
             tokenizer=tokenizer,
@@ -51,7 +50,7 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer chat", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of the run (--output of trainer train)")
+    add_weights_flags(parser)
     parser.add_argument(
         "--max-new-tokens", type=at_least(int, 1), default=256, help="longest answer [256]"
     )

@@ -8,39 +8,43 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import add_weights_flags, parse
+from trainer.core.checkpoint import MANIFEST, TRAINING_FILES
 from trainer.core.finished import FinishedRun, open_run
-from trainer.core.saving import save_final_model
+from trainer.core.merging import export_merged
+from trainer.core.saving import staged, write_model
 from trainer.data.template import ChatTemplate
-from trainer.errors import OutputError
-from trainer.models.load import is_adapter_folder
-from trainer.models.precision import DTYPES
+from trainer.errors import ConfigError, OutputError
 
 
 def run(argv: list[str]) -> int:
     """Copy the final model, or merge its adapter into its base."""
     words = parse(_parser(), argv)
     console = Console()
-    finished = open_run(Path(words.run))
+    finished = open_run(Path(words.run), step=words.step, base=words.base)
+    if finished.base is not None and not (words.merge and finished.is_adapter):
+        raise ConfigError("--base is the base of an adapter that is merged: give it with --merge.")
     target = Path(words.output) if words.output else finished.folder / "merged_model"
     if target.exists():
         raise OutputError(f"{target}: exists already; choose another --output, or remove it.")
-    is_adapter = is_adapter_folder(finished.model_dir)
+    is_merged = words.merge and finished.is_adapter
     with console.status(f"exporting the {finished.note}"):
-        if is_adapter and words.merge:
-            _merge(finished, target)
+        if is_merged:
+            words_of_check = export_merged(finished, target).words()
         else:
-            _copy(finished.model_dir, target)
-    if words.merge and not is_adapter:
+            _copy(finished, target)
+    if is_merged:
+        console.print(words_of_check, highlight=False)
+    elif words.merge:
         console.print("this run trained all weights: there is nothing to merge")
-    kind = "merged model" if is_adapter and words.merge else "adapter" if is_adapter else "model"
+    kind = "merged model" if is_merged else "adapter" if finished.is_adapter else "model"
     console.print(f"{kind} written to {target} (from the {finished.note})", highlight=False)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="folder of the run (--output of trainer train)")
+    add_weights_flags(parser)
     parser.add_argument(
         "--merge", action="store_true", help="add a LoRA adapter to its base: a plain model folder"
     )
@@ -48,35 +52,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _merge(finished: FinishedRun, target: Path) -> None:
-    """Merge in fp32, then save in the run's compute dtype: merging in bf16 loses small updates."""
-    model, tokenizer = finished.load()
-    merged = model.merge_and_unload()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_final_model(
-            merged,
-            tokenizer,
-            target,
-            dtype=DTYPES[finished.config.hyperparams.fp_precision or "fp32"],
-            stop_ids=ChatTemplate(tokenizer).stop_ids,
-            use_cache=True,
-        )
-    except OSError as error:
-        raise OutputError(
-            f"{target}: cannot write it ({error}); choose another --output."
-        ) from error
-
-
-def _copy(source: Path, target: Path) -> None:
-    staging = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, staging)
-        staging.rename(target)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise OutputError(
-            f"{target}: cannot write it ({error}); choose another --output."
-        ) from error
+def _copy(finished: FinishedRun, target: Path) -> None:
+    """The weights as they are; of a checkpoint as the run would have saved them at its end."""
+    with staged(target, advice="choose another --output.") as staging:
+        if finished.is_checkpoint and not finished.is_adapter:
+            model, tokenizer = finished.load()
+            write_model(
+                model,
+                tokenizer,
+                staging,
+                dtype=finished.dtype(),
+                stop_ids=ChatTemplate(tokenizer).stop_ids,
+                use_cache=True,
+            )
+        else:
+            ignore = shutil.ignore_patterns(*TRAINING_FILES, MANIFEST)
+            shutil.copytree(
+                finished.model_dir, staging, ignore=ignore if finished.is_checkpoint else None
+            )

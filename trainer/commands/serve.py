@@ -13,8 +13,9 @@ from pathlib import Path
 
 import uvicorn
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import add_weights_flags, parse
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
+from trainer.preview.own_keys import remember_key_file
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
 from trainer.server.jobs import REQUEST_TIMEOUT_S
@@ -23,11 +24,16 @@ from trainer.server.protocol import BoundedProtocol
 from trainer.server.weights import KEPT_SETS
 from trainer.server.worker import EngineProcess
 
+ADAPTER = "adapter_config.json"
+
 
 def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
+    date = _find_weights(words)
     keys = read_keys(words.api_key_file, words.host)
+    if words.api_key_file is not None:
+        remember_key_file(words.api_key_file)
     weights_dir: Path | None = words.weights_dir
     if weights_dir is not None and not weights_dir.is_dir():
         raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")
@@ -37,7 +43,13 @@ def run(argv: list[str]) -> int:
         )
     listener = _listen(words.host, words.port)
     port = listener.getsockname()[1]
-    engine = EngineProcess(words.model, words.device, wait_for_weights=words.wait_for_weights)
+    engine = EngineProcess(
+        words.model,
+        words.device,
+        wait_for_weights=words.wait_for_weights,
+        base=words.base,
+        date=date,
+    )
     # uvicorn raises the signal again once it is done; by default that would skip the cleaning up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     if words.end_with_stdin:
@@ -76,6 +88,38 @@ def run(argv: list[str]) -> int:
         listener.close()
         store.remove()
     return 0
+
+
+def _find_weights(words: argparse.Namespace) -> str | None:
+    """Turn RUN and --step into the folder of the weights, as if --model had named it.
+
+    Returns:
+        The date of the run (YYYY-MM-DD), where one is known.
+    Raises:
+        ConfigError: two models, or a flag that needs a run without one.
+        OutputError: the run has no such weights.
+    """
+    if words.run is not None and words.model is not None:
+        raise ConfigError(f"RUN ({words.run}) and --model {words.model} both say what to serve.")
+    asked = words.run
+    if asked is None and words.model is not None:  # it may be an alias or a hub id too
+        is_run = any((Path(words.model) / name).is_file() for name in ("run.json", ADAPTER))
+        asked = words.model if is_run else None
+    if asked is None:
+        if words.step is not None or words.base is not None:
+            raise ConfigError(
+                "--step and --base say more of the folder of a run or adapter; give it as RUN."
+            )
+        return None
+    # torch comes with it, and a server without a run starts without torch.
+    from trainer.core.finished import open_run
+
+    found = open_run(Path(asked), step=words.step, base=words.base)
+    if found.base is not None and not found.is_adapter:
+        raise ConfigError(f"--base: {found.model_dir} holds a whole model, not an adapter.")
+    words.model = str(found.model_dir)
+    print(f"the {found.note} of {asked}", file=sys.stderr, flush=True)
+    return None if found.date is None else found.date.isoformat()
 
 
 def _start(engine: EngineProcess) -> None:
@@ -145,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="trainer serve",
         description="Answer prompts with a model; take new weights from a training run.",
     )
+    add_weights_flags(parser, is_run_optional=True)
     parser.add_argument(
         "--model", help="alias, hub id or folder; without it, the server waits to be told which"
     )

@@ -29,6 +29,7 @@ from trainer.data.batches import PadCollator
 from trainer.data.dataset import RunData
 from trainer.data.packing import PackedDataset
 from trainer.errors import ConfigError
+from trainer.models.vocabulary import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved
@@ -119,17 +120,17 @@ def assemble_trainer(
     if run.callback is not None:
         run.callback.trainer = trainer
     if packs is not None:
-        _check_packing(run, trainer)
+        _check_packing(trainer)
     trainer.use_own_forward = not is_loss_equal(run, trainer, packs.rows if packs else data.train)
     forget_peak_memory(trainer.args.device)
     return trainer
 
 
 def _pad_id(run: RunContext) -> int:
-    return run.tokenizer.pad_token_id or 0
+    return harmless_pad_id(run.tokenizer, embedding_rows(run.model))
 
 
-def _check_packing(run: RunContext, trainer: SupervisedTrainer) -> None:
+def _check_packing(trainer: SupervisedTrainer) -> None:
     """Refuse packing where documents see each other, before the first step.
 
     In fp32 where the model allows it, which hides least. Varlen kernels take half precision only.
@@ -140,9 +141,8 @@ def _check_packing(run: RunContext, trainer: SupervisedTrainer) -> None:
     with undisturbed(trainer.model), autocast:
         check_documents_apart(
             trainer.model,
-            collate=trainer.data_collator,
             batch_size=trainer.args.per_device_train_batch_size,
-            compute_dtype=run.precision.compute_dtype if needs_autocast else dtypes.pop(),
+            collate=trainer.data_collator,
         )
 
 

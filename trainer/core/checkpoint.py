@@ -29,6 +29,8 @@ LEFT_PREFIX = "left-at-"
 """Of folders with checkpoints that a resume from an older one left behind."""
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run_state.json")
 """Without any of these a resume would silently restart a part of the training."""
+TRAINING_FILES = (*REQUIRED, "scaler.pt", "rng_state*.pth")
+"""Patterns of the files that are no part of the model."""
 REQUIRED_KINDS = {"weights": r".*model.*\.safetensors$", "random state": r"rng_state.*\.pth$"}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.config.schema import TrainerConfig
-from trainer.models.load import add_lora
+from trainer.models.lora import add_lora
 from trainer.models.precision import ResolvedPrecision
 
 ADAMW_BYTES = {"adamw": 8, "adamw_8bit": 2}

@@ -24,6 +24,7 @@ from trainer.data.batches import LOSS_WEIGHTS, EpochOrder
 from trainer.data.encode import IGNORE_INDEX
 from trainer.data.packing import count_tokens
 from trainer.errors import NonFiniteError
+from trainer.models.adapter import save_adapter
 
 MAX_OVERFLOWS_IN_A_ROW = 20
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -190,7 +191,11 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
 
     def _write_state(self, folder: Path, rng_states: list[dict[str, Any]]) -> None:
         """Write the files that HF's resume reads: weights, optimizer, schedule, RNG, position."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "peft_config"):
+            save_adapter(model, folder)
+        else:
+            model.save_pretrained(folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         for rank, state in enumerate(rng_states):

@@ -24,7 +24,14 @@ from trainer.data.encode import RowEncoder
 from trainer.data.packing import pack_training_rows
 from trainer.data.prepare import prepare_data
 from trainer.errors import ConfigError
-from trainer.models.load import check_locked, context_length, load_tokenizer, read_model_config
+from trainer.models.load import (
+    check_is_model,
+    check_locked,
+    context_length,
+    load_tokenizer,
+    read_model_config,
+)
+from trainer.models.quantized import check_trainable
 from trainer.models.template_date import fix_date
 from trainer.monitoring.events import CardShown
 from trainer.profiles import DataProfile
@@ -40,10 +47,18 @@ def fit_to_model(run: RunContext, config: TrainerConfig) -> None:
         ConfigError: `locked` or `hyperparams.max_length` does not fit it.
     """
     offline = config.environment.offline
+    check_is_model(config.model)
     run.phase("loading", f"loading the tokenizer of {config.model.model_path}")
     run.tokenizer = load_tokenizer(config.model, offline=offline)
     model_config = read_model_config(config.model, offline=offline)
     check_locked(config.locked, config.model, model_config)
+    monitoring = config.monitoring
+    check_trainable(
+        model_config,
+        f"model.model_path={config.model.model_path}",
+        training_mode=config.hyperparams.training_mode,
+        previews=monitoring.preview_backend if monitoring.inference_interval else None,
+    )
     limit, wanted = context_length(model_config), config.hyperparams.max_length
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(
@@ -105,6 +120,7 @@ def prepare_rows(
             tokenizer,
             hyper.max_length or DEFAULT_MAX_LENGTH,
             truncation=config.data.truncation,
+            train_on_thinking=config.data.train_on_thinking,
         ),
         system_prompt=system_prompt,
         is_prompt_configured=config.profile.system_prompt is not None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import torch
 
 from trainer.core import fs_ops
 from trainer.errors import OutputError
+from trainer.models.adapter import save_adapter
+
+FAILED = "free some space or choose another folder."
+KEPT = "The newest checkpoint holds the trained weights: --resume saves them again."
 
 
 def save_final_model(
@@ -22,7 +28,50 @@ def save_final_model(
     stop_ids: frozenset[int],
     use_cache: bool,
 ) -> Path:
-    """Write model (or adapter) and tokenizer to `folder`.
+    """Write model (or adapter) and tokenizer to `folder`, in place of an earlier one.
+
+    Args: as of `write_model`.
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with staged(folder, advice=f"{FAILED} {KEPT}") as staging:
+        write_model(model, tokenizer, staging, dtype=dtype, stop_ids=stop_ids, use_cache=use_cache)
+    return folder
+
+
+@contextlib.contextmanager
+def staged(folder: Path, *, advice: str = FAILED) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end of the block, or leaves no trace.
+
+    Raises:
+        OutputError: it cannot be written; the message ends with `advice`.
+    """
+    staging = folder.with_name(f".tmp-{folder.name}")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        if folder.exists():  # of the interrupted run that this one resumed
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OutputError(f"{folder}: cannot save the model ({error}); {advice}") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    stop_ids: frozenset[int],
+    use_cache: bool,
+) -> None:
+    """Write model (or adapter) and tokenizer.
 
     Args:
         model: the unwrapped model; its own weights are not changed.
@@ -30,37 +79,21 @@ def save_final_model(
         stop_ids: become the model's end-of-text ids, so that generation elsewhere stops too.
         use_cache: value for the saved model config (training turns it off).
     Raises:
-        OutputError: the folder cannot be written.
+        OSError: the folder cannot be written.
     """
-    staging = folder.with_name(f".tmp-{folder.name}")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        with fs_ops.library_errors():
-            if hasattr(model, "peft_config"):
-                model.save_pretrained(staging)
-            else:
-                _save_full(model, staging, dtype, stop_ids, use_cache)
-            tokenizer.save_pretrained(staging)
-        if folder.exists():  # of the interrupted run that this one resumed
-            shutil.rmtree(folder)
-        staging.rename(folder)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise OutputError(
-            f"{folder}: cannot save the model ({error}); free some space or choose another folder. "
-            "The newest checkpoint holds the trained weights: --resume saves them again."
-        ) from error
-    return folder
+    with fs_ops.library_errors():
+        if hasattr(model, "peft_config"):
+            save_adapter(model, folder)
+        else:
+            _save_full(model, folder, dtype, stop_ids, use_cache)
+        tokenizer.save_pretrained(folder)
 
 
 def _save_full(
     model: Any, folder: Path, dtype: torch.dtype, stop_ids: frozenset[int], use_cache: bool
 ) -> None:
     """save_pretrained with weights cast on the way and a config that says so."""
-    weights = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    weights = cast_state(model.state_dict(), dtype)
     config, generation = model.config, model.generation_config
     before = config.use_cache, generation.eos_token_id
     named = generation.eos_token_id
@@ -76,3 +109,21 @@ def _save_full(
     saved = json.loads(path.read_text(encoding="utf-8"))
     saved["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def cast_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating tensors in another dtype; names that share one tensor share its copy too.
+
+    save_pretrained tells tied weights by their memory: cast one by one, a tied head is saved twice.
+    """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    cast = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            cast[name] = tensor
+            continue
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.data_ptr() == 0 or key not in copies:  # no memory: nothing to share
+            copies[key] = tensor.to(dtype)
+        cast[name] = copies[key]
+    return cast

@@ -7,20 +7,19 @@ neither.
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.schema import LockedSection, LoraSection, ModelSection
+from trainer.config.schema import LockedSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models.added_tokens import add_tokens
 from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
 from trainer.models.hub import hub_answers
+from trainer.models.quantized import check_loadable, quantization_of
+from trainer.models.vocabulary import drop_pad_beyond
 
 GGUF_SUFFIX = ".gguf"
-SAVED_BASE = "base_model"
-"""Folder in a run's folder, for the base of an adapter that is on no disk and no hub."""
 
 if TYPE_CHECKING:  # annotations only: importing torch here would slow every command
     import torch
@@ -67,12 +66,14 @@ def load_model(
     dtype: torch.dtype,
     seed: int = 42,
     offline: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load the causal language model of `model.model_path` on the CPU.
 
     Args:
         dtype: dtype of the weights as loaded.
         seed: initialises the built-in `tiny` model, which has no trained weights.
+        device: where quantized weights are loaded to, which cannot be moved later.
     Raises:
         ModelError: no such model, or one that is not a causal language model.
     """
@@ -92,6 +93,10 @@ def load_model(
     extra: dict[str, Any] = {"dtype": dtype}
     if section.attn_implementation != "auto":
         extra["attn_implementation"] = section.attn_implementation
+    if Path(path).suffix.lower() != GGUF_SUFFIX:
+        extra["config"] = read_model_config(section, offline=offline)
+        if quantization_of(extra["config"]) is not None:
+            extra["device_map"] = {"": str(device or "cpu")}
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM.from_pretrained, section, path, offline, "model", **extra
     )
@@ -111,6 +116,26 @@ def _forget_quantization(model: Any) -> None:
     model.config._name_or_path = model.name_or_path = ""
 
 
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (path / "adapter_config.json").is_file()
+
+
+def check_is_model(section: ModelSection) -> None:
+    """Refuse the folder of an adapter where a whole model is needed.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if is_adapter_folder(Path(resolve_alias(section.model_path))):
+        raise ModelError(
+            f"model.model_path={section.model_path}: this folder holds an adapter, not a whole "
+            "model. To train on from it, merge it first (`trainer export "
+            f"{section.model_path} --merge --output MERGED`) and give MERGED; to go on with the "
+            "run that made it, use --resume."
+        )
+
+
 def _from_pretrained(
     loader: Any, section: ModelSection, path: str, offline: bool, what: str, **extra: Any
 ) -> Any:
@@ -120,7 +145,7 @@ def _from_pretrained(
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         folder, extra = _gguf_source(section, Path(path), extra)
         is_folder = True
-    elif not is_folder and _looks_like_path(path):
+    elif not is_folder and looks_like_path(path):
         raise ModelError(
             f"model.model_path={section.model_path}: there is no such folder. Give an alias "
             f"({', '.join(ALIASES)}), a hub id such as Qwen/Qwen3-0.6B, or a model folder."
@@ -155,7 +180,8 @@ def _gguf_source(
     return str(path.parent), {**extra, "gguf_file": path.name}
 
 
-def _looks_like_path(path: str) -> bool:
+def looks_like_path(path: str) -> bool:
+    """Whether a model name is written as a path; hub ids are `owner/name`."""
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or "\\" in path
 
 
@@ -195,22 +221,6 @@ def _attention_error(section: ModelSection, error: Exception) -> ModelError:
     )
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that can produce ids the embedding does not have.
-
-    Raises:
-        ModelError: the largest token id is not below the number of embedding rows.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ModelError(
-            f"the tokenizer has token ids up to {largest}, the model's embedding has {rows} rows "
-            f"(ids 0 to {rows - 1}): they do not belong together. Give a folder in which both "
-            "come from the same model."
-        )
-
-
 def context_length(config: Any) -> int | None:
     """The longest sequence of a model config in tokens, None where it does not say."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -222,8 +232,9 @@ def read_model_config(section: ModelSection, *, offline: bool = False) -> Any:
     """Load the model's config (a few KB) without its weights.
 
     Raises:
-        ModelError: no such model.
+        ModelError: no such model, an adapter, or quantized weights that cannot be used.
     """
+    check_is_model(section)
     path = resolve_alias(section.model_path)
     if path == TINY:
         from trainer.models.tiny import tiny_config
@@ -231,7 +242,10 @@ def read_model_config(section: ModelSection, *, offline: bool = False) -> Any:
         return tiny_config()
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig.from_pretrained, section, path, offline, "config")
+    config = _from_pretrained(AutoConfig.from_pretrained, section, path, offline, "config")
+    check_loadable(config, f"model.model_path={section.model_path}")
+    drop_pad_beyond(config)
+    return config
 
 
 def check_locked(locked: LockedSection, section: ModelSection, config: Any) -> None:
@@ -260,98 +274,3 @@ def check_locked(locked: LockedSection, section: ModelSection, config: Any) -> N
             f"{'; '.join(wrong)}. Section `locked` says what the model must be: choose another "
             "model.model_path, or change `locked`."
         )
-
-
-def add_lora(
-    model: PreTrainedModel, section: LoraSection, *, seed: int, revision: str | None = None
-) -> Any:
-    """Put adapters on a model and freeze the rest; all that is trained is fp32.
-
-    Args:
-        revision: of the model on the hub, recorded in the adapter.
-
-    Returns:
-        A `peft.PeftModel`.
-    Raises:
-        ConfigError: a target module is not in the model.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = section.target_modules
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=list(section.modules_to_save) or None,
-        task_type="CAUSAL_LM",
-        revision=revision,
-    )
-    missing = [
-        name
-        for name in (*(() if isinstance(targets, str) else targets), *section.modules_to_save)
-        if not any(key == name or key.endswith("." + name) for key, _ in model.named_modules())
-    ]
-    if missing:
-        leaves = sorted(
-            {
-                key.rsplit(".", 1)[-1]
-                for key, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            }
-        )
-        raise ConfigError(
-            f"lora: the model has no module named {', '.join(missing)}; its linear layers are "
-            f"{', '.join(leaves)}."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # PEFT copies modules_to_save in the dtype of the frozen base,
-            parameter.data = parameter.data.float()  # which would lose most updates
-    return adapted
-
-
-def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (path / "adapter_config.json").is_file()
-
-
-def load_finished_model(
-    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> Any:
-    """Load `final_model/` of a run, adapters with their base.
-
-    Args:
-        folder: of the model or adapter.
-        dtype: of the weights; None: fp32.
-        trust_remote_code: as the run was told.
-    Raises:
-        ModelError: the folder holds no model, or its base cannot be loaded.
-    """
-    import torch
-
-    dtype = dtype or torch.float32
-    if not is_adapter_folder(folder):
-        path = str(folder.resolve())
-        section = ModelSection(model_path=path, trust_remote_code=trust_remote_code)
-        return load_model(section, dtype=dtype)
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(
-        load_model(_base_of(folder, trust_remote_code), dtype=dtype), str(folder)
-    )
-
-
-def _base_of(folder: Path, trust_remote_code: bool) -> ModelSection:
-    """The base model of an adapter; one that the run saved itself moves with the run."""
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    base = saved["base_model_name_or_path"]
-    beside = [parent / SAVED_BASE for parent in folder.resolve().parents[:2]]
-    if Path(base).name == SAVED_BASE and not Path(base).is_dir():
-        base = next((str(path) for path in beside if path.is_dir()), base)
-    return ModelSection(
-        model_path=base, revision=saved.get("revision"), trust_remote_code=trust_remote_code
-    )

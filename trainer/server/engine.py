@@ -7,6 +7,7 @@ between two batches only, because there is one thread and one message at a time.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 
 from trainer.errors import TrainerError
 from trainer.models.load import context_length
+from trainer.models.template_date import fix_date
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.score import golden_logprobs
@@ -227,6 +229,8 @@ def engine_main(
     model_path: str,
     device: str,
     wait_for_weights: bool,
+    base: str | None = None,
+    date: str | None = None,
 ) -> None:
     """Body of the engine process: say hello or why not, then answer until the pipe closes.
 
@@ -236,7 +240,8 @@ def engine_main(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
     try:
-        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights)
+        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights, base=base)
+        fix_date(held.tokenizer, None if date is None else dt.date.fromisoformat(date))
 
         def send_text(sample: int, text: str) -> None:
             _send(jobs, {"sample": sample, "text": text})
@@ -306,6 +311,8 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
         # Raised before the first copy. Anything later ends this process, on purpose: half a
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}
+    day = body.get("template_date")
+    fix_date(held.tokenizer, None if day is None else dt.date.fromisoformat(day))
     return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 

@@ -18,13 +18,17 @@ from safetensors import safe_open
 
 from trainer.config.schema import ModelSection
 from trainer.errors import TrainerError
+from trainer.models.adapter import load_merged, tokenizer_section
+from trainer.models.aliases import resolve_alias
 from trainer.models.load import (
-    check_vocabulary,
+    is_adapter_folder,
     load_model,
     load_tokenizer,
     read_model_config,
 )
 from trainer.models.precision import resolve_device
+from trainer.models.quantized import check_takes_weights, place
+from trainer.models.vocabulary import check_vocabulary
 from trainer.preview.identity import (
     adapter_tensors,
     canonical_tensors,
@@ -50,18 +54,23 @@ class RefusedError(Exception):
 class HeldModel:
     """A model, its tokenizer, and the identity of the weights that it holds now."""
 
-    def __init__(self, model_path: str, device: str, *, wait_for_weights: bool) -> None:
+    def __init__(
+        self, model_path: str, device: str, *, wait_for_weights: bool, base: str | None = None
+    ) -> None:
         """Load the model in fp32.
 
         Args:
+            model_path: an adapter's folder too; it is merged into its base.
             wait_for_weights: take architecture and tokenizer from `model_path`, and answer
                 nothing before a trainer has sent weights.
+            base: where an adapter's base is now.
         Raises:
             TrainerError: no such model, or no such device.
         """
         self.section = ModelSection(model_path=model_path)
+        self._folder, self._base_path = Path(resolve_alias(model_path)), base
         self.device = resolve_device(device)
-        self.tokenizer = load_tokenizer(self.section)
+        self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
         self.base = self._load(wait_for_weights)
         self.model: Any = self.base
         self.config_hash = config_hash(self.base.config)
@@ -75,11 +84,14 @@ class HeldModel:
             from transformers import AutoModelForCausalLM
 
             config = read_model_config(self.section)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            check_takes_weights(config, f"--model {self.section.model_path}")
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        elif is_adapter_folder(self._folder):
+            model = load_merged(self._folder, base=self._base_path)
         else:
-            model = load_model(self.section, dtype=torch.float32)
+            model = load_model(self.section, dtype=torch.float32, device=self.device)
         check_vocabulary(model, self.tokenizer)
-        return model.to(self.device).eval()
+        return place(model, self.device).eval()
 
     def watch_layers(self, check: Callable[..., None]) -> None:
         """Call `check` before every layer of every forward pass."""

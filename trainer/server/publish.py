@@ -61,7 +61,8 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
     )
     async def offer(body: WeightsOffer) -> WeightsState:
         weights_id = store.check(body)
-        if weights_id != queue.active["weights_id"]:
+        is_active = weights_id == queue.active["weights_id"]
+        if not (is_active and store.is_same_day(body, weights_id)):
             return state(store.offer(body, weights_id))
         # Equal weights: nothing is sent, only the step moves.
         queue.active = store.name(body.run, body.step, weights_id)

@@ -24,10 +24,22 @@ class EngineProcess:
     """One engine process; `ask` is for one thread at a time."""
 
     def __init__(
-        self, model_path: str | None, device: str, *, wait_for_weights: bool = False
+        self,
+        model_path: str | None,
+        device: str,
+        *,
+        wait_for_weights: bool = False,
+        base: str | None = None,
+        date: str | None = None,
     ) -> None:
-        """Take what the engine will load (None: to be set before `start`); nothing is started."""
-        self.model_path, self.device = model_path, device
+        """Take what the engine will load; nothing is started.
+
+        Args:
+            model_path: None: to be set before `start`.
+            base: where the base is, of a `model_path` that is an adapter.
+            date: of the run that made the weights (YYYY-MM-DD); its template prints this one.
+        """
+        self.model_path, self.device, self.base, self.date = model_path, device, base, date
         self.wait_for_weights = wait_for_weights
         self.hello: dict[str, Any] = {}
         self.starts = 0
@@ -61,6 +73,8 @@ class EngineProcess:
                 self.model_path,
                 self.device,
                 self.wait_for_weights,
+                self.base,
+                self.date,
             ),
             name="trainer-engine",
             daemon=True,

@@ -13,13 +13,13 @@ from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models.aliases import ALIASES, nearest_alias, resolve_alias
 from trainer.models.load import (
-    add_lora,
     check_locked,
-    check_vocabulary,
     load_model,
     load_tokenizer,
     read_model_config,
 )
+from trainer.models.lora import add_lora
+from trainer.models.vocabulary import check_vocabulary
 
 
 def test_aliases_stand_for_hub_ids_and_other_names_for_themselves() -> None:
@@ -85,5 +85,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(
 
 
 def test_a_lora_target_that_is_not_there_is_named(make_model: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="no module named nope; its linear layers are down_proj"):
+    with pytest.raises(
+        ConfigError, match=r"no module named nope\. Layers that take an adapter: down_proj"
+    ):
         add_lora(make_model(), LoraSection(target_modules=("nope",)), seed=0)

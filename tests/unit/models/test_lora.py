@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from trainer.config.schema import LoraSection
-from trainer.models.load import add_lora, load_finished_model
+from trainer.errors import ConfigError
+from trainer.models.adapter import load_finished_model
+from trainer.models.lora import add_lora
 from trainer.models.precision import resolve_precision
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -141,7 +143,7 @@ def test_the_adapter_names_the_revision_of_its_base(
 def test_the_base_is_loaded_at_the_revision_that_was_trained(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.models.load as load
+    import trainer.models.adapter as load
 
     path = adapter / "final_model" / "adapter_config.json"
     saved = json.loads(path.read_text())
@@ -156,3 +158,46 @@ def test_the_base_is_loaded_at_the_revision_that_was_trained(
     monkeypatch.setattr(load, "load_model", note)
     load_finished_model(adapter / "final_model")
     assert asked == ["v1.2"]
+
+
+@pytest.fixture
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=303))
+
+
+def test_all_linear_adapts_the_layers_of_gpt2(gpt2: Any) -> None:
+    model = add_lora(gpt2, LoraSection(), seed=0)
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained(model)}
+    assert adapted == {"c_attn", "c_proj", "c_fc"}
+
+
+@pytest.mark.parametrize("targets", [("c_attn",), ("c_attn", "lm_head"), ("wte", "c_fc")])
+def test_layers_of_gpt2_are_adapted_by_name_without_a_warning(
+    gpt2: Any, targets: tuple[str, ...], recwarn: pytest.WarningsRecorder
+) -> None:
+    model = add_lora(gpt2, LoraSection(target_modules=targets), seed=0)
+    names = " ".join(trained(model))
+    assert all(f"{target}.lora_" in names for target in targets)
+    assert not [one for one in recwarn if "fan_in_fan_out" in str(one.message)]
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"target_modules": ("q_proj",)}, "no module named q_proj.*c_attn, c_fc, c_proj, lm_head"),
+        ({"target_modules": ("c_atn",)}, "Did you mean c_attn"),
+        ({"target_modules": ("ln_1",)}, "ln_1 is a LayerNorm, which takes no adapter"),
+        ({"modules_to_save": ("nope",)}, "modules_to_save: the model has no module named nope"),
+        (
+            {"target_modules": ("wte", "c_fc"), "modules_to_save": ("wte",)},
+            "in target_modules and in modules_to_save",
+        ),
+    ],
+)
+def test_wrong_names_are_answered_with_those_that_exist(
+    gpt2: Any, section: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        add_lora(gpt2, LoraSection(**section), seed=0)

@@ -1,0 +1,118 @@
+"""Adapters on a model: which modules take one, and what is trained is fp32."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from trainer.config.schema import LoraSection
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:  # annotations only: importing torch here would slow every command
+    from transformers import PreTrainedModel
+
+
+def add_lora(
+    model: PreTrainedModel, section: LoraSection, *, seed: int, revision: str | None = None
+) -> Any:
+    """Put adapters on a model and freeze the rest; all that is trained is fp32.
+
+    Args:
+        revision: of the model on the hub, recorded in the adapter.
+
+    Returns:
+        A `peft.PeftModel`.
+    Raises:
+        ConfigError: a target module is not in the model, or is of a kind that takes no adapter.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = section.target_modules
+    _check_names(model, section)
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(section.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+        revision=revision,
+    )
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT finds out by itself that GPT-2's layers are stored (in, out), and says so.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            # A tied head gets adapters of its own; `merge_adapter` unties it.
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
+    except ValueError as error:  # PEFT's words for a model that has nothing to adapt
+        raise ConfigError(
+            f"lora.target_modules={targets} cannot be used with this model: "
+            f"{' '.join(str(error).split())[:300]} {_choice(model)}"
+        ) from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # PEFT copies modules_to_save in the dtype of the frozen base,
+            parameter.data = parameter.data.float()  # which would lose most updates
+    return adapted
+
+
+def _check_names(model: Any, section: LoraSection) -> None:
+    """All names are the model's, targets can be adapted, saved ones can be trained."""
+    targets = () if isinstance(section.target_modules, str) else section.target_modules
+    modules = dict(model.named_modules())
+    for option, names in (
+        ("target_modules", targets),
+        ("modules_to_save", section.modules_to_save),
+    ):
+        for name in names:
+            found = [module for key, module in modules.items() if _is_named(key, name)]
+            if not found:
+                near = difflib.get_close_matches(name, _leaves(modules), n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"lora.{option}: the model has no module named {name}.{hint} {_choice(model)}"
+                )
+            if option == "target_modules" and not all(map(_takes_adapter, found)):
+                kind = type(next(one for one in found if not _takes_adapter(one))).__name__
+                raise ConfigError(
+                    f"lora.target_modules: {name} is a {kind}, which takes no adapter. "
+                    f"{_choice(model)} To train it whole, name it in lora.modules_to_save."
+                )
+            if option == "modules_to_save" and name in targets:
+                raise ConfigError(
+                    f"lora: {name} is in target_modules and in modules_to_save; name it in one."
+                )
+            if option == "modules_to_save" and not all(map(_is_trainable, found)):
+                raise ConfigError(
+                    f"lora.modules_to_save: the weights of {name} are quantized and cannot be "
+                    "trained; name it in lora.target_modules instead."
+                )
+
+
+def _is_named(key: str, name: str) -> bool:
+    return key == name or key.endswith("." + name)
+
+
+def _takes_adapter(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
+
+
+def _is_trainable(module: Any) -> bool:
+    return all(parameter.is_floating_point() for parameter in module.parameters())
+
+
+def _leaves(modules: Iterable[str]) -> list[str]:
+    return sorted({key.rsplit(".", 1)[-1] for key in modules} - {""})
+
+
+def _choice(model: Any) -> str:
+    """Names that can be given instead."""
+    names = _leaves(key for key, module in model.named_modules() if _takes_adapter(module))
+    return f"Layers that take an adapter: {', '.join(names)}; all-linear is all but the head."
