@@ -115,7 +115,7 @@ def test_a_row_that_spells_such_a_token_out_is_refused(
     tmp_path: Path,
 ) -> None:
     folder = save(make_model(vocab_size=padded.pad_token_id), padded, tmp_path / "m")
-    good = {key: "hi" for key in row}
+    good = dict.fromkeys(row, "hi")
     result = run(folder, write_rows([good, row, good, good]), tmp_path / "out")
     assert result.exit_code == 2
     assert "<pad>" in str(result.error_message)
