@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 
 from trainer.core import TrainerEngine
+from trainer.core.best import find_checkpoint
 from trainer.monitor.control_writer import ControlWriter
+from trainer.monitor.run_reader import RunReader
 from trainer.monitoring import TrainingStatusReader
 from trainer.monitoring.events import Event, StepDone
+from trainer.monitoring.run_files import checkpoint_steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,19 +48,92 @@ def texts_of(folder: Path) -> list[str]:
     return [notice.text for notice in TrainingStatusReader(folder).read().notices]
 
 
-def test_stop_saves_and_a_resume_goes_on_without_obeying_it_again(
-    job: Callable[..., Any], tmp_path: Path
+def test_stop_ends_like_a_finished_run_and_a_resume_goes_on_without_obeying_it_again(
+    job: Callable[..., Any], tmp_path: Path, assert_same_weights: Callable[..., None]
 ) -> None:
+    straight = TrainerEngine().run_job(job("straight"))
     config = job()
     person = Person({3: send(tmp_path / "out", "stop")})
     result = TrainerEngine(observers=[person]).run_job(config)
     assert (result.state, result.exit_code, result.global_step) == ("stopped", 0, 3)
+    assert (result.success, result.model_path) == (True, tmp_path / "out" / "final_model")
+    assert result.checkpoint_path is not None
+    assert_same_weights(result.model_path, result.checkpoint_path)
     assert result.error_message is not None
     assert "by the control file after step 3" in result.error_message
     assert any("control: stop after step 3" in text for text in texts_of(result.output_dir))
+    check_stop_is_told(result.output_dir)
     output = config.output.model_copy(update={"resume": "latest"})
     again = TrainerEngine().run_job(config.model_copy(update={"output": output}))
     assert (again.state, again.global_step) == ("completed", 12)
+    assert again.summary["ended_by"] == "steps"
+    assert_same_weights(straight.model_path, again.model_path)
+
+
+def check_stop_is_told(folder: Path) -> None:
+    """run.json, status.json and the page's words, after a stop by the control file at step 3."""
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["state"], record["exit_code"]) == ("stopped", 0)
+    assert record["summary"]["ended_by"] == "control"
+    reader = RunReader(folder)
+    reader.poll()
+    assert reader.words().startswith("stopped by the control file after step 3; its model is saved")
+    previews = {result.step for result in TrainingStatusReader(folder).previews()}
+    assert previews == {0, 3}  # of the weights it ended with, as of any finished run
+    assert reader.metrics.evaluations[-1].step == 3
+
+
+def test_stop_at_the_last_step_is_too_late_to_change_anything(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    person = Person({12: send(tmp_path / "out", "stop")})
+    result = TrainerEngine(observers=[person]).run_job(job())
+    assert (result.state, result.exit_code) == ("completed", 0)
+    assert result.summary["ended_by"] == "steps"
+
+
+def test_a_signal_after_a_stop_by_the_file_is_a_signals_stop(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    def both() -> None:
+        ControlWriter(tmp_path / "out").send("stop")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    result = TrainerEngine(observers=[Person({3: both})]).run_job(job())
+    assert (result.state, result.exit_code, result.model_path) == ("stopped", 143, None)
+    assert result.summary["ended_by"] == "SIGTERM"
+    assert not (tmp_path / "out" / "final_model").exists()
+
+
+MARKS = {"keep_checkpoints": 1, "checkpoint_interval": 3}
+
+
+@pytest.mark.parametrize("judged", [3, 5, None], ids=["earlier", "the one that ends", "not named"])
+def test_a_mark_is_of_the_step_that_was_judged(
+    job: Callable[..., Any], tmp_path: Path, judged: int | None
+) -> None:
+    folder = tmp_path / "out"
+    person = Person({5: lambda: ControlWriter(folder).send("mark_best", step=judged)})
+    config = job(output=MARKS, monitoring={"inference_interval": 0, "micro_eval_interval": 0})
+    assert TrainerEngine(observers=[person]).run_job(config).success
+    marked = judged or 5
+    assert json.loads((folder / "best.json").read_text()) == {"step": marked}
+    assert checkpoint_steps(folder / "checkpoints") == [marked, 12]
+    assert find_checkpoint(folder, "best").step == marked
+
+
+def test_a_step_without_a_checkpoint_is_not_marked_and_no_other_in_its_place(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    person = Person({5: lambda: ControlWriter(folder).send("mark_best", step=4)})
+    config = job(output=MARKS, monitoring={"inference_interval": 0, "micro_eval_interval": 0})
+    result = TrainerEngine(observers=[person]).run_job(config)
+    assert result.success
+    [said] = [text for text in texts_of(folder) if text.startswith("control:")]
+    assert "step 4 is not marked as best: it has no checkpoint" in said
+    assert not (folder / "best.json").exists()
+    assert checkpoint_steps(folder / "checkpoints") == [12]
 
 
 def test_preview_save_and_mark_are_done_once_and_the_marked_checkpoint_stays(

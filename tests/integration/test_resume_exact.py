@@ -201,16 +201,19 @@ LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 }
 
 
+MUON = {"lr_scheduler": "linear", "optimizer": "muon"}
+SHARE = {"lr_scheduler": "cosine", "warmup_steps": 0.25}
+LORA = {"lr_scheduler": "constant", "training_mode": "lora"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize(
-    "more",
+    ("case", "more"),
     [
-        {"lr_scheduler": "linear", "optimizer": "muon"},
-        {"lr_scheduler": "cosine", "warmup_steps": 0.25},
-        {"lr_scheduler": "constant", "training_mode": "lora"},
+        *((case, MUON) for case in LENGTHS),
+        *((case, SHARE) for case in ("a finished run", "shorter")),
+        *((case, LORA) for case in ("within the warm-up", "epochs to steps")),
     ],
-    ids=lambda more: more["lr_scheduler"],
 )
 def test_n18_a_resume_to_another_length_has_the_rates_of_that_length(
     train: Callable[..., Any], case: str, more: dict[str, Any]

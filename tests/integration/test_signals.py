@@ -78,6 +78,8 @@ def test_a_signal_saves_at_the_end_of_the_step_and_names_resume(
     _, manifest, _ = find_latest_checkpoint(out / "checkpoints")
     status = json.loads((out / "status.json").read_text())
     assert status["state"] == "stopped"
+    assert status["summary"]["ended_by"] == number.name
+    assert not (out / "final_model").exists()
     assert status["step"] == manifest.step
     done = cli("train", "--resume", "--output", out, "--max-steps", str(manifest.step + 2))
     assert done.returncode == 0, done.stderr

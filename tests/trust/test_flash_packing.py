@@ -28,6 +28,7 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import make_trainer
+from trainer.core import packing_check
 from trainer.core.loss import supervised_loss
 from trainer.core.packing_check import check_documents_apart, pack_collator, takes_borders
 from trainer.data.packing import JoinCollator, PackCollator, count_tokens, join_documents
@@ -207,12 +208,7 @@ def test_mutant_n5_longest_document_too_short_is_killed(
 
 
 def check_start(model: Any, batch_size: int, collate: Any = None) -> None:
-    check_documents_apart(
-        model.eval(),
-        collate=collate or pack_collator(model, 0),
-        batch_size=batch_size,
-        compute_dtype=next(model.parameters()).dtype,
-    )
+    check_documents_apart(model.eval(), batch_size=batch_size, collate=collate)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", *flash.NAMES])
@@ -285,18 +281,32 @@ def test_a_position_that_does_not_begin_again_is_refused_for_what_it_is() -> Non
         check_start(model, 2, counts_on)
 
 
-def test_rounding_of_the_compute_dtype_is_no_leak(calls: flash.Calls) -> None:
-    model = llama(
-        attn_implementation="flash_attention_2", num_hidden_layers=8, hidden_size=256
-    ).eval()
-    options = {"collate": pack_collator(model, 0), "batch_size": 2}
+def check_rounding(attention: str, weights_dtype: torch.dtype) -> None:
+    """Rounding of bf16 is accepted, a leak under it is not."""
+    model = llama(num_hidden_layers=8, hidden_size=256, attn_implementation=attention)
+    model = model.to(weights_dtype).eval()
+    rows_of_a_varlen_kernel = PackCollator(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        check_documents_apart(model, **options, compute_dtype=torch.bfloat16)
-        with pytest.raises(ConfigError, match="1e-04 is what rounding explains"):
-            check_documents_apart(model, **options, compute_dtype=torch.float32)
-        leaking = {**options, "collate": PackCollator(0)}
-        with pytest.raises(ConfigError, match="see each other"):
-            check_documents_apart(model, **leaking, compute_dtype=torch.bfloat16)
+        check_documents_apart(model)
+        if attention in flash.NAMES:
+            with pytest.raises(ConfigError, match="see each other"):
+                check_documents_apart(model, collate=rows_of_a_varlen_kernel)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_rounding_of_the_compute_dtype_is_no_leak(
+    calls: flash.Calls, attention: str, weights_dtype: torch.dtype
+) -> None:
+    check_rounding(attention, weights_dtype)
+
+
+def test_mutant_n6_tolerance_of_the_weights_for_that_of_the_arithmetic_is_killed(
+    calls: flash.Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing_check, "_compute_dtype", lambda model: model.dtype)
+    with pytest.raises(ConfigError, match="1e-04 is what rounding explains"):
+        check_rounding("flash_attention_2", torch.float32)
 
 
 # ---- the batch

@@ -155,12 +155,7 @@ def test_a_model_with_convolutions_is_refused_and_a_transformer_is_not(
 ) -> None:
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
-    options: dict[str, Any] = {
-        "collate": PackCollator(0),
-        "batch_size": 2,
-        "compute_dtype": torch.float32,
-    }
-    check_documents_apart(make_model().eval(), **options)
+    check_documents_apart(make_model().eval())
     config = Lfm2Config(
         vocab_size=300,
         hidden_size=32,
@@ -175,7 +170,7 @@ def test_a_model_with_convolutions_is_refused_and_a_transformer_is_not(
         torch.no_grad(),
         pytest.raises(ConfigError, match="Lfm2ForCausalLM lets the documents of a pack see"),
     ):
-        check_documents_apart(Lfm2ForCausalLM(config).eval(), **options)
+        check_documents_apart(Lfm2ForCausalLM(config).eval())
 
 
 def test_every_document_is_in_one_pack_and_no_pack_overflows() -> None:

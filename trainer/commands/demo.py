@@ -18,6 +18,7 @@ from trainer.demo.tasks import DemoData, operation_of, write_demo_data
 from trainer.errors import OutputError
 from trainer.monitor.records import RunRecords
 from trainer.monitoring.terminal import create_display
+from trainer.monitoring.text import preview_failure_words
 
 STEPS = 260
 BATCH_SIZE = 64
@@ -146,6 +147,9 @@ def _report(console: Console, folder: Path, data: DemoData, result: TrainingResu
         f"copying the question and the commonest result: {100 * data.commonest_result_share:.1f} %",
         exact_match_line(found),
     ]
+    failure = preview_failure_words(result.summary)
+    if failure is not None:
+        lines.append(f"warning: {failure}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -15,6 +15,7 @@ import uvicorn
 
 from trainer.commands.arguments import add_weights_flags, parse
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
+from trainer.preview.own_keys import remember_key_file
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
 from trainer.server.jobs import REQUEST_TIMEOUT_S
@@ -31,6 +32,8 @@ def run(argv: list[str]) -> int:
     words = parse(_parser(), argv)
     date = _find_weights(words)
     keys = read_keys(words.api_key_file, words.host)
+    if words.api_key_file is not None:
+        remember_key_file(words.api_key_file)
     weights_dir: Path | None = words.weights_dir
     if weights_dir is not None and not weights_dir.is_dir():
         raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")

@@ -16,6 +16,7 @@ from trainer.config.flags import ParsedFlags, parse_flags
 from trainer.config.resolve import required_for_training
 from trainer.errors import EXIT_COMPLETED
 from trainer.monitoring.terminal import DisplayKind, create_display
+from trainer.monitoring.text import preview_failure_words
 
 RESOLVED_FILE = "config.resolved.json"
 
@@ -46,6 +47,9 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
         print(f"{word}: {result.error_message}", file=sys.stderr)
     if result.success and display_name not in ("quiet", "json"):
         _say_what_next(result.output_dir, result.model_path, report)
+        failure = preview_failure_words(result.summary)
+        if failure is not None:
+            print(f"warning: {failure}")
     return result.exit_code
 
 

@@ -17,10 +17,13 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from trainer.config.addresses import is_cut, without_secrets
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Interval = Annotated[int, Field(ge=0)]
@@ -179,6 +182,9 @@ class DataSection(Section):
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
     """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
     tokens. The data card counts them."""
+    train_on_thinking: bool = True
+    """Train the thoughts of answers (`reasoning_content`, or `<think>...</think>` in the content);
+    `false` trains only what follows them. An error where no row has a thought."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True
@@ -273,7 +279,8 @@ class MonitoringConfig(Section):
     """CPU threads of the sidecar. Empty: one when training is on the CPU, else half the cores."""
     openai_base_url: str | None = None
     """Address of an OpenAI-compatible server, such as `http://127.0.0.1:8000/v1`. Its key is the
-    environment variable OPENAI_API_KEY, if it needs one."""
+    environment variable OPENAI_API_KEY, if it needs one; a password in the address is used and
+    written down nowhere."""
     openai_model: str | None = None
     """Model that server is asked for. Empty: the only one that it lists."""
     report_to: tuple[str, ...] = ("tensorboard",)
@@ -293,7 +300,17 @@ class MonitoringConfig(Section):
             self._check_openai()
         return self
 
+    @field_serializer("openai_base_url")
+    def _write_no_secret(self, value: str | None) -> str | None:
+        return None if value is None else without_secrets(value)
+
     def _check_openai(self) -> None:
+        if is_cut(self.openai_base_url or ""):
+            raise ValueError(
+                "openai_base_url was written down without its password or key, which stands "
+                "nowhere; give it again by --monitoring.openai_base_url or by "
+                "TRAINER_MONITORING__OPENAI_BASE_URL"
+            )
         if not (self.openai_base_url or "").startswith(("http://", "https://")):
             raise ValueError(
                 "preview_backend=openai needs openai_base_url, such as http://127.0.0.1:8000/v1"
@@ -311,9 +328,10 @@ class OutputSection(Section):
     output_dir: str = "outputs"
     """Folder of the run. Flag: --output."""
     checkpoint_interval: Interval = 500
-    """Steps between checkpoints; the last step and a stop by signal always make one."""
+    """Steps between checkpoints; the last step and a stop always make one."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept; one of the step with the lowest validation loss is kept besides."""
+    """Newest checkpoints kept. The one of the step with the lowest validation loss is kept besides
+    (each lower loss makes one), and the one that was marked as best."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
     report: bool = True

@@ -120,7 +120,7 @@ def assemble_trainer(
     if run.callback is not None:
         run.callback.trainer = trainer
     if packs is not None:
-        _check_packing(run, trainer)
+        _check_packing(trainer)
     trainer.use_own_forward = not is_loss_equal(run, trainer, packs.rows if packs else data.train)
     forget_peak_memory(trainer.args.device)
     return trainer
@@ -130,7 +130,7 @@ def _pad_id(run: RunContext) -> int:
     return harmless_pad_id(run.tokenizer, embedding_rows(run.model))
 
 
-def _check_packing(run: RunContext, trainer: SupervisedTrainer) -> None:
+def _check_packing(trainer: SupervisedTrainer) -> None:
     """Refuse packing where documents see each other, before the first step.
 
     In fp32 where the model allows it, which hides least. Varlen kernels take half precision only.
@@ -141,9 +141,8 @@ def _check_packing(run: RunContext, trainer: SupervisedTrainer) -> None:
     with undisturbed(trainer.model), autocast:
         check_documents_apart(
             trainer.model,
-            collate=trainer.data_collator,
             batch_size=trainer.args.per_device_train_batch_size,
-            compute_dtype=run.precision.compute_dtype if needs_autocast else dtypes.pop(),
+            collate=trainer.data_collator,
         )
 
 

@@ -14,7 +14,7 @@ from trainer.core.result import TrainingResult
 from trainer.core.resume import ResumePoint
 from trainer.core.run_folder import RunFolder
 from trainer.core.saving import save_final_model
-from trainer.errors import StoppedError
+from trainer.errors import NonFiniteError, StoppedError
 from trainer.monitoring.events import RunStarted
 
 
@@ -98,15 +98,35 @@ def _drain_previews(run: RunContext, config: TrainerConfig) -> None:
     run.durations_s["preview_drain"] = time.perf_counter() - started
 
 
+def check_weights_moved(num_steps: int, num_overflows: int) -> None:
+    """Refuse to call a run completed that moved nothing.
+
+    Args:
+        num_steps: made by this process.
+        num_overflows: those of them that fp16's gradient scaler skipped.
+    Raises:
+        NonFiniteError: all of them.
+    """
+    if 0 < num_steps <= num_overflows:
+        raise NonFiniteError(
+            f"the fp16 gradients of all {num_steps} steps overflowed, so the weights did not move; "
+            "the scaler needs some steps to find its scale. Train longer, or use bf16 or fp32."
+        )
+
+
 def finish_training(run: RunContext, config: TrainerConfig) -> TrainingResult:
     """Final evaluation and final model.
 
     Raises:
+        NonFiniteError: no step moved a weight.
         StoppedError: a run that was stopped by a signal has its checkpoint only.
     """
     if run.stop.is_signalled:
         words = f"by {run.stop.by} after step {run.step}"
         raise StoppedError(words, exit_code=run.stop.exit_code)
+    if run.trainer is not None and not run.stop.is_set:
+        start = run.resume.step if run.resume is not None else 0
+        check_weights_moved(run.step - start, run.trainer.num_overflows)
     if run.folder is None or run.trainer is None:
         return run.ended(None, None)
     if config.monitoring.final_eval_prompts:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import full_loss, supervised_loss
+from trainer.core.loss_check import forget_peak_memory
 from trainer.core.optim import state_placeholders
 from trainer.errors import ConfigError
 from trainer.preview.neutral import rng_preserved
@@ -61,6 +62,7 @@ def probe(trainer: SupervisedTrainer) -> None:
         ) from error
     for buffer, before in buffers:
         buffer.data.copy_(before)
+    forget_peak_memory(trainer.args.device)
 
 
 def _pass_over(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) -> None:

@@ -53,19 +53,18 @@ def pack_collator(model: Any, pad_id: int) -> PackCollator | JoinCollator:
 def check_documents_apart(
     model: Any,
     *,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    batch_size: int,
-    compute_dtype: torch.dtype,
+    batch_size: int = 2,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> None:
     """Refuse models whose documents see each other; the caller sets eval mode and autocast.
 
     Args:
-        collate: makes the run's batches of packs.
         batch_size: packs in a batch of the run.
-        compute_dtype: of the matrix products, which autocast may have changed.
+        collate: makes the run's batches of packs; None: what `pack_collator` chooses.
     Raises:
         ConfigError: the logits of a document depend on another one, or on where it stands.
     """
+    collate = collate or pack_collator(model, 0)
     size = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     shape = (2, batch_size, DOCUMENT_LENGTH)
@@ -87,7 +86,7 @@ def check_documents_apart(
             f"by {moved:.1e} (relative) when others do. Models with convolution or recurrent "
             "layers do that, whatever the attention; set data.enable_packing=false."
         )
-    tolerance = RELATIVE_TOLERANCE.get(compute_dtype, 1e-4)
+    tolerance = RELATIVE_TOLERANCE.get(_compute_dtype(model), 1e-4)
     if not apart <= tolerance:
         raise ConfigError(
             f"{name} gives a document other logits in a pack than alone (attention "
@@ -99,6 +98,15 @@ def check_documents_apart(
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """Of the matrix products: autocast's where it is on, whatever the weights are kept in."""
+    parameter = next(model.parameters())
+    if torch.is_autocast_enabled(parameter.device.type):
+        return torch.get_autocast_dtype(parameter.device.type)
+    dtype: torch.dtype = parameter.dtype
+    return dtype
 
 
 def _packs(first: list[torch.Tensor], told: torch.Tensor) -> list[dict[str, Any]]:

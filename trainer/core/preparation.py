@@ -120,6 +120,7 @@ def prepare_rows(
             tokenizer,
             hyper.max_length or DEFAULT_MAX_LENGTH,
             truncation=config.data.truncation,
+            train_on_thinking=config.data.train_on_thinking,
         ),
         system_prompt=system_prompt,
         is_prompt_configured=config.profile.system_prompt is not None,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer.core.context import RunContext
 from trainer.core.published import build_published
 from trainer.data.dataset import HeldOutPrompt
+from trainer.data.example import golden_text
+from trainer.data.template import ChatTemplate
+from trainer.errors import TemplateError
 from trainer.models.load import context_length
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
@@ -18,6 +22,7 @@ from trainer.preview.http import AwayError
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.openai import OpenAIPreviewBackend
 from trainer.preview.scheduler import Deliver, Lane, PreviewScheduler
+from trainer.profiles import Message
 
 PROMPTS_AT_ONCE = 50
 """Batch of the final evaluation; previews are one batch of their own."""
@@ -53,16 +58,20 @@ def build_scheduler(run: RunContext, deliver: Deliver) -> PreviewScheduler | Non
     requests = held_out_requests(run.data.preview_prompts)
     requests += [
         PreviewRequest(
-            prompt=text, prompt_token_ids=tuple(local.render(text)), prompt_id=f"user-{index}"
+            prompt=text,
+            prompt_token_ids=tuple(local.render(text)),
+            messages=tuple(dict(turn) for turn in local.turns_of(text)),
+            prompt_id=f"user-{index}",
         )
         for index, text in enumerate(monitoring.preview_prompts)
     ]
     backend: PreviewBackend | Lane = local
     if monitoring.preview_backend == "openai":
         backend = openai_backend(run)
+        how = "the exact ids of training" if backend.takes_ids else "whole conversations"
         run.notice(
-            f"previews come from {monitoring.openai_base_url} with the weights that server has, "
-            "not with this run's: they are marked unverified",
+            f"previews come from {backend.url}, which is asked by {how}, with the weights that "
+            "server has, not with this run's: they are marked unverified",
             "warning",
         )
     elif monitoring.preview_backend != "local":
@@ -72,18 +81,23 @@ def build_scheduler(run: RunContext, deliver: Deliver) -> PreviewScheduler | Non
     )
 
 
-def openai_backend(run: RunContext) -> PreviewBackend:
+def openai_backend(run: RunContext) -> OpenAIPreviewBackend:
     """A client of any OpenAI-compatible server.
 
     Raises:
-        ConfigError: it refuses the key or does not have the model.
+        ConfigError: it refuses the key or a seed that was set, or does not have the model.
     """
+    template = run.data.encoder.template
     backend = create_preview_backend(
         run.config.monitoring,
         stop=run.profile.stop_strings,
         system_prompt=run.data.system_prompt,
         compare=run.profile.matches,
         seed=run.config.environment.seed,
+        tokenizer=run.tokenizer,
+        stop_ids=template.stop_ids,
+        render_answer=lambda turns, answer: answer_text(template, turns, answer),
+        notice=lambda text: run.notice(text, "warning"),
     )
     assert isinstance(backend, OpenAIPreviewBackend), "asked for openai"
     try:
@@ -91,6 +105,27 @@ def openai_backend(run: RunContext) -> PreviewBackend:
     except AwayError as error:
         run.notice(f"previews: {error}", "warning")
     return backend
+
+
+def answer_text(
+    template: ChatTemplate, turns: Sequence[Mapping[str, Any]], answer: Mapping[str, Any]
+) -> str | None:
+    """An assistant's turn as the template writes it behind a conversation, without its stop token.
+
+    None where the template refuses it, or rewrites the conversation before it.
+    """
+    before = [cast(Message, dict(turn)) for turn in turns]
+    for thinking in (False, True):
+        try:
+            prompt = template.text(before, ask=True, thinking=thinking)
+            whole = template.text([*before, cast(Message, dict(answer))], thinking=thinking)
+        except TemplateError:
+            return None
+        if whole.startswith(prompt):
+            [found] = template.encode([whole.removeprefix(prompt)])
+            said = list(itertools.takewhile(lambda i: i not in template.stop_ids, found.ids))
+            return golden_text(template.tokenizer, said, ())
+    return None
 
 
 def held_out_requests(prompts: Iterable[HeldOutPrompt]) -> list[PreviewRequest]:

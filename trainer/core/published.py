@@ -16,6 +16,7 @@ from trainer.config.schema import MonitoringConfig
 from trainer.core.context import RunContext
 from trainer.errors import ConfigError, PreviewError
 from trainer.models.precision import resolve_device
+from trainer.models.template_date import is_dated
 from trainer.preview.base import PreviewRequest
 from trainer.preview.http import AwayError, read_key
 from trainer.preview.identity import (
@@ -28,6 +29,7 @@ from trainer.preview.identity import (
     tokenizer_hash,
 )
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.own_keys import remember_key_file
 from trainer.preview.published import PublishedPreviews
 from trainer.preview.push import ServerHashes, WorkerClient
 from trainer.preview.results import NOISE_FP32, NOISE_HALF, Canary, canary_rows
@@ -117,6 +119,7 @@ def _worker_and_setup(
         "folder": str(folder),
         "hashes": hashes.model_dump(),
         "model": run.config.model.model_path if is_http else None,
+        "template_date": run.date.isoformat() if is_dated(run.tokenizer) else None,
         "previews": _previews(run, requests, local, profile, canary),
     }
 
@@ -187,11 +190,14 @@ def _announcer(run: RunContext, key_file: Path | None) -> Announce:
         if url is None:
             folder.worker_json.unlink(missing_ok=True)
             return
+        key = key_file or monitoring.remote_3090_key_file
+        if key:
+            remember_key_file(key)
         folder.write_json(
             folder.worker_json,
             {
                 "url": url,
-                "key_file": str(key_file or monitoring.remote_3090_key_file or "") or None,
+                "key_file": str(key) if key else None,
                 "backend": monitoring.preview_backend,
                 "model_id": None,
                 "system_prompt": run.data.system_prompt,

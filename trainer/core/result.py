@@ -33,4 +33,6 @@ class TrainingResult:
     stopped by a signal."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures and counts: previews, final evaluation, times; `ended_by`: steps, early_stopping,
-    control, a signal's name such as SIGINT, or error; `error_type` after a failure."""
+    control, a signal's name such as SIGINT, or error; `error_type` after a failure. `previews`
+    holds `asked`, `done`, `failed`, `verified` and more; its `all_failed` is true where the run has
+    not shown a single answer, whatever `success` says."""

@@ -53,6 +53,14 @@ class DataCard:
     """Rows with text that the chat template leaves out of the tokens."""
     stripped_example: str = ""
     """The first such text."""
+    num_thoughts: int = 0
+    """Answers whose thought stands in the tokens."""
+    thoughts: str = ""
+    """What becomes of thoughts, where rows have any."""
+    num_opened: int = 0
+    """Rows without a thought under a template whose prompt opens one."""
+    opening: str = ""
+    """What that prompt opens it with."""
     num_leaked: int = 0
     """Validation rows whose prompt is also trained on, with whatever answer."""
     leaked_prompts: tuple[str, ...] = ()
@@ -140,6 +148,16 @@ def card_lines(card: DataCard) -> list[tuple[str, str]]:
         text = repr(card.stripped_example[:60])
         lines.append(
             ("stripped", f"the template leaves out text of {card.num_stripped:,} rows: {text}")
+        )
+    if card.num_thoughts:
+        lines.append(("thoughts", f"of {card.num_thoughts:,} answers: {card.thoughts}"))
+    if card.num_opened:
+        lines.append(
+            (
+                "prompt",
+                f"a server will add {card.opening!r} to the prompt, which {card.num_opened:,} rows "
+                "do not have; they are trained and previewed without it",
+            )
         )
     lines += _row_lines(card)
     if card.num_packs:

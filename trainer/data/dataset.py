@@ -15,6 +15,7 @@ from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rendered import check_markers_used, read_back
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
+from trainer.data.spans import assistant_turns
 from trainer.data.split import (
     EncodedRow,
     first_prompts,
@@ -121,6 +122,7 @@ def encode_data(
         **preparer.counts(encoded, held_out),
         **_row_counts([*encoded, *held_out]),
         **_token_counts(mixed, validation),
+        **_thought_fields(section, encoder, [*encoded, *held_out]),
         sample=marked_text(encoder.tokenizer, mixed[0].example.input_ids, mixed[0].example.labels),
     )
     prompts = sorted(validation or mixed, key=lambda item: (item.group, item.key))
@@ -194,6 +196,27 @@ def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict
         "num_without_stop": sum(not example.ends_with_stop for example in examples),
         "num_stripped": len(stripped),
         "stripped_example": stripped[0] if stripped else "",
+        "num_thoughts": sum(example.num_thoughts for example in examples),
+        "num_opened": sum(example.is_opened for example in examples),
+    }
+
+
+def _thought_fields(
+    section: DataSection, encoder: RowEncoder, encoded: list[EncodedRow]
+) -> dict[str, Any]:
+    """Fields of the data card about thoughts.
+
+    Raises:
+        ConfigError: thoughts are not to be trained, and there are none.
+    """
+    if not section.train_on_thinking and not any(item.example.num_thoughts for item in encoded):
+        raise ConfigError(
+            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
+            "in its tokens; remove the option."
+        )
+    return {
+        "thoughts": encoder.template.thought_words(is_trained=section.train_on_thinking),
+        "opening": encoder.template.opening,
     }
 
 
@@ -265,10 +288,15 @@ class _Preparer:
         return content_key(self._words(row.messages), self.seed)
 
     def _group(self, row: Row) -> str:
-        """The key of the cleaned turns before the first answer, or of a plain text."""
+        """The key of the cleaned turns before the first answer, or of a plain text.
+
+        Flags and greetings make no difference: rows that differ in what is trained stand together.
+        """
         turns = self._words(row.messages)
-        roles = [turn["role"] for turn in turns]
-        prompt = turns[: roles.index("assistant")] if "assistant" in roles else turns
+        for turn in turns:
+            turn.pop("weight", None)
+        answers = assistant_turns(turns)
+        prompt = turns[: answers[0]] if answers else turns
         own = self._words([Message(role="system", content=self.system_prompt or "")])
         # A system turn like the run's asks the same as none.
         return content_key(prompt[1:] if prompt[:1] == own else prompt, self.seed)
@@ -298,12 +326,18 @@ class _Preparer:
             )
         if tools_of(turns) != tools_of(row.messages):
             raise BadRowError("the row's tools were lost or changed", "tools lost")
+        if _num_thoughts(turns) < _num_thoughts(clean) and not self.profile.drops_thoughts:
+            raise BadRowError("thoughts were lost (`reasoning_content`)", "thoughts lost")
         # A profile can leave nothing to train, such as an answer of which nothing remains.
         return with_system_prompt(check_messages(turns), self.system_prompt)
 
 
 def _called(messages: list[Message]) -> list[str]:
     return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
+
+
+def _num_thoughts(messages: list[Message]) -> int:
+    return sum(bool(turn.get("reasoning_content", "").strip()) for turn in messages)
 
 
 def _weights(messages: list[Message]) -> list[float]:

@@ -11,8 +11,8 @@ from trainer.data.example import Example as Example
 from trainer.data.example import golden_ids, golden_text
 from trainer.data.plain_text import TextEncoder, is_text
 from trainer.data.rows import BadRowError
-from trainer.data.spans import SpanFinder, Spans, assistant_turns
-from trainer.data.template import PROBE, ChatTemplate, is_prefix
+from trainer.data.spans import Rendered, SpanFinder, Spans, assistant_turns
+from trainer.data.template import PROBE, ChatTemplate
 from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.truncation import IGNORE_INDEX as IGNORE_INDEX
 from trainer.data.truncation import cut, kept_weights
@@ -20,24 +20,33 @@ from trainer.data.turns import num_openings
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
+REFUSED = "refused by the chat template"
 CHUNK = 256  # rows per tokenizer call: the fast tokenizer works on a chunk in parallel
 
 
 class RowEncoder:
     """Turns conversations into examples with one tokenizer, one template, one length."""
 
-    def __init__(self, tokenizer: Any, max_length: int, *, truncation: str = "keep_start") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        truncation: str = "keep_start",
+        train_on_thinking: bool = True,
+    ) -> None:
         """Take a fast tokenizer with a provable chat template.
 
         Args:
             tokenizer: a transformers fast tokenizer.
             max_length: longest example in tokens.
             truncation: what becomes of longer ones, as `data.truncation`.
+            train_on_thinking: whether thoughts are trained, as `data.train_on_thinking`.
         Raises:
             TemplateError: the template cannot be proved.
         """
         self.template = ChatTemplate(tokenizer)
-        self.finder = SpanFinder(self.template)
+        self.finder = SpanFinder(self.template, train_on_thinking=train_on_thinking)
         self.tokenizer = tokenizer
         self.max_length, self.truncation = max_length, truncation
         specials = sorted(
@@ -52,11 +61,11 @@ class RowEncoder:
 
     def _prove_template(self) -> None:
         """Find the answer of a small conversation, so that a hopeless template stops the run."""
-        row = PROBE
-        [(ids, mask)] = self.template.render_with_mask([row])
-        prompts = self.template.render([row[:1]], generation_prompt=True)
         try:
-            self.finder.find(row, ids, mask, prompts)
+            rendered = self.finder.render(PROBE)
+            [encoding] = self.template.encode([rendered.text])
+            spans = self.finder.find(rendered, encoding)
+            self._check_prompt(spans, encoding.ids, self._encoded_prompts([spans]))
         except BadRowError as error:
             raise TemplateError(
                 "it cannot be proved which tokens the assistant writes under the model's chat "
@@ -95,35 +104,21 @@ class RowEncoder:
         return [next(from_texts if is_text(row) else from_turns) for row in chunk]
 
     def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
-        try:
-            rendered = self.template.render_with_mask(chunk)
-            prompts = self.template.render(
-                [row[:turn] for row in chunk for turn in assistant_turns(row)],
-                generation_prompt=True,
-            )
-        except TemplateError as error:
-            if len(chunk) > 1:  # find the row that the template refuses
-                return [result for row in chunk for result in self._encode_chunk([row])]
-            if num_openings(chunk[0]):
-                return [self._encode_without_opening(chunk[0])]
-            return [BadRowError(str(error), "refused by the chat template")]
-        remaining = iter(prompts)
+        rendered = [self._render(row) for row in chunk]
+        texts = [found.text for found in rendered if isinstance(found, Rendered)]
+        encodings = iter(self.template.encode(texts) if texts else ())
+        found = [
+            result if isinstance(result, BadRowError) else self._find(result, next(encodings))
+            for result in rendered
+        ]
+        prompts = self._encoded_prompts([part[0] for part in found if isinstance(part, tuple)])
         results: list[Example | BadRowError] = []
-        for row, (ids, mask) in zip(chunk, rendered, strict=True):
-            own_prompts = [next(remaining) for _ in assistant_turns(row)]
-            try:
-                self._refuse_special_text(row)
-                if not is_prefix(own_prompts[-1], ids):
-                    own_prompts = self._thinking_prompts(row)
-                if tools_of(row):
-                    refuse_lost_tools(row, self.tokenizer.decode(ids))
-                spans = self.finder.find(row, ids, mask, own_prompts)
-                _refuse_lost_system(row, spans.stripped)
-                results.append(self._example(row, ids, spans))
-            except BadRowError as error:
-                results.append(error)
-            except TemplateError as error:
-                results.append(BadRowError(str(error), "refused by the chat template"))
+        for row, part in zip(chunk, found, strict=True):
+            if isinstance(part, BadRowError):
+                is_refused = part.reason == REFUSED and num_openings(row)
+                results.append(self._encode_without_opening(row) if is_refused else part)
+            else:
+                results.append(self._finish(row, *part, prompts))
         return results
 
     def _encode_without_opening(self, row: list[Message]) -> Example | BadRowError:
@@ -140,13 +135,57 @@ class RowEncoder:
         left_out = [turn["content"] for turn in row[:first] if turn["role"] == "assistant"]
         return replace(result, stripped=(*left_out, *result.stripped))
 
-    def _thinking_prompts(self, row: list[Message]) -> list[list[int]]:
-        """The prompts that let the model think, for rows whose answer begins with a thought."""
-        return self.template.render(
-            [row[:turn] for turn in assistant_turns(row)],
-            generation_prompt=True,
-            enable_thinking=True,
-        )
+    def _render(self, row: list[Message]) -> Rendered | BadRowError:
+        try:
+            self._refuse_special_text(row)
+            rendered = self.finder.render(row)
+            if tools_of(row):
+                refuse_lost_tools(row, rendered.text)
+            return rendered
+        except BadRowError as error:
+            return error
+        except TemplateError as error:
+            return BadRowError(str(error), REFUSED)
+
+    def _find(self, rendered: Rendered, encoding: Any) -> tuple[Spans, list[int]] | BadRowError:
+        try:
+            return self.finder.find(rendered, encoding), encoding.ids
+        except BadRowError as error:
+            return error
+
+    def _encoded_prompts(self, spans: list[Spans]) -> dict[str, list[int]]:
+        """The ends of prompts as tokens; most rows of a file share one."""
+        texts = list(dict.fromkeys(found.last_prompt[0] for found in spans if found.last_prompt))
+        encodings = self.template.encode(texts) if texts else []
+        return {text: found.ids for text, found in zip(texts, encodings, strict=True)}
+
+    def _finish(
+        self, row: list[Message], spans: Spans, ids: list[int], prompts: dict[str, list[int]]
+    ) -> Example | BadRowError:
+        try:
+            _refuse_lost_system(row, spans.stripped)
+            self._check_prompt(spans, ids, prompts)
+            return self._example(row, ids, spans)
+        except BadRowError as error:
+            return error
+
+    def _check_prompt(self, spans: Spans, ids: list[int], prompts: dict[str, list[int]]) -> None:
+        """Refuse rows whose last prompt, taken by itself, becomes other tokens than in the row."""
+        if spans.last_prompt is None:
+            return
+        text, begin, end = spans.last_prompt
+        if prompts[text] != ids[begin:end]:
+            alone, inside = (
+                self.tokenizer.convert_ids_to_tokens(part)[-4:]
+                for part in (prompts[text], ids[begin : end + 1])
+            )
+            raise BadRowError(
+                "the prompt of the last assistant turn is not a prefix of the whole row under the "
+                "model's chat template, so training and generation would not see the same tokens: "
+                f"{text[-40:]!r} ends with the tokens {alone} by itself, and is followed up as "
+                f"{inside} in the row",
+                "template not provable",
+            )
 
     def _example(self, row: list[Message], ids: list[int], spans: Spans) -> Example:
         labels = [IGNORE_INDEX] * len(ids)
@@ -169,16 +208,18 @@ class RowEncoder:
             labels=kept_labels,
             prompt=row[first_turn - 1]["content"],
             golden_answer=golden_text(
-                self.tokenizer, golden_ids(kept_labels, prompt_length), self.template.stop_ids
+                self.tokenizer, golden_ids(kept_labels, prompt_length), self.template.end_ids
             ),
             conversation=tuple(row[:first_turn]),
             is_truncated=len(ids) > self.max_length,
             ends_with_stop=all(
-                ids[end - 1] in self.template.stop_ids for _, _, end in trained if end <= limit
+                ids[end - 1] in self.template.end_ids for _, _, end in trained if end <= limit
             ),
             stripped=spans.stripped,
             prompt_length=prompt_length,
             num_removed=len(ids) - len(kept_ids),
+            num_thoughts=spans.num_thoughts,
+            is_opened=spans.is_opened,
             weights=kept_weights(weights[removed:], kept_labels),
         )
 

@@ -31,6 +31,10 @@ class Example:
     """Tokens that were cut off."""
     stripped: tuple[str, ...] = ()
     """Text of the row's turns that the chat template leaves out."""
+    num_thoughts: int = 0
+    """Turns whose thought stands in the tokens."""
+    is_opened: bool = False
+    """The chat template's prompt opens a thought that the row does not have."""
     conversation: tuple[Message, ...] = ()
     """The turns before that assistant turn, as they are rendered; empty for plain text."""
     weights: list[float] | None = None

@@ -254,9 +254,10 @@ def _inner_rows(path: Path, whole: dict[str, Any]) -> list[Any] | None:
     Raises:
         DataError: it holds columns, or several lists of rows.
     """
-    lists = {key: value for key, value in whole.items() if _is_rows(value)}
+    lists: dict[str, list[Any]] = {key: rows for key, rows in whole.items() if _is_rows(rows)}
     if len(whole) == 1 and lists:
-        return next(iter(lists.values()))
+        [rows] = lists.values()
+        return rows
     if len(lists) > 1 and len(lists) == len(whole):
         names = ", ".join(f"{key!r} ({len(value):,})" for key, value in lists.items())
         raise DataError(

@@ -18,6 +18,7 @@ from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.template import TEMPLATE_OPTIONS
 from trainer.data.turns import check_messages, leave_openings, num_openings
 from trainer.errors import ConfigError
+from trainer.models.template_date import date_options
 from trainer.profiles import Message
 
 if TYPE_CHECKING:
@@ -176,7 +177,9 @@ class TemplateReader:
     def _render(self, turns: list[Message], **options: Any) -> str | None:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, **{**TEMPLATE_OPTIONS, **options}
+                turns,
+                tokenize=False,
+                **{**TEMPLATE_OPTIONS, **date_options(self.tokenizer), **options},
             )
         except Exception:  # whatever a template raises: it does not take these turns
             return None

@@ -1,19 +1,37 @@
 """Which tokens of a rendered conversation the assistant writes, proved turn by turn.
 
-A turn begins where the prompt that asks for it ends: what a template puts there by itself (a
-header, an empty thought) is never trained. It ends with its first stop token. Generation markers
-give the turns where there are any; else they are found by rendering the prompt of every turn. In
-both cases the text found must be the text of the row.
+Each text of a row is marked where it ends, and the marks are found again in what the template
+makes of the row: so a turn is known wherever it stands, also where the template rewrites the turns
+before it. A turn begins where the prompt that asks for it ends: what a template puts there by
+itself (a header, an empty thought) is never trained. It ends with the first end-of-turn token
+behind all that it says and calls.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
+from typing import Any
 
+from trainer.data.arguments import missing_arguments, with_arguments
+from trainer.data.marks import (
+    MARK,
+    TurnMarks,
+    has_marks,
+    marked,
+    shared_start,
+    without_marks,
+)
 from trainer.data.rows import BadRowError
-from trainer.data.template import ChatTemplate, shared_prefix
+from trainer.data.template import ChatTemplate
 from trainer.data.turns import num_openings
+from trainer.errors import TemplateError
 from trainer.profiles import Message
+
+MARKER = re.compile(r"<[^<>\s]*>")
+"""What stands for one token in the format of a family, whether it is one or not."""
+OPENED = re.compile(r"(<[^<>\s]*>)+")
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,28 @@ class Spans:
     """Half-open ranges of ids, one per assistant turn, each with its stop token if it has one."""
     stripped: tuple[str, ...]
     """Text of the row's turns that the template leaves out of the tokens."""
+    num_thoughts: int = 0
+    """Turns whose thought stands in the tokens."""
+    is_opened: bool = False
+    """A prompt of this row would open a thought that the row does not have."""
+    last_prompt: tuple[str, int, int] | None = None
+    """The end of the last turn's prompt as text, and the half-open range of ids that it must be."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row under the template."""
+
+    row: list[Message]
+    text: str
+    with_marks: str
+    """The same text with the marks of `marks` in it."""
+    marks: list[TurnMarks]
+    prompts: list[str]
+    """For each assistant turn the marked turns before it, with the header that asks for it."""
+    is_thinking: bool
+    mask: list[int] | None
+    """1 where the template's own generation markers are."""
 
 
 def assistant_turns(row: list[Message]) -> list[int]:
@@ -33,132 +73,448 @@ def assistant_turns(row: list[Message]) -> list[int]:
     return [index for index, role in enumerate(roles) if role == "assistant" and index > first]
 
 
+def lost_thought(where: str) -> BadRowError:
+    """The error of a row whose thought the template would lose."""
+    return BadRowError(
+        f"{where} has a thought, which the model's chat template does not write there; take it "
+        "out, or give a template that writes it (model.chat_template)",
+        "template without thoughts",
+    )
+
+
+def thinks(turn: Message) -> bool:
+    """Whether a turn brings a thought, as a key or in its content."""
+    return bool(turn.get("reasoning_content", "").strip()) or "</think>" in turn["content"]
+
+
 class SpanFinder:
     """Finds and proves the trained stretches of rows under one template."""
 
-    def __init__(self, template: ChatTemplate) -> None:
-        """Take the template whose ids will be searched."""
-        self.template = template
+    def __init__(self, template: ChatTemplate, *, train_on_thinking: bool = True) -> None:
+        """Take the template whose ids will be searched.
 
-    def find(
-        self, row: list[Message], ids: list[int], mask: list[int] | None, prompts: list[list[int]]
-    ) -> Spans:
+        Args:
+            template: the model's.
+            train_on_thinking: False: a turn's stretch begins behind its thought.
+        """
+        self.template = template
+        self.train_on_thinking = train_on_thinking
+
+    def render(self, row: list[Message]) -> Rendered:
+        """A row's text, the same with marks, and its prompts.
+
+        Raises:
+            BadRowError: the arguments of a call, or the row's thoughts, cannot be given to the
+                template, or its text changes with the marks.
+            TemplateError: the template refuses the row.
+        """
+        row = self._spelled(row)
+        last_user = max((n for n, turn in enumerate(row) if turn["role"] == "user"), default=0)
+        is_thinking = any(thinks(t) for t in row[last_user:] if t["role"] == "assistant")
+        text = self.template.text(row, thinking=is_thinking)
+        if has_marks(text):
+            raise BadRowError(
+                "row holds characters of plane 15 (private use), which stand for no text; "
+                "take them out of the data",
+                "not text",
+            )
+        for only_answers in (False, True):
+            turns, marks = marked(row, only_answers=only_answers)
+            with_marks = self.template.text(turns, thinking=is_thinking)
+            if without_marks(with_marks) == text:
+                break
+        else:
+            raise BadRowError(
+                "the model's chat template changes what it writes with the ends of the turns, so "
+                "it cannot be proved which tokens the assistant writes",
+                "template not provable",
+            )
+        prompts = [
+            self.template.text(turns[:turn], ask=True, thinking=is_thinking)
+            for turn in assistant_turns(row)
+        ]
+        mask = self.template.marker_mask(row, thinking=is_thinking)
+        return Rendered(row, text, with_marks, marks, prompts, is_thinking, mask)
+
+    def _spelled(self, row: list[Message]) -> list[Message]:
+        """The row with its calls as the template takes them."""
+        dialect = self.template.dialect
+        row = with_arguments(row, dialect.arguments)
+        for position, turn in enumerate(row):
+            if turn.get("reasoning_content", "").strip() and dialect.thought is None:
+                raise lost_thought(f"turn {position} ({turn['role']})")
+        return row
+
+    def find(self, rendered: Rendered, encoding: Any) -> Spans:
         """The trained stretches of one row.
 
         Args:
-            row: the turns.
-            ids: the whole row under the model's own template.
-            mask: 1 where markers say that the assistant writes; None where there are none.
-            prompts: for each assistant turn the ids of the turns before it, with the header that
-                asks for an answer.
+            rendered: what `render` made of it.
+            encoding: its text as tokens, a `tokenizers.Encoding`.
         Raises:
             BadRowError: it cannot be proved which tokens are the assistant's.
         """
-        starts = [shared_prefix(ids, prompt) for prompt in prompts]
-        self._check_last_prompt(ids, starts[-1], prompts[-1])
-        # Greetings before the first user turn have marks too, and no prompt that asks for them.
-        runs = _runs(mask)[num_openings(row) :] if mask is not None else []
-        if len(runs) == len(starts):
-            ranges = [
-                self._trim(ids, max(begin, start), end)
-                for (begin, end), start in zip(runs, starts, strict=True)
-            ]
-        else:
-            ranges = [self._trim(ids, start, len(ids)) for start in starts]
-        stripped = self._stripped_prompts(row, ids, ranges)
-        for nth, (span, turn) in enumerate(zip(ranges, assistant_turns(row), strict=True)):
-            stripped += self._prove(row[turn], ids, span, nth)
-        return Spans(ranges, tuple(stripped))
-
-    def _check_last_prompt(self, ids: list[int], start: int, prompt: list[int]) -> None:
-        if start == len(prompt):
-            return
-        expected = self._decode(prompt[max(start - 4, 0) : start + 8])
-        found = self._decode(ids[max(start - 4, 0) : start + 8])
-        raise BadRowError(
-            "the prompt of the last assistant turn is not a prefix of the whole row under the "
-            "model's chat template, so training and generation would not see the same tokens: "
-            f"at token {start} the prompt goes on {expected!r}, the row {found!r}",
-            "template not provable",
+        return _Search(self.template, rendered, encoding).spans(
+            train_on_thinking=self.train_on_thinking
         )
 
-    def _trim(self, ids: list[int], begin: int, end: int) -> tuple[int, int]:
-        """Cut a marked stretch behind its first stop token; take that token in if it follows."""
-        for position in range(begin, min(end + 1, len(ids))):
-            if ids[position] in self.template.stop_ids:
-                return begin, position + 1
-        return begin, end
 
-    def _prove(
-        self, turn: Message, ids: list[int], span: tuple[int, int], nth: int
-    ) -> tuple[str, ...]:
-        """Check that a stretch says what its turn says; return what the template left out."""
-        said, content = self._said(ids, span), turn["content"].strip()
-        if turn.get("tool_calls"):
-            return self._prove_calls(turn, said, nth)
-        if said.split() == content.split():  # templates choose the spacing round a thought
-            return ()
-        if said and said in content:
-            before, after = (part.strip() for part in content.split(said, 1))
-            if not self._is_beside(ids, span, before, after):
-                return tuple(part for part in (before, after) if part)
-        raise BadRowError(
-            f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: tokens "
-            f"{span[0]} to {span[1]} should say {content[:60]!r}, but say {said[:60]!r}",
-            "template not provable",
-        )
+class _Search:
+    """The search through one row; positions are characters of the text unless called ids."""
 
-    def _prove_calls(self, turn: Message, said: str, nth: int) -> tuple[str, ...]:
-        """Check that a stretch names every function that its turn calls, after what it says."""
-        names = [str(call.get("function", call).get("name", "")) for call in turn["tool_calls"]]
-        missing = [name for name in names if not name or name not in said]
-        if missing:
+    def __init__(self, template: ChatTemplate, rendered: Rendered, encoding: Any) -> None:
+        self.template, self.encoding = template, encoding
+        self.row, self.text = rendered.row, rendered.text
+        self.rendered, self.marks = rendered, rendered.marks
+        self.places = _places(rendered.with_marks)
+        self.ids: list[int] = encoding.ids
+        self.stripped: list[str] = []
+        self.num_thoughts = 0
+        self.is_opened = False
+
+    def spans(self, *, train_on_thinking: bool) -> Spans:
+        turns = assistant_turns(self.row)
+        runs = _runs(self.rendered.mask) if self.rendered.mask is not None else []
+        # Greetings before the first user turn have markers too, and no prompt that asks for them.
+        runs = runs[num_openings(self.row) :]
+        ranges: list[tuple[int, int]] = []
+        taken: list[tuple[int, int]] = []
+        last_prompt = None
+        end = 0
+        for nth, turn in enumerate(turns):
+            begin = self._begin(nth, end, is_last=nth == len(turns) - 1)
+            first = self._id_at(begin)
+            if len(runs) == len(turns):  # the template's own markers may begin behind a space
+                first = max(first, runs[nth][0])
+                begin = max(begin, self._start_of(first))
+            stop, end = self._end(nth, turn, begin)
+            self._prove(nth, turn, begin, end)
+            self._prove_ids(nth, first, stop)
+            if nth == len(turns) - 1:
+                last_prompt = self._prompt_end(begin, first)
+            thought_end = self._thought(turn, begin)
+            if thought_end is not None and not train_on_thinking:
+                first = max(first, self._id_at(thought_end))
+            taken.append((begin, end))
+            ranges.append((first, stop))
+        stripped = (*self._stripped_prompts(taken), *self.stripped)
+        return Spans(ranges, stripped, self.num_thoughts, self.is_opened, last_prompt)
+
+    # ---- where a turn begins
+
+    def _begin(self, nth: int, earliest: int, *, is_last: bool) -> int:
+        """Where the prompt of a turn ends in the row, behind the end of the turn before."""
+        prompt = self.rendered.prompts[nth]
+        anchor, tail = self._anchor(prompt)
+        if anchor is None:
             raise BadRowError(
-                f"assistant turn {nth + 1} calls {', '.join(map(repr, missing))}, which the "
-                f"model's chat template does not write; its tokens say {said[:60]!r}",
-                "template without tool calls",
+                f"the model's chat template leaves out the turn before assistant turn {nth + 1}, "
+                "so its prompt cannot be found in the row",
+                "template not provable",
             )
-        content = turn["content"].strip()
-        return () if content in said else (content,)
+        rest = self.text[anchor : anchor + len(tail) + 64]
+        found = [
+            (len(ending), is_opened)
+            for ending, is_opened in self._endings(tail)
+            if rest.startswith(ending)
+        ]
+        if found:
+            length, is_opened = max(found, key=lambda item: (item[0], not item[1]))
+            self.is_opened |= is_opened and bool(self.template.opening)
+        else:
+            length = _whole_markers(tail, rest, shared_start(tail, rest))
+            if is_last:
+                raise BadRowError(
+                    "the prompt of the last assistant turn is not a prefix of the whole row under "
+                    "the model's chat template, so training and generation would not see the same "
+                    f"tokens: the prompt goes on {tail[length : length + 40]!r}, the row "
+                    f"{rest[length : length + 40]!r}",
+                    "template not provable",
+                )
+        if anchor + length < earliest:
+            raise BadRowError(
+                f"the model's chat template writes the prompt of assistant turn {nth + 1} before "
+                "the end of the turn before it",
+                "template not provable",
+            )
+        return anchor + length
 
-    def _is_beside(self, ids: list[int], span: tuple[int, int], before: str, after: str) -> bool:
-        """Whether the rest of a turn stands beside the stretch, which is too small then."""
-        left = self._decode(ids[: span[0]]).rstrip()
-        right = self._decode(ids[span[1] :]).lstrip()
-        return bool((before and left.endswith(before)) or (after and right.startswith(after)))
+    def _anchor(self, prompt: str) -> tuple[int | None, str]:
+        """The place of a prompt's last mark in the row, and what the prompt goes on with."""
+        found = list(MARK.finditer(prompt))
+        if not found:
+            return 0, prompt
+        mark, at = found[-1].group(), found[-1].start()
+        places = self.places.get(mark, [])
+        index = prompt.count(mark, 0, at)  # a function's name may stand in its result too
+        return (places[index] if index < len(places) else None), prompt[at + 1 :]
 
-    def _said(self, ids: list[int], span: tuple[int, int]) -> str:
-        begin, end = span
-        if end > begin and ids[end - 1] in self.template.stop_ids:
+    def _endings(self, tail: str) -> list[tuple[str, bool]]:
+        """How a prompt may end in the row: with thinking off or on, or without an opened thought.
+
+        Returns:
+            Each ending, and whether something that the prompt opens was left out.
+        """
+        is_thinking = self.rendered.is_thinking
+        own, other = self.template.asking[is_thinking], self.template.asking[not is_thinking]
+        shared = shared_start(own.tail, other.tail)
+        whole = [(tail, own.openings)]
+        if tail.endswith(own.tail[shared:]):
+            swapped = tail[: len(tail) - len(own.tail[shared:])] + other.tail[shared:]
+            whole.append((swapped, other.openings))
+        # The other prompt may differ before the header too, and go on behind it.
+        if own.tail in other.tail:
+            whole.append((tail + other.tail.rpartition(own.tail)[2], ()))
+        opened = [
+            (ending.removesuffix(opening), True)
+            for ending, openings in whole
+            for opening in openings
+            if ending.endswith(opening)
+        ]
+        return [*((ending, False) for ending, _ in whole), *opened]
+
+    # ---- where it ends
+
+    def _end(self, nth: int, turn: int, begin: int) -> tuple[int, int]:
+        """The end of a turn: behind its end-of-turn token, as (id, character)."""
+        written = [self._first_place(mark, begin) for mark in self.marks[turn].last]
+        last = max([begin, *(place for place in written if place is not None)])
+        limit = min(
+            (
+                place
+                for marks in self.marks[turn + 1 :]
+                for mark in marks.last
+                if (place := self._first_place(mark, begin)) is not None
+            ),
+            default=len(self.text),
+        )
+        if last > limit:
+            raise BadRowError(
+                f"the model's chat template writes a part of assistant turn {nth + 1} behind the "
+                "turns that follow it, so the turn cannot be trained as one",
+                "template reorders turns",
+            )
+        position = self._id_at(last)
+        while position < len(self.ids) and self._start_of(position) < limit:
+            if self.ids[position] in self.template.end_ids and self._start_of(position) >= last:
+                return position + 1, self.encoding.token_to_chars(position)[1]
+            position += 1
+        return self._end_without_stop(turn, last)
+
+    def _end_without_stop(self, turn: int, last: int) -> tuple[int, int]:
+        """The end of a turn that no control token ends: what it is written with at a row's end."""
+        end = len(self.text)
+        if turn + 1 < len(self.row):
+            try:
+                alone = self.template.text(self.row[: turn + 1], thinking=self.rendered.is_thinking)
+            except TemplateError:
+                alone = self.text
+            end = shared_start(alone, self.text)
+            end = end if end >= last else last
+        while end > last and self.text[end - 1].isspace():
             end -= 1
-        return self._decode(ids[begin:end]).strip()
+        position = self._id_at(end)
+        if position < len(self.ids) and self.ids[position] in self.template.end_ids:
+            return position + 1, self.encoding.token_to_chars(position)[1]
+        return position, end
 
-    def _stripped_prompts(
-        self, row: list[Message], ids: list[int], ranges: list[tuple[int, int]]
-    ) -> tuple[str, ...]:
+    # ---- that it is the turn
+
+    def _prove(self, nth: int, turn: int, begin: int, end: int) -> None:
+        """Check that a stretch says and calls what its turn does; note what was left out."""
+        message, marks = self.row[turn], self.marks[turn]
+        self._prove_calls(nth, message, marks, begin, end)
+        content = message["content"].strip()
+        if not content:
+            return
+        at = self._first_place(marks.content, begin) if marks.content else None
+        if at is None or at > end:
+            if message.get("tool_calls"):
+                self.stripped.append(content)  # the call is there, what was said with it is not
+                return
+            raise self._lost(nth, content, begin, end)
+        said = self.text[begin:at]
+        if self._is_whole(said, content, begin):
+            return
+        kept = _shared_end(said, content)
+        before, header = content[: len(content) - kept].strip(), said[: len(said) - kept].strip()
+        is_beside = bool(before) and self.text[:begin].rstrip().endswith(before)
+        thought = message.get("reasoning_content", "").strip()
+        is_header = bool(header) and not (thought and thought in header)
+        if not kept or (is_beside and not header) or (is_header and not self.template.asks):
+            raise self._lost(nth, content, begin, end)
+        if _squeezed(before) not in _squeezed(header):
+            self.stripped.append(before)
+
+    def _is_whole(self, said: str, content: str, begin: int) -> bool:
+        """Whether a stretch says all of a content, or all but markers that its prompt ends with."""
+        words, spoken = _squeezed(content), _squeezed(said)
+        if words == spoken:  # templates choose the spacing round a thought
+            return True
+        opened = words.removesuffix(spoken)
+        return bool(
+            spoken
+            and OPENED.fullmatch(opened)
+            and _squeezed(self.text[max(begin - 2 * len(content), 0) : begin]).endswith(opened)
+        )
+
+    def _prove_calls(
+        self, nth: int, message: Message, marks: TurnMarks, begin: int, end: int
+    ) -> None:
+        at = begin
+        said = self.text[begin:end]
+        for number, (mark, call) in enumerate(
+            zip(marks.calls, message.get("tool_calls", []), strict=True)
+        ):
+            place = self._first_place(mark, at)
+            name = call["function"]["name"]
+            if place is None or place > end or not self.text[:place].endswith(name):
+                raise BadRowError(
+                    f"assistant turn {nth + 1} calls {name!r}, which the model's chat template "
+                    f"does not write (call {number + 1}); its tokens say {said[:60]!r}",
+                    "template without tool calls",
+                )
+            at = place
+            missing = missing_arguments(call["function"].get("arguments"), said)
+            if missing or self.template.dialect.arguments is None:
+                raise BadRowError(
+                    f"assistant turn {nth + 1}, tool_calls[{number}].function.arguments: the "
+                    f"model's chat template writes them neither as an object nor as JSON text "
+                    f"({', '.join(map(repr, missing[:3])) or 'tried with a call of its own'})",
+                    "template without arguments",
+                )
+
+    def _lost(self, nth: int, content: str, begin: int, end: int) -> BadRowError:
+        return BadRowError(
+            f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: it "
+            f"should say {content[:60]!r}, but says {self.text[begin:end][:60]!r}",
+            "template not provable",
+        )
+
+    def _prove_ids(self, nth: int, first: int, stop: int) -> None:
+        """Check that the ids of a stretch say its text."""
+        if first >= stop:
+            raise BadRowError(
+                f"assistant turn {nth + 1} has no tokens of its own under the chat template",
+                "template not provable",
+            )
+        decoded = self.template.tokenizer.decode(
+            self.ids[first:stop], clean_up_tokenization_spaces=False
+        )
+        text = self.text[self._start_of(first) : self.encoding.token_to_chars(stop - 1)[1]]
+        if "".join(decoded.split()) != "".join(text.split()):
+            raise BadRowError(
+                f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
+                f"they should say {text[:60]!r}, but say {decoded[:60]!r}",
+                "template not provable",
+            )
+
+    def _prompt_end(self, begin: int, first: int) -> tuple[str, int, int]:
+        """The prompt's text from its last control token on, and the ids that it must become."""
+        start = first
+        while start > 0:
+            start -= 1
+            if self.ids[start] in self.template.special_ids:
+                break
+        return self.text[self._start_of(start) if start else 0 : begin], start, first
+
+    # ---- its thought
+
+    def _thought(self, turn: int, begin: int) -> int | None:
+        """Where what follows a turn's thought begins; None where no thought stands there."""
+        message, mark = self.row[turn], self.marks[turn].thought
+        if mark is not None:
+            place = self._first_place(mark, begin)
+            if place is None and turn == assistant_turns(self.row)[-1]:
+                raise lost_thought(f"turn {turn} ({message['role']}), the last answer,")
+            if place is None:  # many templates keep the thoughts of the last answer only
+                self.stripped.append(message["reasoning_content"].strip())
+                return None
+            self.num_thoughts += 1
+            rest = self.text[place:]
+            return place + shared_start(rest, self.template.thought_end)
+        content = self.marks[turn].content
+        place = self._first_place(content, begin) if content else None
+        at = self.text.find("</think>", begin, place) if place is not None else -1
+        if "</think>" not in message["content"] or at < 0:
+            return None
+        self.num_thoughts += 1
+        end = at + len("</think>")
+        while end < len(self.text) and self.text[end].isspace():
+            end += 1
+        return end
+
+    # ---- the turns of others
+
+    def _stripped_prompts(self, taken: list[tuple[int, int]]) -> list[str]:
         """Turns of others that are not, whole and in order, in the text between the answers."""
-        between: list[int] = []
+        between: list[str] = []
         position = 0
-        for begin, end in ranges:
-            between += ids[position:begin]
+        for begin, end in taken:
+            between.append(self.text[position:begin])
             position = end
-        text = self._decode(between + ids[position:])
+        text = "".join(between) + self.text[position:]
         missing = []
-        answers = assistant_turns(row)
-        for index, turn in enumerate(row):
+        answers = assistant_turns(self.row)
+        for index, turn in enumerate(self.row):
             content = turn["content"].strip()
             if index in answers or not content:
                 continue
             at = text.find(content)
+            if at < 0:  # some templates write results as JSON
+                content = json.dumps(content, ensure_ascii=False)[1:-1]
+                at = text.find(content)
             if at < 0:
-                missing.append(content)
+                missing.append(turn["content"].strip())
             else:  # each character of the text can prove one turn only
                 text = text[:at] + "\0" + text[at + len(content) :]
-        return tuple(missing)
+        return missing
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.template.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return text
+    # ---- positions
+
+    def _first_place(self, mark: str | None, start: int) -> int | None:
+        places = self.places.get(mark or "", [])
+        return next((place for place in places if place >= start), None)
+
+    def _id_at(self, place: int) -> int:
+        """The first token that holds the character, or one behind it, or the number of tokens."""
+        while place < len(self.text):
+            found: int | None = self.encoding.char_to_token(place)
+            if found is not None:
+                return found
+            place += 1
+        return len(self.ids)
+
+    def _start_of(self, position: int) -> int:
+        start: int = self.encoding.token_to_chars(position)[0]
+        return start
+
+
+def _places(with_marks: str) -> dict[str, list[int]]:
+    """Where each mark stands, as positions of the text without marks."""
+    places: dict[str, list[int]] = {}
+    for removed, found in enumerate(MARK.finditer(with_marks)):
+        places.setdefault(found.group(), []).append(found.start() - removed)
+    return places
+
+
+def _whole_markers(a: str, b: str, length: int) -> int:
+    """A length of what two texts share, less the start of a marker that only one of them has."""
+    for text in (a, b):
+        for marker in MARKER.finditer(text):
+            if marker.start() < length < marker.end():
+                length = marker.start()
+    return length
+
+
+def _squeezed(text: str) -> str:
+    """A text less its spacing."""
+    return "".join(text.split())
+
+
+def _shared_end(a: str, b: str) -> int:
+    """How many trailing characters two texts share."""
+    return shared_start(a[::-1], b[::-1])
 
 
 def _runs(mask: list[int]) -> list[tuple[int, int]]:

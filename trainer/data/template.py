@@ -1,16 +1,27 @@
-"""What a chat template does to turns: token ids, and which of them the assistant writes.
+"""A tokenizer's chat template: turns -> text -> ids, and what it does round the answers.
 
-The ids are always those of the model's own template, which is also the one saved. Generation
-markers in it say what is trained; where it has none, the same family's training template from
-TRL serves for the mask, and only where its ids are equal; where there is none, the answers are
-found by rendering the prompt of every turn (`trainer/data/spans.py`).
+The ids are always those of the model's own template, which is also the one saved. What it does is
+found by rendering small conversations: how it wants turns to be spelled (`dialect.py`), what the
+prompt of an answer ends with, and which tokens end an answer.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
+from trainer.data.dialect import (
+    CALLED,
+    SAYS,
+    THOUGHT,
+    answer,
+    call_turn,
+    find_dialect,
+    question,
+    result_turn,
+)
+from trainer.data.marks import marked, shared_start
 from trainer.data.tools import tools_of
 from trainer.errors import TemplateError
 from trainer.models.template_date import date_options
@@ -24,14 +35,26 @@ PROBE = [
 TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False}
 
 
+@dataclass(frozen=True)
+class Asking:
+    """The end of the prompt of an answer, under one value of `enable_thinking`."""
+
+    tail: str
+    """What follows the user's words in the prompt."""
+    openings: tuple[str, ...]
+    """Ends of `tail` that a row without a thought does not have, such as an opened thought."""
+    is_always: bool
+    """Whether even a row of one question and one answer lacks the first of them."""
+
+
 class ChatTemplate:
-    """A tokenizer's chat template with a provable assistant mask."""
+    """A tokenizer's chat template, and what was found out about it."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Find where the mask comes from.
+        """Try the template.
 
         Raises:
-            TemplateError: no template, or no way to prove what the assistant writes.
+            TemplateError: no template, or it takes no conversation, or nothing ends an answer.
         """
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
@@ -39,129 +62,192 @@ class ChatTemplate:
                 "the tokenizer has no chat template, so turns cannot be put into tokens; choose an "
                 "instruction-tuned model, or add chat_template.jinja to the model folder."
             )
-        self.has_mask, self.mask_template, self.source = _mask_template(tokenizer)
-        origin = getattr(tokenizer, "template_origin", None)
-        if origin is not None:
-            self.source = self.source.replace("the model's own template", f"template {origin}")
-        self.stop_ids = self._find_stop_ids()
+        self.has_markers = bool(re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template))
+        self.special_ids = frozenset(
+            {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+            | set(tokenizer.all_special_ids)
+        )
+        self._special = _pattern(tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+        self.dialect = find_dialect(tokenizer, self._render)
+        self.source = self._source()
+        self.asking = {thinking: self._asking(thinking) for thinking in (False, True)}
+        self.asks = self.text([question()], ask=True) != self.text([question()])
+        """Whether asking for an answer adds anything to the turns."""
+        self.thought_end = self._find_thought_end()
+        self.end_ids = self._find_ends()
+        self.stop_ids = self.end_ids - self._ids_inside()
+        """The tokens at which generation stops: what ends an answer and stands in none."""
 
-    def render(
-        self, conversations: list[list[Message]], *, generation_prompt: bool = False, **options: Any
-    ) -> list[list[int]]:
-        """Token ids of conversations by the model's own template.
+    def text(self, turns: list[Message], *, ask: bool = False, thinking: bool = False) -> str:
+        """The turns under the model's own template.
 
         Args:
-            generation_prompt: end with the header that asks for an answer.
-            options: names for the template, such as `enable_thinking` (False by default).
+            turns: with the arguments of calls in the form of `dialect`.
+            ask: end with the header that asks for an answer.
+            thinking: value of the template's option `enable_thinking`.
         Raises:
-            TemplateError: the template refuses a conversation; its own words are in the message.
+            TemplateError: the template refuses them; its own words are in the message.
         """
-        rendered = self._apply(conversations, add_generation_prompt=generation_prompt, **options)
-        ids: list[list[int]] = rendered["input_ids"]
-        return ids
+        return self._render(self.dialect.spelled(turns), ask=ask, thinking=thinking)
 
-    def render_with_mask(
-        self, conversations: list[list[Message]]
-    ) -> list[tuple[list[int], list[int] | None]]:
-        """Ids of the model's own template, and a mask of 1 where the assistant writes.
-
-        Returns:
-            For each conversation its ids and a mask of equal length; None instead of the mask
-            where there are no markers, or the training template's ids differ from the model's own.
-        """
-        if not self.has_mask:
-            return [(ids, None) for ids in self.render(conversations)]
-        masked = self._apply(
-            conversations, chat_template=self.mask_template, return_assistant_tokens_mask=True
-        )
-        if self.mask_template is None:
-            return list(zip(masked["input_ids"], masked["assistant_masks"], strict=True))
-        own = self.render(conversations)
-        return [
-            (ids, mask if ids == mask_ids else None)
-            for ids, mask_ids, mask in zip(
-                own, masked["input_ids"], masked["assistant_masks"], strict=True
-            )
-        ]
-
-    def _apply(self, conversations: list[list[Message]], **options: Any) -> Any:
-        """One call for all conversations; those with tools of their own need a call each."""
-        if any(tools_of(row) for row in conversations):
-            parts = [self._apply_alike([row], tools_of(row), options) for row in conversations]
-            return {key: [value for part in parts for value in part[key]] for key in parts[0]}
-        return self._apply_alike(conversations, None, options)
-
-    def _apply_alike(
-        self,
-        conversations: list[list[Message]],
-        tools: list[dict[str, Any]] | None,
-        options: dict[str, Any],
-    ) -> Any:
+    def _render(self, turns: list[Message], *, ask: bool = False, thinking: bool = False) -> str:
+        """The text of turns that are handed to the template as they are."""
+        options = {**TEMPLATE_OPTIONS, "enable_thinking": thinking}
+        tools = tools_of(turns)
         if tools is not None:
-            options = {**options, "tools": tools}
-        options = {**options, **date_options(self.tokenizer, options.get("chat_template"))}
+            options["tools"] = tools
         try:
-            return self.tokenizer.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, **{**TEMPLATE_OPTIONS, **options}
+            text: str = self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=ask,
+                **{**options, **date_options(self.tokenizer)},
             )
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
             raise TemplateError(
                 f"the model's chat template refuses these turns: {' '.join(str(error).split())}"
             ) from error
+        return text
 
-    def _find_stop_ids(self) -> frozenset[int]:
-        """The tokens that end a turn: the end-of-text token, and what follows a probe answer."""
-        tokenizer = self.tokenizer
-        stops = {tokenizer.eos_token_id} - {None}
-        special = {
-            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        } | set(tokenizer.all_special_ids)
-        prompt = self.render([PROBE[:1]], generation_prompt=True)[0]
-        # Some families end a turn with the header of the next one, which may be a tool's.
-        for next_role in ("user", "tool"):
-            row = [*PROBE, Message(role=next_role, content="c")]
+    def encode(self, texts: list[str]) -> Any:
+        """Tokens of rendered texts: one `tokenizers.Encoding` each, with `ids` and positions."""
+        return self.tokenizer(texts, add_special_tokens=False).encodings
+
+    def marker_mask(self, turns: list[Message], *, thinking: bool) -> list[int] | None:
+        """1 where the template's own generation markers are; None where it has none."""
+        if not self.has_markers:
+            return None
+        mask: list[int] = self.tokenizer.apply_chat_template(
+            self.dialect.spelled(turns),
+            tools=tools_of(turns),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{**TEMPLATE_OPTIONS, "enable_thinking": thinking, **date_options(self.tokenizer)},
+        )["assistant_masks"]
+        return mask
+
+    @property
+    def opening(self) -> str:
+        """The thought that every prompt opens and that a row without one does not have, or ""."""
+        asking = self.asking[False]
+        return asking.openings[0] if asking.is_always else ""
+
+    def thought_words(self, *, is_trained: bool) -> str:
+        """What becomes of thoughts, for the data card."""
+        fate = "trained" if is_trained else "read, not trained (data.train_on_thinking=false)"
+        if self.dialect.thought != "content":
+            return fate
+        return f"{fate}; written as <think>...</think>, the template has no place of its own"
+
+    def _source(self) -> str:
+        origin = getattr(self.tokenizer, "template_origin", None)
+        name = "the model's own template" if origin is None else f"template {origin}"
+        how = "generation markers" if self.has_markers else "answers found by marking their ends"
+        return f"{name} ({how})"
+
+    def _marked(self, turns: list[Message], **options: Any) -> tuple[str, list[Any]]:
+        """The text of marked turns, and the marks."""
+        with_marks, marks = marked(turns, only_answers=False)
+        return self.text(with_marks, **options), marks
+
+    def _asking(self, thinking: bool) -> Asking:
+        """Compare the end of a prompt with how answers begin in rows without thoughts."""
+        prompt, [marks] = self._marked([question()], ask=True, thinking=thinking)
+        tail = _behind(prompt, marks.content)
+        openings: list[str] = []
+        one, two = [question(), answer()], [question(), answer(), question(), answer()]
+        for turns in (one, two):
             try:
-                ids = self.render([row])[0]
+                text, [first, *_] = self._marked(turns, thinking=thinking)
+            except TemplateError:
+                if turns is one:
+                    raise
+                continue  # a template for one question and one answer
+            openings.append(tail[shared_start(tail, _behind(text, first.content)) :])
+        found = tuple(dict.fromkeys(opening for opening in openings if opening))
+        return Asking(tail, found, is_always=bool(openings[0]))
+
+    def _find_thought_end(self) -> str:
+        """What stands between a thought and the words or the call behind it."""
+        if self.dialect.thought is None:
+            return ""
+        thought = {"reasoning_content": THOUGHT}
+        ends = []
+        for last in (answer(**thought), call_turn(self.dialect.arguments, **thought)):
+            try:
+                text, [_, marks] = self._marked([question(), last], thinking=True)
+            except TemplateError:
+                continue  # a template without calls
+            if marks.thought in text:
+                ends.append(_behind(text, marks.thought))
+        if not ends:
+            return ""
+        shared = ends[0][: min(shared_start(ends[0], end) for end in ends)]
+        said = shared.find(SAYS)
+        shared = shared if said < 0 else shared[:said]
+        # The next part of an answer may have a header like the first one's.
+        tail = self.asking[True].tail
+        headers = list(self._special.finditer(tail))
+        header = tail[headers[-1].start() :] if headers else ""
+        at = shared.find(header) if header else -1
+        return shared if at < 0 else shared[: at + len(header)]
+
+    def _find_ends(self) -> frozenset[int]:
+        """The end-of-text token, and what follows the answers of small conversations."""
+        eos = self.tokenizer.eos_token
+        found = {eos} - {None}
+        alone, [_, marks] = self._marked([question(), answer()])
+        closing = _behind(alone, marks.content)
+        for follower in (None, question(), result_turn()):
+            turns = [question(), answer(), *([follower] if follower else [])]
+            try:  # some families end a turn with the header of the next one, which may be a tool's
+                text, [_, marks, *_] = self._marked(turns)
             except TemplateError:
                 continue  # a family without tools, or one that wants a call before its result
-            after = [index for index in ids[shared_prefix(ids, prompt) :] if index in special]
-            stops.update(after[:1])
-        if not stops:
+            rest = _behind(text, marks.content)
+            if eos is None or eos not in closing[: shared_start(closing, rest)]:
+                found.update(self._specials(rest)[:1])
+        found |= self._call_ends(found)
+        if not found:
             raise TemplateError(
                 "neither the tokenizer nor its chat template has a token that ends a turn, so a "
                 "model trained with it could never stop; set eos_token in tokenizer_config.json."
             )
-        return frozenset(stops)
+        return frozenset(self.tokenizer.convert_tokens_to_ids(sorted(found)))
+
+    def _call_ends(self, known: set[str]) -> set[str]:
+        """The token that ends a call, where it is not one of the known ones."""
+        called = [question(), call_turn(self.dialect.arguments)]
+        try:
+            alone, [_, marks] = self._marked(called)
+            text, [_, _, result, _] = self._marked([*called, result_turn(), answer()])
+        except TemplateError:
+            return set()
+        if CALLED not in alone or CALLED not in text:
+            return set()
+        closing, rest = (_behind(whole, marks.calls[0]) for whole in (alone, text))
+        rest = rest.partition(result.content)[0]
+        shared = self._specials(closing[: shared_start(closing, rest)])
+        if known & set(shared):
+            return set()
+        return set(shared[-1:] or self._specials(rest)[:1])
+
+    def _ids_inside(self) -> set[int]:
+        """Ends that also stand inside an answer, between its thought and its words."""
+        if not self.thought_end:
+            return set()
+        return set(self.tokenizer.convert_tokens_to_ids(self._specials(self.thought_end)))
+
+    def _specials(self, text: str) -> list[str]:
+        return self._special.findall(text)
 
 
-def _mask_template(tokenizer: Any) -> tuple[bool, str | None, str]:
-    """Is there a mask, the template that gives it (None: the tokenizer's own), and its source."""
-    if re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template):
-        return True, None, "the model's own template (generation markers)"
-    # Importing TRL takes seconds, so only templates without markers pay for it.
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        template = get_training_chat_template(tokenizer)
-    except ValueError:
-        return False, None, "the model's own template (answers found by rendering each prompt)"
-    return (
-        True,
-        template,
-        "the model's own template (mask by TRL's training template of its family)",
-    )
+def _pattern(tokens: list[str]) -> re.Pattern[str]:
+    """Finds control tokens in a text, the longest first."""
+    longest = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
 
-def shared_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading ids two sequences share."""
-    count = 0
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
-
-
-def is_prefix(prompt: list[int], ids: list[int]) -> bool:
-    """Whether `ids` begin with all of `prompt`."""
-    return ids[: len(prompt)] == prompt
+def _behind(text: str, mark: str) -> str:
+    """What follows the first place of a mark; nothing where it is not there."""
+    return text.partition(mark)[2]

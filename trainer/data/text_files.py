@@ -35,7 +35,8 @@ MAGIC = (
     (b"%PDF", "a PDF; its text must be put into rows"),
     (b"SQLite format 3", "a SQLite database; export its rows as CSV or JSONL"),
 )
-CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b")
+CONTROLS = bytes([*range(9), *range(14, 27)])
+"""Bytes that are hardly ever in a text."""
 NO_SINGLE_BYTE = re.compile(rb"\xff\xfe|\xfe\xff")
 """Marks of UTF-16 in the middle of a file: pieces of another encoding, not a text of its own."""
 
@@ -99,7 +100,7 @@ def _refuse_binary(path: Path, head: bytes) -> None:
                 f"{path}: seems to be {name} text without a byte order mark; save it as UTF-8 "
                 f"(iconv -f {name} -t UTF-8 FILE > NEW)."
             )
-    if sum(map(head.count, CONTROLS)) > 0.05 * len(head):
+    if sum(map(head.count, CONTROLS)) > max(0.05 * len(head), 8):
         raise DataError(
             f"{path}: this is a binary file, no text. Give JSONL, JSON, CSV, TSV or Parquet."
         )

@@ -6,10 +6,12 @@ The tokenizer takes the template with it wherever it is saved.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.models.template_date import date_options
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML = """\
@@ -77,6 +79,30 @@ def set_chat_template(tokenizer: Any, choice: str | None) -> None:
         return
     tokenizer.chat_template = (BOS if _adds_bos(tokenizer) else "") + template
     tokenizer.template_origin = origin
+
+
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether the template wants content as a list of parts, as those of vision models do."""
+    turns = [{"role": "user", "content": "quay"}, {"role": "assistant", "content": "zebra"}]
+
+    def shows(spelled: list[dict[str, Any]]) -> bool:
+        try:
+            text = tokenizer.apply_chat_template(spelled, tokenize=False, **date_options(tokenizer))
+        except Exception:  # whatever a template raises says that it does not take this
+            return False
+        return all(turn["content"] in text for turn in turns)
+
+    return not shows(turns) and shows(in_parts(turns))
+
+
+def in_parts(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The turns with each content as a list of one text part."""
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+
+def as_taken(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The turns with content as the tokenizer's template takes it: text, or a list of parts."""
+    return in_parts(turns) if takes_parts(tokenizer) else turns
 
 
 def _has_chatml_tokens(tokenizer: Any) -> bool:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import re
 import socket
 import threading
 import time
@@ -25,6 +24,7 @@ from trainer.monitor.metrics import MetricsTable
 from trainer.monitor.previews import PreviewBook
 from trainer.monitor.small_files import read_json_object
 from trainer.monitor.tail import LineTail
+from trainer.monitoring.run_files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.monitoring.state_words import (
     TRAINING,
     ending_words,
@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "run.json"
 ORIGINS_NAME = "config.origins.json"
 LOCK_NAME = ".lock"
-CHECKPOINTS = "checkpoints"
-CHECKPOINT = re.compile(r"step-(\d+)")
 RECENT_STEPS = 20
 """The longest of so many steps is what a step takes."""
 STEP_DONE = "StepDone"
@@ -326,14 +324,10 @@ class RunReader:
 
     def last_checkpoint_step(self) -> int | None:
         """Step of the newest checkpoint in the run folder; None where there is none."""
-        steps = [int(name[1]) for name in map(CHECKPOINT.fullmatch, self._checkpoints()) if name]
-        return max(steps, default=None)
-
-    def _checkpoints(self) -> list[str]:
         try:
-            return os.listdir(self.folder / CHECKPOINTS)
+            return max(checkpoint_steps(self.folder / CHECKPOINTS_NAME), default=None)
         except OSError:
-            return []
+            return None
 
     def going_on(self) -> str:
         """How to go on with a run that failed or broke off; "" for every other one."""

@@ -1,7 +1,8 @@
 """Asking the worker of a run: what `worker.json` says, and one prompt over HTTP.
 
 A run folder may come from somebody else, so its worker.json is trusted with nothing but this
-machine: other hosts are asked only when whoever started the monitor named them.
+machine: other hosts are asked only when whoever started the monitor named them, and no key is read
+but from files that runs of this user were started with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from trainer.errors import PreviewError
 from trainer.monitor.net import is_loopback
 from trainer.monitor.run_reader import RunReader
 from trainer.monitor.small_files import read_json_object, read_regular_file
-from trainer.preview.http import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_ANSWER
+from trainer.preview.http import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_ANSWER, is_own_key_file
 
 WORKER_NAME = "worker.json"
 FINAL_MODEL = "final_model"
@@ -85,6 +86,15 @@ def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerStat
             None,
             f"the worker is on {host}; start the monitor with --allow-worker {host} to ask it",
         )
+    if worker.key_file is not None and not is_own_key_file(worker.key_file):
+        # Its content would be sent to whatever listens at the address beside it.
+        if KEY_VARIABLE not in os.environ:
+            return WorkerState(
+                None,
+                f"{WORKER_NAME} names a key file that no run or server of yours was started with "
+                f"({worker.key_file}); give the server's key in {KEY_VARIABLE} to ask it",
+            )
+        worker = worker.model_copy(update={"key_file": None})
     if is_loopback(host) and worker.pid is not None and not psutil.pid_exists(worker.pid):
         return WorkerState(None, "the run's worker has ended")
     return WorkerState(worker)
@@ -128,7 +138,7 @@ def ask_worker(
     if worker.model_id is not None:
         body["model_id"] = worker.model_id
     key = _key_of(worker)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         # No redirects: the key must not be carried elsewhere. No proxy of this shell either.
         with (

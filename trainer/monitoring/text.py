@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 from trainer.monitoring.events import EvaluationDone, RunEnded, StepDone
 from trainer.preview.base import PreviewResult
@@ -11,6 +13,7 @@ from trainer.preview.base import PreviewResult
 ELISION = " ... "
 MARKS = {True: "=", False: "x", None: "."}
 """Sign before a preview: matches its golden answer, does not, or cannot be compared."""
+REASON_CHARS = 240
 MARK_ERROR = "!"
 MARK_SUPERSEDED = "-"
 _NAMES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -117,6 +120,24 @@ def non_finite_words(error_type: str | None, message: str | None) -> str | None:
     return f"stopped on a non-finite {found['what']} at step {found['step']}"
 
 
+def preview_failure_words(summary: Mapping[str, Any]) -> str | None:
+    """That nobody answered, where it is so: a run can be complete and have shown nothing.
+
+    Args:
+        summary: of the run, as in TrainingResult and RunEnded.
+    """
+    counts, final = summary.get("previews") or {}, summary.get("final_evaluation") or {}
+    parts = []
+    reason = printable(str(counts.get("last_error") or ""), REASON_CHARS)
+    if counts.get("all_failed"):
+        parts.append(f"all {counts['failed']} previews failed: {reason}")
+    elif counts.get("last_step_failed"):
+        parts.append(f"all previews of the last step failed: {reason}")
+    if final and final["failed"] == final["num_prompts"]:
+        parts.append(f"all {final['failed']} answers of the final evaluation failed")
+    return "; ".join(parts) or None
+
+
 def closing_words(
     event: RunEnded,
     step: StepDone | None,
@@ -135,4 +156,7 @@ def closing_words(
     parts.append(duration_words(elapsed_s))
     if output_dir is not None:
         parts.append(f"folder {printable(output_dir, 200)}")
+    failure = preview_failure_words(event.summary)
+    if failure is not None:
+        parts.append(failure)
     return ", ".join(parts)

@@ -18,7 +18,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import StoppingCriteriaList
 
 STOP_WINDOW = 48
-"""Tokens at the end that are decoded to look for a stop string: longer than any stop string."""
+"""Tokens at the end that are decoded to look for a stop string, at least."""
+MIN_TEMPERATURE = 1e-5
+"""Below it scores would overflow, and the most likely token is what is meant."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,13 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_width: int) -> None:
         """Look only behind `prompt_width` tokens, the padded prompt."""
         self.tokenizer, self.stop_strings, self.width = tokenizer, stop_strings, prompt_width
+        # A token is a byte at least. Some more: the first ones may decode otherwise than in place.
+        longest = max((len(stop.encode()) for stop in stop_strings), default=0)
+        self.window = max(STOP_WINDOW, longest + 8)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Return (B,) bool: rows that are done."""
-        tail = input_ids[:, max(self.width, input_ids.shape[1] - STOP_WINDOW) :].tolist()
+        tail = input_ids[:, max(self.width, input_ids.shape[1] - self.window) :].tolist()
         texts = self.tokenizer.batch_decode(tail, clean_up_tokenization_spaces=False)
         done = [any(stop in text for stop in self.stop_strings) for text in texts]
         return torch.tensor(done, device=input_ids.device)
@@ -130,7 +135,7 @@ def generate(
     if settings.max_length is not None:
         room = max(1, min(room, settings.max_length - width))
     chain = LogitsProcessorList(processors)
-    if settings.temperature > 0:
+    if settings.temperature >= MIN_TEMPERATURE:
         chain.append(NoiseProcessor(prompts, settings.temperature, settings.seed))
     stopping = StoppingCriteriaList()
     if settings.stop_strings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 REPEATS_MIN_TOKENS = 24
 """Shorter answers are not called repetitive."""
@@ -42,6 +43,22 @@ def health_flags(
         and copied not in (golden or ""),
     }
     return tuple(name for name, is_set in flags.items() if is_set)
+
+
+def special_texts(tokenizer: Any) -> dict[int, str]:
+    """Control tokens of a tokenizer: id -> text."""
+    ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {
+        index: str(tokenizer.decode([index], clean_up_tokenization_spaces=False))
+        for index in ids | set(tokenizer.all_special_ids)
+    }
+
+
+def leak_ids(special: Mapping[int, str], goldens: Iterable[str | None]) -> frozenset[int]:
+    """Control tokens that belong to no answer: those of golden answers, such as the markers of a
+    call, do."""
+    texts = "\n".join(golden or "" for golden in goldens)
+    return frozenset(index for index, text in special.items() if text not in texts)
 
 
 def _repeats(token_ids: list[int]) -> bool:

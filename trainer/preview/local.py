@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from trainer.models.chat_template import as_taken
 from trainer.models.template_date import date_options
 from trainer.models.vocabulary import embedding_rows, harmless_pad_id
 from trainer.preview.base import PreviewRequest, PreviewResult, is_match
 from trainer.preview.generate import Generation, GenerationSettings, generate
-from trainer.preview.health import health_flags
+from trainer.preview.health import health_flags, leak_ids, special_texts
 from trainer.preview.neutral import undisturbed
 from trainer.preview.score import golden_logprobs
 from trainer.profiles import DataProfile, Message, get_profile
@@ -75,9 +76,7 @@ class LocalPreviewBackend:
             pad_id=harmless_pad_id(tokenizer, embedding_rows(model)),
             max_length=max_length,
         )
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= set(tokenizer.all_special_ids)
-        self._special_texts = {index: _token(tokenizer, index) for index in special}
+        self._special_texts = special_texts(tokenizer)
         self.skipped_for_memory = 0
 
     def preview(
@@ -117,15 +116,19 @@ class LocalPreviewBackend:
 
     def render(self, prompt: str) -> list[int]:
         """Token ids of one user turn with system prompt and generation prompt."""
+        return self.render_turns(self.turns_of(prompt))
+
+    def turns_of(self, prompt: str) -> list[Message]:
+        """One user turn, behind the system prompt where there is one."""
         turns = [Message(role="user", content=prompt)]
         if self.system_prompt is not None:
             turns.insert(0, Message(role="system", content=self.system_prompt))
-        return self.render_turns(turns)
+        return turns
 
     def render_turns(self, turns: list[Message]) -> list[int]:
         """Token ids of a conversation with the generation prompt behind it."""
         ids: list[int] = self.tokenizer.apply_chat_template(
-            turns,
+            as_taken(self.tokenizer, turns),
             add_generation_prompt=True,
             enable_thinking=False,
             return_dict=True,
@@ -181,9 +184,7 @@ class LocalPreviewBackend:
             )
             seconds = time.perf_counter() - started
             scores = [self._score(request) for request in requests]
-        # What golden answers hold belongs to answers, such as the markers of a call.
-        goldens = "\n".join(request.golden_answer or "" for request in requests)
-        leaks = {index for index, text in self._special_texts.items() if text not in goldens}
+        leaks = leak_ids(self._special_texts, (request.golden_answer for request in requests))
         return [
             self._result(request, answer, step, seconds, leaks).model_copy(update=score)
             for request, answer, score in zip(requests, answers, scores, strict=True)
@@ -205,7 +206,7 @@ class LocalPreviewBackend:
         answer: Generation,
         step: int,
         seconds: float,
-        leak_ids: Collection[int],
+        leaks: Collection[int],
     ) -> PreviewResult:
         text = self.tokenizer.decode(
             answer.token_ids,
@@ -236,7 +237,7 @@ class LocalPreviewBackend:
                 prompt=request.prompt,
                 golden=golden,
                 is_stopped=answer.is_stopped,
-                leak_ids=leak_ids,
+                leak_ids=leaks,
             ),
         )
 

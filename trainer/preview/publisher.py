@@ -72,6 +72,8 @@ class Setup(Message):
     model: str | None = None
     """What a server without a model is told to load; None: it is our own and needs no telling."""
     adapter: AdapterConfig | None = None
+    template_date: str | None = None
+    """ISO date that the run's chat template prints."""
     base_path: str | None = None
     """Full weights under the adapter, as a safetensors file."""
     previews: dict[str, Any]
@@ -135,6 +137,7 @@ class Publisher:
             transport=setup.transport,
             timeout_s=setup.timeout_s,
             weights_dir=self.weights_dir,
+            template_date=setup.template_date,
         )
         self.breaker = Breaker()
         self.base_id: str | None = None

@@ -121,6 +121,7 @@ class WorkerClient:
         transport: Transport,
         timeout_s: float,
         weights_dir: Path | None = None,
+        template_date: str | None = None,
     ) -> None:
         """Take where the server is; nothing is sent yet.
 
@@ -128,7 +129,9 @@ class WorkerClient:
             run: name of this run on the server.
             timeout_s: for each exchange but uploads and commits.
             weights_dir: with transport `dir`: the folder that the server reads from.
+            template_date: ISO date that the run's chat template prints; None: it prints none.
         """
+        self.template_date = template_date
         self.run, self.transport, self.weights_dir = run, transport, weights_dir
         self.timeout_s = timeout_s
         self.http = BoundedClient(
@@ -229,6 +232,8 @@ class WorkerClient:
             "step": step,
             "transport": self.transport,
         }
+        if self.template_date is not None:
+            body["template_date"] = self.template_date
         state = self._state(self._ask("POST", "/weights", body), manifest)
         if state.committed:
             return Pushed(manifest.weights_id, 0)

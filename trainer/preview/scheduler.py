@@ -80,6 +80,10 @@ class PreviewCounters:
     superseded: int = 0
     matched: int = 0
     verified: int = 0
+    newest: tuple[int, int, int] = (-1, 0, 0)
+    """Newest step that was answered or failed, its prompts, and how many of them failed."""
+    last_error: str | None = None
+    """Why the newest prompt without an answer has none."""
     stalls_s: list[float] = field(default_factory=list)
     """Seconds that training waited, one value per preview step."""
     visible_s: list[float] = field(default_factory=list)
@@ -91,7 +95,10 @@ class PreviewCounters:
         if finished.is_superseded:
             self.superseded += len(results)
             return
-        self.failed += sum(not result.ok for result in results)
+        errors = [result.error_message for result in results if not result.ok]
+        self.failed += len(errors)
+        self.last_error = errors[-1] if errors else self.last_error
+        self.newest = max(self.newest, (finished.step, len(results), len(errors)))
         self.done += sum(result.ok for result in results)
         self.matched += sum(result.matches is True for result in results)
         self.verified += sum(result.weights == "verified" for result in results)
@@ -100,6 +107,7 @@ class PreviewCounters:
 
     def summary(self) -> dict[str, Any]:
         """Counts, stall and latency figures as JSON values."""
+        _, num_newest, num_failed = self.newest
         return {
             "asked": self.asked,
             "done": self.done,
@@ -107,6 +115,9 @@ class PreviewCounters:
             "superseded": self.superseded,
             "matched": self.matched,
             "verified": self.verified,
+            "all_failed": self.failed > 0 and self.done == 0,
+            "last_step_failed": num_newest > 0 and num_failed == num_newest,
+            "last_error": self.last_error,
             "stall_ms_median": _milliseconds(self.stalls_s, 0.5),
             "stall_ms_p99": _milliseconds(self.stalls_s, 0.99),
             "stall_s_total": round(sum(self.stalls_s), 3),

@@ -6,11 +6,19 @@ is a body that the other side can read.
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from trainer.preview.base import FinishReason, PreviewResult
 
@@ -31,6 +39,11 @@ Step = Annotated[int, Field(ge=0, le=2**53)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=131_072)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Row = Annotated[int, Field(ge=0, lt=MAX_BATCH)]
+Day = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"),
+    AfterValidator(lambda text: dt.date.fromisoformat(text).isoformat()),
+]
 Option = str | int | float | bool | None
 
 
@@ -105,6 +118,8 @@ class WeightsOffer(Body):
     run: Run
     step: Step
     transport: Literal["http", "dir"] = "http"
+    template_date: Day | None = None
+    """What a chat template that prints the date prints over these weights; None: today's."""
 
 
 class WeightsState(Body):

@@ -44,6 +44,8 @@ class DataProfile:
     known_options: frozenset[str] = frozenset()
     system_prompt_template: str | None = None
     stop_strings: tuple[str, ...] = ()
+    drops_thoughts: bool = False
+    """`transform` leaves out `reasoning_content` on purpose."""
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         """Take `profile.options` of the config.

@@ -42,8 +42,10 @@ class EmojiThinkProfile(DataProfile):
         super().__init__(options)
         self.values = {**DEFAULTS, **self.options}
         _check(self.values)
+        self.drops_thoughts = self.values["drop_thoughts"]
         self.counts = {
             "think tags removed": 0,
+            "thoughts dropped": 0,
             "rows left direct": 0,
             "answers framed already": 0,
             "answers that are thoughts only (kept)": 0,
@@ -69,6 +71,8 @@ class EmojiThinkProfile(DataProfile):
         turns = [turn.copy() for turn in messages]
         asked: Message | None = None
         for turn in turns:
+            if self.drops_thoughts and turn.pop("reasoning_content", ""):
+                self.counts["thoughts dropped"] += 1
             if turn["role"] == "user":
                 asked = turn
             if turn["role"] != "assistant" or turn.get("tool_calls"):

@@ -199,7 +199,7 @@ def _add_generate_routes(app: FastAPI, service: Service) -> None:
     ) -> Any:
         service.check_ready()
         needs = service.find_weights(body.model_id)
-        sent = {"request": body.model_dump(mode="json"), "samples": 1}
+        sent = b'{"request":%s,"samples":1}' % body.model_dump_json().encode()
         job = service.submit(
             "generate", sent, idempotency_key, needs=needs, client=client_of(request)
         )

@@ -33,8 +33,6 @@ from trainer.profiles import Message, get_profile
 from trainer.server.held import HeldModel, RefusedError
 from trainer.server.watch import JobCancelledError, TokenWatch, beat
 
-MIN_TEMPERATURE = 1e-5
-"""Below it scores overflow, and the most likely token is what is meant."""
 MAX_SEED = 2**53
 logger = logging.getLogger(__name__)
 Reply = dict[str, Any]
@@ -118,8 +116,6 @@ class Engine:
         """Answer a batch, all with the weights that it names."""
         if request.weights_id != self.held.weights_id:
             raise RefusedError("these weights are not the active ones; publish them first", 409)
-        if request.canary is not None and request.canary >= len(request.prompts):
-            raise RefusedError(f"canary={request.canary} is none of {len(request.prompts)} prompts")
         backend = self._backend(
             request.profile,
             request.profile_options,
@@ -172,7 +168,7 @@ class Engine:
             tokenizer=self.held.tokenizer,
             profile=get_profile(profile, options),
             max_new_tokens=limit,
-            temperature=0.0 if temperature < MIN_TEMPERATURE else temperature,
+            temperature=temperature,
             seed=seed,
             stop_ids=stop_ids,
             max_length=context_length(self.held.model.config),
@@ -315,6 +311,8 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
         # Raised before the first copy. Anything later ends this process, on purpose: half a
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}
+    day = body.get("template_date")
+    fix_date(held.tokenizer, None if day is None else dt.date.fromisoformat(day))
     return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 

@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 MAX_CLIENTS = 256
 """Clients whose engine time is remembered while they have nothing waiting."""
+SAVED_S = 30.0
+"""Engine seconds that somebody who had nothing waiting may be behind the others, at most."""
 
 
 @dataclass
@@ -45,13 +47,12 @@ class FairQueue(Generic[T]):
         """Add a job behind its client's others."""
         clients = self._clients.setdefault(kind, OrderedDict())
         if not self.waiting(kind):
-            # Whoever was away has saved nothing up: it begins level with those who are here.
             busy = [self._kinds[one] for one in self._kinds if self.waiting(one)]
-            self._kinds[kind] = max(self._kinds.get(kind, 0.0), min(busy, default=0.0))
+            self._kinds[kind] = _level(self._kinds.get(kind, 0.0), busy)
         share = clients.setdefault(client, _Share())
         if not share.waiting:
-            level = [one.seconds for one in clients.values() if one.waiting]
-            share.seconds = max(share.seconds, min(level, default=0.0))
+            others = [one.seconds for one in clients.values() if one.waiting]
+            share.seconds = _level(share.seconds, others)
         share.waiting[job] = None
         clients.move_to_end(client)
         self._count[kind] = self.waiting(kind) + 1
@@ -96,3 +97,8 @@ class FairQueue(Generic[T]):
                 return
             if not clients[name].waiting:
                 del clients[name]
+
+
+def _level(seconds: float, others: list[float]) -> float:
+    """Engine time of somebody who comes back: what was not used for long is not saved up."""
+    return max(seconds, min(others) - SAVED_S) if others else seconds

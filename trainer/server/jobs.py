@@ -94,7 +94,7 @@ class JobQueue:
     def submit(
         self,
         operation: str,
-        body: dict[str, Any],
+        body: bytes,
         key: str | None = None,
         *,
         client: str = "",
@@ -104,6 +104,7 @@ class JobQueue:
         """Put a job into the queue.
 
         Args:
+            body: JSON for the engine.
             key: the client's Idempotency-Key: the job that it named before is given again.
             client: shares the engine with others of its kind.
             needs: weights_id, run and step of the weights that must answer.
@@ -112,8 +113,7 @@ class JobQueue:
             QueueFullError: too many jobs or bytes wait already.
             KeyReusedError: the key came with another body before.
         """
-        data = json.dumps(body, separators=(",", ":")).encode()
-        digest = body_digest(data) if key is not None else b""
+        digest = body_digest(body) if key is not None else b""
         if key is not None:
             known = self.book.find(operation, key, digest)
             if known is not None:
@@ -121,13 +121,13 @@ class JobQueue:
         texts: asyncio.Queue[tuple[int, str] | None] | None = (
             asyncio.Queue() if is_streamed else None
         )
-        job = Job(operation, data, needs, client, texts, key, digest)
-        is_large = len(data) > SMALL_BODY and self._queued_bytes + len(data) > MAX_QUEUED_BYTES
+        job = Job(operation, body, needs, client, texts, key, digest)
+        is_large = len(body) > SMALL_BODY and self._queued_bytes + len(body) > MAX_QUEUED_BYTES
         if self._queue.waiting(job.kind) >= MAX_QUEUED or (is_large and self._queued_bytes):
             raise QueueFullError
         self.book.add(job)
         self._queue.push(job, job.kind, client)
-        self._queued_bytes += len(data)
+        self._queued_bytes += len(body)
         self._wake.set()
         return job
 

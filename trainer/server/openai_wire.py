@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -116,6 +117,13 @@ class OpenAIRequest(Body):
             "stop": self.stops,
         }
 
+    def sent(self, prompt_token_ids: list[int] | None = None, **what: Any) -> bytes:
+        """JSON for the engine: a GenerateRequest, with what stands for its prompt beside it."""
+        request = self.settings()
+        if prompt_token_ids is not None:
+            request["prompt_token_ids"] = prompt_token_ids
+        return json.dumps({**what, "request": request, "samples": self.n or 1}).encode()
+
 
 class ChatRequest(OpenAIRequest):
     """`POST /v1/chat/completions`."""
@@ -127,10 +135,10 @@ class ChatRequest(OpenAIRequest):
     response_format: PlainText | None = None
     store: Literal[False] | None = None
 
-    def job(self) -> tuple[str, dict[str, Any]]:
+    def job(self) -> tuple[str, bytes]:
         """The engine's operation and body."""
         turns = [message.turn() for message in self.messages]
-        return "chat", {"messages": turns, "request": self.settings(), "samples": self.n or 1}
+        return "chat", self.sent(messages=turns)
 
 
 class CompletionRequest(OpenAIRequest):
@@ -146,13 +154,11 @@ class CompletionRequest(OpenAIRequest):
     logprobs: None = None
     suffix: None = None
 
-    def job(self) -> tuple[str, dict[str, Any]]:
+    def job(self) -> tuple[str, bytes]:
         """The engine's operation and body."""
-        rest = {"request": self.settings(), "samples": self.n or 1}
         if isinstance(self.prompt, str):
-            return "complete", {"text": self.prompt, **rest}
-        rest["request"] |= {"prompt_token_ids": self.prompt}
-        return "generate", rest
+            return "complete", self.sent(text=self.prompt)
+        return "generate", self.sent(prompt_token_ids=self.prompt)
 
 
 # ---- answers

@@ -54,7 +54,8 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
     @app.post("/weights", responses=documented(409, 422, 429, 503))
     async def offer(body: WeightsOffer) -> WeightsState:
         weights_id = store.check(body)
-        if weights_id != queue.active["weights_id"]:
+        is_active = weights_id == queue.active["weights_id"]
+        if not (is_active and store.is_same_day(body, weights_id)):
             return state(store.offer(body, weights_id))
         # Equal weights: nothing is sent, only the step moves.
         queue.active = store.name(body.run, body.step, weights_id)
@@ -171,10 +172,10 @@ def add_preview_routes(app: FastAPI, service: Service) -> None:
             )
         # Run and step are those under which the weights were published, whatever a client says.
         # Weights that nobody published have none: the answer is the client's alone, not listed.
-        sent = body.model_dump(mode="json")
         is_published = tag["run"] is not None
         if is_published:
-            sent |= {"run": tag["run"], "step": tag["step"]}
+            body = body.model_copy(update={"run": tag["run"], "step": tag["step"]})
+        sent = body.model_dump_json().encode()
         job = service.submit(
             "previews", sent, idempotency_key, needs=tag, client=f"{client_of(request)} {body.run}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -139,7 +140,7 @@ class Service:
         if not self.queue.is_ready:
             raise HTTPException(503, "the engine is being restarted", RETRY_AFTER)
 
-    def submit(self, operation: str, body: Any, key: str | None = None, **more: Any) -> Job:
+    def submit(self, operation: str, body: bytes, key: str | None = None, **more: Any) -> Job:
         """Put a job into the queue, or answer 422 (key reused), 429 or 503."""
         self.check_ready()
         try:
@@ -184,7 +185,8 @@ class Service:
         Args:
             tag: weights_id, run and step that are the active ones afterwards.
         """
-        job = self.submit("load_weights", body, needs=tag, client=str(tag["run"]))
+        sent = json.dumps(body).encode()
+        job = self.submit("load_weights", sent, needs=tag, client=str(tag["run"]))
         await job.done.wait()
         result_of(job)
 

@@ -113,12 +113,16 @@ class TokenWatch(LogitsProcessor):  # type: ignore[misc]
 
 def watch_layers(model: Any, check: Callable[..., None]) -> None:
     """Call `check` before every layer, so that a long prompt can be given up as well."""
+
+    def look(*_: Any) -> None:  # a function, not a method: layers may be copied with their hooks
+        check()
+
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     inner = {id(below) for one in lists for below in one.modules() if below is not one}
     for one in lists:
         if id(one) not in inner:
             for layer in one:
-                layer.register_forward_pre_hook(check)
+                layer.register_forward_pre_hook(look)
 
 
 def beat(beats: Any, pause_s: float = 0.5) -> None:

@@ -239,12 +239,20 @@ class WeightStore:
         check_file(path, upload.offer.manifest)
         return path
 
+    def is_same_day(self, offer: WeightsOffer, weights_id: str) -> bool:
+        """Whether kept weights answer under the date of this offer; the server's own do so."""
+        kept = self.loads.get(weights_id, {})
+        is_own = weights_id == self.original_id
+        return is_own or kept.get("template_date") == offer.template_date
+
     def load_body(self, upload: Upload, path: Path | None) -> dict[str, Any]:
         """The engine's `load_weights` for a verified upload."""
         manifest = upload.offer.manifest
+        is_own = upload.weights_id == self.original_id  # the server's own answer as of today
         body: dict[str, Any] = {
             "path": None if path is None else str(path),
             "weights_id": upload.weights_id,
+            "template_date": None if is_own else upload.offer.template_date,
         }
         if manifest.adapter is not None:
             base = self.loads.get(manifest.base or "")

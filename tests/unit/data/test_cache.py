@@ -104,12 +104,12 @@ def test_options_without_an_effect_on_rows_keep_the_entry(prepare: Prepare) -> N
 def test_changed_content_under_the_same_name_size_and_time_is_encoded_anew(
     prepare: Prepare, qa_file: Path
 ) -> None:
-    prepare()
+    prepare(validation_split=0)
     before = qa_file.stat()
     qa_file.write_text(qa_file.read_text().replace("3 plus 3", "3 plus 4", 1))
     os.utime(qa_file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert qa_file.stat().st_size == before.st_size
-    data = prepare()
+    data = prepare(validation_split=0)
     assert not is_cached(data)
     assert any("3 plus 4" in prompt for prompt, _ in data.train_texts)
 

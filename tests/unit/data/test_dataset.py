@@ -179,6 +179,7 @@ TOOLS_TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\n' -}}"
     "{%- if m['role'] == 'assistant' -%}{% generation %}{{- m['content'] -}}"
     "{%- for call in m.get('tool_calls', []) -%}{{- 'CALL ' + call['function']['name'] -}}"
+    "{{- call['function']['arguments'] | tojson -}}"
     "{%- endfor -%}{{- '<|im_end|>' -}}{% endgeneration %}{{- '\n' -}}"
     "{%- else -%}{{- m['content'] + '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
@@ -207,7 +208,7 @@ def test_tool_calls_are_trained_and_a_tools_answer_is_not(
         num_preview=1,
     )
     trained = [text for text, is_trained in data.card.sample if is_trained]
-    assert trained == ["CALL weather<|im_end|>", "It rains.<|im_end|>"]
+    assert trained == ['CALL weather{"place": "x"}<|im_end|>', "It rains.<|im_end|>"]
 
 
 class ForgetfulProfile(DataProfile):

@@ -155,7 +155,7 @@ def test_tool_calls_are_trained_and_results_are_not(make_tokenizer: Callable[...
     tokenizer = make_tokenizer(CALLS)
     example = RowEncoder(tokenizer, 256).encode(row_with_call("Oslo"))
     text = trained_text(tokenizer, example)
-    assert text == "CALL weather {'city': 'Oslo'}<|im_end|>a drizzle<|im_end|>"
+    assert text == 'CALL weather {"city": "Oslo"}<|im_end|>a drizzle<|im_end|>'
 
 
 def test_a_template_that_drops_tool_calls_is_an_error_of_the_row(tokenizer: Any) -> None:

@@ -69,6 +69,23 @@ def test_a_mark_is_known_after_a_resume(control: ControlFile, tmp_path: Path) ->
     assert ControlFile(tmp_path, lambda text, level: None).marked_step == 9
 
 
+def test_the_page_asks_for_the_step_it_shows(control: ControlFile, tmp_path: Path) -> None:
+    writer = ControlWriter(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert writer.mark_question(3) == (
+        "Keep the checkpoint of step 3, whose answers you see, as the best?",
+        True,
+    )
+    question, is_possible = writer.mark_question(4)
+    assert (is_possible, "step 4" in question.lower()) == (False, True)
+    assert writer.mark_question(None)[1]
+    writer.send("mark_best", step=3)
+    control.poll()
+    assert not control.is_save_asked(7)  # its checkpoint is there
+    control.acknowledge(7, is_previewed=False)
+    assert control.marked_step == 3
+
+
 def _command(**changes: Any) -> str:
     entry = {"id": "a", "command": "stop", "created_at": 0.0, **changes}
     return json.dumps({"schema_version": 1, "commands": [entry]})
@@ -90,6 +107,9 @@ def _link(path: Path) -> None:
         lambda path: path.write_text(_command(id="../../etc/passwd")),
         lambda path: path.write_text(_command(id="x" * 65)),
         lambda path: path.write_text(_command(extra=1)),
+        lambda path: path.write_text(_command(step=3)),
+        lambda path: path.write_text(_command(command="mark_best", step=-1)),
+        lambda path: path.write_text(_command(command="mark_best", step="3")),
         lambda path: path.write_text(
             json.dumps({"schema_version": 1, "commands": [{"id": "a", "command": "stop"}] * 21})
         ),
@@ -99,7 +119,20 @@ def _link(path: Path) -> None:
         lambda path: path.mkdir(),
     ],
     ids=[
-        *("bytes", "deep", "version", "command", "path", "long", "extra", "many", "large"),
+        *(
+            "bytes",
+            "deep",
+            "version",
+            "command",
+            "path",
+            "long",
+            "extra",
+            "step",
+            "below",
+            "text",
+            "many",
+            "large",
+        ),
         *("link", "pipe", "folder"),
     ],
 )

@@ -1,0 +1,135 @@
+"""Weights that cannot be loaded are refused while nothing has changed: the old ones answer on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
+from trainer.preview.identity import adapter_tensors, canonical_tensors, tensor_hash
+from trainer.preview.wire import AdapterConfig
+from trainer.server.held import HeldModel, RefusedError, _with_adapter
+
+GATE = "model.layers.0.mlp.gate_proj"
+ID = "a" * 64
+
+
+@pytest.fixture
+def held() -> HeldModel:
+    return HeldModel("tiny", "cpu", wait_for_weights=False)
+
+
+def adapter(targets: list[str], r: int = 4, **more: Any) -> AdapterConfig:
+    values = {"r": r, "alpha": 8.0, "target_modules": targets, **more}
+    return AdapterConfig.model_validate(values)
+
+
+def state_of(held: HeldModel) -> tuple[Any, ...]:
+    tensors = {name: tensor_hash(value) for name, value in canonical_tensors(held.model).items()}
+    return held.weights_id, held.base_id, tensors
+
+
+def adapter_file(path: Path, config: AdapterConfig) -> Path:
+    """Adapters as a trainer writes them, from a model of its own."""
+    model = build_tiny_model(seed=42, vocab_size=len(load_tiny_tokenizer()), dtype=torch.float32)
+    torch.manual_seed(1)
+    tensors = adapter_tensors(_with_adapter(model, config))
+    save_file({name: torch.randn_like(value) for name, value in tensors.items()}, path)
+    return path
+
+
+def odd_file(path: Path, **shapes: tuple[int, ...]) -> Path:
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        adapter([GATE]),
+        adapter(["model.norm"]),
+        adapter(["model.layers.0"]),
+        adapter(["model.layers.0.input_layernorm"]),
+        adapter(["nowhere"]),
+        adapter([GATE], r=4096),
+        adapter([GATE], modules_to_save=["nowhere"]),
+        adapter(["model"]),
+    ],
+)
+def test_an_adapter_that_is_none_of_this_model_is_refused_and_changes_nothing(
+    held: HeldModel, tmp_path: Path, config: AdapterConfig
+) -> None:
+    before = state_of(held)
+    path = odd_file(tmp_path / "x", x=(16,))
+    with pytest.raises(RefusedError) as refused:
+        held.load_weights(str(path), ID, adapter=config, base_id=held.base_id)
+    assert refused.value.status == 422
+    assert state_of(held) == before
+
+
+def test_a_rank_that_the_file_does_not_have_allocates_nothing(
+    held: HeldModel, tmp_path: Path
+) -> None:
+    import psutil
+
+    held.load_weights(
+        str(adapter_file(tmp_path / "a", adapter([GATE]))),
+        ID,
+        adapter=adapter([GATE]),
+        base_id=held.base_id,
+    )
+    targets = [name for name, one in held.base.named_modules() if name.endswith("_proj")]
+    before = psutil.Process().memory_info().rss
+    path = odd_file(tmp_path / "x", x=(16,))
+    wanted = adapter(sorted(targets), r=4096)
+    for _ in range(3):
+        with pytest.raises(RefusedError):
+            held.load_weights(str(path), ID, adapter=wanted, base_id=held.base_id)
+    assert psutil.Process().memory_info().rss - before < 20 << 20
+
+
+def test_an_adapter_is_put_on_and_taken_off_again(held: HeldModel, tmp_path: Path) -> None:
+    before, base_id = state_of(held), held.base_id
+    config = adapter([GATE, "model.layers.1.self_attn.q_proj"])
+    path = adapter_file(tmp_path / "a", config)
+    held.load_weights(str(path), ID, adapter=config, base_id=base_id)
+    assert held.weights_id == ID
+    found = {name: tensor_hash(value) for name, value in adapter_tensors(held.model).items()}
+    wanted = adapter_tensors(
+        _with_adapter(
+            build_tiny_model(seed=42, vocab_size=len(load_tiny_tokenizer()), dtype=torch.float32),
+            config,
+        )
+    )
+    assert set(found) == set(wanted)
+    odd = odd_file(tmp_path / "x", x=(1,))
+    with pytest.raises(RefusedError):
+        held.load_weights(str(odd), "b" * 64, adapter=adapter(["lm_head"]), base_id=base_id)
+    assert held.weights_id == ID, "the adapter that was there answers on"
+    assert {n: tensor_hash(v) for n, v in adapter_tensors(held.model).items()} == found
+    assert base_id is not None
+    held.load_weights(None, base_id)
+    assert state_of(held) == before
+
+
+@pytest.mark.parametrize("shapes", [{"x": (3,)}, {}])
+def test_a_full_set_of_other_tensors_is_refused_and_changes_nothing(
+    held: HeldModel, tmp_path: Path, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    before = state_of(held)
+    tensors = {name: value.clone() for name, value in canonical_tensors(held.base).items()}
+    if shapes:
+        tensors[next(iter(tensors))] = torch.zeros(3)
+    else:
+        tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "x")
+    with pytest.raises(RefusedError):
+        held.load_weights(str(tmp_path / "x"), ID)
+    (tmp_path / "y").write_bytes(b"no safetensors at all")
+    with pytest.raises(RefusedError):
+        held.load_weights(str(tmp_path / "y"), ID)
+    assert state_of(held) == before
