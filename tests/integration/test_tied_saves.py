@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,27 @@ def test_a_bf16_run_writes_the_tied_head_nowhere_twice(
         assert "lm_head.weight" not in content(folder)[0], folder
     if mode == "lora":
         assert content(folders[2]) == content(folders[3])  # base and merged
+
+
+def test_adapters_on_a_tied_head_resume_without_a_copy_of_it(
+    train: Callable[..., Any], assert_same_weights: Callable[..., None]
+) -> None:
+    names = ("lm_head", "embed_tokens", "v_proj")
+    options: dict[str, Any] = {
+        "hyperparams": {"training_mode": "lora", "max_steps": 4},
+        "monitoring": {"inference_interval": 0, "micro_eval_interval": 0},
+        "lora": {"target_modules": names},
+    }
+    keep = {"checkpoint_interval": 2, "keep_checkpoints": 9}
+    straight = train("straight", **options, output=keep)
+    assert straight.success, straight.error_message
+    found, _ = content(straight.output_dir / "checkpoints" / "step-00000002")
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in found} == set(names)
+    newest = straight.checkpoint_path
+    again = straight.output_dir.parent / "again"
+    shutil.copytree(straight.output_dir, again)
+    shutil.rmtree(again / "checkpoints" / newest.name)
+    shutil.rmtree(again / "final_model")
+    resumed = train("again", **options, output={**keep, "resume": "latest"})
+    assert resumed.success, resumed.error_message
+    assert_same_weights(resumed.model_path, straight.model_path)

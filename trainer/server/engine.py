@@ -240,8 +240,13 @@ def engine_main(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
     try:
-        held = HeldModel(model_path, device, wait_for_weights=wait_for_weights, base=base)
-        fix_date(held.tokenizer, None if date is None else dt.date.fromisoformat(date))
+        held = HeldModel(
+            model_path,
+            device,
+            wait_for_weights=wait_for_weights,
+            base=base,
+            date=None if date is None else dt.date.fromisoformat(date),
+        )
 
         def send_text(sample: int, text: str) -> None:
             _send(jobs, {"sample": sample, "text": text})
@@ -312,7 +317,8 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}
     day = body.get("template_date")
-    fix_date(held.tokenizer, None if day is None else dt.date.fromisoformat(day))
+    own = held.date if body["path"] is None else None  # the weights it began with
+    fix_date(held.tokenizer, own if day is None else dt.date.fromisoformat(day))
     return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 

@@ -8,6 +8,7 @@ copies; an error there is not caught, so that the process ends and half a weight
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from trainer.models.load import (
 )
 from trainer.models.precision import resolve_device
 from trainer.models.quantized import check_takes_weights, place
+from trainer.models.template_date import fix_date
 from trainer.models.vocabulary import check_vocabulary
 from trainer.preview.identity import (
     adapter_tensors,
@@ -55,7 +57,13 @@ class HeldModel:
     """A model, its tokenizer, and the identity of the weights that it holds now."""
 
     def __init__(
-        self, model_path: str, device: str, *, wait_for_weights: bool, base: str | None = None
+        self,
+        model_path: str,
+        device: str,
+        *,
+        wait_for_weights: bool,
+        base: str | None = None,
+        date: dt.date | None = None,
     ) -> None:
         """Load the model in fp32.
 
@@ -64,13 +72,18 @@ class HeldModel:
             wait_for_weights: take architecture and tokenizer from `model_path`, and answer
                 nothing before a trainer has sent weights.
             base: where an adapter's base is now.
+            date: of the run that made the weights; their template prints this one.
         Raises:
             TrainerError: no such model, or no such device.
         """
         self.section = ModelSection(model_path=model_path)
         self._folder, self._base_path = Path(resolve_alias(model_path)), base
         self.device = resolve_device(device)
+        self.date: dt.date | None = None
+        """What a chat template that prints the date prints over the own weights; None: today's."""
         self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
+        self.date = date
+        fix_date(self.tokenizer, date)
         self.base = self._load(wait_for_weights)
         self.model: Any = self.base
         self.config_hash = config_hash(self.base.config)

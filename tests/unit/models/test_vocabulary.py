@@ -19,7 +19,7 @@ from trainer.models.vocabulary import check_vocabulary, harmless_pad_id
 
 @pytest.fixture
 def padded(make_tokenizer: Callable[..., Any]) -> Any:
-    """A tokenizer of 303 tokens whose padding token is one more, id 303 or above."""
+    """A tokenizer whose padding token has an id of its own, behind all others."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
@@ -48,7 +48,7 @@ def test_a_token_that_is_more_than_padding_must_be_in_the_embedding(
 ) -> None:
     setattr(padded, role, "<pad>")
     with pytest.raises(ModelError, match="they do not belong together"):
-        check_vocabulary(make_model(vocab_size=303), padded)
+        check_vocabulary(make_model(vocab_size=max(padded.get_vocab().values())), padded)
 
 
 def test_a_second_token_beyond_is_refused(padded: Any, make_model: Callable[..., Any]) -> None:
@@ -98,15 +98,27 @@ def test_a_run_with_such_a_pad_id_trains_what_any_other_trains(
         assert json.loads(line)["error_message"] is None
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "what is <pad>?", "answer": "a token"},
+        {"prompt": "what is ", "completion": "<pad>"},
+        {"text": "once upon <pad> a time"},
+    ],
+    ids=lambda row: next(iter(row)),
+)
 def test_a_row_that_spells_such_a_token_out_is_refused(
-    padded: Any, make_model: Callable[..., Any], write_rows: Callable[..., Path], tmp_path: Path
+    row: dict[str, str],
+    padded: Any,
+    make_model: Callable[..., Any],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     folder = save(make_model(vocab_size=padded.pad_token_id), padded, tmp_path / "m")
-    good = {"question": "hi", "answer": "yo"}
-    rows = write_rows([good, {"question": "what is <pad>?", "answer": "a token"}, good, good])
-    result = run(folder, rows, tmp_path / "out")
+    good = dict.fromkeys(row, "hi")
+    result = run(folder, write_rows([good, row, good, good]), tmp_path / "out")
     assert result.exit_code == 2
-    assert "'<pad>' (id 303)" in str(result.error_message)
+    assert "<pad>" in str(result.error_message)
     assert not (tmp_path / "out").exists()
 
 
