@@ -13,9 +13,9 @@ from trainer.data.encoded import EncodedDataset as EncodedDataset
 from trainer.data.encoded import marked_text as marked_text
 from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rendered import check_markers_used, read_back
+from trainer.data.rendering import assistant_turns
 from trainer.data.rows import BadRowError, Row, RowErrors
 from trainer.data.sources import Source, read_sources
-from trainer.data.spans import assistant_turns
 from trainer.data.split import (
     EncodedRow,
     first_prompts,
