@@ -45,11 +45,15 @@ def test_a_training_run_moves_is_asked_and_is_stopped(
             page = open_page(monitor(run, "--allow-control"), wait_for=".marks button.mark")
             _step_and_loss_move(page)
             _time_line_opens_and_its_slider_moves(page)
+            _only_a_kept_step_can_be_marked(page)
             _model_is_asked(page)
             _run_is_stopped(page)
-            assert process.wait(60) == 130
+            assert process.wait(60) == 0
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped"
+    assert (run / "final_model").is_dir()
+    commands = json.loads((run / "control.json").read_text())["commands"]
+    assert [command["command"] for command in commands] == ["stop"]  # no mark of another step
 
 
 def _step_and_loss_move(page: Any) -> None:
@@ -85,6 +89,12 @@ def _time_line_opens_and_its_slider_moves(page: Any) -> None:
     )
     assert "step 0, 1 of" in place.inner_text()
     assert page.locator(".timeline").get_by_text("golden", exact=True).is_visible()
+
+
+def _only_a_kept_step_can_be_marked(page: Any) -> None:
+    """The page shows step 0, which has no checkpoint; the step that trains now is not meant."""
+    page.get_by_role("button", name="Mark as best").click()
+    page.get_by_text("Step 0, whose answers you see, has no checkpoint").wait_for()
 
 
 def _model_is_asked(page: Any) -> None:

@@ -186,6 +186,20 @@ def truncation(lab: Lab) -> None:
     assert "hyperparams.max_length is 40" in message
 
 
+@shows("data.train_on_thinking")
+def train_on_thinking(lab: Lab) -> None:
+    def turns(n: int) -> list[dict[str, str]]:
+        answer = {"role": "assistant", "content": f"so {n}", "reasoning_content": f"since {n}"}
+        return [{"role": "user", "content": f"why {n}?"}, answer]
+
+    path = str(lab.write([{"messages": turns(n)} for n in range(9)]))
+    for is_trained, start in ((True, "<think>\nsince"), (False, "so ")):
+        data = lab.data(data={"dataset_path": path, "train_on_thinking": is_trained})
+        trained = "".join(text for text, is_on in data.card.sample if is_on)
+        assert trained.startswith(start)
+    assert "train_on_thinking" in lab.refusal(data={"train_on_thinking": False})
+
+
 @shows("data.shuffle", "data.group_by_length")
 def order(lab: Lab) -> None:
     size = 30

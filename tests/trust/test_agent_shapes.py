@@ -6,17 +6,21 @@ What is right is said by `formats.py`, which shares no code with the program.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.trust import formats
-from trainer.data import spans, template
+from trainer.data import marks, rendering, spans, template
 from trainer.data.dialect import Dialect
 from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
 from trainer.data.rows import BadRowError
+
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 @cache
@@ -69,6 +73,29 @@ def test_n9_an_agents_turns_are_trained_exactly_or_refused_for_a_true_reason(nam
 def test_no_shipped_template_is_refused_as_a_whole() -> None:
     for name in formats.NAMES:
         assert isinstance(encoded(name, "many"), Example), name
+
+
+def refusals_in_the_docs() -> list[list[str]]:
+    """Rows of the table of refusals in docs/data.md, each its three cells."""
+    text = DOCS.read_text(encoding="utf-8").split("## Chat templates\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    cells = [re.split(r"(?<!\\)\|", line.strip("|")) for line in lines]
+    return [[cell.strip().replace("\\|", "|") for cell in row] for row in cells]
+
+
+def test_the_docs_list_what_is_refused_with_the_templates_own_lines() -> None:
+    listed = set()
+    for names, _, line in refusals_in_the_docs():
+        for name in re.findall("`([^`]+)`", names):
+            listed.add(name)
+            for quoted in re.findall("`([^`]+)`", line):
+                source = formats.source_of(name).replace("'", '"')
+                assert (quoted.replace("'", '"') in source) != ("none of its lines" in line), name
+    assert listed == {
+        name
+        for name in formats.NAMES
+        if any(formats.refusal_of(name, shape) for shape in formats.SHAPES)
+    }
 
 
 def check_spellings(name: str, shape: str) -> None:
@@ -181,7 +208,7 @@ def test_mutant_n9_a_turn_ended_by_its_first_end_token_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_shape("gptoss", "thought")
-    monkeypatch.setattr(spans.TurnMarks, "last", [])
+    monkeypatch.setattr(marks.TurnMarks, "last", [])
     assert is_killed(lambda: check_shape("gptoss", "thought"))
 
 
@@ -200,7 +227,7 @@ def test_mutant_n9_turns_looked_for_by_the_prompts_length_is_killed(
     check_shape("qwen3_5_think", "agent")
 
     def by_length(self: Any, prompt: str) -> tuple[int, str]:
-        plain = spans.without_marks(prompt)
+        plain = marks.without_marks(prompt)
         return max(len(plain) - 40, 0), plain[-40:]
 
     monkeypatch.setattr(spans._Search, "_anchor", by_length)
@@ -221,7 +248,7 @@ def test_mutant_arguments_always_as_text_is_killed(monkeypatch: pytest.MonkeyPat
 
 def test_mutant_arguments_as_they_come_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_spellings("llama3_1", "agent")
-    monkeypatch.setattr(spans, "with_arguments", lambda row, form: row)
+    monkeypatch.setattr(rendering, "with_arguments", lambda row, form: row)
     assert is_killed(lambda: check_spellings("llama3_1", "agent"))
 
 

@@ -13,6 +13,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from tests.trust import flash
@@ -279,6 +281,31 @@ def test_a_position_that_does_not_begin_again_is_refused_for_what_it_is() -> Non
 
     with pytest.raises(ConfigError, match="other logits in a pack than alone"):
         check_start(model, 2, counts_on)
+
+
+def test_a_model_that_takes_no_packs_is_refused_by_its_own_words(calls: flash.Calls) -> None:
+    model = decoder(
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        attn_implementation="flash_attention_2",
+    )
+    with pytest.raises(ConfigError, match=r"does not take packed rows .*flash-linear-attention"):
+        check_start(model, 2)
+
+
+def test_a_model_without_positions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LlamaForCausalLM.forward
+
+    def forward(
+        self: Any, input_ids: Any, attention_mask: Any = None, use_cache: Any = None
+    ) -> Any:
+        return plain(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM does not take packed rows .*position"):
+        check_start(llama(), 2)
 
 
 def check_rounding(attention: str, weights_dtype: torch.dtype) -> None:

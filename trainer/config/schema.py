@@ -168,7 +168,7 @@ class DataSection(Section):
     validation_path: str | None = None
     """File of held-out rows. Empty: `validation_split` of the rows."""
     validation_split: Share = 0.05
-    """Share of the rows held out, chosen by a hash of their content; 0 = none."""
+    """Share of the rows held out, chosen by a hash of their prompt; 0 = none."""
     max_rows: PositiveInt | None = None
     """Use only the first rows of each file."""
     on_bad_row: Literal["strict", "skip"] = "strict"

@@ -62,7 +62,8 @@ def check_documents_apart(
         batch_size: packs in a batch of the run.
         collate: makes the run's batches of packs; None: what `pack_collator` chooses.
     Raises:
-        ConfigError: the logits of a document depend on another one, or on where it stands.
+        ConfigError: the logits of a document depend on another one, or on where it stands; or the
+            model does not take packs at all.
     """
     collate = collate or pack_collator(model, 0)
     size = int(model.get_input_embeddings().weight.shape[0])
@@ -72,12 +73,18 @@ def check_documents_apart(
     # Of several lengths, so that rows are padded and borders are not all the same distance apart.
     first = [ids[: DOCUMENT_LENGTH - n % 3] for n, ids in enumerate(before)]
     alone = _logits(model, PadCollator(0)([_document(ids, COMPARED) for ids in told]))
-    packed = _logits(model, collate(_packs(first, told)))
-    changed = _logits(model, collate(_packs([(ids + 1) % size for ids in first], told)))
+    name = f"data.enable_packing=true, but {type(model).__name__}"
+    try:
+        packed = _logits(model, collate(_packs(first, told)))
+        changed = _logits(model, collate(_packs([(ids + 1) % size for ids in first], told)))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{name} does not take packed rows (attention {attention_name(model)}): {error} "
+            "Set data.enable_packing=false."
+        ) from error
     scale = float(alone.abs().max().clamp(min=1e-6))
     moved = float((packed - changed).abs().max()) / scale
     apart = float((packed - alone).abs().max()) / scale
-    name = f"data.enable_packing=true, but {type(model).__name__}"
     # Both are written so that a NaN refuses.
     if not moved <= SAME_SHAPE_TOLERANCE:
         raise ConfigError(

@@ -32,6 +32,24 @@ def take(row: dict[str, Any], key: str, kind: type) -> Any:
     return value
 
 
+def take_list(row: dict[str, Any], key: str) -> list[Any]:
+    """The list under `key`, or its JSON text, as tables hold it.
+
+    Raises:
+        BadRowError: it is neither.
+    """
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(
+                f"{key!r} is text that is no JSON ({error})", f"{key} of wrong type"
+            ) from error
+    found: list[Any] = take({**row, key: value} if key in row else row, key, list)
+    return found
+
+
 def take_text(row: dict[str, Any], key: str, notes: RowNotes, where: str = "") -> str:
     """The text under `key`: as it is, the texts of a list of parts, or a number as JSON text.
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from trainer.data.arguments import ArgumentsForm
 from trainer.errors import TemplateError
@@ -49,7 +49,7 @@ class Dialect:
                 copy["content"] = f"<think>\n{thought.strip()}\n</think>{said}"
         if self.takes_parts:
             [copy] = in_parts([copy])
-        return Message(**copy)  # type: ignore[typeddict-item]
+        return cast(Message, copy)
 
 
 def find_dialect(tokenizer: Any, render: Render) -> Dialect:

@@ -10,8 +10,9 @@ from typing import Any
 from trainer.data.example import Example as Example
 from trainer.data.example import golden_ids, golden_text
 from trainer.data.plain_text import TextEncoder, is_text
+from trainer.data.rendering import Rendered, assistant_turns, render_row
 from trainer.data.rows import BadRowError
-from trainer.data.spans import Rendered, SpanFinder, Spans, assistant_turns
+from trainer.data.spans import SpanFinder, Spans
 from trainer.data.template import PROBE, ChatTemplate
 from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.truncation import IGNORE_INDEX as IGNORE_INDEX
@@ -62,7 +63,7 @@ class RowEncoder:
     def _prove_template(self) -> None:
         """Find the answer of a small conversation, so that a hopeless template stops the run."""
         try:
-            rendered = self.finder.render(PROBE)
+            rendered = render_row(self.template, PROBE)
             [encoding] = self.template.encode([rendered.text])
             spans = self.finder.find(rendered, encoding)
             self._check_prompt(spans, encoding.ids, self._encoded_prompts([spans]))
@@ -138,7 +139,7 @@ class RowEncoder:
     def _render(self, row: list[Message]) -> Rendered | BadRowError:
         try:
             self._refuse_special_text(row)
-            rendered = self.finder.render(row)
+            rendered = render_row(self.template, row)
             if tools_of(row):
                 refuse_lost_tools(row, rendered.text)
             return rendered

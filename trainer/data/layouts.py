@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.data.content import is_parts, take, take_text, take_thought
+from trainer.data.content import is_parts, take, take_list, take_text, take_thought
 from trainer.data.flags import ROW_FLAGS, apply_row_flags, is_given, settle, speaks_of_training
 from trainer.data.plain_text import check_text_row, is_text
 from trainer.data.rows import BadRowError, RowNotes
@@ -116,7 +116,7 @@ def _from_sharegpt(row: dict[str, Any], notes: RowNotes) -> list[Message]:
 
 
 def _from_list(row: dict[str, Any], key: str, notes: RowNotes) -> list[Message]:
-    turns = take(row, key, list)
+    turns = take_list(row, key)
     return joined_calls(_flagged(row, from_turns(turns, key, notes)), turns)
 
 
@@ -139,7 +139,7 @@ def _from_pair(
         more = take_text(row, extra, notes)
         question = f"{question}\n\n{more}" if more.strip() else question
     turns: list[Message] = []
-    history = take(row, "history", list) if is_given(row.get("history")) else []
+    history = take_list(row, "history") if is_given(row.get("history")) else []
     for position, pair in enumerate(history):
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)

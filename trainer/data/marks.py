@@ -13,8 +13,8 @@ from itertools import count
 
 from trainer.profiles import Message
 
-FIRST, LAST = 0xF0000, 0xFFFFD
-"""A plane of characters without meaning, which no tokenizer and no data should know."""
+FIRST, LAST = 0x108000, 0x10FFFD
+"""The last characters of Unicode, for private use: no font and hardly any data knows them."""
 MARK = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
 
 

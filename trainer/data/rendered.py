@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.data.flags import settle
 from trainer.data.plain_text import MARKED_ROLE, is_text
 from trainer.data.rows import BadRowError, Row, RowErrors
-from trainer.data.template import TEMPLATE_OPTIONS
 from trainer.data.turns import check_messages, leave_openings, num_openings
-from trainer.errors import ConfigError
-from trainer.models.template_date import date_options
+from trainer.errors import ConfigError, TemplateError
 from trainer.profiles import Message
 
 if TYPE_CHECKING:
@@ -174,16 +172,12 @@ class TemplateReader:
             text = text.removesuffix(max(ends, key=len)).rstrip()
         return text
 
-    def _render(self, turns: list[Message], **options: Any) -> str | None:
+    def _render(self, turns: list[Message]) -> str | None:
+        """The turns as the template writes them; None where it does not take them."""
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                **{**TEMPLATE_OPTIONS, **date_options(self.tokenizer), **options},
-            )
-        except Exception:  # whatever a template raises: it does not take these turns
+            return self.encoder.template.text(turns)
+        except TemplateError:
             return None
-        return text
 
     def _pieces(self, roles: list[str]) -> list[str] | None:
         """What stands before, between and behind the words; None where a piece proves nothing."""

@@ -13,16 +13,11 @@ import json
 import re
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 
-from trainer.data.arguments import missing_arguments, with_arguments
-from trainer.data.marks import (
-    MARK,
-    TurnMarks,
-    has_marks,
-    marked,
-    shared_start,
-    without_marks,
-)
+from trainer.data.arguments import missing_arguments
+from trainer.data.marks import MARK, TurnMarks, shared_start
+from trainer.data.rendering import Rendered, assistant_turns, lost_thought
 from trainer.data.rows import BadRowError
 from trainer.data.template import ChatTemplate
 from trainer.data.turns import num_openings
@@ -50,43 +45,6 @@ class Spans:
     """The end of the last turn's prompt as text, and the half-open range of ids that it must be."""
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """One row under the template."""
-
-    row: list[Message]
-    text: str
-    with_marks: str
-    """The same text with the marks of `marks` in it."""
-    marks: list[TurnMarks]
-    prompts: list[str]
-    """For each assistant turn the marked turns before it, with the header that asks for it."""
-    is_thinking: bool
-    mask: list[int] | None
-    """1 where the template's own generation markers are."""
-
-
-def assistant_turns(row: list[Message]) -> list[int]:
-    """Positions of the assistant's turns that answer something: those behind a user turn."""
-    roles = [turn["role"] for turn in row]
-    first = roles.index("user") if "user" in roles else 0
-    return [index for index, role in enumerate(roles) if role == "assistant" and index > first]
-
-
-def lost_thought(where: str) -> BadRowError:
-    """The error of a row whose thought the template would lose."""
-    return BadRowError(
-        f"{where} has a thought, which the model's chat template does not write there; take it "
-        "out, or give a template that writes it (model.chat_template)",
-        "template without thoughts",
-    )
-
-
-def thinks(turn: Message) -> bool:
-    """Whether a turn brings a thought, as a key or in its content."""
-    return bool(turn.get("reasoning_content", "").strip()) or "</think>" in turn["content"]
-
-
 class SpanFinder:
     """Finds and proves the trained stretches of rows under one template."""
 
@@ -100,56 +58,11 @@ class SpanFinder:
         self.template = template
         self.train_on_thinking = train_on_thinking
 
-    def render(self, row: list[Message]) -> Rendered:
-        """A row's text, the same with marks, and its prompts.
-
-        Raises:
-            BadRowError: the arguments of a call, or the row's thoughts, cannot be given to the
-                template, or its text changes with the marks.
-            TemplateError: the template refuses the row.
-        """
-        row = self._spelled(row)
-        last_user = max((n for n, turn in enumerate(row) if turn["role"] == "user"), default=0)
-        is_thinking = any(thinks(t) for t in row[last_user:] if t["role"] == "assistant")
-        text = self.template.text(row, thinking=is_thinking)
-        if has_marks(text):
-            raise BadRowError(
-                "row holds characters of plane 15 (private use), which stand for no text; "
-                "take them out of the data",
-                "not text",
-            )
-        for only_answers in (False, True):
-            turns, marks = marked(row, only_answers=only_answers)
-            with_marks = self.template.text(turns, thinking=is_thinking)
-            if without_marks(with_marks) == text:
-                break
-        else:
-            raise BadRowError(
-                "the model's chat template changes what it writes with the ends of the turns, so "
-                "it cannot be proved which tokens the assistant writes",
-                "template not provable",
-            )
-        prompts = [
-            self.template.text(turns[:turn], ask=True, thinking=is_thinking)
-            for turn in assistant_turns(row)
-        ]
-        mask = self.template.marker_mask(row, thinking=is_thinking)
-        return Rendered(row, text, with_marks, marks, prompts, is_thinking, mask)
-
-    def _spelled(self, row: list[Message]) -> list[Message]:
-        """The row with its calls as the template takes them."""
-        dialect = self.template.dialect
-        row = with_arguments(row, dialect.arguments)
-        for position, turn in enumerate(row):
-            if turn.get("reasoning_content", "").strip() and dialect.thought is None:
-                raise lost_thought(f"turn {position} ({turn['role']})")
-        return row
-
     def find(self, rendered: Rendered, encoding: Any) -> Spans:
         """The trained stretches of one row.
 
         Args:
-            rendered: what `render` made of it.
+            rendered: what `render_row` made of it.
             encoding: its text as tokens, a `tokenizers.Encoding`.
         Raises:
             BadRowError: it cannot be proved which tokens are the assistant's.
@@ -183,7 +96,7 @@ class _Search:
         end = 0
         for nth, turn in enumerate(turns):
             begin = self._begin(nth, end, is_last=nth == len(turns) - 1)
-            first = self._id_at(begin)
+            first = self._first_id(begin)
             if len(runs) == len(turns):  # the template's own markers may begin behind a space
                 first = max(first, runs[nth][0])
                 begin = max(begin, self._start_of(first))
@@ -402,7 +315,8 @@ class _Search:
             self.ids[first:stop], clean_up_tokenization_spaces=False
         )
         text = self.text[self._start_of(first) : self.encoding.token_to_chars(stop - 1)[1]]
-        if "".join(decoded.split()) != "".join(text.split()):
+        # Some tokenizers compose letters and their accents, which are then other characters.
+        if _squeezed(normalize("NFC", decoded)) != _squeezed(normalize("NFC", text)):
             raise BadRowError(
                 f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
                 f"they should say {text[:60]!r}, but say {decoded[:60]!r}",
@@ -414,7 +328,10 @@ class _Search:
         start = first
         while start > 0:
             start -= 1
-            if self.ids[start] in self.template.special_ids:
+            # Text that the tokenizer does not know can become a special token as well.
+            left, right = self.encoding.token_to_chars(start)
+            is_special = self.ids[start] in self.template.special_ids
+            if is_special and self.template.is_special(self.text[left:right].strip()):
                 break
         return self.text[self._start_of(start) if start else 0 : begin], start, first
 
@@ -431,18 +348,20 @@ class _Search:
                 self.stripped.append(message["reasoning_content"].strip())
                 return None
             self.num_thoughts += 1
-            rest = self.text[place:]
-            return place + shared_start(rest, self.template.thought_end)
+            end = place + shared_start(self.text[place:], self.template.thought_end)
+            return self._behind_space(end) if self.template.dialect.thought == "content" else end
         content = self.marks[turn].content
         place = self._first_place(content, begin) if content else None
         at = self.text.find("</think>", begin, place) if place is not None else -1
         if "</think>" not in message["content"] or at < 0:
             return None
         self.num_thoughts += 1
-        end = at + len("</think>")
-        while end < len(self.text) and self.text[end].isspace():
-            end += 1
-        return end
+        return self._behind_space(at + len("</think>"))
+
+    def _behind_space(self, place: int) -> int:
+        while place < len(self.text) and self.text[place].isspace():
+            place += 1
+        return place
 
     # ---- the turns of others
 
@@ -475,6 +394,13 @@ class _Search:
     def _first_place(self, mark: str | None, start: int) -> int | None:
         places = self.places.get(mark or "", [])
         return next((place for place in places if place >= start), None)
+
+    def _first_id(self, place: int) -> int:
+        """As `_id_at`, or the token of spaces before it, which some tokenizers give no place."""
+        position = self._id_at(place)
+        while position > 0 and self._start_of(position - 1) > place:
+            position -= 1
+        return position
 
     def _id_at(self, place: int) -> int:
         """The first token that holds the character, or one behind it, or the number of tokens."""

@@ -238,6 +238,10 @@ class ChatTemplate:
             return set()
         return set(self.tokenizer.convert_tokens_to_ids(self._specials(self.thought_end)))
 
+    def is_special(self, text: str) -> bool:
+        """Whether a text is that of one control token."""
+        return self._special.fullmatch(text) is not None
+
     def _specials(self, text: str) -> list[str]:
         return self._special.findall(text)
 

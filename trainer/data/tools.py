@@ -20,14 +20,14 @@ def with_tools(tools: Any, messages: list[Message]) -> list[Message]:
     if isinstance(tools, str):
         if not tools.strip():
             return messages
-        tools = _parsed(tools, "'tools'", "broken tools")
+        tools = _parsed(tools, "'tools'", "broken tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise _broken("'tools' must be a list of objects")
     if not all(isinstance(_definition(tool).get("name"), str) for tool in tools):
         raise _broken("each of 'tools' must name its function")
     # Templates want {"type": "function", "function": ...}; some files hold the inner part only.
     whole = [t if "function" in t else {"type": "function", "function": t} for t in tools]
-    return [Message(**{**messages[0], "tools": whole}), *messages[1:]]
+    return [Message(**{**messages[0], "tools": whole}), *messages[1:]] if whole else messages
 
 
 def _broken(what: str) -> BadRowError:

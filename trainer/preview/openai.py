@@ -21,7 +21,13 @@ from trainer.config.schema import EnvironmentSection, MonitoringConfig
 from trainer.errors import ConfigError, PreviewError
 from trainer.preview.base import PreviewRequest, PreviewResult, is_match
 from trainer.preview.health import health_flags, leak_ids, special_texts
-from trainer.preview.http import AwayError, BoundedClient, KeyRefusedError, RefusedError
+from trainer.preview.http import (
+    AwayError,
+    BoundedClient,
+    KeyRefusedError,
+    RefusedError,
+    TooSlowError,
+)
 from trainer.preview.identity import tokenizer_hash
 from trainer.preview.one_by_one import OneByOneBackend
 from trainer.preview.openai_wire import Answer, read_answer, wire_messages
@@ -173,6 +179,10 @@ class OpenAIPreviewBackend(OneByOneBackend):
                 self._more = {"skip_special_tokens": False, "stop_token_ids": self._stop_ids}
             if self.seed != EnvironmentSection().seed:
                 self._try_seed(time.monotonic() + self.timeout)
+        except TooSlowError as error:
+            raise TooSlowError(
+                f"{self.url} did not answer within {START_TIMEOUT_S:g} s at start."
+            ) from error
         except AwayError:
             raise
         except KeyRefusedError as error:

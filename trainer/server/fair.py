@@ -79,7 +79,7 @@ class FairQueue(Generic[T]):
 
     def remove(self, job: T, kind: str, client: str) -> None:
         """Take a job out, wherever it stands; one that is not there changes nothing."""
-        share = self._clients.get(kind, {}).get(client)
+        share = self._share(kind, client)
         if share is not None and job in share.waiting:
             del share.waiting[job]
             self._count[kind] -= 1
@@ -87,9 +87,13 @@ class FairQueue(Generic[T]):
     def charge(self, kind: str, client: str, seconds: float) -> None:
         """Note engine time that was used."""
         self._kinds[kind] = self._kinds.get(kind, 0.0) + seconds
-        share = self._clients.get(kind, {}).get(client)
+        share = self._share(kind, client)
         if share is not None:
             share.seconds += seconds
+
+    def _share(self, kind: str, client: str) -> _Share[T] | None:
+        clients = self._clients.get(kind)
+        return None if clients is None else clients.get(client)
 
     def _forget_idle(self, clients: OrderedDict[str, _Share[T]]) -> None:
         for name in list(clients):

@@ -79,6 +79,8 @@ class HeldModel:
         self.section = ModelSection(model_path=model_path)
         self._folder, self._base_path = Path(resolve_alias(model_path)), base
         self.device = resolve_device(device)
+        self.date: dt.date | None = None
+        """What a chat template that prints the date prints over the own weights; None: today's."""
         self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
         self.date = date
         fix_date(self.tokenizer, date)

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 
-from trainer.server.jobs import Job
+from trainer.server.job import Job
 from trainer.server.openai_wire import (
     ChatChoice,
     ChatCompletion,

@@ -25,6 +25,11 @@ from trainer.server.service import IdempotencyKey, Service, client_of
 from trainer.server.upload import Upload
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
+UPLOAD_LINKS = {
+    name: {"operationId": name, "parameters": {"upload_id": "$response.body#/upload_id"}}
+    for name in ("weights_part", "weights_commit", "weights_state", "weights_drop")
+}
+"""What can be done with an offer that was taken, for clients that read the description."""
 KEPT_BATCHES = 200
 KEPT_BYTES = 32 << 20
 
@@ -51,7 +56,9 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
     def finished(upload_id: str, weights_id: str) -> WeightsState:
         return WeightsState(upload_id=upload_id, weights_id=weights_id, committed=True)
 
-    @app.post("/weights", responses=documented(409, 422, 429, 503))
+    @app.post(
+        "/weights", responses={**documented(409, 422, 429, 503), 200: {"links": UPLOAD_LINKS}}
+    )
     async def offer(body: WeightsOffer) -> WeightsState:
         weights_id = store.check(body)
         is_active = weights_id == queue.active["weights_id"]
@@ -63,13 +70,18 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
         store.finish(upload_id, weights_id)
         return finished(upload_id, weights_id)
 
-    @app.get("/weights/{upload_id}", responses=documented(404, 422))
+    @app.get("/weights/{upload_id}", responses=documented(404, 422), operation_id="weights_state")
     @app.head("/weights/{upload_id}", include_in_schema=False)
     async def upload_state(upload_id: UploadId) -> WeightsState:
         known = store.finished.get(upload_id)
         return state(store.find(upload_id)) if known is None else finished(upload_id, known)
 
-    @app.delete("/weights/{upload_id}", status_code=204, responses=documented(404, 409, 422))
+    @app.delete(
+        "/weights/{upload_id}",
+        status_code=204,
+        responses=documented(404, 409, 422),
+        operation_id="weights_drop",
+    )
     async def drop(upload_id: UploadId) -> None:
         upload = store.find(upload_id)
         if upload.is_sealed:
@@ -78,7 +90,8 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
 
     @app.put(
         "/weights/{upload_id}/parts/{number}",
-        responses=documented(404, 409, 422, 507),
+        responses=documented(404, 409, 413, 422, 507),
+        operation_id="weights_part",
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -96,7 +109,11 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
         await upload.put(number, x_part_sha256, request.stream())
         return state(upload)
 
-    @app.post("/weights/{upload_id}/commit", responses=documented(404, 409, 422, 429, 503, 507))
+    @app.post(
+        "/weights/{upload_id}/commit",
+        responses=documented(404, 409, 422, 429, 503, 507),
+        operation_id="weights_commit",
+    )
     async def commit(upload_id: UploadId) -> WeightsState:
         known = store.finished.get(upload_id)
         if known is not None and known in store.loads:

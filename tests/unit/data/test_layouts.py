@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.schema import DataSection
+from trainer.data.flags import TURN_FLAGS
 from trainer.data.formats import FORMATS, RowErrors, read_rows, to_rows
+from trainer.data.layouts import REFUSED_KEYS
 from trainer.data.rows import Row
 from trainer.data.sources import find_sources, read_sources
+from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
 from trainer.errors import ConfigError
 
 
@@ -183,21 +186,48 @@ VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "weight", "name", "tool_calls"]),
+            st.sampled_from(sorted(TURN_KEYS | TURN_FLAGS | CONTENT_KEYS | {"type", "text"})),
             inner,
             max_size=4,
         )
     ),
     max_leaves=8,
 )
-KEYS = sorted({key for known in FORMATS.values() for key in known.keys | known.optional})
+KEYS = sorted({key for known in FORMATS.values() for key in known.takes} | {*REFUSED_KEYS})
+SPEAKERS = st.sampled_from(sorted(ROLES)) | VALUES
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": SPEAKERS,
+            "from": SPEAKERS,
+            "content": VALUES,
+            "value": VALUES,
+            "tool_calls": VALUES,
+            "function_call": VALUES,
+            "thinking": VALUES,
+            "loss": VALUES,
+        },
+    ),
+    max_size=4,
+)
 
 
-@settings(max_examples=300, deadline=None)
-@given(row=st.dictionaries(st.sampled_from([*KEYS, "tools"]), VALUES, max_size=5) | VALUES)
+@settings(max_examples=150, deadline=None)
+@given(row=st.dictionaries(st.sampled_from(KEYS), VALUES | TURNS, max_size=5) | VALUES)
 def test_any_json_value_is_a_row_or_a_bad_row(row: Any) -> None:
     errors = RowErrors("skip")
     rows, _ = to_rows([("f:1", row)], "f", "auto", errors, None)
     assert len(rows) + len(errors.errors) == 1
     for found in rows:
         assert all(isinstance(turn["content"], str) for turn in found.messages)
+        assert all(turn.get("weight", 1.0) >= 0 for turn in found.messages)
+
+
+@settings(max_examples=80, deadline=None)
+@given(turns=TURNS, flags=VALUES)
+def test_any_list_of_turns_is_a_row_or_a_bad_row(turns: Any, flags: Any) -> None:
+    for key in ("messages", "conversations"):
+        errors = RowErrors("skip")
+        rows, _ = to_rows([("f:1", {key: turns, "loss_mask": flags})], "f", "auto", errors, None)
+        assert len(rows) + len(errors.errors) == 1

@@ -184,3 +184,10 @@ def test_keys_without_an_effect_are_counted_and_refuse_no_row(row: dict[str, Any
     found = {key: n for key, n in rows[0].notes.unused.items() if "[]" not in key}
     assert found == dict.fromkeys(given, 1)
     assert rows[0].notes.unused.get("messages[].toxic", 0) == (2 if row is WILDCHAT else 0)
+
+
+def test_lists_may_be_json_text_as_tables_hold_them() -> None:
+    for key in ("messages", "conversations", "conversation"):
+        assert turns({key: json.dumps([U, A]), "tools": "[]"}) == [U, A]
+    assert "'messages' is text that is no JSON" in refusal({"messages": "[{'role': 'user'}]"})
+    assert "'messages' is str" in refusal({"messages": "hello"})

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from trainer.preview import generate as sampling
-from trainer.preview.generate import GenerationSettings, NoiseProcessor, generate, left_pad
+from trainer.preview.generate import (
+    GenerationSettings,
+    NoiseProcessor,
+    StopStrings,
+    generate,
+    left_pad,
+)
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16], [20, 21]]
 
@@ -189,3 +195,34 @@ def test_the_folders_own_generation_config_does_not_change_a_preview(
     model.generation_config.do_sample = True
     model.generation_config.temperature = 9.0
     assert run(model, tokenizer, PROMPTS) == before
+
+
+@pytest.mark.parametrize("stop", ["a", "b" * 60, "end " * 50, "\u00e9" * 100, "<|x|>" * 40])
+def test_a_stop_string_is_found_however_many_tokens_it_has(tokenizer: Any, stop: str) -> None:
+    ids = tokenizer("q" * 50 + stop)["input_ids"]
+    found = StopStrings(tokenizer, [stop, "never"], 3)
+    assert bool(found(torch.tensor([[0, 0, 0, *ids]]), None)[0])
+    assert not bool(found(torch.tensor([[0, 0, 0, *ids[:-1]]]), None)[0])
+
+
+def test_the_check_of_long_stop_strings_is_killed_by_a_fixed_window(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutant: 48 tokens at the end are looked at, whatever is looked for."""
+    start = StopStrings.__init__
+
+    def fixed(self: Any, *values: Any) -> None:
+        start(self, *values)
+        self.window = 48
+
+    monkeypatch.setattr(StopStrings, "__init__", fixed)
+    with pytest.raises(AssertionError):
+        test_a_stop_string_is_found_however_many_tokens_it_has(tokenizer, "b" * 60)
+
+
+@pytest.mark.parametrize("temperature", [9e-6, 1e-38, 5e-324])
+def test_a_temperature_that_is_as_good_as_zero_is_greedy(
+    model: Any, tokenizer: Any, temperature: float
+) -> None:
+    greedy = run(model, tokenizer, PROMPTS)
+    assert run(model, tokenizer, PROMPTS, temperature=temperature) == greedy

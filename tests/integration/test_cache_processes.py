@@ -1,0 +1,129 @@
+"""What one process writes into the cache of rows, the next one finds, whatever its hash seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.data import cache as cache_module
+from trainer.data.cache import Arrays, CacheEntry, find_entry
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from trainer.data.cache import find_entry
+from trainer.data.encode import RowEncoder
+from trainer.preview.identity import chat_template_hash, tokenizer_hash
+from trainer.profiles import get_profile
+
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = {"encoder": RowEncoder(tokenizer, 64), "profile": get_profile("emoji_think")}
+    key = find_entry(Path("cache"), "rows", parts).path.name
+    found[folder.name] = [key, tokenizer_hash(tokenizer), chat_template_hash(tokenizer)]
+    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=3)
+    assert find_entry(Path("cache"), "rows", parts).path.name == key, "a call changed the key"
+json.dump(found, sys.stdout)
+"""
+CHATML = ["<|aaa|>", "<|im_end|>", "<|bbb|>", "<|im_start|>", "<|ccc|>", "<|ddd|>", "<|eee|>"]
+LLAMA = ["<|begin_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|pad_id|>", "<|fim_id|>"]
+LLAMA += ["<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"]
+PHI = ["<|aa|>", "<|end|>", "<|bb|>", "<|user|>", "<|syst|>", "<|assistant|>", "<|tool|>"]
+GEMMA = ["<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<a_b_of_turn>"]
+TOKENIZERS = {  # model, special tokens (several of one length), template, adds BOS and EOS
+    "qwen": ("BPE", "Bpe", CHATML, "qwen3", False),
+    "llama": ("BPE", "Bpe", LLAMA, "llama3", True),
+    "phi": ("WordPiece", "WordPiece", PHI, "phi3", False),
+    "gemma": ("BPE", "Bpe", GEMMA, "gemma3", True),
+    "unigram": ("Unigram", "Unigram", CHATML, "qwen3", True),
+}
+
+
+def build(folder: Path, name: str) -> None:
+    """Save one of the tokenizers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model, maker, specials, template, has_bos = TOKENIZERS[name]
+    core = Tokenizer(getattr(models, model)())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = getattr(trainers, f"{maker}Trainer")(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["user assistant system a b c"] * 9, trainer)
+    if has_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{specials[0]} $A {specials[1]}",
+            special_tokens=[(token, core.token_to_id(token)) for token in specials[:2]],
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=specials[0] if has_bos else None,
+        eos_token=specials[1],
+        pad_token=specials[2],
+        additional_special_tokens=specials[3:],
+    )
+    tokenizer.chat_template = (files("trl") / "chat_templates" / f"{template}.jinja").read_text()
+    tokenizer.save_pretrained(folder / name)
+
+
+def keys_under(seed: int, folder: Path) -> dict[str, Any]:
+    """Cache key and hashes of five tokenizers, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        env={**os.environ, "PYTHONHASHSEED": str(seed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_five_tokenizers_have_one_key_in_every_process(tmp_path: Path) -> None:
+    for name in TOKENIZERS:
+        build(tmp_path, name)
+    one, two = keys_under(1, tmp_path), keys_under(2, tmp_path)
+    assert len({key for key, _, _ in one.values()}) == 5
+    assert one == two
+
+
+def entry_of(folder: Path, number: int, label: str = "rows.jsonl") -> CacheEntry:
+    return find_entry(folder, label, {"number": number})
+
+
+def arrays() -> Arrays:
+    import numpy as np
+
+    return {"x": np.arange(3)}
+
+
+def test_a_file_that_is_edited_again_and_again_does_not_fill_the_disk(tmp_path: Path) -> None:
+    others = [entry_of(tmp_path, 0, "rows.json"), entry_of(tmp_path, 0, "rows.jsonl-more")]
+    for other in others:
+        other.store(arrays())
+        os.utime(other.path, (1, 1))
+    for number in range(30):
+        entry = entry_of(tmp_path, number)
+        entry.store(arrays())
+        os.utime(entry.path, (1000 + number, 1000 + number))
+        assert entry_of(tmp_path, 0).load() is not None  # used again, so that it stays
+    kept = [number for number in range(30) if entry_of(tmp_path, number).path.exists()]
+    assert len(kept) == cache_module.KEPT_ENTRIES
+    assert kept == [0, *range(30 - cache_module.KEPT_ENTRIES + 1, 30)]
+    assert all(other.load() is not None for other in others)
