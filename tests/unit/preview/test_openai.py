@@ -75,6 +75,7 @@ def fake() -> Iterator[Fake]:
     made = Fake()
     yield made
     made.server.shutdown()
+    made.server.server_close()
 
 
 def ask(fake: Fake, request: PreviewRequest | None = None, **options: Any) -> PreviewResult:
