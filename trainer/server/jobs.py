@@ -194,6 +194,11 @@ class JobQueue:
             self._queue.charge(kind, client, asyncio.get_running_loop().time() - began)
 
     async def _run_one(self, job: Job) -> None:
+        if not self.engine.is_alive:  # it ended before: that is not this job's doing
+            await self._restart()
+            if not self.is_ready:
+                self._end(job, "failed", 503, "the engine process cannot be started")
+                return
         job.status, job.tries = "running", job.tries + 1
         job.message_id = self.engine.new_id()
         try:

@@ -146,6 +146,17 @@ def test_a_load_that_ended_the_engine_is_not_tried_again(engine: FakeEngine) -> 
     run(work())
 
 
+def test_a_load_that_finds_the_engine_dead_is_done_by_the_next_one(engine: FakeEngine) -> None:
+    async def work() -> None:
+        async with running(engine) as queue:
+            engine.is_alive = False
+            load = queue.submit("load_weights", LOAD, needs=tag(NEW))
+            await queue.wait(load, 5)
+            assert (load.status, engine.held, queue.restarts) == ("done", NEW, 1)
+
+    run(work())
+
+
 def test_a_client_that_comes_back_with_its_key_gets_the_answer(engine: FakeEngine) -> None:
     async def work() -> None:
         engine.hold = threading.Event()
