@@ -21,7 +21,12 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "order of rows",
         "which turns and tokens of a row are trained",
         "split by prompt",
-        "golden answers of tool calls",
+        "arguments of tool calls",
+        "golden answers",
+        "sampled previews",
+        "packing with flash attention",
+        "router loss in bf16",
+        "date that templates print",
     ),
 }
 """Number -> what it does otherwise than the number before, in words that follow "the"."""
