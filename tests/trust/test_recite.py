@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tests.integration.serving import running_server
 from trainer.config import create_default_config
 from trainer.core import TrainerEngine
-from trainer.data import spans
+from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
 from trainer.models.adapter import load_finished_model
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
@@ -121,12 +122,14 @@ def test_n27_greedy_previews_recite_here_and_on_a_server_byte_for_byte(
 def test_mutant_n27_eos_masked_is_killed(
     recite: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trim = spans.SpanFinder._trim
+    make = RowEncoder._example
 
-    def without_stop(self: Any, ids: list[int], begin: int, end: int) -> tuple[int, int]:
-        begin, end = trim(self, ids, begin, end)
-        return begin, end - 1
+    def without_stop(self: Any, *args: Any) -> Example:
+        example = make(self, *args)
+        ends = self.template.end_ids
+        labels = [IGNORE_INDEX if label in ends else label for label in example.labels]
+        return dataclasses.replace(example, labels=labels)
 
-    monkeypatch.setattr(spans.SpanFinder, "_trim", without_stop)
+    monkeypatch.setattr(RowEncoder, "_example", without_stop)
     with pytest.raises(AssertionError):
         check_recites(recite("broken"))
