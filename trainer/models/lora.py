@@ -115,4 +115,7 @@ def _leaves(modules: Iterable[str]) -> list[str]:
 def _choice(model: Any) -> str:
     """Names that can be given instead."""
     names = _leaves(key for key, module in model.named_modules() if _takes_adapter(module))
-    return f"Layers that take an adapter: {', '.join(names)}; all-linear is the linear ones but the head."
+    return (
+        f"Layers that take an adapter: {', '.join(names)}; all-linear is the linear ones but the "
+        "head."
+    )
