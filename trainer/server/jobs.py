@@ -29,7 +29,7 @@ SMALL_BODY = 256 << 10
 """A body up to this size is always taken where there is a place: large ones keep out no chat."""
 RESTART_PAUSE_S = 5.0
 MAX_TRIES = 2
-"""A job that the engine died on is tried again once; a load is not."""
+"""A job that the engine died on is tried again once; a load only after somebody's kill."""
 REQUEST_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 600.0
 """At least; a load takes as long as the file is large."""
@@ -204,8 +204,9 @@ class JobQueue:
         try:
             reply = await self._activate(job) or await self._ask_for(job)
         except EngineDiedError:
+            was_killed = await asyncio.to_thread(self.engine.was_killed)
             await self._restart()
-            await self._after_death(job)
+            await self._after_death(job, was_killed)
             return
         if reply["ok"]:
             self._note(job, reply["result"])
@@ -217,8 +218,9 @@ class JobQueue:
         else:
             self._end(job, "cancelled", 499, "cancelled")
 
-    async def _after_death(self, job: Job) -> None:
-        if job.operation == "load_weights":
+    async def _after_death(self, job: Job, was_killed: bool) -> None:
+        is_over = not was_killed or job.is_late or job.tries >= MAX_TRIES
+        if job.operation == "load_weights" and is_over:
             # It would only end the next engine as well.
             self._end(job, "failed", 422, "the engine process ended while it loaded these weights")
         elif job.is_late:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -159,6 +160,13 @@ class EngineProcess:
     def is_alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and bool(self._process.is_alive())
+
+    def was_killed(self) -> bool:
+        """Whether somebody else ended the process (slow: waits for it to be gone)."""
+        if self._process is None:
+            return False
+        self._process.join(2)
+        return bool(self._process.exitcode == -signal.SIGKILL)
 
     def kill(self) -> None:
         """End a process that no longer reacts; whoever waits for its answer is told."""

@@ -47,6 +47,9 @@ class FakeEngine:
         if self.hold is not None:
             self.hold.set()
 
+    def was_killed(self) -> bool:
+        return False
+
     def cancel(self, message_id: int) -> None:
         self.cancelled.append(message_id)
 
