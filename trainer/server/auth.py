@@ -15,6 +15,9 @@ from trainer.errors import ConfigError
 from trainer.preview.wire import MAX_BODY
 from trainer.server.problems import problem_body
 
+MAX_JSON = 16 << 20
+"""Longest body that is no part of weights: parsing it holds the whole server up (16 MiB are about
+two million token ids)."""
 MAX_HELD = 64 << 20
 """Bytes of large request bodies that are held at once, until they are answered."""
 SMALL_BODY = 256 << 10
@@ -88,6 +91,7 @@ class Guard:
     keys: dict[str, str] = field(default_factory=dict)
     hosts: frozenset[str] = frozenset()
     max_body: int = MAX_BODY
+    max_json: int = MAX_JSON
     max_held: int = MAX_HELD
     held: int = field(default=0, init=False)
     """Bytes of large bodies that are held now."""
@@ -107,7 +111,7 @@ class Guard:
         if refusal is not None:
             await _answer(send, scope["path"], *refusal)
             return
-        body = _Body(self, is_kept=not _is_part(scope["path"]))
+        body = _Body(self, self.longest(scope["path"]), is_kept=not _is_part(scope["path"]))
         try:
             await self.app(scope, body.counted(receive), send)
         finally:
@@ -128,9 +132,14 @@ class Guard:
             if needed == "publish" and held != "publish":
                 return 403, "scope", "this key may generate, not publish"
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self.max_body:
-            return 413, "too_large", f"a body may have at most {self.max_body} bytes"
+        most = self.longest(path)
+        if not length.isdigit() or int(length) > most:
+            return 413, "too_large", f"a body may have at most {most} bytes"
         return None
+
+    def longest(self, path: str) -> int:
+        """Most bytes of a body for this path."""
+        return self.max_body if _is_part(path) else min(self.max_body, self.max_json)
 
     def _scope_held(self, header: str) -> str | None:
         kind, _, given = header.partition(" ")
@@ -146,6 +155,8 @@ class _Body:
     """The bytes of one request's body."""
 
     guard: Guard
+    most: int
+    """Its longest length."""
     is_kept: bool
     """False where it is written to a file as it comes."""
     seen: int = 0
@@ -165,8 +176,8 @@ class _Body:
     def _take(self, count: int) -> None:
         self.seen += count
         # The rest of a refused body is not read.
-        if self.seen > self.guard.max_body:
-            limit = f"a body may have at most {self.guard.max_body} bytes"
+        if self.seen > self.most:
+            limit = f"a body may have at most {self.most} bytes"
             raise HTTPException(413, limit, {"Connection": "close"})
         if not (self.is_kept and self.seen > SMALL_BODY):
             return

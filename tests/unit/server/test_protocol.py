@@ -215,3 +215,20 @@ def test_large_bodies_share_a_budget_and_small_ones_are_taken_beside_them() -> N
     assert asyncio.run(once([900_000, 900_000, 10_000])).count(503) == 1
     assert guard.held == 0
     assert asyncio.run(once([900_000, 10_000])) == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "status"),
+    [
+        ("/previews", 17 << 20, 413),  # parsing so much JSON would hold everybody up
+        ("/v1/chat/completions", 17 << 20, 413),
+        ("/weights", 17 << 20, 413),
+        ("/weights/u1/parts/0", 17 << 20, None),
+        ("/weights/u1/parts/0", (64 << 20) + 1, 413),
+        ("/previews", 15 << 20, None),
+    ],
+)
+def test_only_parts_of_weights_may_be_long(path: str, size: int, status: int | None) -> None:
+    headers = {"host": "127.0.0.1", "content-length": str(size)}
+    refusal = Guard(app)._refusal(path, headers)
+    assert (refusal[0] if refusal is not None else None) == status
