@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[list[Any], str]] = {
         [messages([{"role": "robot", "content": "x"}, *TURNS])],
         "data.jsonl:1: messages[0] has role 'robot'",
     ),
-    "wrong type": ([{"question": 1, "answer": "a"}], "data.jsonl:1: 'question' is int"),
+    "wrong type": ([{"question": ["a"], "answer": "a"}], "data.jsonl:1: 'question' is list"),
     "other keys": ([{"foo": 1}], "data.jsonl:1: row has the keys ['foo']"),
     "empty answer": (
         [{"question": "q", "answer": "  "}],

@@ -248,7 +248,7 @@ def test_early_stopping_stops_and_says_why(train: Callable[..., Any]) -> None:
     # The best step has a checkpoint, and keeps it beside the newest one.
     kept = sorted(path.name for path in (result.output_dir / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000006"]
-    assert "step 2, whose checkpoint is kept" in result.summary["stop_reason"]
+    assert "the checkpoint of the lowest one (step 2) is kept" in result.summary["stop_reason"]
 
 
 def test_the_final_evaluation_answers_held_out_prompts(train: Callable[..., Any]) -> None:

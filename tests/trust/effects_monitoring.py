@@ -92,7 +92,7 @@ def max_output_tokens(lab: Lab) -> None:
         )
         return max(len(preview["golden_answer"]) for preview in seen.status["last_previews"])
 
-    assert longest(1000) > 20
+    assert longest(1000) > 4 * 2 + 3
     assert longest(2) <= 4 * 2 + 3
 
 

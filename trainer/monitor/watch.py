@@ -132,7 +132,8 @@ class Follower:
         is_phase_new = status.phase != self._phase and not self.reader.is_over
         self._phase = status.phase
         if is_phase_new and status.phase and (self._is_attached or status.phase != TRAINING):
-            yield PhaseChanged(state=status.state, text=status.phase)
+            is_pause = status.state == "training"
+            yield PhaseChanged(state=status.state, text=status.phase, is_pause=is_pause)
 
 
 def watch_run(folder: Path, display: Observer, *, num_before: int, is_once: bool = False) -> int:

@@ -356,7 +356,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
     def _say_phase(self, text: str) -> None:
         """Say what keeps training from the next step, or that it goes on."""
         if self.trainer is None or self.trainer.is_world_process_zero():
-            self.observers.emit(PhaseChanged(state="training", text=text))
+            self.observers.emit(PhaseChanged(state="training", text=text, is_pause=True))
 
     def deliver_previews(self, step: int, results: list[PreviewResult], waited_s: float) -> None:
         """What the scheduler calls with finished previews."""

@@ -37,6 +37,8 @@ class PhaseChanged:
     state: RunState
     text: str
     """In words, such as `loading Qwen/Qwen3-0.6B`."""
+    is_pause: bool = False
+    """Between two steps, as previews and evaluations are, or the end of such a pause."""
 
 
 @dataclass(frozen=True, kw_only=True)

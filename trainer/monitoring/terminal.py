@@ -157,7 +157,7 @@ class PlainDisplay(_Display):
         match event:
             case PhaseChanged():
                 # In a log the pauses between steps would be a line each; people wait for the first.
-                if event.state != "training" or (self.step is None and event.text != TRAINING):
+                if not event.is_pause or (self.step is None and event.text != TRAINING):
                     line(printable(event.text, NOTICE_CHARS))
             case CardShown():
                 line(card_words(event))

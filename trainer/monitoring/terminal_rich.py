@@ -131,7 +131,7 @@ class RichDisplay:
         """Keep on the screen how long a phase took that people had to wait for."""
         phase, elapsed = self._view.phase, self._view.phase_elapsed_s()
         # The pauses between steps come again and again: only the first of them is kept.
-        is_kept = phase is not None and (phase.state != "training" or self._view.step is None)
+        is_kept = phase is not None and (not phase.is_pause or self._view.step is None)
         if phase is not None and is_kept and elapsed >= LONG_PHASE_S:
             self._print(f"{printable(phase.text, 200)}: {duration_words(elapsed)}", "dim")
 

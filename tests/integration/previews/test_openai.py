@@ -35,7 +35,9 @@ def test_its_answers_are_those_of_its_own_weights_and_labelled_unverified(
     )
     mine, theirs = (one.preview("what is 2 plus 2?", "4", 3) for one in (local, backend))
     assert theirs.ok, theirs.error_message
-    assert (theirs.text, theirs.tokens_generated) == (mine.text, mine.tokens_generated)
+    # Such a server leaves out control tokens within an answer; here they are shown.
+    plain = mine.text.replace("<|endoftext|>", "")
+    assert (theirs.text, theirs.tokens_generated) == (plain, mine.tokens_generated)
     assert (theirs.weights, theirs.weights_id, theirs.step) == ("unverified", None, 3)
     backend.close()
 

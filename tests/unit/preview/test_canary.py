@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from trainer.preview import results
 from trainer.preview.base import PreviewRequest
@@ -27,6 +28,7 @@ def to_bf16(_: torch.Tensor) -> torch.dtype:
 @pytest.fixture
 def in_training(make_model: Callable[..., Any]) -> Iterator[Any]:
     """A model as it is while a bf16 run trains: fp32 masters, autocast inside `forward`."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, in one process
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = make_model(hidden_size=64, intermediate_size=128)
     with torch.no_grad():
@@ -34,6 +36,7 @@ def in_training(make_model: Callable[..., Any]) -> Iterator[Any]:
             parameter.mul_(6)
     yield accelerator.prepare(model)
     accelerator.free_memory()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def worker_of(model: Any) -> Any:
