@@ -107,6 +107,7 @@ def test_all_bad_rows_are_named_at_once(
         (["--dataset", "DATA", "--max-length", "8"], "nothing to train"),
         (["--dataset", "DATA", "--resume"], "nothing to resume"),
         (["--dataset", "DATA", "--resume", "step-1"], "nothing to resume"),
+        (["--resume", "--output", "absent"], "absent holds no run"),
         (["--dataset", "DATA", "--locked.vocab_size", "7"], "locked.vocab_size=7"),
         (["--dataset", "DATA", "--hyperparams.warmup_steps", "9"], "max_steps"),
         (["--dataset", "DATA", "--environment.device", "cuda:7"], "CUDA devices"),

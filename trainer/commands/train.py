@@ -14,7 +14,7 @@ from rich.table import Table
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
 from trainer.config.resolve import required_for_training
-from trainer.errors import EXIT_COMPLETED
+from trainer.errors import EXIT_COMPLETED, ResumeError
 from trainer.monitoring.terminal import DisplayKind, create_display
 from trainer.monitoring.text import preview_failure_words
 
@@ -60,7 +60,17 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
         output = flags.values.get("output.output_dir", "outputs")
         own = Path(str(output)) / RESOLVED_FILE
         file = own if own.is_file() else None
-    return ConfigLoader.load(file or find_config_file(flags, Path.cwd()), os.environ, flags)
+    file = file or find_config_file(flags, Path.cwd())
+    if (
+        flags.values.get("output.resume")
+        and file is None
+        and not flags.values.get("data.dataset_path")
+    ):
+        raise ResumeError(
+            f"--resume: {output} holds no run, so there is nothing to resume. Give the --output of "
+            "the run, or leave --resume out."
+        )
+    return ConfigLoader.load(file, os.environ, flags)
 
 
 def _dry_run(loaded: LoadedConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import os
+import shlex
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ class RunContext:
     def _how_to_continue(self) -> str:
         if self.checkpoint is None or self.folder is None:
             return ""
-        return f"; continue with --resume --output {self.folder.path}"
+        folder = shlex.quote(str(self.folder.path))
+        return f"; continue with: trainer train --resume --output {folder}"
 
     def failed(self, error: BaseException) -> TrainingResult:
         """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""

@@ -32,6 +32,7 @@ from trainer.core.preparation import (
 from trainer.core.result import TrainingResult
 from trainer.core.signals import ignore_dead_workers, stop_on_signals
 from trainer.data.dataset import RunData
+from trainer.data.sources import check_files
 from trainer.errors import ConfigError, StoppedError
 from trainer.models.hub import go_offline, hub_setting_kept
 from trainer.models.precision import (
@@ -175,6 +176,7 @@ class TrainerEngine:
         check_trackers(config.monitoring.report_to)
         run = self._current
         run.config = config = resolve(config)
+        check_files(config.data)
         environment, hyper = config.environment, config.hyperparams
         disable_progress_bar()  # transformers' own bars would tear the terminal view
         if environment.num_threads is not None:

@@ -119,6 +119,21 @@ def find_sources(
     ]
 
 
+def check_files(section: DataSection) -> None:
+    """Look for the data files before anything slow is done.
+
+    Raises:
+        ConfigError: as `find_sources` does.
+        DataError: a file is not there, or it is a folder.
+    """
+    sources = find_sources(section.dataset_path, section.weights)
+    if section.validation_path is not None:
+        sources += find_sources(section.validation_path)
+    for source in sources:
+        if not source.is_hub and not Path(source.name).is_file():
+            next(source.rows(), None)  # has the words
+
+
 def read_sources(
     sources: list[Source], section: DataSection, errors: RowErrors, *, max_rows: int | None
 ) -> tuple[list[Row], str]:

@@ -284,7 +284,8 @@ class _Search:
             if place is None or place > end or not self.text[:place].endswith(name):
                 raise BadRowError(
                     f"assistant turn {nth + 1} calls {name!r}, which the model's chat template "
-                    f"does not write (call {number + 1}); its tokens say {said[:60]!r}",
+                    f"does not write (call {number + 1}); take the calls and their results out, or "
+                    "choose a template that takes tools",
                     "template without tool calls",
                 )
             at = place

@@ -72,9 +72,11 @@ def refuse_lost_tools(messages: list[Message], text: str) -> None:
     """
     missing = [name for name in tool_names(tools_of(messages) or []) if name not in text]
     if missing:
+        calls = any(turn.get("tool_calls") for turn in messages)
+        what = "take the tools, the calls and their results out" if calls else "take them out"
         raise BadRowError(
             f"row defines the tools {', '.join(map(repr, missing))}, which the model's chat "
-            "template does not write; take them out, or choose a template that takes tools",
+            f"template does not write; {what}, or choose a template that takes tools",
             "template without tools",
         )
 

@@ -70,3 +70,19 @@ def test_cache_show_and_clear_count_entries_and_leave_other_files(
     assert main(["data", "cache", "clear"]) == 0
     assert "removed 1 entries" in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("option", ["file", "--data.validation_path"])
+def test_a_missing_file_is_named_before_the_tokenizer_is_loaded(
+    option: str, qa_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: object, **__: object) -> None:
+        raise AssertionError("a tokenizer in a .gguf file takes a minute")
+
+    monkeypatch.setattr("trainer.core.preparation.load_tokenizer", slow)
+    words = {
+        "file": ["absent.jsonl"],
+        "--data.validation_path": [str(qa_file), "--data.validation_path", "absent.jsonl"],
+    }[option]
+    assert main(["data", "inspect", *words, "--model", "tiny"]) == 2
+    assert "absent.jsonl: does not exist" in capsys.readouterr().err
