@@ -144,15 +144,13 @@ def _line(curve: tuple[str, str, Points], x_scale: _Scale, y_scale: _Scale) -> L
 
 
 def short_number(value: float) -> str:
-    """A number for an axis or a table: 1.2M, 15k, 0.25, 3e-04."""
+    """A number for an axis or a table: 1.2M, 15k, 0.25, 0.00015, 3e-05."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:.4g}M"
     if size >= 1e4:
         return f"{value / 1e3:.4g}k"
-    if size >= 1e-3 or size == 0:
-        return f"{value:.4g}"
-    return f"{value:.0e}"
+    return f"{value:.4g}" if size >= 1e-3 else f"{value:.3g}"
 
 
 def _in_words(name: str, points: Points) -> str:

@@ -15,6 +15,7 @@ import pytest
 from trainer.cli import main
 from trainer.monitor.records import RunRecords
 from trainer.monitor.report import render_report
+from trainer.monitor.svg import short_number
 from trainer.monitoring.status_reader import TrainingStatusReader
 
 MakeRun = Callable[..., Any]
@@ -185,3 +186,11 @@ def test_config_values_come_with_their_origin(made_up_run: MakeRun) -> None:
     RunRecords({"data.max_rows": "flag --data.max_rows"}, is_report=False).on_event(started)
     text = Elements(render_report(run.read())).text
     assert re.search(r"data\.max_rows\s*7\s*flag --data\.max_rows", text)
+
+
+@pytest.mark.parametrize("step", [5e-5, 2.5e-6, 0.02, 2500.0])
+def test_the_ticks_of_an_axis_have_labels_of_their_own(step: float) -> None:
+    labels = [short_number(nth * step) for nth in range(6)]
+    assert [float(label.replace("k", "e3")) for label in labels] == pytest.approx(
+        [nth * step for nth in range(6)]
+    )
