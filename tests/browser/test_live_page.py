@@ -240,7 +240,7 @@ def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
     page = open_page(monitor(run), wait_for="#final .said")
     shown = page.locator("#final").inner_text()
     assert "80.0 % (4/5)" in shown
-    assert page.locator("#final > div > .said").count() == 1
+    assert page.locator("#final .wrong-row").count() == 1
     assert answers[3]["prompt"] in shown
     assert "80.0 % (4/5)" in page.locator(".figure").first.inner_text()
     assert "trainer chat" not in page.locator("#ask").inner_text()  # it left no weights
