@@ -212,7 +212,8 @@ def test_a_run_that_hangs_turns_amber_and_frames_without_data_are_not_drawn(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    times = {"started_at": time.time() - 100, "updated_at": time.time() - 60, "eta_s": 500.0}
+    # The process that is named must be older than the run, or it is not the run's.
+    times = {"started_at": time.time(), "updated_at": time.time() - 60, "eta_s": 500.0}
     status = {"state": "training", "phase": "training", "pid": os.getpid(), **times}
     path = run / "status.json"
     path.write_text(json.dumps(helpers.status_of(step=200, total_steps=400, **status)))
@@ -221,7 +222,7 @@ def test_a_run_that_hangs_turns_amber_and_frames_without_data_are_not_drawn(
     assert " left" not in page.locator(".page").inner_text()
     assert page.locator(".charts canvas:visible").count() == 0
     assert not page.locator("#final").is_visible()
-    now = {**status, "updated_at": time.time(), "started_at": time.time()}
+    now = {**status, "updated_at": time.time()}
     path.write_text(json.dumps(helpers.status_of(step=202, total_steps=400, **now)))
     page.wait_for_function("document.querySelector('.state').innerText.includes(' left')")
     assert page.locator(".state-silent").count() == 0
