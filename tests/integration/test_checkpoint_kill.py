@@ -102,9 +102,13 @@ TrainerEngine().run_job(ConfigLoader.load(sys.argv[1]).config)
 """
 
 
+MORE_POINTS = (1, 2, 3, 5, 8, 11, 14, 20, 23, 26, 28, 30)
+
+
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [3, 17, 30])
+@pytest.mark.parametrize(
+    "at", [17, *(pytest.param(at, marks=pytest.mark.long) for at in MORE_POINTS)]
+)
 def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_for_bit(
     job: Callable[..., Any],
     train: Callable[..., Any],
