@@ -30,18 +30,17 @@ def fix_date(tokenizer: Any, date: dt.date | None) -> None:
     tokenizer.template_date = date
 
 
-def date_options(tokenizer: Any, template: str | None = None) -> dict[str, Any]:
+def date_options(tokenizer: Any) -> dict[str, Any]:
     """What `apply_chat_template` must be given so that the tokenizer's date is printed.
 
     Args:
         tokenizer: one that was told its date, or not.
-        template: rendered instead of the tokenizer's own.
     """
-    text = template or tokenizer.chat_template
+    text = tokenizer.chat_template
     date = getattr(tokenizer, "template_date", None)
     if date is not None and isinstance(text, str) and FUNCTION in text:
         return {"chat_template": _definition(date) + text}
-    return {} if template is None else {"chat_template": template}
+    return {}
 
 
 def printed_dates(tokenizer: Any) -> dict[str, str]:
