@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,10 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests started by nohup or in the background of a script inherit signals that are ignored, and
+# would hand them on to the runs that they stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Encoded rows of tests must not fill the user's cache, nor be found by the next test run.
 _CACHE = tempfile.TemporaryDirectory(prefix="trainer_tests_")
 os.environ["ULTIMATE_TRAINER_CACHE"] = _CACHE.name

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.warnoptions:  # of libraries, about each other
         warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # On some CPUs it asks for a package from the hub when it is imported, used or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_COMPLETED if words else EXIT_USER_INPUT

@@ -128,10 +128,11 @@ def test_a_signal_before_the_first_step_ends_at_once_with_one_line(
 ) -> None:
     script = (
         "import os, signal, sys\n"
+        "from trainer.cli import main; main(['version'])  # quiets libraries before their import\n"
         "import trainer.core.preparation as preparation\n"
         "def interrupted(*args, **options): os.kill(os.getpid(), signal.SIGTERM)\n"
         "preparation.prepare_data = interrupted\n"
-        "from trainer.cli import main; sys.exit(main(['train', *sys.argv[1:]]))"
+        "sys.exit(main(['train', *sys.argv[1:]]))"
     )
     usual = ["--dataset", qa_file, "--model", "tiny", "--output", tmp_path / "out"]
     done = cli(*usual, *words, command=[sys.executable, "-c", script])
