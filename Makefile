@@ -57,7 +57,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 docs: $(STAMP)
-	$(BIN)/python -m trainer.config.render
+	$(BIN)/python -m trainer.config.docs
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_startup.py

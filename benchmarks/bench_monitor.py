@@ -37,7 +37,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu,
 """
 ARMS = {
     "RunReader": (
-        "from pathlib import Path; from trainer.monitor.run_reader import RunReader",
+        "from pathlib import Path; from trainer.views.run_reader import RunReader",
         "r = RunReader(Path(sys.argv[1])); r.poll(); count = len(r.metrics)",
     ),
     "TrainingStatusReader": (

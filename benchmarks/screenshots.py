@@ -22,11 +22,11 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
-from trainer.monitor.report import write_report
-from trainer.monitor.run_reader import RunReader
-from trainer.monitor.watch import Follower
 from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunEnded, RunStarted, StepDone
-from trainer.monitoring.terminal_view import LiveView
+from trainer.views.report import write_report
+from trainer.views.run_reader import RunReader
+from trainer.views.terminal_view import LiveView
+from trainer.views.watch import Follower
 
 ROOT = Path(__file__).parents[1]
 ENOUGH_STEPS = 170

@@ -16,12 +16,12 @@ import torch
 
 from trainer.config.schema import ModelSection
 from trainer.core.loss import supervised_loss
-from trainer.data.batches import PadCollator
-from trainer.data.dataset import EncodedDataset
+from trainer.data.batches import EncodedDataset, PadCollator
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import RowErrors, read_rows
-from trainer.demo.tasks import write_demo_data
+from trainer.data.formats import read_rows
+from trainer.data.rows import RowErrors
 from trainer.models.load import load_model, load_tokenizer
+from trainer.models.tiny_tasks import write_demo_data
 from trainer.preview.local import LocalPreviewBackend
 
 BATCH_SIZE, MAX_LENGTH, LEARNING_RATE = 16, 256, 4e-3

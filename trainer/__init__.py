@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names for type checkers
+if TYPE_CHECKING:
     from trainer.config import ConfigLoader, TrainerConfig, create_default_config
     from trainer.core import TrainerEngine, TrainingResult
     from trainer.profiles import get_profile

@@ -14,7 +14,13 @@ import sys
 import warnings
 
 from trainer import __version__
-from trainer.errors import EXIT_COMPLETED, EXIT_SIGINT, EXIT_USER_INPUT, StoppedError, TrainerError
+from trainer.errors import (
+    EXIT_COMPLETED,
+    EXIT_SIGINT,
+    EXIT_USER_INPUT,
+    StoppedError,
+    TrainerError,
+)
 
 COMMANDS = {
     "demo": "a tiny model learns in about a minute; nothing is downloaded",

@@ -19,10 +19,15 @@ Nothing else lives here: this module imports nothing, so that every layer may im
 from __future__ import annotations
 
 EXIT_COMPLETED = 0
+
 EXIT_FAILED = 1
+
 EXIT_USER_INPUT = 2
+
 EXIT_SIGHUP = 129
+
 EXIT_SIGINT = 130
+
 EXIT_SIGTERM = 143
 
 

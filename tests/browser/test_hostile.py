@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from trainer.monitor.report import write_report
-from trainer.monitor.run_reader import RunReader
+from trainer.views.report import write_report
+from trainer.views.run_reader import RunReader
 
 NAME = "<img src=x onerror=alert(1)>"
 HOSTILE = (

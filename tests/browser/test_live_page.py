@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from trainer.monitor.live.charts import COLOURS
+from trainer.views.page.charts import COLOURS
 
 OpenPage = Callable[..., Any]
 Monitor = Callable[..., str]

@@ -28,10 +28,12 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's model in double precision."""
-    import trainer.core.loading as loading
+    import trainer.core.preparation as preparation
 
-    load = loading.load_model
-    monkeypatch.setattr(loading, "load_model", lambda *args, **named: load(*args, **named).double())
+    load = preparation.load_model
+    monkeypatch.setattr(
+        preparation, "load_model", lambda *args, **named: load(*args, **named).double()
+    )
 
 
 @pytest.fixture

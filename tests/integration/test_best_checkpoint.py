@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from trainer.core import assembly
-from trainer.core.best import find_checkpoint
+from trainer.core.checkpoint import find_checkpoint
 from trainer.errors import OutputError
+from trainer.files import checkpoint_steps
 from trainer.monitoring.callbacks import EarlyStopping
-from trainer.monitoring.run_files import checkpoint_steps
 
 KEEP_ONE = {"keep_checkpoints": 1, "checkpoint_interval": 5}
 Losses = Callable[[dict[int, float]], None]

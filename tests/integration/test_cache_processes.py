@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trainer.data.cache import find_entry
 from trainer.data.encode import RowEncoder
-from trainer.preview.identity import chat_template_hash, tokenizer_hash
+from trainer.publish.identity import chat_template_hash, tokenizer_hash
 from trainer.profiles import get_profile
 
 found = {}

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from trainer.core import TrainerEngine
-from trainer.core.best import find_checkpoint
-from trainer.monitor.control_writer import ControlWriter
-from trainer.monitor.run_reader import RunReader
+from trainer.core.checkpoint import find_checkpoint
+from trainer.files import checkpoint_steps
 from trainer.monitoring import TrainingStatusReader
+from trainer.monitoring.control import ControlWriter
 from trainer.monitoring.events import Event, StepDone
-from trainer.monitoring.run_files import checkpoint_steps
+from trainer.views.run_reader import RunReader
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,7 +173,7 @@ def test_two_processes_stop_at_the_same_step(qa_file: Path, tmp_path: Path) -> N
         "import os, sys, pathlib\n"
         "from trainer.config import create_default_config\n"
         "from trainer.core import TrainerEngine\n"
-        "from trainer.monitor.control_writer import ControlWriter\n"
+        "from trainer.monitoring.control import ControlWriter\n"
         "from trainer.monitoring.events import StepDone\n"
         "folder = pathlib.Path(sys.argv[2])\n"
         "class Person:\n"

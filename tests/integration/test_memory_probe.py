@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.core import memory_probe
+from trainer.core import checks
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.monitoring import TrainingStatusReader
 
@@ -36,7 +36,7 @@ def test_weights_are_bit_equal_with_the_probe_and_without(
     data: dict[str, Any],
 ) -> None:
     probed = final_weights(train, "probed", data=data)
-    monkeypatch.setattr(memory_probe, "probe", without_probe)
+    monkeypatch.setattr(checks, "probe", without_probe)
     assert_same_weights(probed, final_weights(train, "plain", data=data))
 
 
@@ -54,18 +54,18 @@ def test_mutant_probe_that_leaves_something_behind_is_killed(
 ) -> None:
     with monkeypatch.context() as mutant:
         if lost == "random state":
-            mutant.setattr(memory_probe, "rng_preserved", nothing_preserved)
+            mutant.setattr(checks, "rng_preserved", nothing_preserved)
         else:
-            plain = memory_probe._pass_over
+            plain = checks._pass_over
 
             def kept(trainer: Any, model: Any, batch: Any) -> None:
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(type(model), "zero_grad", lambda self: None)
                     plain(trainer, model, batch)
 
-            mutant.setattr(memory_probe, "_pass_over", kept)
+            mutant.setattr(checks, "_pass_over", kept)
         probed = final_weights(train, "probed")
-    monkeypatch.setattr(memory_probe, "probe", without_probe)
+    monkeypatch.setattr(checks, "probe", without_probe)
     with pytest.raises(AssertionError):
         assert_same_weights(probed, final_weights(train, "plain"))
 
@@ -74,14 +74,14 @@ def test_what_does_not_fit_is_refused_before_a_step_and_leaves_no_files(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shapes, steps = [], []
-    loss = memory_probe.supervised_loss
+    loss = checks.supervised_loss
 
     def out_of_memory(model: Any, unwrapped: Any, batch: Any, *rest: Any) -> Any:
         shapes.append(tuple(batch["input_ids"].shape))
         loss(model, unwrapped, batch, *rest).backward()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(memory_probe, "supervised_loss", out_of_memory)
+    monkeypatch.setattr(checks, "supervised_loss", out_of_memory)
     monkeypatch.setattr(SupervisedTrainer, "training_step", lambda *args: steps.append(args))
     result = train(hyperparams=WITH)
     assert (result.exit_code, result.state, steps) == (2, "failed", [])
@@ -95,7 +95,7 @@ def test_the_probe_is_the_largest_batch_of_any_epoch(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probed, trained = [], []
-    loss, compute = memory_probe.supervised_loss, SupervisedTrainer.compute_loss
+    loss, compute = checks.supervised_loss, SupervisedTrainer.compute_loss
 
     def note(model: Any, unwrapped: Any, batch: Any, *rest: Any) -> Any:
         probed.append(batch["input_ids"].numel())
@@ -105,7 +105,7 @@ def test_the_probe_is_the_largest_batch_of_any_epoch(
         trained.append(inputs["input_ids"].numel())
         return compute(self, model, inputs, *rest, **named)
 
-    monkeypatch.setattr(memory_probe, "supervised_loss", note)
+    monkeypatch.setattr(checks, "supervised_loss", note)
     monkeypatch.setattr(SupervisedTrainer, "compute_loss", noted)
     result = train(hyperparams={"max_steps": 24}, monitoring=QUIET)  # three epochs
     assert TrainingStatusReader(result.output_dir).read().state == "completed"

@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM
 from trainer.cli import main
 from trainer.config.schema import LoraSection, ModelSection
 from trainer.core import merging
-from trainer.core.finished import open_run
 from trainer.core.merging import export_merged
+from trainer.core.model_folder import open_run
 from trainer.errors import OutputError
-from trainer.models import merge
-from trainer.models.adapter import describe_base, save_adapter
+from trainer.models import adapters
+from trainer.models.adapters import add_lora, describe_base, save_adapter
 from trainer.models.load import load_model
-from trainer.models.lora import add_lora
 
 IDS = torch.tensor([[5, 60, 7, 80, 9, 110, 250, 3]])
 SMALL: dict[str, Any] = {
@@ -175,7 +174,7 @@ def test_mutant_n21_one_tensor_merged_twice_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adapter = adapter_on(base("qwen3"), tmp_path / "a", tokenizer, **TARGETS["head"])
-    monkeypatch.setattr(merge, "_untie_adapted", lambda model: None)
+    monkeypatch.setattr(adapters, "_untie_adapted", lambda model: None)
     refused(adapter, tmp_path, "would say something else than the adapter")
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from trainer.core.best import find_checkpoint
-from trainer.core.semantics import CHANGES, SEMANTICS
+from trainer.core.checkpoint import find_checkpoint
+from trainer.core.resume import CHANGES, SEMANTICS
 from trainer.errors import OutputError
 from trainer.monitoring import TrainingStatusReader
 

@@ -11,7 +11,7 @@ import pytest
 import transformers.utils.chat_template_utils as chat_templates
 
 from trainer.cli import main
-from trainer.models import template_date
+from trainer.models import chat_template
 
 pytestmark = pytest.mark.slow
 DATED = (
@@ -61,6 +61,6 @@ def test_a_run_is_resumed_on_another_day(
 def test_mutant_rows_under_the_date_of_the_day_is_killed(
     model_folder: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_date, "FUNCTION", "nothing")
+    monkeypatch.setattr(chat_template, "FUNCTION", "nothing")
     with pytest.raises(AssertionError):
         check_resume(model_folder, qa_file, tmp_path / "out", monkeypatch)

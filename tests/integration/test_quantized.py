@@ -14,11 +14,11 @@ import torch
 from trainer.cli import main
 from trainer.config.schema import ModelSection
 from trainer.core import TrainerEngine
-from trainer.core.finished import open_run
 from trainer.core.merging import export_merged
+from trainer.core.model_folder import open_run
 from trainer.errors import ModelError
 from trainer.models.load import read_model_config
-from trainer.models.quantized import check_trainable, quantization_of
+from trainer.models.precision import check_trainable, quantization_of
 from trainer.server.held import HeldModel
 
 pytest.importorskip("bitsandbytes")
@@ -161,7 +161,7 @@ def test_a_config_says_how_its_weights_are_quantized() -> None:
 def test_the_missing_package_is_named(
     quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.models import quantized as module
+    from trainer.models import precision as module
 
     folder = quantized(4)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from tests.integration.serving import Server, running_server
 from tests.integration.test_server_weights import model_of, put
-from trainer.preview.wire import WeightsManifest
+from trainer.publish.wire import WeightsManifest
 from trainer.server.private_folder import PREFIX
 
 pytestmark = pytest.mark.slow

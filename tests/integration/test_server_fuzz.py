@@ -22,9 +22,9 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
 from tests.integration.serving import Server, running_server
-from trainer.preview.identity import model_manifest
+from trainer.publish.identity import model_manifest
 from trainer.server.app import create_app
-from trainer.server.worker import EngineProcess
+from trainer.server.inference_process import EngineProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10"))

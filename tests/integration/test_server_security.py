@@ -16,7 +16,7 @@ import torch
 
 from tests.integration.serving import Server, running_server
 from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
-from trainer.preview.identity import model_manifest
+from trainer.publish.identity import model_manifest
 
 pytestmark = pytest.mark.slow
 # Greedy: the untrained model repeats itself and never stops by chance.

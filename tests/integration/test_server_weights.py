@@ -18,9 +18,9 @@ from safetensors.torch import save
 from tests.integration.serving import Server, running_server
 from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
 from trainer.preview.base import PreviewRequest
-from trainer.preview.identity import canonical_tensors, model_manifest
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.wire import WeightsManifest
+from trainer.publish.identity import canonical_tensors, model_manifest
+from trainer.publish.wire import WeightsManifest
 
 pytestmark = pytest.mark.slow
 PUBLISH, GENERATE = "p" * 20, "g" * 20

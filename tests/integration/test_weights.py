@@ -11,7 +11,7 @@ import torch
 
 from trainer.core import TrainerEngine
 from trainer.core.loss import supervised_loss
-from trainer.core.saving import save_final_model
+from trainer.core.model_folder import save_final_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [40, 30, 20, 10, 9, 8, 7, 6]])
 
@@ -42,16 +42,16 @@ def test_n20_exactly_the_intended_parameters_move(
 def test_mutant_n20_a_frozen_adapter_is_killed(
     job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.core.loading as loading
+    import trainer.core.preparation as preparation
 
-    add = loading.add_lora
+    add = preparation.add_lora
 
     def freeze_one(*args: Any, **options: Any) -> Any:
         model = add(*args, **options)
         next(p for p in model.parameters() if p.requires_grad).requires_grad = False
         return model
 
-    monkeypatch.setattr(loading, "add_lora", freeze_one)
+    monkeypatch.setattr(preparation, "add_lora", freeze_one)
     hyper = {"training_mode": "lora", "max_steps": 3}
     with pytest.raises(AssertionError):
         check_n20(job(hyperparams=hyper, monitoring={"inference_interval": 0}))

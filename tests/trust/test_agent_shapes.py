@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from tests.trust import formats
-from trainer.data import marks, rendering, spans, template
-from trainer.data.dialect import Dialect
-from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
-from trainer.data.rows import BadRowError
+from trainer.data import spans, template, turns
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import IGNORE_INDEX, BadRowError, Example
+from trainer.data.tools import Dialect
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -208,7 +208,7 @@ def test_mutant_n9_a_turn_ended_by_its_first_end_token_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_shape("gptoss", "thought")
-    monkeypatch.setattr(marks.TurnMarks, "last", [])
+    monkeypatch.setattr(template.TurnMarks, "last", [])
     assert is_killed(lambda: check_shape("gptoss", "thought"))
 
 
@@ -227,7 +227,7 @@ def test_mutant_n9_turns_looked_for_by_the_prompts_length_is_killed(
     check_shape("qwen3_5_think", "agent")
 
     def by_length(self: Any, prompt: str) -> tuple[int, str]:
-        plain = marks.without_marks(prompt)
+        plain = template.without_marks(prompt)
         return max(len(plain) - 40, 0), plain[-40:]
 
     monkeypatch.setattr(spans._Search, "_anchor", by_length)
@@ -248,7 +248,7 @@ def test_mutant_arguments_always_as_text_is_killed(monkeypatch: pytest.MonkeyPat
 
 def test_mutant_arguments_as_they_come_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_spellings("llama3_1", "agent")
-    monkeypatch.setattr(rendering, "with_arguments", lambda row, form: row)
+    monkeypatch.setattr(turns, "with_arguments", lambda row, form: row)
     assert is_killed(lambda: check_spellings("llama3_1", "agent"))
 
 

@@ -12,7 +12,7 @@ for part in ("training", "data", "monitoring"):
 from tests.trust import effects_data, effects_monitoring, effects_training  # noqa: E402, F401
 from tests.trust.effects import EFFECTS  # noqa: E402
 from tests.trust.lab import Lab  # noqa: E402
-from trainer.config.fields import config_fields  # noqa: E402
+from trainer.config.flags import config_fields  # noqa: E402
 from trainer.errors import TrainerError  # noqa: E402
 
 CHECKS = list(dict.fromkeys(EFFECTS.values()))

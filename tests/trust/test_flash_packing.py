@@ -30,10 +30,10 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import make_trainer
-from trainer.core import packing_check
+from trainer.core import checks
+from trainer.core.checks import check_documents_apart, pack_collator, takes_borders
 from trainer.core.loss import supervised_loss
-from trainer.core.packing_check import check_documents_apart, pack_collator, takes_borders
-from trainer.data.packing import JoinCollator, PackCollator, count_tokens, join_documents
+from trainer.data.prepare import JoinCollator, PackCollator, count_tokens, join_documents
 from trainer.errors import ConfigError
 
 CAPACITY, NUM_ROWS = 48, 20
@@ -331,7 +331,7 @@ def test_rounding_of_the_compute_dtype_is_no_leak(
 def test_mutant_n6_tolerance_of_the_weights_for_that_of_the_arithmetic_is_killed(
     calls: flash.Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing_check, "_compute_dtype", lambda model: model.dtype)
+    monkeypatch.setattr(checks, "_compute_dtype", lambda model: model.dtype)
     with pytest.raises(ConfigError, match="1e-04 is what rounding explains"):
         check_rounding("flash_attention_2", torch.float32)
 

@@ -16,8 +16,8 @@ from transformers import (
 
 from tests.trust.reference import IGNORED, Rows, decoder, llama, ragged_rows, weighted_rows
 from tests.trust.trainers import dataset, make_trainer
-from trainer.core import assembly, loss_check
-from trainer.core.loss_check import NUM_SUPERVISED, is_loss_equal, telling_part
+from trainer.core import assembly, checks
+from trainer.core.checks import NUM_SUPERVISED, is_loss_equal, telling_part
 from trainer.errors import ConfigError
 
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
@@ -120,9 +120,9 @@ def test_the_peak_of_the_checks_is_not_reported_as_the_runs(
 ) -> None:
     done: list[Any] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", done.append)
-    loss_check.forget_peak_memory(torch.device("cpu"))
+    checks.forget_peak_memory(torch.device("cpu"))
     assert not done
-    loss_check.forget_peak_memory(torch.device("cuda", 0))
+    checks.forget_peak_memory(torch.device("cuda", 0))
     assert done == [torch.device("cuda", 0)]
 
 
@@ -148,5 +148,5 @@ def test_the_check_leaves_a_small_peak_on_a_gpu() -> None:
     device = torch.device("cuda", 0)
     block = torch.empty(2**28, device=device)
     del block
-    loss_check.forget_peak_memory(device)
+    checks.forget_peak_memory(device)
     assert torch.cuda.max_memory_allocated(device) < 2**28

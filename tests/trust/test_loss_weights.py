@@ -21,10 +21,10 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import dataset, make_trainer, trained_change
-from trainer.core import evaluate, hf_trainer, loss
-from trainer.core.evaluate import Evaluator
+from trainer.core import assembly, hf_trainer, loss
+from trainer.core.assembly import Evaluator
 from trainer.data.batches import BLANK, PadCollator
-from trainer.data.packing import PackedDataset
+from trainer.data.prepare import PackedDataset
 from trainer.errors import ConfigError
 
 CUTS = ((1, 8), (2, 4), (8, 1))
@@ -233,7 +233,7 @@ def test_mutant_n14_an_evaluation_over_the_count_of_tokens_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        evaluate, "loss_share", lambda batch: (batch["labels"][:, 1:] != IGNORED).sum()
+        assembly, "loss_share", lambda batch: (batch["labels"][:, 1:] != IGNORED).sum()
     )
     with pytest.raises(AssertionError):
         check_evaluation()

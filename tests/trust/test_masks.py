@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from trainer.data import encode, spans
-from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import IGNORE_INDEX, Example
 
 
 def _load_oracle() -> Any:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.config import create_default_config
-from trainer.core import TrainerEngine, saving
+from trainer.core import TrainerEngine, model_folder
 
 MARKERS = ("<<ANS_START>>", "<<ANS_END>>")
 
@@ -87,9 +87,9 @@ def test_n20_exactly_the_intended_parameters_move(config: Callable[..., Any], mo
 def test_mutant_n20_frozen_adapter_is_killed(
     config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.core.loading as loading
+    import trainer.core.preparation as preparation
 
-    add = loading.add_lora
+    add = preparation.add_lora
 
     def frozen(*args: Any, **named: Any) -> Any:
         model = add(*args, **named)
@@ -97,7 +97,7 @@ def test_mutant_n20_frozen_adapter_is_killed(
         model.get_parameter(name).requires_grad_(False)
         return model
 
-    monkeypatch.setattr(loading, "add_lora", frozen)
+    monkeypatch.setattr(preparation, "add_lora", frozen)
     with pytest.raises(AssertionError):
         check_what_moves(config, "lora")
 
@@ -155,7 +155,7 @@ def test_mutant_n23_head_not_saved_is_killed(
 ) -> None:
     import trainer.core.execution as execution
 
-    save = saving.save_final_model
+    save = model_folder.save_final_model
 
     def without_head(model: Any, *args: Any, **named: Any) -> Any:
         state = model.state_dict()

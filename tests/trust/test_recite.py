@@ -14,8 +14,9 @@ import torch
 from tests.integration.serving import running_server
 from trainer.config import create_default_config
 from trainer.core import TrainerEngine
-from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
-from trainer.models.adapter import load_finished_model
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import IGNORE_INDEX, Example
+from trainer.models.adapters import load_finished_model
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.remote import Remote3090Backend

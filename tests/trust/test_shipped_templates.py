@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from trainer.data.encode import IGNORE_INDEX, RowEncoder
-from trainer.data.rows import BadRowError
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import IGNORE_INDEX, BadRowError
 from trainer.models.tiny import load_tiny_tokenizer
 
 FOLDER = files("trl") / "chat_templates"

@@ -12,14 +12,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from tests.trust.reference import AnyRows, weights
 from trainer.config import create_default_config
-from trainer.config.resolve import resolve
+from trainer.config.loader import resolve
 from trainer.core.arguments import build_training_arguments
+from trainer.core.checks import pack_collator
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.packing_check import pack_collator
-from trainer.data.batches import EpochOrder, PadCollator
-from trainer.data.dataset import EncodedDataset
-from trainer.data.encode import Example
-from trainer.data.packing import PackedDataset
+from trainer.data.batches import EncodedDataset, EpochOrder, PadCollator
+from trainer.data.prepare import PackedDataset
+from trainer.data.rows import Example
 from trainer.models.precision import resolve_precision
 
 CPU = torch.device("cpu")

@@ -9,8 +9,7 @@ import pytest
 
 from trainer import __version__
 from trainer.cli import COMMANDS
-from trainer.config.fields import config_fields
-from trainer.config.flags import build_parser
+from trainer.config.flags import build_parser, config_fields
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

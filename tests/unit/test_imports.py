@@ -12,25 +12,27 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "trainer"
-ORDER = [
-    "errors",
-    "config",
-    "profiles",
-    "models",
-    "data",
-    "preview",
-    "monitoring",
-    "core",
-    "commands",
-    "cli",
-]
-SPECIAL = {
-    "server": {"errors", "config", "profiles", "models", "data", "preview", "server"},
-    "monitor": {"errors", "config", "monitoring", "monitor"},
-    "demo": {"errors", "config", "models", "profiles", "demo"},
+GROUND = {"errors", "files", "net", "guard"}
+DATA = {*GROUND, "config", "profiles", "models"}
+MONITORING = {*DATA, "data", "preview", "publish"}
+# A room and what it may import; a name with a dot is one module of a room.
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "files": {"errors"},
+    "net": {"errors", "files"},
+    "guard": {"errors", "files", "net"},
+    "config": GROUND,
+    "profiles": {*GROUND, "config"},
+    "models": {*GROUND, "config", "profiles"},
+    "data": DATA,
+    "preview": {*DATA, "data"},
+    "publish": {*DATA, "data", "preview"},
+    "monitoring": MONITORING,
+    "core": {*MONITORING, "monitoring"},
+    "server": {*DATA, "preview", "publish.wire", "publish.identity", "publish.weight_file"},
+    "views": {*GROUND, "monitoring", "preview.base", "preview.http"},
+    "commands": {*MONITORING, "monitoring", "core", "server", "views"},
 }
-MONITOR_MODULES = {"trainer.preview.base", "trainer.preview.http", "trainer.preview.remote"}
-ONLY_FROM_COMMANDS = {"demo", "server", "monitor", "cli"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -45,31 +47,89 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in found if name.startswith("trainer.")}
 
 
-def part_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def allowed(part: str) -> set[str]:
-    if part in SPECIAL:
-        return SPECIAL[part]
-    if part == "commands":
-        return {*ORDER[:-1], *SPECIAL}
-    return set(ORDER[: ORDER.index(part) + 1])
+def broken_rule(room: str, module: str) -> str | None:
+    """What is wrong with `room` importing a module of the package; None where it may."""
+    target, inner = module.split(".")[1], ".".join(module.split(".")[1:3])
+    if target == room or target in ROOMS[room] or inner in ROOMS[room]:
+        return None
+    return f"{room} may not import {module}"
 
 
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE] + [
-    PACKAGE / "errors.py"
-]
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if room_of(path) in ROOMS]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_one_way(path: Path) -> None:
-    part = part_of(path)
-    for module in imported_modules(path):
-        target = module.split(".")[1]
-        if part == "monitor" and module in MONITOR_MODULES:
-            continue
-        assert target in allowed(part), f"{path.name} of {part} imports {module}"
+def test_a_room_imports_only_rooms_of_its_line_in_the_table(path: Path) -> None:
+    room = room_of(path)
+    broken = [broken_rule(room, module) for module in sorted(imported_modules(path))]
+    assert [rule for rule in broken if rule] == []
+
+
+def test_every_room_has_its_line_in_the_table() -> None:
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")}
+    assert rooms - set(ROOMS) == {"__init__", "__main__", "cli"}
+
+
+@pytest.mark.parametrize(
+    ("room", "module"),
+    [
+        ("core", "trainer.views.report"),
+        ("views", "trainer.core.engine"),
+        ("views", "trainer.preview.local"),
+        ("server", "trainer.publish.lane"),
+        ("server", "trainer.core"),
+        ("data", "trainer.preview.base"),
+        ("files", "trainer.config.schema"),
+        ("monitoring", "trainer.views.words"),
+    ],
+)
+def test_the_table_refuses_what_no_room_may(room: str, module: str) -> None:
+    assert broken_rule(room, module) == f"{room} may not import {module}"
+
+
+def names_run_at_import(path: Path) -> set[str]:
+    """Modules of the package that a file needs when it runs; not those for type checkers only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = [ast.Pass()]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Files that import each other in a circle, also inside functions; [] where none do."""
+    left = dict(graph)
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    paths = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+    graph = {
+        name: (names_run_at_import(path) & set(paths)) - {name} for name, path in paths.items()
+    }
+    assert circle(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["a", "b", "c", "d"]
 
 
 def test_nobody_imports_the_command_line() -> None:
@@ -93,7 +153,7 @@ def test_every_module_says_what_lives_in_it(path: Path) -> None:
         "from trainer.cli import main; main(['models'])",
         "from trainer.cli import main; main(['watch', '.'])",
         "from trainer.cli import main; main(['report', '.'])",
-        "import trainer.monitor.live.server, trainer.commands.monitor",
+        "import trainer.views.page.site, trainer.commands.monitor",
     ],
 )
 def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:

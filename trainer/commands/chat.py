@@ -9,11 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from trainer.commands.arguments import add_weights_flags, at_least, parse
-from trainer.core.finished import open_run
-from trainer.models.load import context_length
-from trainer.models.precision import resolve_device
-from trainer.models.quantized import place
-from trainer.models.vocabulary import check_vocabulary
+from trainer.core.model_folder import open_run
+from trainer.models.load import check_vocabulary, context_length
+from trainer.models.precision import place, resolve_device
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
 from trainer.profiles import Message

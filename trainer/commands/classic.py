@@ -9,8 +9,8 @@ from trainer.commands.train import load_config
 from trainer.config import TrainerConfig
 from trainer.config.flags import parse_flags
 from trainer.core.engine import TrainerEngine
-from trainer.core.result import TrainingResult
-from trainer.monitoring.terminal import create_display
+from trainer.core.run import TrainingResult
+from trainer.views.terminal import create_display
 
 
 class UltimateTrainer:

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.config import ConfigLoader, LoadedConfig, TrainerConfig, find_config_file, resolve
+from trainer.config.docs import as_json, explain_rows, starter_file
 from trainer.config.flags import parse_flags
-from trainer.config.render import as_json, explain_rows, starter_file
 from trainer.errors import EXIT_COMPLETED, EXIT_USER_INPUT, ConfigError, OutputError
 
 USAGE = """\

@@ -17,11 +17,12 @@ from trainer.commands.arguments import parse, parse_known
 from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
-from trainer.config.resolve import required_for_training
+from trainer.config.loader import required_for_training
 from trainer.errors import EXIT_COMPLETED, EXIT_USER_INPUT, ConfigError
 
-if TYPE_CHECKING:  # `trainer data cache` must not load torch
-    from trainer.data.dataset import EncodedDataset, RunData
+if TYPE_CHECKING:
+    from trainer.data.batches import EncodedDataset
+    from trainer.data.dataset import RunData
 
 USAGE = """\
 usage: trainer data COMMAND [OPTIONS]
@@ -29,7 +30,9 @@ usage: trainer data COMMAND [OPTIONS]
   inspect   print the data card and rows with their trained tokens marked, and train nothing:
             trainer data inspect data.jsonl --model qwen3 [--rows 3] [flags of `trainer train`]
   cache     show or clear the cache of encoded rows: trainer data cache show|clear"""
+
 DEFAULT_ROWS = 3
+
 MAX_TEXT_CHARS = 100_000
 """Of one stretch of a row; its middle is left out above that, as " ... "."""
 
@@ -108,7 +111,7 @@ def _print_data(console: Console, data: RunData, count: int) -> None:
 def _print_row(
     console: Console, dataset: EncodedDataset, index: int, name: str, tokenizer: Any
 ) -> None:
-    from trainer.data.dataset import marked_text
+    from trainer.data.batches import marked_text
 
     row = dataset[index]
     labels = row["labels"].tolist()
@@ -129,7 +132,7 @@ def _style(is_trained: bool) -> str:
 
 def _plain(text: str) -> str:
     """Data must not drive the terminal: control characters, line ends too, become visible."""
-    from trainer.monitoring.text import printable
+    from trainer.monitoring.events import printable
 
     return printable(text, MAX_TEXT_CHARS)
 

@@ -12,17 +12,20 @@ from typing import Any
 from rich.console import Console
 
 from trainer.commands.arguments import at_least, parse
+from trainer.commands.records import RunRecords
 from trainer.config import TrainerConfig, create_default_config
 from trainer.core import TrainerEngine, TrainingResult
-from trainer.demo.tasks import DemoData, operation_of, write_demo_data
 from trainer.errors import OutputError
-from trainer.monitor.records import RunRecords
-from trainer.monitoring.terminal import create_display
-from trainer.monitoring.text import preview_failure_words
+from trainer.models.tiny_tasks import DemoData, operation_of, write_demo_data
+from trainer.views.terminal import create_display
+from trainer.views.words import preview_failure_words
 
 STEPS = 260
+
 BATCH_SIZE = 64
+
 NUM_HELD_OUT = 200
+
 PREVIEW_EVERY_STEPS = 20
 
 

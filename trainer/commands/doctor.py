@@ -19,6 +19,7 @@ from trainer import __version__
 from trainer.commands.arguments import parse
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors")
+
 OPTIONAL = {
     "bitsandbytes": "hyperparams.optimizer=adamw_8bit",
     "flash_attn": "model.attn_implementation=flash_attention_2",

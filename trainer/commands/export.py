@@ -10,9 +10,8 @@ from rich.console import Console
 
 from trainer.commands.arguments import add_weights_flags, parse
 from trainer.core.checkpoint import MANIFEST, TRAINING_FILES
-from trainer.core.finished import FinishedRun, open_run
 from trainer.core.merging import export_merged
-from trainer.core.saving import staged, write_model
+from trainer.core.model_folder import FinishedRun, open_run, staged, write_model
 from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError, OutputError
 

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from trainer.models.aliases import ALIASES
+from trainer.models.hub import ALIASES
 
 
 def run(argv: list[str]) -> int:

@@ -12,9 +12,8 @@ import uvicorn
 
 from trainer.commands.arguments import parse
 from trainer.errors import EXIT_SIGTERM
-from trainer.monitor.live.options import PageOptions
-from trainer.monitor.live.store import RunStore
-from trainer.monitor.net import is_loopback, listen, read_page_key
+from trainer.net import is_loopback, listen, read_page_key
+from trainer.views.page.store import PageOptions, RunStore
 
 
 def run(argv: list[str]) -> int:
@@ -24,7 +23,7 @@ def run(argv: list[str]) -> int:
     store = RunStore(Path(words.folder))
     listener = listen(words.host, words.port)
     # NiceGUI takes most of a second to import: mistakes are told before.
-    from trainer.monitor.live.server import create_app
+    from trainer.views.page.site import create_app
 
     port = listener.getsockname()[1]
     options = PageOptions(

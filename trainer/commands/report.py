@@ -7,8 +7,8 @@ from pathlib import Path
 
 from trainer.commands.arguments import parse
 from trainer.errors import OutputError
-from trainer.monitor.report import REPORT_NAME, write_report
-from trainer.monitor.run_reader import MANIFEST_NAME, RunReader
+from trainer.views.report import REPORT_NAME, write_report
+from trainer.views.run_reader import MANIFEST_NAME, RunReader
 
 
 def run(argv: list[str]) -> int:

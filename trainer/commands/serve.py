@@ -15,14 +15,14 @@ import uvicorn
 
 from trainer.commands.arguments import add_weights_flags, parse
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
-from trainer.preview.own_keys import remember_key_file
+from trainer.net import remember_key_file
 from trainer.server.app import create_app
 from trainer.server.auth import read_keys
+from trainer.server.inference_process import EngineProcess
 from trainer.server.jobs import REQUEST_TIMEOUT_S
 from trainer.server.private_folder import PrivateFolder
 from trainer.server.protocol import BoundedProtocol
 from trainer.server.weights import KEPT_SETS
-from trainer.server.worker import EngineProcess
 
 ADAPTER = "adapter_config.json"
 
@@ -112,7 +112,7 @@ def _find_weights(words: argparse.Namespace) -> str | None:
             )
         return None
     # torch comes with it, and a server without a run starts without torch.
-    from trainer.core.finished import open_run
+    from trainer.core.model_folder import open_run
 
     found = open_run(Path(asked), step=words.step, base=words.base)
     if found.base is not None and not found.is_adapter:

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
-from trainer.config.resolve import required_for_training
+from trainer.config.loader import required_for_training
 from trainer.errors import EXIT_COMPLETED, ResumeError
-from trainer.monitoring.terminal import DisplayKind, create_display
-from trainer.monitoring.text import preview_failure_words
+from trainer.views.terminal import DisplayKind, create_display
+from trainer.views.words import preview_failure_words
 
 RESOLVED_FILE = "config.resolved.json"
 
@@ -32,9 +32,9 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     if flags.dry_run:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
-    from trainer.core.context import is_main_process
+    from trainer.commands.records import RunRecords
     from trainer.core.engine import TrainerEngine
-    from trainer.monitor.records import RunRecords
+    from trainer.core.run import is_main_process
 
     if not is_main_process():
         return TrainerEngine().run_job(loaded.config).exit_code

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from trainer.commands.arguments import parse
 from trainer.errors import EXIT_COMPLETED, OutputError
-from trainer.monitor.run_reader import RunReader
-from trainer.monitor.watch import NUM_PREVIEWS_BEFORE, watch_run
-from trainer.monitoring.terminal import create_display
+from trainer.views.run_reader import RunReader
+from trainer.views.terminal import create_display
+from trainer.views.watch import NUM_PREVIEWS_BEFORE, watch_run
 
 
 def run(argv: list[str]) -> int:

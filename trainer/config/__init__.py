@@ -1,12 +1,14 @@
 """The config of a run: schema, loader, origins. Loads no torch."""
 
+from __future__ import annotations
+
 from trainer.config.loader import (
     ConfigLoader,
     LoadedConfig,
     create_default_config,
     find_config_file,
+    resolve,
 )
-from trainer.config.resolve import resolve
 from trainer.config.schema import (
     DataSection,
     EnvironmentSection,

@@ -2,7 +2,7 @@
 
 The text under a field is its documentation: `--help`, `trainer config schema` and
 `docs/configuration.md` are made from it. Validators check and never rewrite; values that depend
-on others stay None here and are filled by `resolve()` in `trainer/config/resolve.py`.
+on others stay None here and are filled by `resolve()` in `trainer/config/loader.py`.
 No torch, no file access.
 """
 
@@ -23,13 +23,16 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from trainer.config.addresses import is_cut, without_secrets
+from trainer.net import is_cut, without_secrets
 
 PositiveInt = Annotated[int, Field(ge=1)]
+
 Interval = Annotated[int, Field(ge=0)]
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Precision = Literal["bf16", "fp16", "fp32"]
+
 TrainingMode = Literal["full", "lora"]
 
 

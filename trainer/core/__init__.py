@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names for type checkers
+if TYPE_CHECKING:
     from trainer.core.engine import TrainerEngine
-    from trainer.core.result import TrainingResult
+    from trainer.core.run import TrainingResult
 
-_HOMES = {"TrainerEngine": "engine", "TrainingResult": "result"}
+_HOMES = {"TrainerEngine": "engine", "TrainingResult": "run"}
 
 __all__ = ["TrainerEngine", "TrainingResult"]
 

@@ -1,42 +1,117 @@
-"""What a run is put together from once its model is there: callbacks, and HF's Trainer."""
+"""What a run is put together from once its model is there: evaluation, callbacks, HF's Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from trainer.config.schema import TrainerConfig
+from trainer.core.arguments import RateSchedule
 from trainer.core.checkpoint import save_checkpoint
-from trainer.core.context import RunContext, is_main_process
-from trainer.core.evaluate import build_evaluator
+from trainer.core.checks import (
+    MemoryProbe,
+    check_documents_apart,
+    forget_peak_memory,
+    is_loss_equal,
+    pack_collator,
+    takes_borders,
+)
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.loss_check import forget_peak_memory, is_loss_equal
-from trainer.core.memory_probe import MemoryProbe
+from trainer.core.loss import loss_share, supervised_loss
 from trainer.core.optim import build_optimizer
-from trainer.core.packing_check import check_documents_apart, pack_collator, takes_borders
 from trainer.core.preparation import epoch_order, num_steps
 from trainer.core.previews import build_scheduler
-from trainer.core.run_folder import package_versions
-from trainer.core.schedule import RateSchedule
-from trainer.core.semantics import SEMANTICS
-from trainer.data.batches import PadCollator
+from trainer.core.resume import SEMANTICS, package_versions
+from trainer.core.run import RunContext, is_main_process
+from trainer.data.batches import EncodedDataset, PadCollator, on_device
 from trainer.data.dataset import RunData
-from trainer.data.packing import PackedDataset
+from trainer.data.prepare import PackedDataset
+from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
-from trainer.models.vocabulary import embedding_rows, harmless_pad_id
+from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
+from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved
-from trainer.monitoring.run_files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
-from trainer.preview.published import PublishedPreviews
+from trainer.publish.lane import PublishedPreviews
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+"""Rows in, one batch out."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured loss."""
+
+    loss: float
+    """Mean nats per supervised token over all rows, each token by its loss weight."""
+    num_rows: int
+    num_trained_tokens: int
+
+
+class Evaluator:
+    """Measures the loss of a model on the same rows each time."""
+
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        *,
+        collate: Collate,
+        max_rows: int,
+        batch_size: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        """Choose the first `max_rows` rows, and batch rows of like length together."""
+        chosen = sorted(range(min(len(dataset), max_rows)), key=lambda i: dataset.lengths[i])
+        self.dataset, self.collate = dataset, collate
+        self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        self.autocast_dtype = autocast_dtype
+
+    def __call__(self, model: Any) -> Evaluation:
+        """Evaluate the unwrapped model; its mode and all random states are put back."""
+        device = next(model.parameters()).device
+        total = share = torch.zeros((), dtype=torch.float64)
+        tokens = rows = 0
+        with undisturbed(model), self._autocast(device):
+            for indices in self.batches:
+                batch = self.collate([self.dataset[i] for i in indices])
+                tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+                rows += len(indices)
+                share = share + loss_share(batch)
+                batch = on_device(batch, device)
+                total = total + supervised_loss(model, model, batch, 1).double().cpu()
+        return Evaluation(float(total) / (float(share) or 1.0), rows, tokens)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def build_evaluator(run: RunContext, *, collate: Collate) -> Evaluator | None:
+    """The micro-evaluation of a run; None where no rows are held out."""
+    if run.data.validation is None:
+        return None
+    return Evaluator(
+        run.data.validation,
+        collate=collate,
+        max_rows=run.config.monitoring.micro_eval_rows,
+        batch_size=run.config.hyperparams.batch_size,
+        autocast_dtype=run.precision.autocast_dtype,
+    )
+
+
+# ---- what a run is put together from once its model is there: callbacks, and HF's Trainer
 
 
 def assemble_callbacks(run: RunContext, config: TrainerConfig) -> list[Any]:

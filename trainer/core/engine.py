@@ -14,33 +14,27 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.config.resolve import required_for_training, resolve
+from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.arguments import build_training_arguments
 from trainer.core.assembly import assemble_callbacks, assemble_trainer
-from trainer.core.context import RunContext, is_main_process
 from trainer.core.dry_run import DryRun, finish_dry_run
 from trainer.core.execution import execute_training, finish_training
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.loading import load_for_training
 from trainer.core.manifest import leave_folder, write_manifest
-from trainer.core.preparation import (
-    fit_to_model,
-    open_run_folder,
-    prepare_rows,
+from trainer.core.preparation import fit_to_model, load_for_training, open_run_folder, prepare_rows
+from trainer.core.run import (
+    RunContext,
+    TrainingResult,
+    ignore_dead_workers,
+    is_main_process,
+    stop_on_signals,
 )
-from trainer.core.result import TrainingResult
-from trainer.core.signals import ignore_dead_workers, stop_on_signals
 from trainer.data.dataset import RunData
 from trainer.data.sources import check_files
 from trainer.errors import ConfigError, StoppedError
 from trainer.models.hub import go_offline, hub_setting_kept
-from trainer.models.precision import (
-    DTYPES,
-    fill_precision,
-    resolve_device,
-    resolve_precision,
-)
+from trainer.models.precision import DTYPES, fill_precision, resolve_device, resolve_precision
 from trainer.monitoring.callbacks import Observers
 from trainer.monitoring.events import Observer, RunEnded
 from trainer.monitoring.status_writer import TrainingStatusWriter

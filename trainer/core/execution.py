@@ -6,14 +6,13 @@ import time
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import set_aside_newer
-from trainer.core.context import RunContext
 from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.model_folder import save_final_model
 from trainer.core.preparation import num_steps
 from trainer.core.previews import final_evaluation
-from trainer.core.result import TrainingResult
 from trainer.core.resume import ResumePoint
+from trainer.core.run import RunContext, TrainingResult
 from trainer.core.run_folder import RunFolder
-from trainer.core.saving import save_final_model
 from trainer.errors import NonFiniteError, StoppedError
 from trainer.monitoring.events import RunStarted
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 before_operation: Callable[[str, Path], None] | None = None
+
 HASH_CHUNK = 1 << 20
 
 

@@ -21,13 +21,15 @@ from transformers import Trainer, TrainerState
 
 from trainer.core.loss import full_loss, loss_share, supervised_loss
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder
-from trainer.data.encode import IGNORE_INDEX
-from trainer.data.packing import count_tokens
+from trainer.data.prepare import count_tokens
+from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
-from trainer.models.adapter import save_adapter
+from trainer.models.adapters import save_adapter
 
 MAX_OVERFLOWS_IN_A_ROW = 20
+
 TRAINER_STATE_FILE = "trainer_state.json"
+
 RUN_STATE_FILE = "run_state.json"
 
 

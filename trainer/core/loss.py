@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.data.batches import LOSS_WEIGHTS
-from trainer.data.encode import IGNORE_INDEX
+from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}

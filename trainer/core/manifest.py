@@ -6,10 +6,9 @@ import logging
 from typing import Any
 
 from trainer.config.schema import TrainerConfig
-from trainer.core.context import RunContext
-from trainer.core.result import TrainingResult
-from trainer.core.run_folder import RunFolder, environment_manifest
-from trainer.core.semantics import SEMANTICS
+from trainer.core.resume import SEMANTICS, environment_manifest
+from trainer.core.run import RunContext, TrainingResult
+from trainer.core.run_folder import RunFolder
 from trainer.errors import EXIT_USER_INPUT, OutputError
 
 logger = logging.getLogger(__name__)

@@ -15,22 +15,24 @@ from typing import Any
 
 import torch
 
-from trainer.core.finished import FinishedRun
-from trainer.core.saving import staged, write_model
+from trainer.core.model_folder import FinishedRun, staged, write_model
 from trainer.data.template import ChatTemplate
 from trainer.errors import OutputError
-from trainer.models.adapter import load_finished_model
-from trainer.models.merge import has_true_tie, merge_adapter
-from trainer.models.quantized import check_mergeable
-from trainer.models.vocabulary import check_vocabulary, embedding_rows
+from trainer.models.adapters import has_true_tie, load_finished_model, merge_adapter
+from trainer.models.load import check_vocabulary, embedding_rows
+from trainer.models.precision import check_mergeable
 
 ROWS, ROW_LENGTH = 4, 48
 """Rows of drawn ids, and as many of the run's own texts; tokens of each."""
+
 EXACT = 1e-5
 """Relative difference of two ways to compute the same logits in fp32: rounding, always allowed."""
+
 LOOSE = 1e-4
 """The same in deep models; allowed while it is small against what the adapter changes."""
+
 SHARE_OF_EFFECT = 0.05
+
 ROUNDING = {torch.float32: EXACT, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Relative change of logits when weights are rounded to the dtype; more is no rounding."""
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.core.context import RunContext
 from trainer.core.published import build_published
-from trainer.data.dataset import HeldOutPrompt
-from trainer.data.example import golden_text
+from trainer.core.run import RunContext
+from trainer.data.rows import golden_text
+from trainer.data.sources import HeldOutPrompt
 from trainer.data.template import ChatTemplate
 from trainer.errors import TemplateError
 from trainer.models.load import context_length

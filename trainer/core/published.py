@@ -13,33 +13,33 @@ from typing import Any
 import torch
 
 from trainer.config.schema import MonitoringConfig
-from trainer.core.context import RunContext
+from trainer.core.run import RunContext
 from trainer.errors import ConfigError, PreviewError
+from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.precision import resolve_device
-from trainer.models.template_date import is_dated
+from trainer.net import remember_key_file
 from trainer.preview.base import PreviewRequest
 from trainer.preview.http import AwayError, read_key
-from trainer.preview.identity import (
+from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.neutral import SentAs, as_received, golden_logprobs
+from trainer.profiles import DataProfile, known_profiles
+from trainer.publish.children import Announce, RemoteWorker, SidecarWorker, Worker
+from trainer.publish.client import WorkerClient
+from trainer.publish.identity import (
     adapter_config,
     adapter_tensors,
     base_tensors,
     canonical_tensors,
-    chat_template_hash,
     config_hash,
-    tokenizer_hash,
 )
-from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.own_keys import remember_key_file
-from trainer.preview.published import PublishedPreviews
-from trainer.preview.push import ServerHashes, WorkerClient
-from trainer.preview.results import NOISE_FP32, NOISE_HALF, Canary, canary_rows
-from trainer.preview.score import SentAs, as_received, golden_logprobs
-from trainer.preview.snapshot import Snapshotter, arena_folder
-from trainer.preview.workers import Announce, RemoteWorker, SidecarWorker, Worker
-from trainer.profiles import DataProfile, known_profiles
+from trainer.publish.lane import PublishedPreviews
+from trainer.publish.results import NOISE_FP32, NOISE_HALF, Canary, canary_rows
+from trainer.publish.snapshot import Snapshotter, arena_folder
+from trainer.publish.wire import ServerHashes
 
 SIDECAR_S = 900.0
 """Seconds a prompt may take on a sidecar, which is slow on a CPU, and known to be alive."""
+
 NUM_SLOTS = {"http": 2, "dir": 3}
 """With `dir` the server reads the newest file where it lies: one more is in use."""
 

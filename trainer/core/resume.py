@@ -1,24 +1,163 @@
-"""What must be equal for a run to be continued bit for bit, and what may change."""
+"""By which rules a run trains, what must be equal for it to be continued, and what may change."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
+import os
+import platform
+import subprocess
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from trainer import __version__
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import find_latest_checkpoint, load_named_checkpoint
 from trainer.core.hf_trainer import RUN_STATE_FILE
-from trainer.core.run_folder import package_versions
-from trainer.core.semantics import check_semantics
 from trainer.errors import ResumeError
+
+# ---- SEMANTICS: which rules a run trains by, so that it is continued by no others
+#
+# The number rises when the same config, rows and seed would train otherwise than before: rates,
+# ids, order, split, golden answers. It stands in run.json and in the manifest of every checkpoint;
+# one without it is of number 1. Reading a run (monitor, report, chat, export) needs no number.
+
+
+SEMANTICS = 2
+"""Of runs that this version begins."""
+
+KEY = "semantics"
+
+CHANGES: dict[int, tuple[str, ...]] = {
+    2: (
+        "rates of the warm-up",
+        "order of rows",
+        "which turns and tokens of a row are trained",
+        "split by prompt",
+        "arguments of tool calls",
+        "golden answers",
+        "sampled previews",
+        "packing with flash attention",
+        "router loss in bf16",
+        "date that templates print",
+    ),
+}
+"""Number -> what it does otherwise than the number before, in words that follow "the"."""
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def semantics_of(record: dict[str, Any]) -> int:
+    """The number of a run.json or of a checkpoint's metadata; 1 where there is none."""
+    return int(record.get(KEY, 1))
+
+
+def check_semantics(metadata: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a run that was begun under other rules.
+
+    Args:
+        metadata: of the checkpoint's manifest.
+        checkpoint: its folder, `RUN/checkpoints/step-N`.
+    Raises:
+        ResumeError: one line that names what changed and what can be done.
+    """
+    number = semantics_of(metadata)
+    if number == SEMANTICS:
+        return
+    version = metadata.get("versions", {}).get("trainer")
+    makers = f"the version that made it ({version})" if version else "the version that made it"
+    if number > SEMANTICS:
+        raise ResumeError(
+            f"--resume {checkpoint}: made by a newer version (semantics {number}; this one trains "
+            f"by {SEMANTICS}). Resume it with {makers}."
+        )
+    changes = [words for n in range(number + 1, SEMANTICS + 1) for words in CHANGES[n]]
+    raise ResumeError(
+        f"--resume {checkpoint}: begun under older rules (semantics {number}, now {SEMANTICS}), "
+        f"and since then these changed: {', '.join(changes)}. Train on from its weights in a new "
+        f"--output with {_weights_of(checkpoint)}, start anew, or resume it with {makers}."
+    )
+
+
+def _weights_of(checkpoint: Path) -> str:
+    """How to begin a new run from a checkpoint's weights."""
+    if (checkpoint / ADAPTER_FILE).is_file():
+        run = checkpoint.parent.parent
+        return f"`trainer export {run} --merge` and --model {run / 'merged_model'}"
+    return f"--model {checkpoint}"
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pydantic",
+)
+
+
+def package_versions() -> dict[str, Any]:
+    """Of everything whose version can change what a training step computes."""
+    return {
+        "trainer": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def environment_manifest() -> dict[str, Any]:
+    """The machine and software of this run, without names of people or variables."""
+    return {
+        **package_versions(),
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "git": _git(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout that this process was started in; None outside of one."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "is_dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---- what must be equal for a run to be continued bit for bit, and what may change
+
 
 LATEST = "latest"
 
 FREE_SECTIONS = frozenset({"monitoring", "output", "locked"})
 """May change freely: they say what is written, not what is trained."""
+
 FREE_KEYS = frozenset(
     {
         "environment.device",

@@ -10,35 +10,18 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import shutil
 import socket
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from trainer import __version__
 from trainer.errors import OutputError, ResumeError
-from trainer.monitoring.plain_values import plain_values
-from trainer.monitoring.run_files import CHECKPOINTS_NAME, replace_file
+from trainer.files import CHECKPOINTS_NAME, replace_file
+from trainer.monitoring.events import plain_values
 
 LOCK = ".lock"
+
 OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "trl",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "pydantic",
-)
 
 
 class RunFolder:
@@ -221,48 +204,3 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def package_versions() -> dict[str, Any]:
-    """Of everything whose version can change what a training step computes."""
-    return {
-        "trainer": __version__,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def environment_manifest() -> dict[str, Any]:
-    """The machine and software of this run, without names of people or variables."""
-    return {
-        **package_versions(),
-        "system": f"{platform.system()} {platform.release()}",
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "git": _git(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the checkout that this process was started in; None outside of one."""
-
-    def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-
-    try:
-        return {"commit": ask("rev-parse", "HEAD"), "is_dirty": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -27,17 +27,25 @@ import psutil
 from pydantic import BaseModel
 
 from trainer import __version__
-from trainer.models.template_date import printed_dates
+from trainer.files import default_cache_dir
+from trainer.models.chat_template import printed_dates
 from trainer.profiles import DataProfile
 
 SUFFIX = ".cache"
+
 TEMPORARY = ".tmp"
+
 DIGEST_BYTES = 32
+
 KEY_CHARS = 40
+
 KEPT_ENTRIES = 8
 """Entries of data files with one name; the one that was longest unused goes first."""
+
 LIBRARIES = ("transformers", "tokenizers", "trl", "jinja2")
+
 OWN_PACKAGES = ("data", "profiles")
+
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -47,15 +55,6 @@ class NotCacheableError(Exception):
 
 class DamagedEntryError(Exception):
     """A cache file whose content is not what was written."""
-
-
-def default_cache_dir() -> Path:
-    """$ULTIMATE_TRAINER_CACHE, else `ultimate-trainer` in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("ULTIMATE_TRAINER_CACHE")
-    if own:
-        return Path(own)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ultimate-trainer"
 
 
 def cache_folder(configured: str | None) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MAX_KEYS_SHOWN = 30
+
 MAX_KEY_CHARS = 60
 
 

@@ -7,28 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.schema import DataSection
+from trainer.data.batches import EncodedDataset, marked_text
 from trainer.data.card import DataCard
+from trainer.data.content import check_text_row, is_text
 from trainer.data.encode import RowEncoder
-from trainer.data.encoded import EncodedDataset as EncodedDataset
-from trainer.data.encoded import marked_text as marked_text
-from trainer.data.plain_text import check_text_row, is_text
-from trainer.data.rendered import check_markers_used, read_back
-from trainer.data.rendering import assistant_turns
-from trainer.data.rows import BadRowError, Row, RowErrors
-from trainer.data.sources import Source, read_sources
-from trainer.data.split import (
+from trainer.data.formats import check_markers_used, read_back
+from trainer.data.rows import BadRowError, Row, RowErrors, RowTooLongError
+from trainer.data.sources import (
     EncodedRow,
+    HeldOutPrompt,
+    Source,
+    content_key,
     first_prompts,
+    read_sources,
     shared_prompts,
     split_rows,
     trained_groups,
     weigh_rows,
 )
-from trainer.data.split import HeldOutPrompt as HeldOutPrompt
-from trainer.data.split import content_key as content_key
-from trainer.data.tools import tools_of
-from trainer.data.truncation import RowTooLongError
-from trainer.data.turns import check_messages, num_openings, tool_names
+from trainer.data.tools import tool_names, tools_of
+from trainer.data.turns import assistant_turns, check_messages, num_openings
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, Message
 

@@ -7,21 +7,25 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from trainer.data.example import Example as Example
-from trainer.data.example import golden_ids, golden_text
-from trainer.data.plain_text import TextEncoder, is_text
-from trainer.data.rendering import Rendered, assistant_turns, render_row
-from trainer.data.rows import BadRowError
+from trainer.data.content import TextEncoder, is_text
+from trainer.data.rows import (
+    IGNORE_INDEX,
+    BadRowError,
+    Example,
+    cut,
+    golden_ids,
+    golden_text,
+    kept_weights,
+)
 from trainer.data.spans import SpanFinder, Spans
 from trainer.data.template import PROBE, ChatTemplate
 from trainer.data.tools import refuse_lost_tools, tools_of
-from trainer.data.truncation import IGNORE_INDEX as IGNORE_INDEX
-from trainer.data.truncation import cut, kept_weights
-from trainer.data.turns import num_openings
+from trainer.data.turns import Rendered, assistant_turns, num_openings, render_row
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
 REFUSED = "refused by the chat template"
+
 CHUNK = 256  # rows per tokenizer call: the fast tokenizer works on a chunk in parallel
 
 

@@ -6,17 +6,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.data.content import CONTENT_KEYS, is_parts, take, take_list, take_text, take_thought
-from trainer.data.flags import ROW_FLAGS, apply_row_flags, is_given, settle, speaks_of_training
-from trainer.data.plain_text import check_text_row, is_text
-from trainer.data.rows import BadRowError, RowNotes
-from trainer.data.tools import tool_names, tools_of, with_tools
-from trainer.data.turns import (
-    check_messages,
-    from_turns,
-    joined_calls,
-    leave_openings,
+from trainer.data.content import (
+    CONTENT_KEYS,
+    check_text_row,
+    is_parts,
+    is_text,
+    take,
+    take_list,
+    take_text,
+    take_thought,
 )
+from trainer.data.rows import (
+    ROW_FLAGS,
+    BadRowError,
+    RowNotes,
+    apply_row_flags,
+    is_given,
+    settle,
+    speaks_of_training,
+)
+from trainer.data.tools import tool_names, tools_of, with_tools
+from trainer.data.turns import check_messages, from_turns, joined_calls, leave_openings
 from trainer.profiles import Message
 
 
@@ -231,6 +241,7 @@ def _with_system(row: dict[str, Any], messages: list[Message], notes: RowNotes) 
 
 
 NOT_WANTED = "marks the answer as one that is not wanted"
+
 REFUSED_KEYS = {
     **dict.fromkeys(
         sorted((CONTENT_KEYS - {"recipient", "channel"}) | {"function_call"}),
@@ -246,8 +257,11 @@ REFUSED_KEYS = {
     ),
 }
 """Keys of a row that change what it means and cannot be obeyed -> why; bad rows where given."""
+
 ALL_ROWS = {"system", "tools", *ROW_FLAGS}
+
 PAIRS = {"history", "reasoning_content", "thinking"}
+
 SAME = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
 
 FORMATS: dict[str, Format] = {

@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
 
-from trainer.data.arguments import missing_arguments
-from trainer.data.marks import MARK, TurnMarks, shared_start
-from trainer.data.rendering import Rendered, assistant_turns, lost_thought
 from trainer.data.rows import BadRowError
-from trainer.data.template import ChatTemplate
-from trainer.data.turns import num_openings
+from trainer.data.template import MARK, ChatTemplate, TurnMarks, shared_start
+from trainer.data.tools import missing_arguments
+from trainer.data.turns import Rendered, assistant_turns, lost_thought, num_openings
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
 MARKER = re.compile(r"<[^<>\s]*>")
 """What stands for one token in the format of a family, whether it is one or not."""
+
 OPENED = re.compile(r"(<[^<>\s]*>)+")
 
 

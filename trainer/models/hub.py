@@ -1,20 +1,25 @@
-"""Whether the model hub may be asked, and the one switch that all its clients obey.
-
-`local_files_only` alone is not enough: PEFT and `datasets` ask the hub on ways of their own, and
-each of them tries for a minute where there is no network.
-"""
+"""Names of models: short ones for what people fine-tune at home, and the hub. No torch here."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+# ---- whether the model hub may be asked, and the one switch that all its clients obey
+#
+# `local_files_only` alone is not enough: PEFT and `datasets` ask the hub on ways of their own, and
+# each of them tries for a minute where there is no network.
+
 
 logger = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 5.0
+
 VARIABLE = "HF_HUB_OFFLINE"
 
 
@@ -71,3 +76,42 @@ def _set_flags(is_offline: bool) -> None:
     if config is not None:
         config.HF_HUB_OFFLINE = is_offline  # type: ignore[attr-defined]
         config.HF_DATASETS_OFFLINE = is_offline  # type: ignore[attr-defined]
+
+
+# ---- short names for models that people fine-tune at home. No torch here
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name and what it stands for."""
+
+    path: str
+    """Hub id; `tiny` is built in."""
+    size: str
+    note: str
+
+
+TINY = "tiny"
+
+ALIASES: dict[str, Alias] = {
+    TINY: Alias("tiny", "0.8M", "built in, untrained; for trying things without a download"),
+    "qwen3": Alias("Qwen/Qwen3-0.6B", "0.6B", "the usual first choice for one GPU"),
+    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", "0.6B", ""),
+    "qwen3-1.7b": Alias("Qwen/Qwen3-1.7B", "1.7B", ""),
+    "qwen3-4b": Alias("Qwen/Qwen3-4B", "4B", "lora on 24 GB"),
+    "qwen3-8b": Alias("Qwen/Qwen3-8B", "8B", "lora on 24 GB with short rows"),
+    "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B-Instruct", "0.5B", ""),
+    "qwen2.5-1.5b": Alias("Qwen/Qwen2.5-1.5B-Instruct", "1.5B", ""),
+}
+
+
+def resolve_alias(name: str) -> str:
+    """The hub id or path that `name` stands for; a name that is no alias stands for itself."""
+    alias = ALIASES.get(name.lower())
+    return alias.path if alias else os.path.expanduser(name)
+
+
+def nearest_alias(name: str) -> str | None:
+    """The alias that `name` was probably meant to be."""
+    near = difflib.get_close_matches(name.lower(), ALIASES, n=1)
+    return near[0] if near else None

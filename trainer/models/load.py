@@ -1,29 +1,131 @@
-"""Alias, hub id, folder or .gguf file -> tokenizer and model in the run's dtype; `locked` checks.
-
-transformers and torch are imported inside the functions: `trainer models` and error paths need
-neither.
-"""
+"""Alias, hub id, folder or .gguf file -> tokenizer and model that fit; `locked` checks."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LockedSection, ModelSection
 from trainer.errors import ConfigError, ModelError
-from trainer.models.added_tokens import add_tokens
-from trainer.models.aliases import ALIASES, TINY, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
-from trainer.models.hub import hub_answers
-from trainer.models.quantized import check_loadable, quantization_of
-from trainer.models.vocabulary import drop_pad_beyond
+from trainer.models.hub import ALIASES, TINY, hub_answers, nearest_alias, resolve_alias
+from trainer.models.precision import check_loadable, quantization_of
 
-GGUF_SUFFIX = ".gguf"
-
-if TYPE_CHECKING:  # annotations only: importing torch here would slow every command
+if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Number of rows of a model's embedding: token ids are below it."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that can produce ids the embedding does not have.
+
+    A padding token of its own may lie beyond: no model reads it (`harmless_pad_id`).
+
+    Raises:
+        ModelError: the largest token id is not below the number of embedding rows.
+    """
+    rows = embedding_rows(model)
+    largest = max(id_ for id_ in _readable_ids(tokenizer))
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer has token ids up to {largest}, the model's embedding has {rows} rows "
+            f"(ids 0 to {rows - 1}): they do not belong together. Give a folder in which both "
+            "come from the same model."
+        )
+
+
+def _readable_ids(tokenizer: Any) -> set[int]:
+    """All ids but that of a padding token that is nothing else."""
+    others = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    spare = {tokenizer.pad_token} - others
+    return {id_ for token, id_ in tokenizer.get_vocab().items() if token not in spare}
+
+
+def harmless_pad_id(tokenizer: Any, rows: int) -> int:
+    """An id that fills short rows: the tokenizer's own where the embedding has it.
+
+    What is filled is masked and has no label, so that any id below `rows` will do.
+    """
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None and 0 <= candidate < rows:
+            return int(candidate)
+    return 0
+
+
+def drop_pad_beyond(config: Any) -> None:
+    """Forget a model config's padding id that its embedding does not have.
+
+    torch refuses to build an embedding with such an id.
+    """
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rows = getattr(text_config, "vocab_size", None)
+    for one in (config, text_config):
+        pad = getattr(one, "pad_token_id", None)
+        if rows is not None and pad is not None and not -rows <= pad < rows:
+            one.pad_token_id = None
+
+
+# ---- `model.add_tokens`: new tokens of the tokenizer, and the rows of the embedding that they need
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Make each of `tokens` one id; they are plain text, and not hidden like special tokens.
+
+    Raises:
+        ConfigError: the tokenizer has one of them already, or one is named twice.
+    """
+    known = set(tokenizer.get_vocab())
+    wrong = [
+        token for at, token in enumerate(tokens) if token in known or token in list(tokens)[:at]
+    ]
+    if wrong:
+        raise ConfigError(
+            f"model.add_tokens names {', '.join(map(repr, wrong))}, which the tokenizer has "
+            "already; leave it out."
+        )
+    tokenizer.add_tokens(list(tokens))
+
+
+def grow_embeddings(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Give the ids of added tokens rows in the embedding and the head: the mean of the others.
+
+    Rows that the model has to spare are used; else it is made larger.
+    """
+    import torch
+
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    old = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= old:
+        # Without HF's own initialisation, which draws from the global random state.
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    first = min(ids)
+    seen: set[int] = set()
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for parameter in () if module is None else module.parameters(recurse=False):
+                if id(parameter) not in seen:  # a tied head is the embedding itself
+                    seen.add(id(parameter))
+                    _to_mean(parameter, ids, first)
+
+
+def _to_mean(parameter: torch.Tensor, ids: list[int], first: int) -> None:
+    parameter[ids] = parameter[:first].float().mean(dim=0).to(parameter.dtype)
+
+
+# ---- loading: tokenizer, model in the run's dtype, `locked` checks
+#
+# transformers and torch are imported inside the functions: `trainer models` and error paths need
+# neither.
+
+
+GGUF_SUFFIX = ".gguf"
 
 
 def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTrainedTokenizerBase:

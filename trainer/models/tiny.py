@@ -1,6 +1,6 @@
 """The built-in model `tiny`: an untrained Qwen3 of about 0.8M parameters, and its tokenizer.
 
-The tokenizer's files lie beside this module; `python -m trainer.demo.make_tokenizer` made them.
+The tokenizer's files lie beside this module; `make_tiny_tokenizer.py` made them.
 Nothing here needs a network.
 """
 

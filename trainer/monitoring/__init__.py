@@ -8,16 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names for type checkers
+if TYPE_CHECKING:
     from trainer.monitoring.callbacks import LiveMonitorCallback
-    from trainer.monitoring.preview_backend import (
-        LocalPreviewBackend,
-        PreviewBackend,
-        PreviewResult,
-        Remote3090Backend,
-        create_preview_backend,
-    )
-    from trainer.monitoring.status_writer import TrainingStatusReader, TrainingStatusWriter
+    from trainer.monitoring.preview_backend import create_preview_backend
+    from trainer.monitoring.status_reader import TrainingStatusReader
+    from trainer.monitoring.status_writer import TrainingStatusWriter
+    from trainer.preview.base import PreviewBackend, PreviewResult
+    from trainer.preview.local import LocalPreviewBackend
+    from trainer.preview.remote import Remote3090Backend
 
 _HOMES = {
     "TrainingStatusWriter": "status_writer",

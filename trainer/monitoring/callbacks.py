@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from trainer.config.schema import MonitoringConfig
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import (
+    TRAINING,
     EvaluationDone,
     Event,
     Notice,
@@ -30,11 +31,11 @@ from trainer.monitoring.events import (
     RowShown,
     StepDone,
 )
-from trainer.monitoring.state_words import TRAINING
 from trainer.preview.base import PreviewResult
 from trainer.preview.scheduler import PreviewScheduler
 
 logger = logging.getLogger(__name__)
+
 RATE_MEMORY = 0.98
 """Weight of the past in the smoothed step time from which the ETA is made."""
 

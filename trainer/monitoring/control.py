@@ -1,32 +1,41 @@
-"""ControlFile: commands for a running job, read from RUN/control.json at the end of a step.
-
-The file may be written by anybody who can write the folder, at any moment, so it is read as a
-whole, capped, without following links, and a file that is not what we expect is reported once and
-otherwise ignored. Each command is done once, told apart by its id.
-"""
+"""control.json, both ends: commands for a running job, written by anybody, read after each step."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trainer.monitoring.run_files import (
+from trainer.files import (
     CHECKPOINTS_NAME,
     checkpoint_steps,
+    read_json_object,
     remove_quietly,
     replace_file,
 )
 
+# ---- ControlFile: commands for a running job, read from RUN/control.json at the end of a step
+#
+# The file may be written by anybody who can write the folder, at any moment, so it is read as a
+# whole, capped, without following links, and a file that is not what we expect is reported once and
+# otherwise ignored. Each command is done once, told apart by its id.
+
+
 CONTROL_NAME = "control.json"
+
 BEST_NAME = "best.json"
+
 SCHEMA_VERSION = 1
+
 MAX_COMMANDS = 20
+
 MAX_BYTES = 64 * 1024
 
 Command = Literal["preview", "save", "mark_best", "stop"]
@@ -200,3 +209,76 @@ def read_mark(folder: Path) -> int:
     except (OSError, ValueError, TypeError, KeyError):
         return 0
     return step if isinstance(step, int) and step > 0 else 0
+
+
+# ---- ControlWriter: puts commands for a run into its control.json
+
+
+COMMAND_WORDS = {
+    "preview": ("Preview now", "Make previews at the end of the current step?"),
+    "save": ("Save", "Save a checkpoint at the end of the current step?"),
+    "mark_best": (
+        "Mark as best",
+        "Save a checkpoint at the end of the current step and keep it as the best one?",
+    ),
+    "stop": (
+        "Stop after this step",
+        "Stop the run at the end of the current step? It writes a checkpoint and the final model, "
+        "and `--resume` continues it.",
+    ),
+}
+"""Command -> its button, and the question asked before it is sent."""
+
+
+class ControlWriter:
+    """Sends commands; remembers the last one to tell what became of it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the run folder; nothing is written yet."""
+        self.path = folder / CONTROL_NAME
+        self._last: tuple[str, str] | None = None
+
+    def mark_question(self, step: int | None) -> tuple[str, bool]:
+        """What to ask before `mark_best` of a step is sent, and whether it can be done.
+
+        Args:
+            step: whose answers are looked at; None: there are none, so it is the current step.
+        """
+        if step is None:
+            return COMMAND_WORDS["mark_best"][1], True
+        if step in checkpoint_steps(self.path.parent / CHECKPOINTS_NAME):
+            return f"Keep the checkpoint of step {step}, whose answers you see, as the best?", True
+        return (
+            f"Step {step}, whose answers you see, has no checkpoint, so it cannot be marked.",
+            False,
+        )
+
+    def send(self, command: str, *, step: int | None = None) -> str:
+        """Add a command and return its id.
+
+        Args:
+            step: with `mark_best`: the step that was judged; None: the one that ends then.
+        Raises:
+            OSError: the file cannot be written.
+        """
+        found = (read_json_object(self.path) or {}).get("commands")
+        earlier = found if isinstance(found, list) else []
+        identity = secrets.token_hex(4)
+        entry = {"id": identity, "command": command, "created_at": time.time()}
+        if step is not None:
+            entry["step"] = step
+        commands = [*earlier, entry][-MAX_COMMANDS:]
+        values = {"schema_version": SCHEMA_VERSION, "commands": commands}
+        replace_file(self.path, json.dumps(values, indent=1) + "\n")
+        self._last = (identity, COMMAND_WORDS[command][0])
+        return identity
+
+    def outcome(self, notices: list[str]) -> str:
+        """What became of the last command, from the run's notices; empty where none was sent."""
+        if self._last is None:
+            return ""
+        identity, label = self._last
+        for notice in reversed(notices):
+            if f"({identity})" in notice:
+                return notice
+        return f"{label}: sent, done at the end of the step."

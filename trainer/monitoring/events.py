@@ -5,10 +5,62 @@ An observer has one method, `on_event(event)`. No torch and no file access here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import math
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol
 
+from pydantic import BaseModel
+
 from trainer.preview.base import PreviewResult
+
+
+def plain_values(value: Any, odd: dict[str, str] | None = None, where: str = "") -> Any:
+    """Make a value of dicts, lists, strings, finite numbers, booleans and None.
+
+    Args:
+        value: an event, a pydantic object, or what they hold; unknown objects become their str().
+        odd: takes the place and text of each number that JSON cannot hold; it becomes None.
+        where: place of `value`, such as `summary.train_loss`.
+    """
+    odd = {} if odd is None else odd
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        odd[where] = str(float(value))
+        return None
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = {item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {
+            encodable(str(key)): plain_values(item, odd, f"{where}.{key}" if where else str(key))
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain_values(item, odd, f"{where}[{i}]") for i, item in enumerate(value)]
+    return encodable(str(value))
+
+
+def encodable(text: str) -> str:
+    """The text with lone surrogates (odd file names, broken input) as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """One line of strict JSON in ASCII, with its line feed."""
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+# ---- what a run tells its observers (status file, terminal, trackers): plain frozen values
+
 
 RunState = Literal["loading", "training", "saving", "completed", "stopped", "failed"]
 
@@ -169,3 +221,45 @@ class Observer(Protocol):
     def close(self) -> None:
         """Flush and let go; may be called twice."""
         ...
+
+
+ELISION = " ... "
+
+_NAMES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+"""Format characters that stay: Persian and Indian words, and many emoji, are written with them."""
+
+
+def printable(text: str, limit: int) -> str:
+    r"""Text of unknown origin on one line that cannot drive a terminal or forge a line.
+
+    Control characters, escape sequences, line separators and invisible format characters
+    (text direction among them) become escapes such as \n and \x1b.
+
+    Args:
+        limit: longest result in characters; the middle goes first, as answers end with what counts.
+    """
+    tail = max(0, limit - len(ELISION)) // 3
+    head = max(0, limit - len(ELISION)) - tail
+    if len(text) > limit + 1:  # do not escape what is not shown; keep it too long, so it is cut
+        text = text[: limit + 1] if tail == 0 else text[: head + 1] + ELISION + text[-tail:]
+    shown = "".join(_shown(char) for char in text)
+    if len(shown) <= limit:
+        return shown
+    if tail == 0:
+        return shown[: max(0, limit)]
+    return shown[:head] + ELISION + shown[-tail:]
+
+
+def _shown(char: str) -> str:
+    if char.isprintable() or char in _JOINERS:
+        return char
+    category = unicodedata.category(char)
+    if char == " " or category in ("Zs", "Co", "Cn"):  # unassigned: new emoji
+        return char
+    return _NAMES.get(char) or char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+TRAINING = "training"
+"""The phase in which steps are made; every other one says in words what keeps it from a step."""

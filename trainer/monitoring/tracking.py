@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.monitoring.events import EvaluationDone, Event, PreviewsDone
-from trainer.monitoring.text import printable
+from trainer.monitoring.events import EvaluationDone, Event, PreviewsDone, printable
 from trainer.preview.base import PreviewResult
 
 logger = logging.getLogger(__name__)
 
 NO_TRACKER = "none"
+
 MAY_FAIL = {"on_init_end", "on_train_begin"}
 """A tracker that cannot start stops the run; one that fails later does not."""
+
 TEXT_CHARS = 8192
 """Longest text sent to TensorBoard, in characters; previews.jsonl has all of it."""
 

@@ -19,6 +19,7 @@ from transformers.generation import StoppingCriteriaList
 
 STOP_WINDOW = 48
 """Tokens at the end that are decoded to look for a stop string, at least."""
+
 MIN_TEMPERATURE = 1e-5
 """Below it scores would overflow, and the most likely token is what is meant."""
 

@@ -1,8 +1,4 @@
-"""One bounded HTTP exchange after another with a server that need not be friendly. No torch here.
-
-Every wait has an end, every answer a size, redirects are not followed, and whatever goes wrong is
-a PreviewError that says what to expect: away (come back later) or refused (asking again is no use).
-"""
+"""HTTP with a server that need not be friendly, and the backend that asks one prompt at a time."""
 
 from __future__ import annotations
 
@@ -12,27 +8,41 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import httpx
 
-from trainer.config.addresses import CUT, without_secrets
 from trainer.errors import ConfigError, PreviewError
-from trainer.preview.own_keys import is_own_key_file as is_own_key_file
+from trainer.net import CUT, without_secrets
+from trainer.preview.base import PreviewRequest, PreviewResult
+
+# ---- bounded HTTP exchanges. No torch here
+#
+# Every wait has an end, every answer a size, redirects are not followed, and whatever goes wrong is
+# a PreviewError that says what to expect: away (come back later) or refused (asking again is no
+# use).
+
 
 MAX_ANSWER = 1 << 20
 """Bytes of an answer that are read, unless a client asks for more; one preview is far smaller."""
+
 CONNECT_TIMEOUT_S = 3.0
+
 IDLE_TIMEOUT_S = 15.0
 """Longest pause in the middle of an upload."""
+
 MIN_RETRY_S = 0.1
+
 GRACE_S = 0.5
 """Time behind a deadline in which an exchange may still end by itself, with a better message."""
+
 MIN_SECRET = 4
 """Shorter passwords are parts of ordinary words, so that cutting them out would garble messages."""
+
 KEY_VARIABLE = "ULTIMATE_TRAINER_KEY"
 
 
@@ -343,3 +353,62 @@ def _retry_after(headers: httpx.Headers) -> float:
     except ValueError:
         wanted = 1.0
     return wanted if wanted == wanted and wanted >= MIN_RETRY_S else MIN_RETRY_S
+
+
+# ---- OneByOneBackend: what backends share that ask a server for one prompt after the other
+
+
+class OneByOneBackend(ABC):
+    """Whatever goes wrong with a prompt becomes a PreviewResult with an error message."""
+
+    backend_type: str
+    max_new_tokens: int
+    """Of an answer, where the caller names no other number."""
+    compare: Callable[[str, str], bool] | None
+    """The profile's comparison of an answer with golden."""
+    _client: BoundedClient
+
+    def preview(
+        self,
+        prompt: str,
+        golden_answer: str | None,
+        step: int,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> PreviewResult:
+        """Answer one user turn."""
+        request = PreviewRequest(prompt=prompt, golden_answer=golden_answer)
+        return self.preview_batch([request], step, max_new_tokens=max_new_tokens)[0]
+
+    def preview_batch(
+        self, requests: list[PreviewRequest], step: int, *, max_new_tokens: int | None = None
+    ) -> list[PreviewResult]:
+        """Answer the requests one after the other; a server that is away is asked only once."""
+        results: list[PreviewResult] = []
+        away: str | None = None
+        for request in requests:
+            message = away
+            if message is None:
+                try:
+                    results.append(self._ask(request, step, max_new_tokens or self.max_new_tokens))
+                    continue
+                except TooSlowError as error:  # the next prompt may be a quicker one
+                    message = str(error)
+                except AwayError as error:
+                    message = away = str(error)
+                except PreviewError as error:
+                    message = str(error)
+            results.append(PreviewResult.failed(request, step, message, self.backend_type))
+        return results
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    @abstractmethod
+    def _ask(self, request: PreviewRequest, step: int, max_new_tokens: int) -> PreviewResult:
+        """Answer one request.
+
+        Raises:
+            PreviewError: with a message for people.
+        """

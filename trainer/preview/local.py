@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
-from trainer.models.chat_template import as_taken
-from trainer.models.template_date import date_options
-from trainer.models.vocabulary import embedding_rows, harmless_pad_id
-from trainer.preview.base import PreviewRequest, PreviewResult, is_match
+from trainer.models.chat_template import as_taken, date_options
+from trainer.models.load import embedding_rows, harmless_pad_id
+from trainer.preview.base import (
+    PreviewRequest,
+    PreviewResult,
+    health_flags,
+    is_match,
+    leak_ids,
+    special_texts,
+)
 from trainer.preview.generate import Generation, GenerationSettings, generate
-from trainer.preview.health import health_flags, leak_ids, special_texts
-from trainer.preview.neutral import undisturbed
-from trainer.preview.score import golden_logprobs
+from trainer.preview.neutral import golden_logprobs, undisturbed
 from trainer.profiles import DataProfile, Message, get_profile
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,15 @@
-"""Leave no trace: put back everything of the training process that generating could change."""
+"""Looking at a model without a trace: state put back, golden answers scored, nothing sampled."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -55,3 +56,136 @@ def undisturbed(model: Any) -> Iterator[None]:
     """Both of the above, without gradients: for anything done with a model between two steps."""
     with rng_preserved(), evaluating(model), torch.no_grad():
         yield
+
+
+# ---- log-probabilities of a golden answer under a model's weights: one forward pass, no sampling
+
+
+def golden_logprobs(model: Any, prompt: Sequence[int], golden: Sequence[int]) -> torch.Tensor:
+    """How likely each golden token is, given the prompt and the golden tokens before it.
+
+    Leaves the model as it was. The caller chooses autocast.
+
+    Returns:
+        (len(golden),) float32 on the model's device, nats. Nothing waits for the device here.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *golden]], device=device)
+    with undisturbed(model):
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        chosen = torch.log_softmax(logits.float(), -1).gather(1, ids[0, len(prompt) :, None])
+    return chosen[:, 0]
+
+
+SentAs = Callable[[torch.Tensor], torch.dtype]
+"""The dtype in which a parameter or buffer travels to whoever answers."""
+
+
+@contextlib.contextmanager
+def as_received(
+    model: Any, sent_as: SentAs, *, autocast: torch.dtype | None = None
+) -> Iterator[None]:
+    """Compute as a worker does with the weights that it is sent: rounded for the way, then fp32.
+
+    The training process computes otherwise: its weights are not rounded or stay in half precision,
+    and accelerate has put autocast inside `model.forward`. Each layer gets its rounded fp32 weights
+    only while it runs, so that no second copy of the model is made; the parameters themselves are
+    not touched.
+
+    Args:
+        autocast: compute in this dtype after all, for attention kernels that take nothing wider.
+    """
+    device = next(model.parameters()).device.type
+    with (
+        contextlib.ExitStack() as hooks,
+        _own_forward(model),
+        torch.autocast(device, dtype=autocast, enabled=autocast is not None),
+    ):
+        for module, places in _units(model):
+            changed = [one for one in places if _is_changed(one.value, sent_as)]
+            if changed:
+                swap = _Swap(changed, sent_as)
+                hooks.callback(module.register_forward_pre_hook(swap.begin).remove)
+                hooks.callback(module.register_forward_hook(swap.end, always_call=True).remove)
+        yield
+
+
+@contextlib.contextmanager
+def _own_forward(model: Any) -> Iterator[None]:
+    """The model's own `forward` in place of the one with autocast that accelerate put there."""
+    own = model.__dict__.get("_original_forward")
+    patched = model.__dict__.get("forward")
+    if own is None or patched is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = patched
+
+
+class _Place:
+    """Where a module keeps one parameter or buffer."""
+
+    def __init__(self, held: dict[str, Any], name: str) -> None:
+        self.held, self.name = held, name
+        self.value: torch.Tensor = held[name]
+
+
+class _Swap:
+    """Two hooks: fp32 copies of what was sent go in before a module runs, and out behind it."""
+
+    def __init__(self, places: list[_Place], sent_as: SentAs) -> None:
+        self.places, self.sent_as = places, sent_as
+
+    def begin(self, *_: Any) -> None:
+        for one in self.places:
+            sent = one.value.detach().to(self.sent_as(one.value))
+            one.held[one.name] = sent.float()
+
+    def end(self, *_: Any) -> None:
+        for one in self.places:
+            one.held[one.name] = one.value
+
+
+def _is_changed(value: torch.Tensor, sent_as: SentAs) -> bool:
+    return value.is_floating_point() and (value.dtype, sent_as(value)) != (torch.float32,) * 2
+
+
+def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[_Place]]]:
+    """Modules that are called, each with what it may read while it runs.
+
+    A layer of a list is one unit, because its code may read what its parts hold; everything else
+    (embeddings, the last norm, the head) is a unit by itself.
+    """
+    if isinstance(module, nn.ModuleList):
+        for layer in module:
+            if isinstance(layer, nn.ModuleList | nn.ModuleDict):
+                yield from _units(layer)
+            else:
+                yield layer, [place for part in layer.modules() for place in _places(part)]
+        return
+    containers = [one for one in module.children() if _is_container(one)]
+    yield module, [place for part in (module, *containers) for place in _places(part)]
+    for child in module.children():
+        if not _is_container(child):
+            yield from _units(child)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.ParameterList | nn.ParameterDict)
+
+
+def _places(module: nn.Module) -> list[_Place]:
+    """A module's own parameters, and the buffers that are saved with it and so travel too."""
+    names = module._non_persistent_buffers_set
+    parameters = [
+        _Place(module._parameters, n) for n, p in module._parameters.items() if p is not None
+    ]
+    buffers = [
+        _Place(module._buffers, name)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in names
+    ]
+    return parameters + buffers

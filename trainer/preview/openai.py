@@ -19,30 +19,43 @@ from urllib.parse import urlsplit, urlunsplit
 
 from trainer.config.schema import EnvironmentSection, MonitoringConfig
 from trainer.errors import ConfigError, PreviewError
-from trainer.preview.base import PreviewRequest, PreviewResult, is_match
-from trainer.preview.health import health_flags, leak_ids, special_texts
+from trainer.models.chat_template import tokenizer_hash
+from trainer.preview.base import (
+    PreviewRequest,
+    PreviewResult,
+    health_flags,
+    is_match,
+    leak_ids,
+    special_texts,
+)
 from trainer.preview.http import (
     AwayError,
     BoundedClient,
     KeyRefusedError,
+    OneByOneBackend,
     RefusedError,
     TooSlowError,
 )
-from trainer.preview.identity import tokenizer_hash
-from trainer.preview.one_by_one import OneByOneBackend
 from trainer.preview.openai_wire import Answer, read_answer, wire_messages
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+
 MAX_ANSWER = 16 << 20
+
 START_TIMEOUT_S = 10.0
+
 ENDPOINTS = ("/chat/completions", "/completions")
+
 INVALID = (400, 422)
 """HTTP statuses by which servers say that a field is not for them."""
+
 OWN_SERVER, ID_SERVERS = "trainer", ("vllm", "llamacpp")
 """What `owned_by` says in the list of models of servers that take token ids."""
+
 PROBE = "Hello, world! 3.14 \n\n\u00e9\u4f60 "
+
 RenderAnswer = Callable[[Sequence[dict[str, Any]], dict[str, Any]], str | None]
 
 

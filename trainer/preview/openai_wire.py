@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from trainer.errors import PreviewError
 
 LENGTH = {"length", "max_tokens", "model_length", "max_output_tokens"}
+
 WITHHELD = {"content_filter", "safety", "error", "abort", "cancelled"}
 """Finish reasons of answers that are not what the model says."""
+
 TURN_KEYS = ("role", "content", "name", "tool_call_id", "reasoning_content")
 
 

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import PreviewError
 from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult, is_match
-from trainer.preview.http import KEY_VARIABLE, MIN_RETRY_S, BoundedClient
-from trainer.preview.one_by_one import OneByOneBackend
+from trainer.preview.http import KEY_VARIABLE, MIN_RETRY_S, BoundedClient, OneByOneBackend
 
 LONG_POLL_S = 25
+
 DONE, FAILED = ("done", "completed", "succeeded"), ("failed", "error", "cancelled")
 
 

@@ -1,7 +1,7 @@
 """When previews are made and by whom: always the same prompts, at fixed steps.
 
 A lane is a way of getting answers: in the training thread (`local`), in one background thread (any
-other PreviewBackend), or elsewhere with published weights (`trainer.preview.published`). Lanes tell
+other PreviewBackend), or elsewhere with published weights (`trainer.publish.lane`). Lanes tell
 what became of every step that was asked for; nothing is dropped in silence.
 """
 
@@ -19,7 +19,9 @@ from typing import Any, Protocol
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
 
 logger = logging.getLogger(__name__)
+
 Deliver = Callable[[int, list[PreviewResult], float], None]
+
 WAIT_S = 0.25
 
 

@@ -8,12 +8,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from trainer.errors import ProfileError
-from trainer.profiles.base import DataProfile, Message
 from trainer.profiles.emoji_think import EmojiThinkProfile
-from trainer.profiles.plain import PlainProfile
+from trainer.profiles.profile import DataProfile, Message, PlainProfile
 from trainer.profiles.regime3 import Regime3Profile
 
 ENTRY_POINT_GROUP = "trainer.profiles"
+
 BUILT_IN: dict[str, type[DataProfile]] = {
     cls.name: cls for cls in (PlainProfile, Regime3Profile, EmojiThinkProfile)
 }

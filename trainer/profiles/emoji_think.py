@@ -8,12 +8,15 @@ import unicodedata
 from typing import Any
 
 from trainer.errors import ProfileError
-from trainer.profiles.base import DataProfile, Message
 from trainer.profiles.logits import StopPush, ThinkPenalty, vocabulary_texts
+from trainer.profiles.profile import DataProfile, Message
 
 THINK_TAG = re.compile(r"</?think>")
+
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
 DEFAULTS: dict[str, Any] = {
     "think_emoji": ["\N{THINKING FACE}", "\N{BRAIN}", "\N{ELECTRIC LIGHT BULB}"],
     "stop_emoji": ["\N{OCTAGONAL SIGN}", "\N{CHEQUERED FLAG}", "\N{WHITE HEAVY CHECK MARK}"],

@@ -13,8 +13,10 @@ from typing import Any
 
 TAIL = 48
 """Tokens at the end of a row that are decoded: longer than any marker."""
+
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What the first bytes of a character that is not complete yet are decoded to."""
+
 THINK_TAGS = ("<think>", "</think>")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from trainer.profiles.base import DataProfile, Message
+from trainer.profiles.profile import DataProfile, Message
 
 ANS_START = "<<ANS_START>>"
+
 ANS_END = "<<ANS_END>>"
 
 

@@ -8,24 +8,52 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel
 
 from trainer import __version__
-from trainer.preview.wire import GenerateRequest, GenerateResult, ModelState, RegisterModel
 from trainer.profiles import known_profiles
+from trainer.publish.wire import GenerateRequest, GenerateResult, ModelState, RegisterModel
 from trainer.server.auth import Guard
+from trainer.server.completions import add_openai_routes
+from trainer.server.inference_process import EngineProcess
 from trainer.server.job import Job
-from trainer.server.jobs import REQUEST_TIMEOUT_S
-from trainer.server.metrics import add_metrics_route
-from trainer.server.openai import add_openai_routes
+from trainer.server.jobs import REQUEST_TIMEOUT_S, JobQueue
+from trainer.server.preview_routes import add_active_route, add_preview_routes, add_weight_routes
 from trainer.server.problems import add_problem_handlers, documented
-from trainer.server.publish import add_active_route, add_preview_routes, add_weight_routes
 from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service, client_of
 from trainer.server.weights import KEPT_SETS, WeightStore
-from trainer.server.worker import EngineProcess
+
+
+def add_metrics_route(app: FastAPI, queue: JobQueue) -> None:
+    """Gauges that are read from the queue when they are asked for."""
+    registry = CollectorRegistry()
+    for name, text, read in (
+        ("queued_jobs", "Jobs that wait for the engine.", lambda: queue.waiting),
+        ("ready", "1 when the engine takes jobs.", lambda: int(queue.is_ready)),
+        ("engine_restarts", "Engine processes that died.", lambda: queue.restarts),
+        ("jobs_done", "Jobs that were answered.", lambda: queue.ended["done"]),
+        ("jobs_failed", "Jobs that failed.", lambda: queue.ended["failed"]),
+        ("jobs_cancelled", "Jobs nobody waited for.", lambda: queue.ended["cancelled"]),
+        ("weights_step", "Step of the active weights, -1 for none.", lambda: _step(queue)),
+    ):
+        Gauge(f"trainer_serve_{name}", text, registry=registry).set_function(read)
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=documented())
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _step(queue: JobQueue) -> int:
+    step = queue.active["step"]
+    return -1 if step is None else int(step)
+
+
+# ---- the routes. State comes in through `create_app`; every wait here is asynchronous
+
 
 JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{24}$")]
 

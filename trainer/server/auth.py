@@ -12,19 +12,25 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from trainer.errors import ConfigError
-from trainer.preview.wire import MAX_BODY
+from trainer.publish.wire import MAX_BODY
 from trainer.server.problems import problem_body
 
 MAX_JSON = 16 << 20
 """Longest body that is no part of weights: parsing it holds the whole server up (16 MiB are about
 two million token ids)."""
+
 MAX_HELD = 64 << 20
 """Bytes of large request bodies that are held at once, until they are answered."""
+
 SMALL_BODY = 256 << 10
 """A body up to this size is not counted: it is taken while others are large."""
+
 SCOPES = ("generate", "publish")
+
 MIN_KEY = 16
+
 OPEN_PATHS = frozenset({"/health"})
+
 PUBLISH_PREFIXES = ("/weights", "/models/set_active", "/models/register")
 
 

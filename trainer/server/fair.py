@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
+
 MAX_CLIENTS = 256
 """Clients whose engine time is remembered while they have nothing waiting."""
+
 SAVED_S = 30.0
 """Engine seconds that somebody who had nothing waiting may be behind the others, at most."""
 

@@ -5,12 +5,13 @@ Nothing has been sent then, and nothing is built.
 
 from __future__ import annotations
 
-from trainer.preview.wire import TensorEntry, WeightsManifest
+from trainer.publish.wire import TensorEntry, WeightsManifest
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.safetensors_file import num_bytes
 
 FLOATS = {"F32", "F16", "BF16"}
 """Dtypes that an fp32 model holds without loss."""
+
 RANK_AXIS = {
     ".lora_A.weight": 0,
     ".lora_B.weight": 1,

@@ -19,28 +19,28 @@ from safetensors import safe_open
 
 from trainer.config.schema import ModelSection
 from trainer.errors import TrainerError
-from trainer.models.adapter import load_merged, tokenizer_section
-from trainer.models.aliases import resolve_alias
+from trainer.models.adapters import load_merged, tokenizer_section
+from trainer.models.chat_template import fix_date
+from trainer.models.hub import resolve_alias
 from trainer.models.load import (
+    check_vocabulary,
     is_adapter_folder,
     load_model,
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.precision import resolve_device
-from trainer.models.quantized import check_takes_weights, place
-from trainer.models.template_date import fix_date
-from trainer.models.vocabulary import check_vocabulary
-from trainer.preview.identity import (
+from trainer.models.precision import check_takes_weights, place, resolve_device
+from trainer.publish.identity import (
     adapter_tensors,
     canonical_tensors,
     config_hash,
     model_manifest,
 )
-from trainer.preview.wire import AdapterConfig
-from trainer.server.watch import watch_layers
+from trainer.publish.wire import AdapterConfig
+from trainer.server.token_watch import watch_layers
 
 logger = logging.getLogger(__name__)
+
 Change = Callable[[], None]
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
+
 KEPT_JOBS = 512
+
 KEPT_BYTES = 32 << 20
 """Of results, as the engine wrote them: older ones are forgotten first."""
 

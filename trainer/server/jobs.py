@@ -18,29 +18,42 @@ from typing import Any
 
 from trainer.errors import ModelError
 from trainer.server.fair import FairQueue
+from trainer.server.inference_process import EngineDiedError, EngineProcess
 from trainer.server.job import Job, JobBook, body_digest
-from trainer.server.worker import EngineDiedError, EngineProcess
 
 logger = logging.getLogger(__name__)
+
 MAX_QUEUED = 64
 """Jobs of one kind (weights, previews, chat) that wait."""
+
 MAX_QUEUED_BYTES = 64 << 20
+
 SMALL_BODY = 256 << 10
 """A body up to this size is always taken where there is a place: large ones keep out no chat."""
+
 RESTART_PAUSE_S = 5.0
+
 MAX_TRIES = 2
 """A job that the engine died on is tried again once; a load only after somebody's kill."""
+
 REQUEST_TIMEOUT_S = 600.0
+
 LOAD_TIMEOUT_S = 600.0
 """At least; a load takes as long as the file is large."""
+
 GIVE_UP_S = 30.0
 """How long an engine may take to notice that a message was cancelled."""
+
 KEYED_GRACE_S = 10.0
 """How long a job with an Idempotency-Key goes on for a client whose connection broke."""
+
 WATCH_S = 1.0
+
 SILENT_POLLS = 10
 """An engine process without a sign of life for so many polls is replaced."""
+
 NO_WEIGHTS: dict[str, Any] = {"weights_id": None, "run": None, "step": None}
+
 Reply = dict[str, Any]
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 PREFIX = "trainer-serve-"
+
 LOCK = "lock"
 
 

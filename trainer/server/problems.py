@@ -13,7 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 logger = logging.getLogger(__name__)
+
 OPENAI_PREFIX = "/v1/"
+
 CODES = {
     400: "bad_request",
     404: "not_found",
@@ -27,12 +29,14 @@ CODES = {
     503: "not_ready",
     504: "too_slow",
 }
+
 SAMPLING = {
     *("top_p", "top_k", "min_p", "typical_p", "top_a", "tfs", "mirostat", "dry_multiplier"),
     *("repetition_penalty", "repeat_penalty", "presence_penalty", "frequency_penalty"),
     *("logit_bias", "no_repeat_ngram_size", "num_beams", "length_penalty", "do_sample"),
 }
 """Names of sampling fields that other servers take."""
+
 ONLY_SAMPLING = "this server samples by temperature and seed from the whole distribution"
 
 

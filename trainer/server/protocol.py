@@ -14,15 +14,21 @@ from trainer.server.problems import problem_body
 
 MAX_HEAD = 32 << 10
 """Bytes of request line and headers, and of whatever stands between the pieces of a body."""
+
 MAX_CONNECTIONS = 256
+
 MAX_PIPELINED = 16
+
 HEAD_TIMEOUT_S = 10.0
 """A request's head must be there so long after its first byte, and the first one after the
 connection."""
+
 BODY_IDLE_S = 30.0
 """Longest pause in a body,"""
+
 BODY_TIMEOUT_S = 600.0
 """and its whole time."""
+
 WRITE_TIMEOUT_S = 60.0
 """How long a client may leave its answer unread."""
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trainer.preview.wire import TensorEntry, WeightsManifest
+from trainer.publish.wire import TensorEntry, WeightsManifest
 from trainer.server.problems import WeightsRefusedError
 
 MAX_HEADER = 16 << 20
+
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 
 

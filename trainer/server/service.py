@@ -14,18 +14,22 @@ from typing import Annotated, Any
 from fastapi import Header, HTTPException, Request
 
 from trainer.errors import ModelError
-from trainer.models.aliases import TINY, resolve_alias
-from trainer.preview.wire import ModelState, WeightsManifest
+from trainer.models.hub import TINY, resolve_alias
+from trainer.publish.wire import ModelState, WeightsManifest
+from trainer.server.inference_process import EngineProcess
 from trainer.server.job import Job, KeyReusedError
 from trainer.server.jobs import REQUEST_TIMEOUT_S, JobQueue, QueueFullError
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.weights import WeightStore
-from trainer.server.worker import EngineProcess
 
 logger = logging.getLogger(__name__)
+
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
+
 DISCONNECT_POLL_S = 0.2
+
 RETRY_AFTER = {"Retry-After": "2"}
+
 SWEEP_S = 30.0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.preview.wire import PART_BYTES, WeightsOffer
+from trainer.publish.wire import PART_BYTES, WeightsOffer
 from trainer.server.problems import WeightsRefusedError
 
 BROKEN_S = 30.0

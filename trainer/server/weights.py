@@ -13,22 +13,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.preview.wire import PART_BYTES, WeightsManifest, WeightsOffer
+from trainer.publish.wire import PART_BYTES, WeightsManifest, WeightsOffer
 from trainer.server.fit import check_fit
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.safetensors_file import MAX_HEADER, check_file, num_bytes
 from trainer.server.upload import Upload, no_room
 
 MAX_UPLOADS = 4
+
 UNUSED_S = 3.0
 """An offer of which nothing has come for so long yields its place to a newer one,"""
+
 IDLE_S = 60.0
 """and so does an upload that has stopped for so long."""
+
 EXPIRY_S = 3600.0
 """An upload that nothing has been heard of for so long is dropped in any case."""
+
 KEPT_SETS = 2
+
 MAX_NAMES = 200
+
 MAX_FINISHED = 64
+
 Tag = dict[str, Any]
 """weights_id, run and step."""
 

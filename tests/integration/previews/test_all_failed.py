@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.monitoring.text import preview_failure_words
 from trainer.preview.local import LocalPreviewBackend
+from trainer.views.words import preview_failure_words
 
 pytestmark = pytest.mark.slow
 

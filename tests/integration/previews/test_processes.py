@@ -19,8 +19,8 @@ import pytest
 
 from tests.integration import faulty_proxy as faults
 from tests.integration.serving import Server, command, running_server
-from trainer.preview import snapshot
 from trainer.preview.scheduler import PreviewScheduler
+from trainer.publish import snapshot
 
 pytestmark = pytest.mark.slow
 SIDECAR = {"preview_backend": "sidecar", "preview_drain_timeout": 60}
@@ -67,7 +67,7 @@ def test_a_killed_helper_is_started_again_and_the_next_previews_are_verified(
     kills: dict[str, Callable[[], None]] = {
         "sidecar": lambda: process_of("--wait-for-weights").kill(),
         "engine": kill_engine,
-        "publisher": lambda: process_of("trainer.preview.publisher").kill(),
+        "publisher": lambda: process_of("trainer.publish.publisher").kill(),
     }
     # `attempt` waits for each preview, so that at step 3 all helpers are there and idle.
     result, rows = attempt(1, patch=lambda: before_ask(3, kills[victim]), **SIDECAR)
@@ -81,7 +81,7 @@ def test_a_publisher_killed_while_a_preview_is_made_makes_it_again(
     import threading
 
     def kill_soon() -> None:
-        process = process_of("trainer.preview.publisher")
+        process = process_of("trainer.publish.publisher")
         threading.Timer(0.03, process.kill).start()
 
     _, rows = attempt(1, patch=lambda: before_ask(3, kill_soon), **SIDECAR)
@@ -138,7 +138,7 @@ def test_a_killed_trainer_takes_sidecar_publisher_and_shared_memory_with_it(
     children = psutil.Process(process.pid).children(recursive=True)
     names = " ".join(word for one in children for word in one.cmdline())
     assert "serve" in names
-    assert "trainer.preview.publisher" in names
+    assert "trainer.publish.publisher" in names
     key_file = Path(json.loads(worker.read_text())["key_file"])
     assert key_file.stat().st_mode & 0o777 == 0o600
     process.kill()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.config import ConfigLoader, TrainerConfig
-from trainer.config.fields import config_fields
-from trainer.config.render import DOCS_PATH, docs_page, starter_file
+from trainer.config.docs import DOCS_PATH, docs_page, starter_file
+from trainer.config.flags import config_fields
 
 
 def test_the_configuration_page_is_made_from_the_schema() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainer.core import optim
-from trainer.core.muon import Fp32Muon, orthogonalize
+from trainer.core.optim import Fp32Muon, orthogonalize
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's defaults
 SHAPES = [(16, 16), (8, 24), (24, 8), (1, 12)]

@@ -20,8 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from trainer.config.schema import Hyperparams
 from trainer.core import optim
-from trainer.core.muon import Fp32Muon
-from trainer.core.optim import MuonAdamW, build_optimizer
+from trainer.core.optim import Fp32Muon, MuonAdamW, build_optimizer
 from trainer.errors import ConfigError
 
 MakeModel = Callable[..., Any]

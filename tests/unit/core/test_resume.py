@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.config import TrainerConfig
-from trainer.core.resume import ResumePoint, check_resumable
-from trainer.core.run_folder import package_versions
+from trainer.core.resume import ResumePoint, check_resumable, package_versions
 from trainer.errors import ResumeError
 
 CONFIG = TrainerConfig()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.core.run_folder import RunFolder, environment_manifest
+from trainer.core.resume import environment_manifest
+from trainer.core.run_folder import RunFolder
 from trainer.errors import OutputError, ResumeError
 
 

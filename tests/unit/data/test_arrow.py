@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from trainer.data import arrow
-from trainer.data.arrow import own_values
-from trainer.data.files import raw_rows
+from trainer.data import tables
+from trainer.data.row_files import raw_rows
 from trainer.data.rows import BadRowError
 from trainer.data.sources import Source
+from trainer.data.tables import own_values
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_objects_have_the_members_of_their_own_row_only(tmp_path: Path) -> None:
 def test_mutant_objects_with_the_members_of_other_rows_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrow, "own_values", lambda row, schema, **_: row)
+    monkeypatch.setattr(tables, "own_values", lambda row, schema, **_: row)
     with pytest.raises(AssertionError):
         check_rows(tmp_path)
 
@@ -77,7 +77,7 @@ def test_mutant_only_the_outermost_nulls_are_dropped_is_killed(
     def outer(row: dict[str, Any], schema: Any, **_: Any) -> Any:
         return {key: value for key, value in row.items() if value is not None}
 
-    monkeypatch.setattr(arrow, "own_values", outer)
+    monkeypatch.setattr(tables, "own_values", outer)
     with pytest.raises(AssertionError):
         check_rows(tmp_path)
 

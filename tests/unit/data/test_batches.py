@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.data.batches import EpochOrder, PadCollator
-from trainer.data.encode import IGNORE_INDEX
+from trainer.data.rows import IGNORE_INDEX
 
 LENGTHS = [(7 * n) % 101 + 5 for n in range(1000)]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from trainer.data.arguments import missing_arguments, parsed_arguments
-from trainer.data.encode import IGNORE_INDEX, RowEncoder
+from trainer.data.encode import RowEncoder
 from trainer.data.formats import read_rows
-from trainer.data.rows import BadRowError, RowErrors
+from trainer.data.rows import IGNORE_INDEX, BadRowError, RowErrors
+from trainer.data.tools import missing_arguments, parsed_arguments
 
 ARGUMENTS = {
     "stadt": 'Köln \N{SNOWMAN} "alt" it\'s\n2',

@@ -14,8 +14,8 @@ from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
 from trainer.data.prepare import prepare_data
 from trainer.errors import DataError
-from trainer.monitor.card import card_rows
 from trainer.profiles import DataProfile, get_profile
+from trainer.views.card import card_rows
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
-from trainer.data.rows import BadRowError
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import IGNORE_INDEX, BadRowError, Example
 from trainer.errors import TemplateError
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"

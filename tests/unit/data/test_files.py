@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from trainer.data import files
-from trainer.data.formats import RowErrors, read_rows
-from trainer.data.rows import Row
+from trainer.data import row_files
+from trainer.data.formats import read_rows
+from trainer.data.rows import Row, RowErrors
 from trainer.errors import DataError
 
 ROWS = [{"question": f'q{n}, "x"\n\u00e9', "answer": f"a{n}"} for n in range(3)]
@@ -110,7 +110,7 @@ def test_a_line_of_50_mb_is_named_and_the_next_rows_are_read(tmp_path: Path) -> 
     rows, errors = read(path)
     assert [row.where for row in rows] == [f"{path}:1", f"{path}:3"]
     assert errors.errors == [
-        f"{path}:2: the line has {len(long):,} bytes; a row may have {files.MAX_LINE_BYTES:,}"
+        f"{path}:2: the line has {len(long):,} bytes; a row may have {row_files.MAX_LINE_BYTES:,}"
     ]
 
 
@@ -119,9 +119,9 @@ def test_a_line_of_exactly_the_limit_is_read(
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + b"\n" + GOOD)
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", len(GOOD) + 1)
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", len(GOOD) + 1)
     assert len(read(path)[0]) == 2
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", len(GOOD))
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", len(GOOD))
     rows, errors = read(path)
     assert [row.where for row in rows] == [f"{path}:2"]  # only the first has a line end
     assert [text.split(": ")[0] for text in errors.errors] == [f"{path}:1"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import RowErrors, read_rows
+from trainer.data.formats import read_rows
+from trainer.data.rows import RowErrors
 from trainer.errors import DataError
 
 GOOD = {"question": "q", "answer": "a"}

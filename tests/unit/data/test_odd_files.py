@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.formats import RowErrors, read_rows
+from trainer.data.formats import read_rows
+from trainer.data.rows import RowErrors
 from trainer.errors import DataError
 
 ROWS = [{"question": f"q{n} \u00fc", "answer": f"a{n} \u20ac"} for n in range(3)]

@@ -12,8 +12,8 @@ from tests.trust.oracle import FAMILIES
 from trainer.config.schema import DataSection
 from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
+from trainer.data.formats import TemplateReader
 from trainer.data.prepare import prepare_data
-from trainer.data.rendered import TemplateReader
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import get_profile
 

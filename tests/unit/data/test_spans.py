@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from trainer.data.encode import IGNORE_INDEX, RowEncoder
-from trainer.data.marks import FIRST, marked, shared_start, without_marks
-from trainer.data.rows import BadRowError
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import IGNORE_INDEX, BadRowError
+from trainer.data.template import FIRST, marked, shared_start, without_marks
 
 CORPUS = ["what is the weather in Oslo today? it rains [INST] [/INST] USER: ASSISTANT: "] * 20
 LLAMA2 = (

@@ -11,9 +11,9 @@ import pytest
 
 from trainer.config.schema import DataSection
 from trainer.data.card import card_lines
-from trainer.data.encode import IGNORE_INDEX, RowEncoder
+from trainer.data.encode import RowEncoder
 from trainer.data.prepare import prepare_data
-from trainer.data.rows import BadRowError
+from trainer.data.rows import IGNORE_INDEX, BadRowError
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import get_profile
 

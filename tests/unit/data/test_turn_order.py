@@ -8,9 +8,9 @@ import pytest
 
 from tests.trust.oracle import FAMILIES
 from tests.trust.test_shipped_templates import tokenizer_with
-from trainer.data.encode import IGNORE_INDEX, Example, RowEncoder
+from trainer.data.encode import RowEncoder
 from trainer.data.formats import to_rows
-from trainer.data.rows import BadRowError, RowErrors
+from trainer.data.rows import IGNORE_INDEX, BadRowError, Example, RowErrors
 
 GREETED: dict[str, Any] = {
     "conversations": [

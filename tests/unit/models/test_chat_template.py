@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import ModelSection
-from trainer.data.encode import IGNORE_INDEX, RowEncoder
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 from trainer.models.chat_template import set_chat_template
 from trainer.models.load import load_tokenizer

@@ -11,15 +11,15 @@ import torch
 
 from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
-from trainer.models.aliases import ALIASES, nearest_alias, resolve_alias
+from trainer.models.adapters import add_lora
+from trainer.models.hub import ALIASES, nearest_alias, resolve_alias
 from trainer.models.load import (
     check_locked,
+    check_vocabulary,
     load_model,
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.lora import add_lora
-from trainer.models.vocabulary import check_vocabulary
 
 
 def test_aliases_stand_for_hub_ids_and_other_names_for_themselves() -> None:

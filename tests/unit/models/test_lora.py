@@ -13,8 +13,7 @@ import torch
 
 from trainer.config.schema import LoraSection
 from trainer.errors import ConfigError
-from trainer.models.adapter import load_finished_model
-from trainer.models.lora import add_lora
+from trainer.models.adapters import add_lora, load_finished_model
 from trainer.models.precision import resolve_precision
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -143,19 +142,19 @@ def test_the_adapter_names_the_revision_of_its_base(
 def test_the_base_is_loaded_at_the_revision_that_was_trained(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.models.adapter as load
+    import trainer.models.adapters as adapters
 
     path = adapter / "final_model" / "adapter_config.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({**saved, "revision": "v1.2"}))
     asked = []
-    real = load.load_model
+    real = adapters.load_model
 
     def note(section: Any, **options: Any) -> Any:
         asked.append(section.revision)
         return real(section.model_copy(update={"revision": None}), **options)
 
-    monkeypatch.setattr(load, "load_model", note)
+    monkeypatch.setattr(adapters, "load_model", note)
     load_finished_model(adapter / "final_model")
     assert asked == ["v1.2"]
 

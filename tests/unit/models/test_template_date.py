@@ -14,17 +14,17 @@ import pytest
 import transformers.utils.chat_template_utils as chat_templates
 
 from trainer.config.schema import DataSection
-from trainer.core.finished import FinishedRun, open_run
+from trainer.core.model_folder import FinishedRun, open_run
 from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
 from trainer.data.prepare import prepare_data
 from trainer.data.template import ChatTemplate
-from trainer.models import template_date
-from trainer.models.template_date import date_options, fix_date, is_dated, printed_dates
+from trainer.models import chat_template
+from trainer.models.chat_template import date_options, fix_date, is_dated, printed_dates
 from trainer.preview.local import LocalPreviewBackend
 from trainer.profiles import get_profile
 
-PACKAGE = Path(template_date.__file__).parent.parent
+PACKAGE = Path(chat_template.__file__).parent.parent
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 RUN_DAY = dt.date(2024, 2, 29)
 CONVERSATIONS = (TURNS, [{"role": "system", "content": "s"}, *TURNS])
@@ -89,7 +89,7 @@ def test_mutant_the_day_of_rendering_is_killed(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    monkeypatch.setattr(template_date, "FUNCTION", "today_now")
+    monkeypatch.setattr(chat_template, "FUNCTION", "today_now")
     with pytest.raises(AssertionError):
         check_dates(make_tokenizer(), name, today)
 

@@ -13,8 +13,7 @@ import torch
 from trainer.config.schema import ModelSection
 from trainer.core import TrainerEngine
 from trainer.errors import ModelError
-from trainer.models.load import load_model
-from trainer.models.vocabulary import check_vocabulary, harmless_pad_id
+from trainer.models.load import check_vocabulary, harmless_pad_id, load_model
 
 
 @pytest.fixture

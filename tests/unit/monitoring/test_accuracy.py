@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from trainer.monitoring.accuracy import MatchHistory, sign_test
+from trainer.monitoring.status_schema import MatchHistory, sign_test
 from trainer.monitoring.status_writer import TrainingStatusWriter
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from trainer.monitor.control_writer import ControlWriter
-from trainer.monitoring.control import ControlFile
+from trainer.monitoring.control import ControlFile, ControlWriter
 
 Said = list[tuple[str, str]]
 

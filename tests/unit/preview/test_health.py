@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.preview.health import health_flags
+from trainer.preview.base import health_flags
 
 FINE: dict[str, Any] = {
     "text": "The answer is four.",

@@ -13,8 +13,8 @@ import pytest
 from trainer.core.previews import answer_text
 from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError
+from trainer.models.chat_template import tokenizer_hash
 from trainer.preview.base import PreviewRequest, PreviewResult
-from trainer.preview.identity import tokenizer_hash
 from trainer.preview.openai import OpenAIPreviewBackend
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

@@ -10,12 +10,12 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from trainer.models.template_date import fix_date
-from trainer.preview.identity import canonical_tensors, model_manifest
+from trainer.models.chat_template import fix_date
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.wire import WeightsManifest, WeightsOffer
-from trainer.server.engine import _load
+from trainer.publish.identity import canonical_tensors, model_manifest
+from trainer.publish.wire import WeightsManifest, WeightsOffer
 from trainer.server.held import HeldModel
+from trainer.server.inference import _load
 from trainer.server.weights import WeightStore
 
 DATED = (

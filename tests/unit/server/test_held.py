@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
-from trainer.preview.identity import adapter_tensors, canonical_tensors, tensor_hash
-from trainer.preview.wire import AdapterConfig
+from trainer.publish.identity import adapter_tensors, canonical_tensors, tensor_hash
+from trainer.publish.wire import AdapterConfig
 from trainer.server.held import HeldModel, RefusedError, _with_adapter
 
 GATE = "model.layers.0.mlp.gate_proj"

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from trainer.server import jobs
+from trainer.server.inference_process import EngineDiedError
 from trainer.server.job import KEPT_BYTES, Job, JobBook, KeyReusedError
 from trainer.server.jobs import JobQueue, QueueFullError
-from trainer.server.worker import EngineDiedError
 
 OLD, NEW = "a" * 64, "b" * 64
 LOAD = json.dumps({"weights_id": NEW}).encode()

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from trainer.server.app import create_app
-from trainer.server.worker import EngineProcess
+from trainer.server.inference_process import EngineProcess
 
 GENERATE, PUBLISH = "g" * 32, "p" * 32
 SCOPES = {

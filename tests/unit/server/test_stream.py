@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.server.openai import safe_length, stop_position
-from trainer.server.watch import TextPieces
+from trainer.server.completions import safe_length, stop_position
+from trainer.server.token_watch import TextPieces
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.preview.wire import WeightsManifest, WeightsOffer
+from trainer.publish.wire import WeightsManifest, WeightsOffer
 from trainer.server.private_folder import PREFIX, PrivateFolder, remove_abandoned
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.safetensors_file import check_file

@@ -1,0 +1,130 @@
+"""What fails on the training side of published previews is an error of its step, never the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.preview.base import PreviewRequest
+from trainer.preview.scheduler import Finished
+from trainer.publish.lane import PublishedPreviews
+from trainer.publish.results import Canary
+from trainer.publish.snapshot import Snapshotter
+
+REQUESTS = [PreviewRequest(prompt="a"), PreviewRequest(prompt="b")]
+
+
+class NoWorker:
+    """Never listens, so that nothing is given to a publisher."""
+
+    url: str | None = None
+
+    def start(self, on_ready: Callable[[], None]) -> None: ...
+
+    def look_after(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Unlucky:
+    """A lane whose snapshot, canary or late device error can be switched on and off."""
+
+    def __init__(self, folder: Path) -> None:
+        self.error: dict[str, Exception] = {}
+        self.finished: list[Finished] = []
+        snapshots = Snapshotter({"w": torch.ones(4)}, torch.float32, torch.device("cpu"))
+        copy = snapshots.copy
+
+        def copies(arena: Any) -> Callable[[], None]:
+            self._maybe("copy")
+            copy(arena)
+            return lambda: self._maybe("late")
+
+        snapshots.copy = copies  # type: ignore[method-assign]
+        self.lane = PublishedPreviews(
+            worker=NoWorker(),
+            setup={},
+            snapshotter=snapshots,
+            folder=folder,
+            num_slots=2,
+            requests=REQUESTS,
+            canary=Canary((0,), 1, 1.0, self._score),
+            matches=str.__eq__,
+            decode=str,
+            backend_type="sidecar",
+        )
+        self.told = threading.Event()
+        self.lane.start(self._on_finished)
+
+    def _on_finished(self, finished: Finished) -> None:
+        self.finished.append(finished)
+        self.told.set()
+
+    def _score(self) -> torch.Tensor:
+        self._maybe("canary")
+        return torch.zeros(1)
+
+    def _maybe(self, place: str) -> None:
+        if place in self.error:
+            raise self.error[place]
+
+    @property
+    def num_free(self) -> int:
+        return len(self.lane._state.free)
+
+
+@pytest.fixture
+def unlucky(tmp_path: Path) -> Any:
+    folder = tmp_path / "arenas"
+    folder.mkdir()
+    made = Unlucky(folder)
+    yield made
+    made.lane.close()
+
+
+@pytest.mark.parametrize("place", ["copy", "canary"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("launch failed")]
+)
+def test_an_error_in_snapshot_or_canary_is_the_steps_own(
+    unlucky: Unlucky, place: str, error: Exception
+) -> None:
+    unlucky.error[place] = error
+    for step in (0, 5, 10):  # more often than there are slots
+        unlucky.lane.ask(step, is_kept=step == 0)
+    assert [one.step for one in unlucky.finished] == [0, 5, 10]
+    messages = {r.error_message or "" for one in unlucky.finished for r in one.results}
+    assert all(str(error) in message for message in messages)
+    assert unlucky.num_free == 2
+    unlucky.error.clear()
+    unlucky.lane.ask(15, is_kept=True)
+    assert unlucky.lane.pending() == [15]
+
+
+def test_an_error_that_the_device_tells_late_frees_the_slot_too(unlucky: Unlucky) -> None:
+    unlucky.error["late"] = torch.OutOfMemoryError("CUDA out of memory")
+    unlucky.lane.worker.url = "http://127.0.0.1:9"
+    unlucky.lane.ask(0, is_kept=True)
+    assert unlucky.told.wait(10)
+    assert "out of memory" in (unlucky.finished[0].results[0].error_message or "")
+    assert (unlucky.num_free, unlucky.lane.pending()) == (2, [])
+
+
+def test_what_a_failed_canary_held_is_gone_when_the_lane_goes_on(unlucky: Unlucky) -> None:
+    import weakref
+
+    held: list[Any] = []
+
+    def hungry() -> torch.Tensor:
+        logits = torch.zeros(3)
+        held.append(weakref.ref(logits))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    unlucky.lane.canary = Canary((0,), 1, 1.0, hungry)
+    unlucky.lane.ask(0, is_kept=True)
+    assert [one() for one in held] == [None]

@@ -1,0 +1,83 @@
+"""Alerts fire on what they name and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trainer.views.facts import alerts_of
+from trainer.views.timeline import mark_of
+
+MakeRun = Callable[..., Any]
+
+
+def texts_of(run: Any) -> list[str]:
+    return [alert.text for alert in alerts_of(run.read())]
+
+
+def test_a_healthy_run_has_none(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(0, [False, False])
+    run.steps(1, 100)
+    for step, loss in [(30, 2.0), (60, 1.5), (90, 1.4)]:
+        run.evaluate(step, loss)
+    run.preview(100, [True, True])
+    assert texts_of(run) == []
+
+
+def test_rising_validation_loss(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    for step, loss in [(10, 2.0), (20, 1.0), (30, 1.2), (40, 1.3)]:
+        run.evaluate(step, loss)
+    [text] = texts_of(run)
+    assert text == "validation loss rises: 1.3000 at step 40, lowest 1.0000 at step 20"
+
+
+def test_throughput_that_falls(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.steps(1, 80)
+    run.steps(81, 100, tokens_per_s=300.0)
+    [text] = texts_of(run)
+    assert text.startswith("throughput fell: 300 tokens/s in the last 20 steps, 1,000 over the run")
+    run.end()
+    assert texts_of(run) == []  # a run that is over needs no help
+
+
+def test_accuracy_that_falls_names_the_prompts(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(0, [False, False])
+    run.preview(50, [True, True])
+    run.preview(100, [True, False])
+    warning, info = texts_of(run)
+    assert warning == "accuracy falls: 50 % of the previews match at step 100, 100 % did at step 50"
+    assert info == "right once and wrong now: 'max of 4 and 2?'"
+
+
+def test_previews_that_never_stop(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(0, [False, False], health=("never_stopped",))
+    assert texts_of(run) == []  # an untrained model may
+    run.preview(50, [False, False], health=("never_stopped",))
+    assert texts_of(run) == ["2 of 2 previews of step 50 never stop"]
+
+
+def test_errors_of_previews_and_runs_and_non_finite_numbers(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(50, [None], text="", error_message="nobody is there", finish_reason="error")
+    run.step(81, train_loss=float("nan"))
+    run.end("failed", 81, error_type="NonFiniteError", error_message="step 81: the loss is nan;")
+    assert texts_of(run) == [
+        "step 81: the loss is nan;",
+        "not finite at step 81: train_loss nan",
+        "1 of 1 previews of step 50 have no answer: nobody is there",
+    ]
+
+
+def test_a_superseded_preview_is_no_fault_and_has_a_sign_of_its_own(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(40, [True])
+    gone = {"error_message": "superseded by the weights of step 60", "is_superseded": True}
+    run.preview(50, [None], text="", finish_reason="error", **gone)
+    assert texts_of(run) == []
+    [line] = run.read().previews.timelines.values()
+    assert [mark_of(line.of_step(step)) for step in (40, 50)] == ["=", "-"]

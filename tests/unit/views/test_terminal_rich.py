@@ -1,0 +1,204 @@
+"""The live view: what stands in it, that it fits, and how it behaves in a real terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from trainer.monitoring.events import EvaluationDone, PhaseChanged, RunEnded
+from trainer.views.terminal import create_display
+from trainer.views.terminal_view import LiveView, preview_lines
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def drawn(view: LiveView, width: int = 80, height: int = 24) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height)
+    console.print(view)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+@pytest.fixture
+def view(step_done, previews) -> LiveView:
+    view = LiveView(Clock())
+    view.set_step(step_done(42))
+    view.set_previews(previews(40, [True, False]))
+    return view
+
+
+def test_the_headline_is_in_words(view, evaluated):
+    view.evaluation = evaluated(40, 3.25)
+    lines = drawn(view)
+    assert lines[0].endswith("training, step 42 of 100, 3 min left")
+    assert lines[1].endswith(" 42 %")
+    assert lines[2] == (
+        "loss 2.5000   val loss 3.2500   lr 1.00e-03   tokens/s 12,345   memory 1.2 GiB"
+    )
+
+
+def test_previews_name_the_step_whose_weights_made_them(view):
+    lines = drawn(view)
+    assert "previews by the weights of step 40: 1 of 2 match" in lines
+    at = lines.index("= max of 4 and 2?")
+    assert lines[at + 1 : at + 3] == ["  golden     4", "  generated  4"]
+    assert "x max of 4 and 2?" in lines
+
+
+def test_a_wide_view_has_golden_and_generated_side_by_side(view, previews):
+    view.set_previews(previews(40, [False], golden_answer="yes", text="no"))
+    lines = drawn(view, width=120)
+    assert [part.strip() for part in lines[-1].split(" | ")] == ["yes", "no"]
+    assert [part.strip() for part in lines[-3].split(" | ")] == ["golden", "generated"]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (99, 12), (100, 8), (40, 10), (12, 6)])
+@pytest.mark.parametrize("num_prompts", [1, 4, 30])
+@pytest.mark.parametrize("text", ["short", "\u4f60\N{GRINNING FACE}\n" * 500, "word " * 900])
+def test_the_view_is_never_larger_than_the_terminal(view, previews, size, num_prompts, text):
+    width, height = size
+    event = previews(40, [False] * num_prompts, text=text, golden_answer=text[:-3], prompt=text)
+    view.set_previews(event)
+    lines = drawn(view, width, height)
+    assert len(lines) < height
+    assert max(map(cell_len, lines)) <= width
+    if num_prompts == 30 and height >= 24:
+        assert "more prompts in previews.jsonl" in lines[-1]
+
+
+def test_a_wrong_answer_is_red_from_where_it_leaves_the_golden_one(previews):
+    (result,) = previews(1, [False], golden_answer="abc def", text="abc xyz").results
+    line = next(line for line in preview_lines((result,), 80, 20) if "generated" in line.plain)
+    (red,) = [span for span in line.spans if span.style == "red"]
+    assert line.plain[red.start : red.end] == "xyz"
+    (result,) = previews(1, [True], golden_answer="abc", text="abc").results
+    line = next(line for line in preview_lines((result,), 80, 20) if "generated" in line.plain)
+    assert [line.plain[span.start : span.end] for span in line.spans if span.style == "green"] == [
+        "abc"
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_wide_characters_do_not_push_out_the_end_of_an_answer(previews, width):
+    text = "\u4f60" * 2000 + " #### 72"
+    lines = preview_lines(previews(1, [False], text=text, golden_answer=text).results, width, 20)
+    assert sum("#### 72" in line.plain for line in lines) == (2 if width == 80 else 1)
+    assert max(cell_len(line.plain) for line in lines) <= width
+
+
+def test_markup_in_texts_is_text(previews):
+    lines = preview_lines(previews(1, [False], text="[red]x[/red] :smile:").results, 80, 20)
+    assert "  generated  [red]x[/red] :smile:" in [line.plain for line in lines]
+
+
+def test_a_long_phase_gets_a_spinner_and_its_time():
+    clock = Clock()
+    view = LiveView(clock)
+    view.set_phase(PhaseChanged(state="loading", text="loading tiny"))
+    clock.now = 1.9
+    assert drawn(view) == ["loading tiny"]
+    clock.now = 12.0
+    assert drawn(view)[0].endswith(" loading tiny, 12 s")
+    assert not drawn(view)[0].startswith("loading")
+
+
+def test_time_left_runs_down_between_steps_and_a_long_silence_is_said(view):
+    view._clock.now = 19.0
+    assert drawn(view)[0].endswith("training, step 42 of 100, 3 min left")
+    view._clock.now = 61.0
+    words = "training, step 42 of 100, no word for 1 min (a step takes 0.1 s)"
+    assert drawn(view)[0].endswith(words)
+
+
+def test_a_pause_between_steps_is_named_and_over_when_training_goes_on(view):
+    text = "making the previews of step 42 (4 prompts, 256 tokens)"
+    view.set_phase(PhaseChanged(state="training", text=text))
+    view._clock.now = 61.0
+    assert drawn(view)[0].endswith(f"{text}, 1 min")
+    view.set_phase(PhaseChanged(state="training", text="training"))
+    view._clock.now = 62.0
+    assert drawn(view)[0].endswith("training, step 42 of 100, 3 min left")
+
+
+def test_the_final_view_stands_still(view):
+    view.set_end(RunEnded(state="completed", step=42))
+    assert drawn(view)[0] == "completed, step 42 of 100"
+
+
+def test_the_last_view_stays_and_a_summary_follows(step_done, previews, started):
+    stream = io.StringIO()
+    display = create_display("rich", stream)
+    for event in (
+        started(),
+        previews(0, [True]),
+        step_done(1),
+        EvaluationDone(
+            step=1, val_loss=2.0, train_loss=2.5, num_rows=4, num_trained_tokens=9, duration_s=0.1
+        ),
+        RunEnded(state="failed", step=1, error_type="DataError", error_message="line 3: bad"),
+    ):
+        display.on_event(event)
+    display.close()
+    text = stream.getvalue()
+    order = ["training tiny", "failed, step 1 of 100\n", "golden"]
+    order.append("failed, step 1 of 100, loss 2.5000, val loss 2.0000")
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+
+
+IN_TERMINAL = """
+import logging, sys
+handler = logging.StreamHandler()  # holds the real standard error, as early handlers do
+logging.getLogger("early").addHandler(handler)
+from trainer.monitoring.events import Notice, PhaseChanged, RunEnded
+from trainer.views.terminal import create_display
+
+out, err = sys.stdout, sys.stderr
+display = create_display("auto")
+display.on_event(PhaseChanged(state="loading", text="loading tiny"))
+logging.getLogger("early").warning("from an early handler")
+print("from a bare print")
+display.on_event(Notice(text="from a notice"))
+display.on_event(RunEnded(state="completed", step=0))
+display.close()
+assert (sys.stdout, sys.stderr, handler.stream) == (out, err, err), "not given back"
+print("the end")
+"""
+
+
+def test_in_a_real_terminal_other_output_goes_above_the_view():
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL], stdout=child, stderr=child, env=environment
+    )
+    os.close(child)
+    data = b""
+    while select.select([parent], [], [], 60)[0]:
+        try:
+            piece = os.read(parent, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not piece:
+            break
+        data += piece
+    os.close(parent)
+    assert process.wait() == 0, data.decode()
+    text = data.decode()
+    for part in ("from an early handler\r\n", "from a bare print\r\n", "from a notice\r\n"):
+        # The view is erased first and drawn again below.
+        assert text.count("\r\x1b[2K" + part) == text.count(part) == 1
+        assert text.index(part) < text.index("completed")
+    assert text.index("\x1b[?25h") > text.index("\x1b[?25l"), "the cursor is shown again"
+    assert text.rstrip().endswith("the end")

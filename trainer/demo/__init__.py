@@ -1,1 +1,0 @@
-"""The built-in demo: generated symbolic tasks, and how the tiny model's tokenizer was made."""

@@ -1,0 +1,169 @@
+"""Files that are whole or not there: written so that nobody sees half of one, read with a limit."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# ---- writing and reading the small files of a run so that nobody ever sees half of one
+#
+# Safe against readers at any instant and against the process being killed. Not against a power cut:
+# nothing here waits for the disk, because these files are written between two training steps.
+
+
+CHECKPOINTS_NAME = "checkpoints"
+
+STEP_NAME = re.compile(r"^step-(\d{8})$")
+
+BLOCK = 64 * 1024
+"""Bytes read at a time when the end of a cut line is looked for."""
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put `text` in the place of a file at one instant.
+
+    Raises:
+        OSError: it could not be written; the old file is whole and no temporary one is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # "x" would trip over what a killed process with our number left behind.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:  # a signal's KeyboardInterrupt too
+        remove_quietly(temporary)
+        raise
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file that may be gone already or out of reach."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # the caller is about to report the failure that led here
+
+
+def remove_stale(path: Path) -> None:
+    """Remove temporary files that killed writers of `path` left behind."""
+    prefix, suffix = f".{path.name}.", ".tmp"
+    for found in path.parent.glob(".*" + suffix):
+        owner = found.name.removeprefix(prefix).removesuffix(suffix)
+        if found.name.startswith(prefix) and owner.isdecimal() and not is_alive(int(owner)):
+            remove_quietly(found)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    return bool(psutil.pid_exists(pid))
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Add whole lines with one write; a cut last line (a kill, a full disk) is removed first.
+
+    Raises:
+        OSError: not all lines were added; the last one may be cut.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        _drop_cut_line(descriptor)
+        data = text.encode("utf-8")
+        if os.write(descriptor, data) < len(data):  # a full disk takes a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
+def _drop_cut_line(descriptor: int) -> None:
+    """Shorten a file to its whole lines."""
+    end = size = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - BLOCK)
+        position = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if position >= 0:
+            end = start + position + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)
+
+
+def read_whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file at one instant, without line feeds; a cut last line is left out.
+
+    Raises:
+        FileNotFoundError: there is no file.
+    """
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of which a run's `checkpoints/` has one, in order; whether it is whole is not seen."""
+    if not root.is_dir():
+        return []
+    names = (STEP_NAME.match(path.name) for path in root.iterdir())
+    return sorted(int(found[1]) for found in names if found)
+
+
+# ---- reading small JSON files that somebody else may have written: capped, no links or pipes
+
+
+MAX_BYTES = 16 << 20
+
+
+def read_regular_file(path: Path, most: int = MAX_BYTES) -> bytes | None:
+    """The bytes of a regular file; None when there is none, it is a link, or it is too large."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            return None
+        return os.read(descriptor, most)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None when there is none or it is something else."""
+    data = read_regular_file(path)
+    if data is None:
+        return None
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def canonical_hash(value: Any) -> str:
+    """sha256 of JSON values with sorted keys, no spaces and ASCII only."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """$ULTIMATE_TRAINER_CACHE, else `ultimate-trainer` in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("ULTIMATE_TRAINER_CACHE")
+    if own:
+        return Path(own)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "ultimate-trainer"

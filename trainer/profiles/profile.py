@@ -1,0 +1,115 @@
+"""DataProfile: how one kind of data is cleaned, rewritten, prompted, stopped and compared.
+
+A profile is a class with a few small methods; `plain` is the smallest example. Nothing here knows
+about files, tokenizers' internals or training.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any, NotRequired, TypedDict
+
+from trainer.errors import ProfileError
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """Functions that an assistant turn calls, as {"type": "function", "function": {...}}."""
+    tools: NotRequired[list[dict[str, Any]]]
+    """Definitions of functions that may be called, on a row's first turn."""
+    name: NotRequired[str]
+    """Of the function whose result a tool turn brings."""
+    tool_call_id: NotRequired[str]
+    """Of the call that a tool turn answers."""
+    reasoning_content: NotRequired[str]
+    """What an assistant turn thinks before it says `content`; where it stands is the chat
+    template's choice."""
+    weight: NotRequired[float]
+    """How much each token of an assistant turn counts in the loss, >= 0; absent means 1, and 0
+    that the turn is read but not trained."""
+
+
+class DataProfile:
+    """The interface, and what `plain` does: nothing to the rows, exact comparison.
+
+    Subclasses set `name`, `system_prompt_template` and `stop_strings`, list the options that
+    they read in `known_options`, and override the methods they need.
+    """
+
+    name: str = "plain"
+    known_options: frozenset[str] = frozenset()
+    system_prompt_template: str | None = None
+    stop_strings: tuple[str, ...] = ()
+    drops_thoughts: bool = False
+    """`transform` leaves out `reasoning_content` on purpose."""
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        """Take `profile.options` of the config.
+
+        Raises:
+            ProfileError: an option that this profile does not have.
+        """
+        self.options = dict(options or {})
+        unknown = sorted(set(self.options) - self.known_options)
+        if unknown:
+            known = ", ".join(sorted(self.known_options)) or "none"
+            raise ProfileError(
+                f"profile.options has {', '.join(map(repr, unknown))}, which profile "
+                f"{self.name!r} does not know; its options: {known}."
+            )
+
+    def system_prompt(self, *, date: dt.date) -> str | None:
+        """The system turn of rows that bring none; `{date}` in the template becomes the date."""
+        return fill_date(self.system_prompt_template, date=date)
+
+    def clean(self, text: str) -> str:
+        """Clean the text of one turn; runs before `transform`, on every role."""
+        return text
+
+    def transform(self, messages: list[Message], *, index: int, seed: int) -> list[Message]:
+        """Rewrite one row. Must depend on its arguments only, so that every start gives the same.
+
+        Args:
+            messages: the cleaned turns, without the system turn that the run adds.
+            index: position of the row in its file, from 0.
+            seed: `environment.seed`.
+        """
+        return messages
+
+    def report(self) -> dict[str, int]:
+        """What `transform` did to the rows so far, as counts for the data card."""
+        return {}
+
+    def logits_processors(
+        self, tokenizer: Any, *, stop_ids: frozenset[int] = frozenset()
+    ) -> list[Any]:
+        """Fresh, batch-safe processors for one generation (state per row, none shared).
+
+        Args:
+            tokenizer: of the model that generates.
+            stop_ids: tokens that end an answer.
+        """
+        return []
+
+    def matches(self, answer: str, golden: str) -> bool:
+        """Whether a generated answer says what the golden one says; spacing at the ends and
+        between words does not count."""
+        return answer.split() == golden.split()
+
+
+def fill_date(template: str | None, *, date: dt.date) -> str | None:
+    """Replace `{date}` by the ISO date; other braces stay as they are."""
+    return None if template is None else template.replace("{date}", date.isoformat())
+
+
+# ---- profile `plain`: rows as they are, no system prompt of its own, exact comparison
+
+
+class PlainProfile(DataProfile):
+    """The default: what is in the file is what is trained."""
+
+    name = "plain"

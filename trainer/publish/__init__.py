@@ -1,0 +1,1 @@
+"""Weights of a step to a preview server, and its answers back."""

@@ -1,0 +1,260 @@
+"""The processes of published previews: the publisher, and the server where it is a sidecar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import trainer
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+
+NICENESS = 5
+
+STOP_TIMEOUT_S = 10.0
+
+Announce = Callable[[str | None, int | None], None]
+"""Told the address and, for a sidecar, the process's number whenever a server is ready; told None
+when it is gone."""
+
+
+class Worker(Protocol):
+    """Where the server is, and who looks after it when it is ours."""
+
+    url: str | None
+    """None: not listening yet."""
+
+    def start(self, on_ready: Callable[[], None]) -> None:
+        """Begin; `on_ready` is called from any thread once `url` is known, and after restarts."""
+        ...
+
+    def look_after(self) -> None:
+        """Called when the server does not answer; never blocks."""
+        ...
+
+    def close(self) -> None:
+        """End what is ours; may be called twice."""
+        ...
+
+
+@dataclass
+class RemoteWorker:
+    """A `trainer serve` that somebody else started and looks after."""
+
+    url: str | None
+    announce: Announce
+
+    def start(self, on_ready: Callable[[], None]) -> None:
+        """It is there, or comes back by itself."""
+        self.announce(self.url, None)
+        on_ready()
+
+    def look_after(self) -> None:
+        """Not ours."""
+
+    def close(self) -> None:
+        """Not ours."""
+
+
+@dataclass
+class SidecarWorker:
+    """A `trainer serve` on loopback that lives as long as this run, and no longer.
+
+    It ends when the pipe to it closes, which happens also when the trainer is killed.
+    """
+
+    model_dir: Path
+    """Config and tokenizer; the weights come by `weights_dir`."""
+    weights_dir: Path
+    key_file: Path
+    device: str
+    num_threads: int
+    announce: Announce
+    log: Path | None = None
+    url: str | None = None
+    restarts: int = 0
+    _process: subprocess.Popen[str] | None = None
+    _is_closing: bool = False
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def start(self, on_ready: Callable[[], None]) -> None:
+        """Start it; loading takes seconds, and nobody waits for them."""
+        self._on_ready = on_ready
+        with self._lock:
+            self._spawn()
+
+    def look_after(self) -> None:
+        """Start it again if it ended, a few times."""
+        with self._lock:
+            process = self._process
+            if self._is_closing or process is None or process.poll() is None:
+                return
+            if self.restarts >= MAX_RESTARTS:
+                return
+            self.restarts += 1
+            logger.warning("the sidecar ended (%s); starting it again", process.returncode)
+            self._spawn()
+
+    def close(self) -> None:
+        """End it; may be called twice."""
+        with self._lock:
+            self._is_closing = True
+            process, self._process, self.url = self._process, None, None
+        if process is None:
+            return
+        self.announce(None, None)
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(STOP_TIMEOUT_S)
+
+    def _spawn(self) -> None:
+        root = str(Path(trainer.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        environment = {name: v for name, v in os.environ.items() if not name.startswith("TRAINER_")}
+        with open(self.log or os.devnull, "ab") as log:
+            process = subprocess.Popen(
+                self._command(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={
+                    **environment,
+                    "PYTHONPATH": path,
+                    "OMP_NUM_THREADS": str(self.num_threads),
+                    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to training
+                },
+                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
+            )
+        with contextlib.suppress(OSError):  # training comes first where cores are scarce
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+        self._process = process
+        threading.Thread(target=self._watch, args=(process,), name="sidecar", daemon=True).start()
+
+    def _command(self) -> list[str]:
+        port = self.url.rsplit(":", 1)[1] if self.url else "0"
+        return [
+            *(sys.executable, "-m", "trainer", "serve", "--model", str(self.model_dir)),
+            *("--wait-for-weights", "--end-with-stdin", "--keep-weights", "1", "--port", port),
+            *("--device", self.device, "--weights-dir", str(self.weights_dir)),
+            *("--api-key-file", str(self.key_file)),
+        ]
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        """Wait for the line that says it is ready; what comes after it is of no use here."""
+        assert process.stdout is not None, "spawned with a pipe"
+        with process.stdout as lines:
+            for line in lines:
+                words = line.split()
+                if words[:1] == ["ready:"] and len(words) > 1:
+                    with self._lock:
+                        if self._is_closing:
+                            break
+                        self.url = words[1]
+                    self.announce(words[1], process.pid)
+                    self._on_ready()
+        code = process.wait()
+        if not self._is_closing:
+            where = f"; see {self.log}" if self.log is not None else ""
+            logger.warning("the sidecar ended (%s)%s; training goes on", code, where)
+            if self.url is None:  # it never came up: no publisher asks for it, so nobody else will
+                self.look_after()
+
+
+# ---- the publisher as the trainer holds it: a process, a pipe, and a thread that reads it
+
+
+GRACE_S = 1.0
+
+KILL_TIMEOUT_S = 5.0
+
+
+class PublisherProcess:
+    """One process of `trainer.publish.publisher`; it ends when its pipe closes."""
+
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        *,
+        log: Path | None,
+        on_event: Callable[[dict[str, Any]], None],
+        on_end: Callable[[PublisherProcess], None],
+    ) -> None:
+        """Start it, and the thread that reads its events.
+
+        Args:
+            setup: its first line.
+            log: where its stderr goes; None: nowhere.
+            on_event: called in the reading thread with each event; what it raises is logged.
+            on_end: called in the reading thread once the process is gone.
+        """
+        self._on_event, self._on_end = on_event, on_end
+        # Not by multiprocessing, which would run the user's script again.
+        root = str(Path(trainer.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        with open(log or os.devnull, "ab") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.publish.publisher"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
+            )
+        self.send(setup)
+        self._reader = threading.Thread(target=self._read, name="preview-read", daemon=True)
+        self._reader.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended; None while it runs."""
+        return self._process.returncode
+
+    def send(self, values: dict[str, Any]) -> None:
+        """Write one line; a process that is gone is noticed by the thread that reads from it."""
+        assert self._process.stdin is not None, "spawned with a pipe"
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed by `close`
+            self._process.stdin.write(json.dumps(values).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def close(self) -> None:
+        """Let it end by itself, then end it; may be called twice."""
+        assert self._process.stdin is not None, "spawned with a pipe"
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(KILL_TIMEOUT_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the reading thread."""
+        self._reader.join(timeout_s)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None, "spawned with a pipe"
+        with self._process.stdout as lines:
+            for line in lines:
+                try:
+                    self._on_event(json.loads(line))
+                except Exception:
+                    logger.exception("an event of the publisher is of no use; training goes on")
+        self._process.wait()
+        self._on_end(self)

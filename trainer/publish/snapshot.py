@@ -1,0 +1,246 @@
+"""Copies of the weights, taken between two optimizer steps into files that others can read.
+
+An arena is a file in shared memory that is laid out as a safetensors file from the start: header
+first, every tensor at its fixed place. It is mapped once; a snapshot only overwrites the tensors,
+and the file can then be loaded by the stock reader. What is done with it (hashing, sending) happens
+in another process: see `trainer.publish.publisher`.
+
+On a GPU the copy runs on a stream of its own and overlaps the next forward and backward pass; only
+`optimizer.step()` changes weights, and it waits for the copy on the device, not on the CPU.
+The CUDA path has not run on the machines this was written on; its tests run where a GPU is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from trainer.errors import PreviewError
+from trainer.publish.identity import DTYPES
+
+SHARED_MEMORY = Path("/dev/shm")
+
+HEADER_ALIGNMENT = 8
+
+FOLDER_PREFIX = "trainer-weights-"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor lies in an arena: a safetensors header made once per run."""
+
+    header: bytes
+    """Length prefix and JSON, padded with spaces."""
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]]
+    """Name -> dtype in the file, shape, byte offset from the start of the file."""
+    size: int
+    """Bytes of the whole file."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Layout:
+        """Lay out tensors; floating ones travel in the compute dtype, all others as they are."""
+        dtypes = {
+            name: compute_dtype if tensor.is_floating_point() else tensor.dtype
+            for name, tensor in tensors.items()
+        }
+        # Wide dtypes first, so that every tensor is aligned to its own width.
+        order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        places, offset = {}, 0
+        for name in order:
+            length = tensors[name].numel() * dtypes[name].itemsize
+            entries[name] = {
+                "dtype": DTYPES[dtypes[name]],
+                "shape": list(tensors[name].shape),
+                "data_offsets": [offset, offset + length],
+            }
+            places[name] = (dtypes[name], tuple(tensors[name].shape), offset)
+            offset += length
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % HEADER_ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
+        placed = {name: (d, s, len(header) + o) for name, (d, s, o) in places.items()}
+        return cls(header, placed, len(header) + offset)
+
+
+class Arena:
+    """One file that holds one snapshot at a time."""
+
+    def __init__(self, path: Path, layout: Layout, *, pin: bool = False) -> None:
+        """Make, fill and map the file; all its pages are allocated now, not while training.
+
+        Args:
+            pin: page-lock the memory for copies from a GPU.
+        Raises:
+            OSError: no room.
+        """
+        self.path = path
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            _reserve(descriptor, layout.size)
+            self._map = mmap.mmap(descriptor, layout.size)
+        finally:
+            os.close(descriptor)
+        self._map[: len(layout.header)] = layout.header
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._address = whole.data_ptr()
+        self._is_pinned = pin and _page_lock(self._address, layout.size)
+        whole[len(layout.header) :: mmap.PAGESIZE] = 0  # touch every page
+        self.views = {
+            name: _view(whole, offset, dtype, shape)
+            for name, (dtype, shape, offset) in layout.tensors.items()
+        }
+
+    def close(self) -> None:
+        """Give the memory back and remove the file, wherever it was renamed to."""
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
+            self._is_pinned = False
+        self.views = {}
+        # Tensors over the buffer may still be alive in a caller: the map then ends with them.
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size and, where the system can, its memory: a full disk shows here."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS
+        os.ftruncate(descriptor, size)
+
+
+def _view(
+    whole: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    length = dtype.itemsize
+    for size in shape:
+        length *= size
+    return whole[offset : offset + length].view(dtype).view(shape)
+
+
+def _page_lock(address: int, size: int) -> bool:
+    """Register memory for asynchronous copies; True when it worked."""
+    if not torch.cuda.is_available():
+        return False
+    done = torch.cuda.cudart().cudaHostRegister(address, size, 0)  # type: ignore[no-untyped-call]
+    return int(done) == 0
+
+
+class Snapshotter:
+    """Copies a model's tensors into an arena, between two steps."""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Take the live parameters; they stay the same objects for the whole run.
+
+        Args:
+            tensors: parameters and buffers themselves, not detached: moving a model to its device
+                gives them other storage.
+            compute_dtype: dtype in which floating tensors travel; fp32 stays fp32.
+            device: where the model trains.
+        """
+        self.tensors = dict(tensors)
+        self.layout = Layout.of(self.tensors, compute_dtype)
+        self._cuda = device if device.type == "cuda" else None
+        self._stream: Any = None
+        if self._cuda is not None:
+            self._stream = torch.cuda.Stream(self._cuda)  # type: ignore[no-untyped-call]
+        self._copied: Any = None
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether copies run beside training instead of inside it."""
+        return self._stream is not None
+
+    def arena(self, path: Path) -> Arena:
+        """A new arena for this model.
+
+        Raises:
+            OSError: no room.
+        """
+        return Arena(path, self.layout, pin=self.is_on_gpu)
+
+    def copy(self, arena: Arena) -> Callable[[], None]:
+        """Copy the weights as they are now.
+
+        Returns:
+            A function that waits until the copy is in the arena (at once, without a GPU). Call it
+            in another thread than the training one.
+        """
+        if self._stream is None:
+            with torch.no_grad():
+                for name, view in arena.views.items():
+                    view.copy_(self.tensors[name].detach())
+            return lambda: None
+        return self._copy_beside(arena)
+
+    def _copy_beside(self, arena: Arena) -> Callable[[], None]:
+        """Start the copy on the side stream, behind what training has queued so far."""
+        assert self._stream is not None, "only with a GPU"
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._cuda))
+        with torch.cuda.stream(stream), torch.no_grad():
+            for name, view in arena.views.items():
+                # The cast makes a small temporary on the device, freed in stream order.
+                view.copy_(self.tensors[name].detach().to(view.dtype), non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        self._copied = event
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+    def guard(self, optimizer: Any) -> None:
+        """Have the device finish a copy before this optimizer changes the weights."""
+        if self.is_on_gpu:
+            optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, *_: Any) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream(self._cuda).wait_event(self._copied)
+            self._copied = None
+
+
+def arena_folder(size: int, run_dir: Path) -> Path:
+    """A private folder (mode 700) with room for `size` bytes: shared memory, else the run folder.
+
+    What killed runs left in either is removed first.
+
+    Raises:
+        PreviewError: neither has room.
+    """
+    for parent in (SHARED_MEMORY, run_dir):
+        try:
+            _remove_abandoned(parent)
+            if shutil.disk_usage(parent).free > size * 1.05 and os.access(parent, os.W_OK):
+                prefix = f"{FOLDER_PREFIX}{os.getpid()}-"
+                return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        except OSError:
+            continue  # not there: the next one
+    raise PreviewError(
+        f"previews need {size / 2**20:.0f} MiB for copies of the weights, and neither "
+        f"{SHARED_MEMORY} nor {run_dir} has that room; free some, or use "
+        "monitoring.preview_backend=local."
+    )
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove folders of this user whose process is gone: a killed run cannot tidy up."""
+    for path in parent.glob(f"{FOLDER_PREFIX}*-*"):
+        number = path.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
+        is_ours = number.isdigit() and path.stat().st_uid == os.getuid()
+        if is_ours and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,260 @@
+"""The figures of a run as (label, value) pairs, and its alerts: what to look at now."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+
+from trainer.views.run_reader import RunReader
+from trainer.views.words import duration_words
+
+
+def live_figures(reader: RunReader) -> list[tuple[str, str]]:
+    """What one wants to see while a run goes on, the most wanted first."""
+    status, metrics = reader.status, reader.metrics
+    rows = final_figures(reader)
+    rows.append(("loss", _number(metrics.newest("train_loss"), "{:.4f}")))
+    if status is not None and status.val_loss is not None:
+        rows.append((f"validation loss, step {status.val_step}", f"{status.val_loss:.4f}"))
+    rows.append(("learning rate", _number(metrics.newest("learning_rate"), "{:.2e}")))
+    rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
+    rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
+    accuracy = reader.previews.accuracy()
+    if accuracy:
+        step = max(accuracy)
+        right, of = accuracy[step]
+        trend = reader.previews.history().trend()
+        value = f"{right} of {of}" + (f", {trend}" if trend else "")
+        rows.append((f"previews that match, step {step}", value))
+    return [(label, value) for label, value in rows if value]
+
+
+def accuracy_words(reader: RunReader) -> str:
+    """Matches of the newest previews, such as `3 of 4 match at step 40, rising`."""
+    accuracy = reader.previews.accuracy()
+    if not accuracy:
+        return ""
+    step = max(accuracy)
+    right, of = accuracy[step]
+    trend = reader.previews.history().trend()
+    return f"{right} of {of} match at step {step}" + (f", {trend}" if trend else "")
+
+
+def report_figures(reader: RunReader) -> list[tuple[str, str]]:
+    """What one wants to know of a run afterwards."""
+    status, metrics = reader.status, reader.metrics
+    if status is None:
+        return []
+    rows = [
+        ("model", status.model_name or ""),
+        ("folder", status.output_dir or ""),
+        ("began", moment(status.started_at)),
+        ("last word", moment(status.updated_at)),
+        ("duration", duration_words(max(0.0, status.updated_at - status.started_at))),
+        ("steps", f"{reader.step} of {status.total_steps}" if status.total_steps else ""),
+        ("epochs", f"{status.epoch:.2f} of {status.num_epochs:g}" if status.num_epochs else ""),
+        ("rows", f"{status.num_train_rows:,} trained on" if status.num_train_rows else ""),
+        ("rows per step", str(status.effective_batch_size or "")),
+        ("last loss", _number(metrics.newest("train_loss"), "{:.4f}")),
+    ]
+    known = [one for one in metrics.evaluations if not math.isnan(one.val_loss)]
+    if known:
+        best = min(known, key=lambda one: one.val_loss)
+        rows.append(("last validation loss", f"{known[-1].val_loss:.4f} (step {known[-1].step})"))
+        rows.append(("lowest validation loss", f"{best.val_loss:.4f} (step {best.step})"))
+    speed = metrics.last("tokens_per_s", len(metrics))
+    if len(speed):
+        rows.append(("tokens/s, median", f"{float(np.median(speed)):,.0f}"))
+        memory = metrics.last("memory_gib", len(metrics))
+        rows.append(("memory, highest", f"{float(memory.max()):.1f} GiB" if len(memory) else ""))
+    rows += _summary_figures(reader)
+    if status.last_checkpoint is not None:
+        rows.append(("last checkpoint", status.last_checkpoint.path))
+    return [(label, value) for label, value in rows if value]
+
+
+def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
+    """Accuracy, the final evaluation, and what previews cost."""
+    rows = [("previews", accuracy_words(reader))]
+    summary = reader.status.summary if reader.status is not None else {}
+    rows += final_figures(reader)
+    previews, durations = summary.get("previews"), summary.get("durations_s")
+    waited = previews.get("stall_s_total") if isinstance(previews, dict) else None
+    trained = durations.get("training") if isinstance(durations, dict) else None
+    if isinstance(waited, float | int) and isinstance(trained, float | int) and trained > 0:
+        figure = f"{waited:.1f} s, {100 * waited / trained:.1f} % of training"
+        rows.append(("training waited for previews", figure))
+    if summary.get("stop_reason"):
+        rows.append(("stopped because", str(summary["stop_reason"])))
+    return rows
+
+
+def final_figures(reader: RunReader) -> list[tuple[str, str]]:
+    """The score of the final evaluation, such as `99.0 % (198/200)`; none where there was none."""
+    final = reader.final_evaluation
+    return [("exact match, final evaluation", final.score_words)] if final is not None else []
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else form.format(value)
+
+
+def moment(seconds: float) -> str:
+    """A time of day for people; empty where it is none."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+# ---- alerts: what a person should look at in a run now
+
+
+GAP_EVALUATIONS = 2
+"""Evaluations in a row above the lowest one, by more than GAP_SHARE, that make an alert."""
+
+GAP_SHARE = 0.02
+
+RECENT_STEPS = 20
+
+SLOW_SHARE = 0.7
+"""Throughput of the recent steps below this share of the run's median makes an alert."""
+
+MIN_STEPS_FOR_SPEED = 60
+
+ACCURACY_DROP = 0.2
+"""Share of matches below the best preview step's by more than this makes an alert."""
+
+NEVER_STOP_SHARE = 0.5
+
+Level = Literal["info", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One thing to look at."""
+
+    level: Level
+    text: str
+
+
+def alerts_of(reader: RunReader) -> list[Alert]:
+    """The alerts of a run, errors first."""
+    found = [
+        *_ending_alerts(reader),
+        *_loss_alerts(reader),
+        *_speed_alerts(reader),
+        *_preview_alerts(reader),
+        *_file_alerts(reader),
+    ]
+    order = {"error": 0, "warning": 1, "info": 2}
+    return sorted(found, key=lambda alert: order[alert.level])
+
+
+def _ending_alerts(reader: RunReader) -> list[Alert]:
+    status = reader.status
+    found = []
+    if status is not None and status.error is not None:
+        found.append(Alert("error", status.error.message))
+    going_on = reader.going_on()
+    return [*found, Alert("info", going_on)] if going_on else found
+
+
+def _loss_alerts(reader: RunReader) -> list[Alert]:
+    found = [
+        Alert("error", f"not finite at step {step}: {what}")
+        for step, what in list(reader.metrics.non_finite.items())[-1:]
+    ]
+    evaluations = [one for one in reader.metrics.evaluations if one.val_loss == one.val_loss]
+    if len(evaluations) <= GAP_EVALUATIONS:
+        return found
+    lowest = min(evaluations, key=lambda one: one.val_loss)
+    recent = evaluations[-GAP_EVALUATIONS:]
+    if all(one.val_loss > lowest.val_loss * (1 + GAP_SHARE) for one in recent):
+        found.append(
+            Alert(
+                "warning",
+                f"validation loss rises: {recent[-1].val_loss:.4f} at step {recent[-1].step}, "
+                f"lowest {lowest.val_loss:.4f} at step {lowest.step}",
+            )
+        )
+    return found
+
+
+def _speed_alerts(reader: RunReader) -> list[Alert]:
+    if reader.is_over or len(reader.metrics) < MIN_STEPS_FOR_SPEED:
+        return []
+    usual = reader.metrics.last("tokens_per_s", len(reader.metrics))
+    recent = reader.metrics.last("tokens_per_s", RECENT_STEPS)
+    if not len(recent):
+        return []
+    before, now = float(np.median(usual)), float(np.median(recent))
+    if now >= SLOW_SHARE * before:
+        return []
+    return [
+        Alert(
+            "warning",
+            f"throughput fell: {now:,.0f} tokens/s in the last {RECENT_STEPS} steps, "
+            f"{before:,.0f} over the run",
+        )
+    ]
+
+
+def _preview_alerts(reader: RunReader) -> list[Alert]:
+    found: list[Alert] = []
+    newest = reader.previews.newest()
+    if not newest:
+        return found
+    step = newest[0].step
+    failed = [result for result in newest if not (result.ok or result.is_superseded)]
+    if failed:
+        found.append(
+            Alert(
+                "warning",
+                f"{len(failed)} of {len(newest)} previews of step {step} have no answer: "
+                f"{failed[0].error_message}",
+            )
+        )
+    endless = sum("never_stopped" in result.health for result in newest)
+    if step > 0 and endless and endless >= NEVER_STOP_SHARE * len(newest):
+        found.append(
+            Alert("warning", f"{endless} of {len(newest)} previews of step {step} never stop")
+        )
+    return found + _accuracy_alerts(reader)
+
+
+def _accuracy_alerts(reader: RunReader) -> list[Alert]:
+    shares = {step: right / of for step, (right, of) in reader.previews.accuracy().items()}
+    if len(shares) < 2:
+        return []
+    last = max(shares)
+    best = max(shares, key=lambda step: (shares[step], -step))
+    found = []
+    if shares[last] < shares[best] - ACCURACY_DROP:
+        found.append(
+            Alert(
+                "warning",
+                f"accuracy falls: {100 * shares[last]:.0f} % of the previews match at step {last}, "
+                f"{100 * shares[best]:.0f} % did at step {best}",
+            )
+        )
+    lost = [one for one in reader.previews.timelines.values() if one.is_lost()]
+    if lost and found:
+        names = ", ".join(repr(one.prompt[:60]) for one in lost[:3])
+        found.append(Alert("info", f"right once and wrong now: {names}"))
+    return found
+
+
+def _file_alerts(reader: RunReader) -> list[Alert]:
+    found = []
+    if reader.problem is not None:
+        found.append(Alert("warning", reader.problem))
+    if reader.num_bad_lines:
+        found.append(
+            Alert("warning", f"{reader.num_bad_lines} unreadable lines in the run's files left out")
+        )
+    return found

@@ -1,0 +1,268 @@
+"""The page of one run: state, alerts, previews, curves, ask, act, and what the run was made of."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from nicegui import ui
+
+from trainer.views.card import card_rows, card_sample, environment_rows
+from trainer.views.facts import Alert, alerts_of, live_figures, report_figures
+from trainer.views.metrics import SMOOTHING_SHARE, is_spread_wide
+from trainer.views.page.actions import ActBox, AskBox
+from trainer.views.page.charts import loss_chart, match_chart, metric_chart
+from trainer.views.page.elements import (
+    Colours,
+    answer,
+    box,
+    dark_button,
+    mark,
+    open_page,
+    pairs,
+    section,
+    set_options,
+    text,
+)
+from trainer.views.page.preview_panel import PreviewPanel, show_final_evaluation
+from trainer.views.page.store import PageOptions
+from trainer.views.run_reader import RunReader, Versions, config_rows
+from trainer.views.timeline import FinalEvaluation, mark_of
+
+TICK_S = 0.5
+
+CHART_GAP_S = 1.0
+"""Least seconds between two drawings of the charts."""
+
+SMALL_CHARTS = {
+    "tokens_per_s": "throughput, tokens/s",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm, before clipping",
+    "memory_gib": "memory, GiB",
+}
+
+
+class RunPage:
+    """Builds the page in the current client and keeps it up to date."""
+
+    def __init__(self, reader: RunReader, label: str, options: PageOptions, *, is_alone: bool):
+        """Build everything; the run was read before.
+
+        Args:
+            label: name of the run for people.
+            is_alone: there is no list of runs to go back to.
+        """
+        self.reader, self.options = reader, options
+        self._seen = Versions(-1, -1, -1, -1)
+        self._alerts_shown: list[Alert] = []
+        self._final_shown: FinalEvaluation | None = None
+        self._charts_at = 0.0
+        self._dark = open_page(label)
+        self._colours = Colours(self._dark, self._draw_charts)
+        with box("div", "page"):
+            self._build_top(label, is_alone)
+            with section("Previews", "previews"):
+                self._panel = PreviewPanel(reader)
+            self._final = section("Final evaluation", "final")
+            self._final.set_visibility(False)
+            with self._final:
+                self._final_body = box("div")
+            self._build_charts()
+            with section("Ask the model now", "ask"):
+                self._ask = AskBox(reader, options.worker_hosts)
+            with section("Act on the run", "act"):
+                self._act = ActBox(
+                    reader, lambda: self._panel.shown_step, is_allowed=options.is_control_allowed
+                )
+            self._build_background()
+        self.update()
+        ui.timer(TICK_S, self.update)
+
+    # ---- parts
+
+    def _build_top(self, label: str, is_alone: bool) -> None:
+        with box("header", "top"):
+            if not is_alone:
+                ui.link("\N{LEFTWARDS ARROW} all runs", "/")
+            text("h1", label)
+            self._state = text("span", "", "state").props("role=status")
+            box("span", "grow")
+            dark_button(self._dark)
+        self._bar = ui.linear_progress(0.0, show_value=False, size="8px")
+        self._bar.props('aria-label="progress" instant-feedback')
+        self._alerts = box("div").props("aria-live=polite")
+        self._figures = box("div", "figures")
+
+    def _build_charts(self) -> None:
+        self._curves = section("Curves", "curves")
+        with self._curves, box("div", "charts"):
+            with box("div", "chart-big"):
+                with box("div", "chart-head"):
+                    text("h3", "loss, nats per trained token")
+                    self._log = ui.switch("log scale", value=is_spread_wide(self.reader.metrics))
+                    self._log.on_value_change(self._draw_charts)
+                    text("span", "smoothing, % of the run", "dim")
+                    self._smoothing = ui.slider(
+                        min=0,
+                        max=20,
+                        step=0.5,
+                        value=100 * SMOOTHING_SHARE,
+                        on_change=self._draw_charts,
+                    )
+                    self._smoothing.props('label aria-label="smoothing, % of the run"')
+                self._loss = ui.echart({"series": []})
+            self._match_box = box("div")
+            with self._match_box:
+                text("h3", "previews that match, %")
+                self._matches = ui.echart({"series": []})
+            self._small: dict[str, tuple[Any, Any]] = {}
+            for name, title in SMALL_CHARTS.items():
+                with box("div") as frame:
+                    text("h3", title)
+                    self._small[name] = (frame, ui.echart({"series": []}))
+
+    def _build_background(self) -> None:
+        with section("What the run is made of", "about"):
+            self._card = ui.expansion("before training: data card and first answers")
+            self._facts = ui.expansion("figures, config, environment")
+            self._notices = ui.expansion("notices")
+        # Filled when they are opened: hundreds of cells that few look at.
+        self._card.on_value_change(self._show_background)
+        self._facts.on_value_change(self._show_background)
+
+    # ---- keeping it up to date
+
+    def update(self) -> None:
+        """Show what changed since the last look."""
+        with self.reader.lock:
+            now, seen = self.reader.versions.copy(), self._seen
+            self._state.set_text(self.reader.words())
+            is_silent = self.reader.is_silent()
+            self._state.classes("state-silent" if is_silent else "", remove="state-silent")
+            if now.status != seen.status or now.metrics != seen.metrics:
+                self._show_state()
+                self._act.refresh()
+            if now.previews != seen.previews:
+                self._panel.refresh()
+            self._panel.tick()
+            if now.manifest != seen.manifest:
+                self._show_background()
+            if now.status != seen.status:
+                self._ask.refresh()
+                self._show_notices()
+            if now.metrics != seen.metrics or now.previews != seen.previews:
+                if time.monotonic() - self._charts_at < CHART_GAP_S:
+                    now.metrics = seen.metrics  # draw them at one of the next ticks
+                else:
+                    self._draw_charts()
+            self._seen = now
+
+    def _show_state(self) -> None:
+        reader = self.reader
+        for name in ("completed", "failed", "lost", "stopped"):
+            is_it = reader.state() == name
+            self._state.classes(f"state-{name}" if is_it else "", remove=f"state-{name}")
+        self._show_final()
+        total = reader.status.total_steps if reader.status is not None else None
+        self._bar.set_value(reader.step / total if total else 0.0)
+        self._figures.clear()
+        with self._figures:
+            for label, value in live_figures(reader):
+                with box("div", "figure"):
+                    text("div", label, "label")
+                    text("div", value, "value")
+        alerts = alerts_of(reader)
+        if alerts != self._alerts_shown:  # what is drawn again is read out again
+            self._alerts_shown = alerts
+            self._alerts.clear()
+            with self._alerts:
+                for alert in alerts:
+                    text("div", f"{alert.level}: {alert.text}", f"alert alert-{alert.level}")
+
+    def _draw_charts(self) -> None:
+        self._charts_at = time.monotonic()
+        reader, is_dark = self.reader, self._colours.is_dark
+        with reader.lock:
+            set_options(
+                self._loss,
+                loss_chart(
+                    reader,
+                    smoothing=float(self._smoothing.value or 0.0) / 100,
+                    is_log=bool(self._log.value),
+                    is_dark=is_dark,
+                ),
+            )
+            # A frame without data only asks what is wrong with it.
+            self._match_box.set_visibility(bool(reader.previews.accuracy()))
+            set_options(self._matches, match_chart(reader, is_dark=is_dark))
+            for name, (frame, chart) in self._small.items():
+                frame.set_visibility(reader.metrics.has(name))
+                set_options(chart, metric_chart(reader, name, is_dark=is_dark))
+            self._curves.set_visibility(reader.metrics.has("train_loss"))
+
+    def _show_final(self) -> None:
+        """The final evaluation, drawn once: it does not change."""
+        final = self.reader.final_evaluation
+        if final == self._final_shown:
+            return
+        self._final_shown = final
+        self._final_body.clear()
+        self._final.set_visibility(final is not None)
+        if final is not None:
+            with self._final_body:
+                show_final_evaluation(final)
+
+    def _show_background(self) -> None:
+        """Fill what is open."""
+        with self.reader.lock:
+            for expansion, fill in ((self._card, self._fill_card), (self._facts, self._fill_facts)):
+                expansion.clear()
+                if expansion.value:
+                    with expansion:
+                        fill()
+
+    def _fill_card(self) -> None:
+        manifest = self.reader.manifest
+        pairs(card_rows(manifest))
+        sample = card_sample(manifest)
+        if sample:
+            text("p", "The first row; what is green and underlined is trained:", "dim")
+            with box("div", "answer"):
+                for content, is_trained in sample:
+                    text("span", content, "trained" if is_trained else "")
+        self._show_first_answers()
+
+    def _fill_facts(self) -> None:
+        pairs(report_figures(self.reader))
+        with box("div", "wide"), box("table", "lined"):
+            for row in [("key", "value", "origin"), *config_rows(self.reader)]:
+                with box("tr"):
+                    for cell in row:
+                        text("td", cell)
+        pairs(environment_rows(self.reader.manifest))
+
+    def _show_first_answers(self) -> None:
+        results = self.reader.previews.of_step(0)
+        if not results:
+            return
+        text("h3", "What the model said before training")
+        for result in results:
+            with box("div", "said"):
+                mark(mark_of(result))
+                text("span", f" {result.prompt}")
+                with box("div", "side-by-side"):
+                    with box("div", "said"):
+                        text("div", "golden", "label")
+                        answer(result.golden_answer or "-")
+                    with box("div", "said"):
+                        text("div", "step 0", "label")
+                        answer(result.text if result.ok else result.error_message or "")
+
+    def _show_notices(self) -> None:
+        notices = self.reader.status.notices if self.reader.status is not None else ()
+        self._notices.clear()
+        with self._notices:
+            for notice in notices:
+                text("p", f"{notice.level}: {notice.text}", "answer")
+            if not notices:
+                text("p", "None.", "dim")

@@ -1,0 +1,106 @@
+"""create_app: the ASGI app of `trainer monitor`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import FastAPI
+from nicegui import Client, ui
+
+from trainer.guard import Gate
+from trainer.views.page.compare_page import ComparePage
+from trainer.views.page.elements import open_page, text
+from trainer.views.page.list_page import ListPage
+from trainer.views.page.run_page import RunPage
+from trainer.views.page.store import PageOptions, RunStore
+
+FAVICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" '
+    'rx="7" fill="#0b61c4"/><path d="M5 8c6 14 12 15 22 15" fill="none" stroke="#fff" '
+    'stroke-width="3.5" stroke-linecap="round"/></svg>'
+)
+
+RECONNECT_S = 20.0
+"""How long a page that lost its connection is kept on the server."""
+
+
+def create_app(
+    store: RunStore, options: PageOptions, *, hosts: frozenset[str], key: str | None
+) -> Gate:
+    """The pages behind their gate.
+
+    Args:
+        store: the runs.
+        hosts: names in the Host header that are answered.
+        key: what visitors must give; None: nothing.
+    """
+    app = FastAPI(lifespan=_reading(store), docs_url=None, redoc_url=None, openapi_url=None)
+    _add_pages(store, options)
+    ui.run_with(
+        app,
+        title="ultimate-trainer",
+        favicon=FAVICON,
+        dark=None,
+        tailwind=False,
+        reconnect_timeout=RECONNECT_S,
+        show_welcome_message=False,
+    )
+    return Gate(app, hosts=hosts, key=key)
+
+
+def _reading(
+    store: RunStore,
+) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(store.refresh_forever())
+        yield
+        task.cancel()
+
+    return lifespan
+
+
+def _add_pages(store: RunStore, options: PageOptions) -> None:
+    async def home(client: Client) -> None:
+        if len(store.readers) == 1 and store.root in [r.folder for r in store.readers.values()]:
+            await show(client, next(iter(store.readers)), is_alone=True)
+        else:
+            ListPage(store)
+
+    async def run(client: Client, key: str) -> None:
+        await show(client, key, is_alone=False)
+
+    async def show(client: Client, key: str, *, is_alone: bool) -> None:
+        reader = await store.load(key)
+        if reader is None:
+            _not_found()
+            return
+        _watch(client, store, key)
+        RunPage(reader, store.label(reader), options, is_alone=is_alone)
+
+    async def compare(client: Client, one: str, other: str) -> None:
+        first, second = await store.load(one), await store.load(other)
+        if first is None or second is None or first is second:
+            _not_found()
+            return
+        _watch(client, store, one)
+        _watch(client, store, other)
+        ComparePage(store, (first, second))
+
+    ui.page("/")(home)
+    ui.page("/run/{key}")(run)
+    ui.page("/compare/{one}/{other}")(compare)
+
+
+def _watch(client: Client, store: RunStore, key: str) -> None:
+    """Keep a run up to date while this page is open."""
+    store.watched[key] += 1
+    client.on_delete(lambda: store.watched.subtract([key]))
+
+
+def _not_found() -> None:
+    open_page("no such run")
+    text("p", "There is no such run here.")
+    ui.link("all runs", "/")

@@ -1,0 +1,121 @@
+"""RunStore: all runs of a folder, read by one task however many pages are open."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import OutputError
+from trainer.views.run_reader import RunReader, find_runs
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """Permissions of the page."""
+
+    is_control_allowed: bool = False
+    """Whether pages may write control.json."""
+    worker_hosts: frozenset[str] = frozenset()
+    """Hosts besides this machine whose workers may be asked."""
+
+
+# ---- RunStore: all runs of a folder, read by one task however many pages are open
+
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+NUM_AHEAD = 3
+"""Runs, the newest ones, that are read before anybody asks for them."""
+
+SUMMARY_S = 2.0
+"""Runs that nobody looks at are only asked for their status, this often."""
+
+FIND_S = 5.0
+
+
+class RunStore:
+    """Knows the runs below a folder; pages say which ones they look at."""
+
+    def __init__(self, root: Path) -> None:
+        """Find the runs.
+
+        Raises:
+            OutputError: there is no such folder.
+        """
+        self.root = root
+        self.readers: dict[str, RunReader] = {}
+        self.watched: Counter[str] = Counter()
+        """Id -> pages that look at it."""
+        self._summary_at = self._found_at = 0.0
+        self._loading = asyncio.Lock()
+        self.find()
+
+    def find(self) -> None:
+        """Look for new runs."""
+        for folder in find_runs(self.root):
+            key = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+            if key not in self.readers:
+                self.readers[key] = RunReader(folder)
+                self.readers[key].poll_summary()
+        self._found_at = time.monotonic()
+
+    async def load(self, key: str) -> RunReader | None:
+        """The run of an id with all that is in its files; None when there is none."""
+        reader = self.readers.get(key)
+        if reader is not None:
+            async with self._loading:
+                await asyncio.to_thread(reader.poll)
+        return reader
+
+    async def refresh_forever(self) -> None:
+        """Read what is new, until cancelled; first the newest runs, as they will be looked at."""
+        for key, _ in self.by_age()[:NUM_AHEAD]:
+            await self.load(key)
+        while True:
+            try:
+                async with self._loading:
+                    await asyncio.to_thread(self._refresh)
+            except Exception:
+                logger.exception("reading the runs failed; it is tried again")
+            await asyncio.sleep(POLL_S)
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._found_at >= FIND_S:
+            try:
+                self.find()
+            except OutputError as error:  # the folder went away; it may come back
+                logger.warning("%s", error)
+                self._found_at = now
+        is_summary_due = now - self._summary_at >= SUMMARY_S
+        for key, reader in list(self.readers.items()):
+            if self.watched[key] > 0:
+                reader.poll()
+            elif is_summary_due:
+                reader.poll_summary()
+        if is_summary_due:
+            self._summary_at = now
+
+    def by_age(self) -> list[tuple[str, RunReader]]:
+        """(id, run) pairs, the one that began last first."""
+
+        def key(pair: tuple[str, RunReader]) -> float:
+            status = pair[1].status
+            return -status.started_at if status is not None else 0.0
+
+        return sorted(self.readers.items(), key=key)
+
+    def label(self, reader: RunReader) -> str:
+        """The run's place below the folder, or its name where it is the folder."""
+        try:
+            inside = str(reader.folder.relative_to(self.root))
+        except ValueError:
+            inside = "."
+        return reader.name if inside == "." else inside

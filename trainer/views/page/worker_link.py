@@ -1,0 +1,198 @@
+"""Asking the worker of a run: what `worker.json` says, and one prompt over HTTP.
+
+A run folder may come from somebody else, so its worker.json is trusted with nothing but this
+machine: other hosts are asked only when whoever started the monitor named them, and no key is read
+but from files that runs of this user were started with.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.errors import PreviewError
+from trainer.files import read_json_object, read_regular_file
+from trainer.net import is_loopback, is_own_key_file
+from trainer.preview.http import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_ANSWER
+from trainer.views.run_reader import RunReader
+
+WORKER_NAME = "worker.json"
+
+FINAL_MODEL = "final_model"
+
+TIMEOUT_S = 120.0
+
+MAX_KEY_BYTES = 4096
+
+
+class Worker(BaseModel):
+    """What a run says of its worker."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    url: str
+    key_file: str | None = None
+    backend: str = "sidecar"
+    model_id: str | None = None
+    system_prompt: str | None = None
+    pid: int | None = None
+
+
+class Reply(BaseModel):
+    """What the worker answered."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    text: str
+    tokens_generated: int = 0
+    finish_reason: str = "stop"
+    weights_id: str | None = None
+    run: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """The worker, or why there is none to ask."""
+
+    worker: Worker | None
+    reason: str = ""
+
+
+def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerState:
+    """Read RUN/worker.json.
+
+    Args:
+        allowed_hosts: hosts besides this machine that may be asked.
+    """
+    path = folder / WORKER_NAME
+    if not path.is_file():
+        return WorkerState(None, "the run names no preview server")
+    try:
+        worker = Worker.model_validate(read_json_object(path))
+        parts = urlsplit(worker.url)
+        host, port = parts.hostname or "", parts.port
+    except (ValidationError, ValueError):
+        return WorkerState(None, f"{WORKER_NAME} is not what a run writes")
+    if parts.scheme not in ("http", "https") or not host or port == 0 or parts.username:
+        return WorkerState(None, f"{WORKER_NAME} names no usable address")
+    if not is_loopback(host) and host not in allowed_hosts:
+        return WorkerState(
+            None,
+            f"the worker is on {host}; start the monitor with --allow-worker {host} to ask it",
+        )
+    if worker.key_file is not None and not is_own_key_file(worker.key_file):
+        # Its content would be sent to whatever listens at the address beside it.
+        if KEY_VARIABLE not in os.environ:
+            return WorkerState(
+                None,
+                f"{WORKER_NAME} names a key file that no run or server of yours was started with "
+                f"({worker.key_file}); give the server's key in {KEY_VARIABLE} to ask it",
+            )
+        worker = worker.model_copy(update={"key_file": None})
+    if is_loopback(host) and worker.pid is not None and not psutil.pid_exists(worker.pid):
+        return WorkerState(None, "the run's worker has ended")
+    return WorkerState(worker)
+
+
+def absence_words(reader: RunReader) -> str:
+    """Why a run without worker.json can answer nobody, and who can, with the command to copy."""
+    backend = reader.config_value("monitoring", "preview_backend")
+    if reader.state() not in ("completed", "stopped", "failed", "lost"):
+        if backend in ("sidecar", "remote_3090"):
+            return f"the run's preview server ({backend}) is not ready yet"
+        if backend == "openai":
+            return "the server that makes this run's previews does not have this run's weights"
+        return (
+            "previews of this run are made in the training process, which answers nobody else; "
+            "a run with --preview-backend sidecar can be asked while it trains"
+        )
+    ended = "the run has ended"
+    if backend == "sidecar":
+        ended += ", and its sidecar with it"
+    has_weights = (reader.folder / FINAL_MODEL).is_dir() or reader.last_checkpoint_step()
+    if not has_weights:
+        return f"{ended}; it left no weights"
+    return f"{ended}; ask its weights with: trainer chat {shlex.quote(str(reader.folder))}"
+
+
+def ask_worker(
+    worker: Worker, prompt: str, *, max_new_tokens: int = 256, temperature: float = 0.0
+) -> Reply:
+    """Ask one prompt; blocks until it is answered.
+
+    Raises:
+        PreviewError: no answer, in words for people.
+    """
+    body = {
+        "prompt": prompt,
+        "system_prompt": worker.system_prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+    }
+    if worker.model_id is not None:
+        body["model_id"] = worker.model_id
+    key = _key_of(worker)
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        # No redirects: the key must not be carried elsewhere. No proxy of this shell either.
+        with (
+            httpx.Client(
+                headers=headers,
+                follow_redirects=False,
+                trust_env=False,
+                timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            ) as client,
+            client.stream("POST", f"{worker.url.rstrip('/')}/generate", json=body) as response,
+        ):
+            data = b""
+            for piece in response.iter_raw():
+                data += piece
+                if len(data) > MAX_ANSWER:
+                    raise PreviewError(f"{worker.url} sent more than {MAX_ANSWER} bytes; not read.")
+            return _parse(worker, response, data)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise PreviewError(
+            f"{worker.url} did not answer ({type(error).__name__}: {error}). Does the worker run?"
+        ) from error
+
+
+def _parse(worker: Worker, response: httpx.Response, data: bytes) -> Reply:
+    if response.status_code in (429, 503):
+        raise PreviewError("the worker is busy; ask again in a moment.")
+    if response.status_code in (401, 403):
+        raise PreviewError(
+            f"{worker.url} refused the key; give the run's own in {KEY_VARIABLE} or its key file."
+        )
+    try:
+        if response.status_code != httpx.codes.OK:
+            raise ValueError(data[:300].decode("utf-8", "replace"))
+        return Reply.model_validate_json(data)
+    except ValueError as error:  # a ValidationError is one
+        raise PreviewError(f"{worker.url}: HTTP {response.status_code}: {error}") from error
+
+
+def _key_of(worker: Worker) -> str | None:
+    """The key: of the file (one line, or `generate: KEY`), else of the environment."""
+    if worker.key_file is None:
+        return os.environ.get(KEY_VARIABLE)
+    data = read_regular_file(Path(worker.key_file), MAX_KEY_BYTES)
+    if data is None:
+        raise PreviewError(f"the worker's key file {worker.key_file} cannot be read.")
+    lines = [line.strip() for line in data.decode("ascii", "replace").splitlines() if line.strip()]
+    for line in lines:
+        scope, colon, key = line.partition(":")
+        if colon and scope.strip() == "generate":
+            return key.strip()
+    if len(lines) == 1:
+        # Whatever else lies at that path (a private key, a config file) is not sent anywhere.
+        return lines[0].removeprefix("publish:").strip()
+    raise PreviewError(f"{worker.key_file} is not a key file: one line, or `generate: KEY`.")

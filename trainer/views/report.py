@@ -1,0 +1,215 @@
+"""write_report: a run as one HTML file that needs no network, no script and no other file.
+
+Every text of a run goes through autoescaped templates; nothing is marked as safe here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from trainer import __version__
+from trainer.files import replace_file
+from trainer.preview.base import PreviewResult
+from trainer.views.card import card_rows, card_sample, environment_rows
+from trainer.views.facts import alerts_of, report_figures
+from trainer.views.metrics import (
+    SMOOTHING_SHARE,
+    Chart,
+    MetricsTable,
+    Points,
+    is_spread_wide,
+    make_chart,
+)
+from trainer.views.run_reader import RunReader, config_rows
+from trainer.views.timeline import (
+    MARK_WORDS,
+    Piece,
+    PreviewBook,
+    Timeline,
+    facts_of,
+    golden_tokens,
+    golden_words,
+    mark_of,
+)
+
+REPORT_NAME = "report.html"
+
+GRID_COLUMNS = 24
+
+MAX_WRONG = 100
+"""Wrong rows of the final evaluation shown; what is left out is counted."""
+
+MAX_ANSWERS = 200
+"""Different answers of one prompt shown; what is left out is counted."""
+
+CHART_POINTS = 1_500
+
+MIN_SMOOTHED = 50
+"""Shorter curves are shown as they are."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a time-line, and the steps after it that gave the same one."""
+
+    result: PreviewResult
+    last_step: int
+    mark: str
+    golden: Sequence[Piece] | None
+    previous: Sequence[Piece] | None
+    facts: Sequence[str]
+    knows: str | None
+    tokens: Sequence[Any] = field(default_factory=tuple)
+
+    @property
+    def steps(self) -> str:
+        """Such as `step 40` or `steps 40 to 120`."""
+        first, last = self.result.step, self.last_step
+        return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def write_report(reader: RunReader, path: Path) -> None:
+    """Write what `reader` read as one HTML file, at one instant.
+
+    Raises:
+        OSError: it could not be written; an older report is whole.
+    """
+    replace_file(path, render_report(reader))
+
+
+def render_report(reader: RunReader) -> str:
+    """The report as HTML; `reader` was polled before."""
+    book = reader.previews
+    shown = book.grid_steps(GRID_COLUMNS)
+    page: str = _template().render(
+        name=reader.name,
+        state=reader.state(),
+        words=reader.words(),
+        alerts=alerts_of(reader),
+        figures=report_figures(reader),
+        final=reader.final_evaluation,
+        max_wrong=MAX_WRONG,
+        charts=charts_of(reader),
+        grid_steps=shown,
+        num_steps=len(book.steps),
+        grid=[(line, [mark_of(line.of_step(step)) for step in shown]) for line in _lines(book)],
+        mark_words=MARK_WORDS,
+        timelines=[(line, *_answers(line)) for line in _lines(book)],
+        evaluations=reader.metrics.evaluations,
+        accuracy=book.accuracy(),
+        first_answers=book.of_step(0),
+        card=card_rows(reader.manifest),
+        sample=card_sample(reader.manifest),
+        config=_config(reader),
+        environment=environment_rows(reader.manifest),
+        hashes=_hashes(reader.manifest),
+        notices=reader.status.notices if reader.status else (),
+        traceback=_traceback(reader),
+        version=__version__,
+        written=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    )
+    return page
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("trainer.views"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")
+
+
+def _lines(book: PreviewBook) -> list[Timeline]:
+    return list(book.timelines.values())
+
+
+def charts_of(reader: RunReader) -> list[Chart]:
+    """Loss, learning rate, speed, gradient norm and memory, and matches of previews."""
+    metrics = reader.metrics
+    raw = metrics.series("train_loss", max_points=CHART_POINTS)
+    loss: list[tuple[str, str, Points]] = [("training", "train", raw)]
+    if len(metrics) >= MIN_SMOOTHED:
+        smoothed = metrics.smoothed(
+            "train_loss", SMOOTHING_SHARE, is_log=is_spread_wide(metrics), max_points=CHART_POINTS
+        )
+        loss.append(("training, smoothed", "smooth", smoothed))
+    loss.append(("validation", "val", _evaluations(metrics)))
+    accuracy = [(step, 100 * r / of) for step, (r, of) in reader.previews.accuracy().items()]
+    found = [
+        make_chart("loss", "nats per trained token", loss, can_be_log=True),
+        make_chart("previews that match", "%", [("matches", "extra", accuracy)]),
+    ]
+    for name, title, unit in (
+        ("learning_rate", "learning rate", ""),
+        ("tokens_per_s", "throughput", "tokens/s"),
+        ("grad_norm", "gradient norm", "before clipping"),
+        ("memory_gib", "memory", "GiB"),
+    ):
+        points = metrics.series(name, max_points=CHART_POINTS)
+        found.append(
+            make_chart(title, unit, [(title, "train", points)], can_be_log=name == "grad_norm")
+        )
+    return [chart for chart in found if chart is not None]
+
+
+def _evaluations(metrics: MetricsTable) -> list[tuple[float, float]]:
+    return [(one.step, one.val_loss) for one in metrics.evaluations if math.isfinite(one.val_loss)]
+
+
+def _answers(line: Timeline) -> tuple[list[Answer], int]:
+    """The answers of a prompt, equal ones in a row as one, and how many more there are."""
+    groups: list[list[int]] = []
+    for index in range(len(line)):
+        if groups and _is_same(line[groups[-1][0]], line[index]):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    shown = groups if len(groups) <= MAX_ANSWERS else [groups[0], *groups[-MAX_ANSWERS + 1 :]]
+    answers = [
+        Answer(
+            result=line[group[0]],
+            last_step=line[group[-1]].step,
+            mark=mark_of(line[group[0]]),
+            golden=line.golden_diff(group[0]),
+            previous=line.previous_diff(group[0]),
+            facts=facts_of(line[group[0]]),
+            knows=golden_words(line[group[0]]),
+            tokens=golden_tokens(line[group[0]]),
+        )
+        for group in shown
+    ]
+    return answers, len(groups) - len(shown)
+
+
+def _is_same(one: PreviewResult, other: PreviewResult) -> bool:
+    """Whether two answers tell the reader the same."""
+    names = ("text", "raw_text", "matches", "health", "finish_reason", "error_message", "weights")
+    is_measured = one.golden_logprobs or other.golden_logprobs
+    return not is_measured and all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def _config(reader: RunReader) -> list[tuple[str, str, str]]:
+    """Config rows, those that somebody set first."""
+    rows = config_rows(reader)
+    return sorted(rows, key=lambda row: row[2] in ("", "default"))
+
+
+def _hashes(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = manifest.get("data_files_sha256")
+    rows = found.items() if isinstance(found, Mapping) else ()
+    return [(str(name), str(value)) for name, value in rows]
+
+
+def _traceback(reader: RunReader) -> str:
+    summary = reader.status.summary if reader.status is not None else {}
+    return str(summary.get("traceback") or "")

@@ -1,0 +1,404 @@
+"""The previews of a run: one time-line per prompt, and the final evaluation at its end."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from trainer.files import read_regular_file
+from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
+from trainer.preview.base import PreviewResult
+from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED
+from trainer.views.words import mark_of as sign_of
+
+MAX_PAIRS = 200_000
+"""Equal word pairs up to which the middle is compared word by word: very repetitive texts would
+take seconds, and say nothing more in detail."""
+
+_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+
+Kind = Literal["same", "missing", "extra"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text."""
+
+    kind: Kind
+    """`same` in both; `missing`: only in the reference; `extra`: only in the text."""
+    text: str
+
+
+def word_diff(reference: str, text: str) -> list[Piece]:
+    """Compare `text` with `reference` by words, numbers, signs and white space.
+
+    Returns:
+        Pieces in reading order; the `same` and `extra` ones make up `text`, the `same` and
+        `missing` ones make up `reference`.
+    """
+    old, new = _WORDS.findall(reference), _WORDS.findall(text)
+    start = 0
+    while start < min(len(old), len(new)) and old[start] == new[start]:
+        start += 1
+    end = 0
+    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
+        end += 1
+    pieces = [Piece("same", "".join(new[:start]))]
+    pieces += _middle(old[start : len(old) - end], new[start : len(new) - end])
+    pieces.append(Piece("same", "".join(new[len(new) - end :])))
+    return [piece for piece in pieces if piece.text]
+
+
+def _middle(old: list[str], new: list[str]) -> list[Piece]:
+    """The part between the common beginning and the common end."""
+    counts = Counter(old)
+    if sum(counts[word] for word in new) > MAX_PAIRS:
+        return [Piece("missing", "".join(old)), Piece("extra", "".join(new))]
+    pieces = []
+    for tag, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag == "equal":
+            pieces.append(Piece("same", "".join(new[c:d])))
+        else:
+            pieces += [Piece("missing", "".join(old[a:b])), Piece("extra", "".join(new[c:d]))]
+    return pieces
+
+
+# ---- timeline: all answers to one prompt, in the order of the steps, and what became of them
+
+
+LIKELY = 0.5
+"""From this mean probability a token (geometric) on, the model "knows" a golden answer."""
+
+LEVELS = ((0.9, "sure"), (0.5, "likely"), (0.1, "doubtful"), (0.0, "unlikely"))
+"""Probability of a golden token, from which on it gets which word (and colour)."""
+
+
+@dataclass(frozen=True)
+class GoldenToken:
+    """One token of the golden answer, as these weights see it."""
+
+    text: str
+    probability: float
+    level: str
+    """`sure`, `likely`, `doubtful` or `unlikely`."""
+
+
+class Timeline:
+    """The answers to one prompt; one per step, the newest where a step was answered twice."""
+
+    def __init__(self, prompt_id: str) -> None:
+        """Start with no answer."""
+        self.prompt_id = prompt_id
+        self.steps: list[int] = []
+        self._results: dict[int, PreviewResult] = {}
+
+    def add(self, result: PreviewResult) -> None:
+        """Take an answer."""
+        if result.step not in self._results:
+            bisect.insort(self.steps, result.step)
+        self._results[result.step] = result
+
+    def drop_after(self, step: int) -> None:
+        """Forget the answers above `step`."""
+        self.steps = [one for one in self.steps if one <= step]
+        self._results = {one: self._results[one] for one in self.steps}
+
+    def __len__(self) -> int:
+        """How many answers there are."""
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> PreviewResult:
+        """The answer at a position, the oldest first."""
+        return self._results[self.steps[index]]
+
+    def of_step(self, step: int) -> PreviewResult | None:
+        """The answer by the weights of `step`; None where there is none."""
+        return self._results.get(step)
+
+    def results(self) -> Iterable[PreviewResult]:
+        """All answers, the oldest first."""
+        return (self._results[step] for step in self.steps)
+
+    @property
+    def prompt(self) -> str:
+        """The user's turn."""
+        return self[-1].prompt if self.steps else ""
+
+    def golden_diff(self, index: int) -> list[Piece] | None:
+        """The answer against golden; None without one of them."""
+        result = self[index]
+        if result.golden_answer is None or not result.ok:
+            return None
+        return word_diff(result.golden_answer.strip(), result.text.strip())
+
+    def previous_diff(self, index: int) -> list[Piece] | None:
+        """The answer against the one before it that is no error; None where there is none."""
+        if not self[index].ok:
+            return None
+        before = next((self[i] for i in range(index - 1, -1, -1) if self[i].ok), None)
+        return word_diff(before.text, self[index].text) if before is not None else None
+
+    def verdict(self) -> str:
+        """What became of this prompt, such as `first right at step 400, lost at 900`."""
+        compared = [(r.step, r.matches) for r in self.results() if r.matches is not None]
+        if not compared:
+            has_golden = any(r.golden_answer is not None for r in self.results())
+            return "no answer yet" if has_golden else "no golden answer to compare with"
+        if not any(is_right for _, is_right in compared):
+            times = f"{len(compared)} previews" if len(compared) > 1 else "1 preview"
+            return f"not right yet, after {times}"
+        turns = [
+            (step, is_right)
+            for index, (step, is_right) in enumerate(compared)
+            if (index == 0 and is_right) or (index > 0 and is_right != compared[index - 1][1])
+        ]
+        return _turn_words(turns)
+
+    def is_lost(self) -> bool:
+        """Whether it was right once and is wrong now."""
+        compared = [r.matches for r in self.results() if r.matches is not None]
+        return bool(compared) and not compared[-1] and any(compared)
+
+
+def _turn_words(turns: list[tuple[int, bool]]) -> str:
+    """Words for the steps at which a prompt became right or wrong; the first one is right.
+
+    A wrong beginning is no turn, so right and wrong alternate from the first entry on.
+    """
+    gains = [step for step, is_right in turns if is_right]
+    losses = [step for step, is_right in turns if not is_right]
+    words = f"first right at step {gains[0]}"
+    if not losses:
+        return f"{words}, right since"
+    if len(losses) == 1:
+        words += f", lost at {losses[0]}"
+        return f"{words}, right again since {gains[1]}" if len(gains) > 1 else words
+    if turns[-1][1]:
+        return f"{words}, lost {len(losses)} times, right again since {gains[-1]}"
+    return f"{words}, lost {len(losses)} times, wrong since {losses[-1]}"
+
+
+def golden_tokens(result: PreviewResult) -> list[GoldenToken]:
+    """The golden answer's tokens with their probabilities; empty where they were not measured."""
+    if result.golden_tokens is None or result.golden_logprobs is None:
+        return []
+    found = []
+    for text, nats in zip(result.golden_tokens, result.golden_logprobs, strict=False):
+        probability = math.exp(min(nats, 0.0))
+        level = next((word for low, word in LEVELS if probability >= low), LEVELS[-1][1])
+        found.append(GoldenToken(text, probability, level))
+    return found
+
+
+def golden_words(result: PreviewResult) -> str | None:
+    """Whether the model knows the golden answer; None where that was not measured."""
+    nats = result.golden_logprobs
+    if not nats:
+        return None
+    mean = math.exp(min(sum(nats) / len(nats), 0.0))
+    figure = f"{100 * mean:.0f} % a golden token"
+    if result.matches:
+        return f"says the golden answer ({figure})"
+    if mean >= LIKELY:
+        return f"knows the golden answer ({figure}), generation goes elsewhere"
+    return f"does not know the golden answer yet ({figure})"
+
+
+def facts_of(result: PreviewResult) -> list[str]:
+    """What is to be said of one answer besides its text, the most important first."""
+    facts = [] if result.held_out else ["also trained on"]
+    facts += [flag.replace("_", " ") for flag in result.health]
+    if result.ok:
+        facts.append(f"{result.tokens_generated} tokens, {result.tokens_per_sec:,.0f} tokens/s")
+    where = f"by {result.backend_type}"
+    proof = {
+        "in_process": "in the training process",
+        "verified": "weights verified",
+        "published": "weights published, no canary",
+        "unverified": "weights not verified",
+    }
+    facts.append(f"{where}, {proof[result.weights]}")
+    if result.received_step is not None:
+        behind = result.received_step - result.step
+        facts.append(f"{behind} steps behind" if behind > 0 else "not behind")
+    if result.visible_s is not None:
+        facts.append(f"seen after {result.visible_s:.1f} s")
+    return facts
+
+
+# ---- PreviewBook: the previews of a run as one time-line per prompt
+
+
+MARK_WORDS = {
+    "=": "matches golden",
+    "x": "does not match",
+    ".": "nothing to compare with",
+    MARK_ERROR: "no answer",
+    MARK_SUPERSEDED: "a newer step took its place",
+}
+
+
+class PreviewBook:
+    """Answers by prompt, prompts in the order in which they first appeared."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.timelines: dict[str, Timeline] = {}
+        self._num_at: Counter[int] = Counter()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.timelines.clear()
+        self._num_at.clear()
+
+    def add(self, result: PreviewResult) -> None:
+        """Take one answer; a second one by the same prompt and step replaces the first."""
+        key = result.prompt_id or result.prompt
+        timeline = self.timelines.setdefault(key, Timeline(key))
+        if timeline.of_step(result.step) is None:
+            self._num_at[result.step] += 1
+        timeline.add(result)
+
+    def drop_after(self, step: int) -> None:
+        """Forget the answers above `step`: a resumed run makes them again."""
+        if not any(one > step for one in self._num_at):
+            return
+        for timeline in self.timelines.values():
+            timeline.drop_after(step)
+        self.timelines = {key: one for key, one in self.timelines.items() if len(one)}
+        self._num_at = Counter({one: n for one, n in self._num_at.items() if one <= step})
+
+    def __len__(self) -> int:
+        """How many answers there are."""
+        return sum(self._num_at.values())
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with an answer, in order."""
+        return sorted(self._num_at)
+
+    def of_step(self, step: int) -> list[PreviewResult]:
+        """The answers by the weights of `step`, in the order of the prompts."""
+        found = (timeline.of_step(step) for timeline in self.timelines.values())
+        return [result for result in found if result is not None]
+
+    def newest(self) -> list[PreviewResult]:
+        """The answers of the newest step."""
+        return self.of_step(max(self._num_at)) if self._num_at else []
+
+    def accuracy(self) -> dict[int, tuple[int, int]]:
+        """Step -> (answers that match, answers compared); steps with nothing compared are out."""
+        found = {}
+        for step in self.steps:
+            compared = [r.matches for r in self.of_step(step) if r.matches is not None]
+            if compared:
+                found[step] = (sum(compared), len(compared))
+        return found
+
+    def history(self) -> MatchHistory:
+        """The newest comparisons, as status.json counts them."""
+        history = MatchHistory()
+        for step in self.steps[-max(2 * SHORT_WINDOW, LONG_WINDOW) :]:
+            history.add(self.of_step(step))
+        return history
+
+    def grid_steps(self, most: int) -> list[int]:
+        """At most `most` steps for a table, first and last among them, the others evenly spread."""
+        steps = self.steps
+        if len(steps) <= most:
+            return steps
+        last = len(steps) - 1
+        return [steps[round(i * last / (most - 1))] for i in range(most)]
+
+
+def mark_of(result: PreviewResult | None) -> str:
+    """The sign of an answer; a blank where there is none."""
+    return " " if result is None else sign_of(result)
+
+
+# ---- the final evaluation of a run: its score, the score by kind of prompt, and the wrong answers
+
+
+ANSWERS_NAME = "final_evaluation.jsonl"
+
+MAX_BYTES = 64 * 2**20
+"""A larger file of answers is not read: the page then has the score alone."""
+
+MAX_GROUPS, MIN_IN_GROUP = 12, 3
+"""Prompts are grouped by their first word where that makes at most 12 groups of at least 3."""
+
+
+@dataclass(frozen=True)
+class FinalEvaluation:
+    """What the weights at the end of a run answered, judged."""
+
+    matched: int
+    num_prompts: int
+    wrong: tuple[PreviewResult, ...]
+    """Answers that do not match golden, prompts without an answer among them, in file order."""
+    by_word: tuple[tuple[str, int, int], ...]
+    """(first word of the prompt, matched, prompts) where that word tells kinds of prompts apart."""
+
+    @property
+    def score_words(self) -> str:
+        """Such as `99.0 % (198/200)`."""
+        share = 100 * self.matched / max(1, self.num_prompts)
+        return f"{share:.1f} % ({self.matched}/{self.num_prompts})"
+
+    @property
+    def by_word_words(self) -> str:
+        """Such as `first 100 % (40/40), max 95 % (38/40)`; "" where prompts are not of kinds."""
+        return ", ".join(
+            f"{word} {100 * right / of:.0f} % ({right}/{of})" for word, right, of in self.by_word
+        )
+
+
+def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluation | None:
+    """The final evaluation of a run folder; None where there was none.
+
+    Args:
+        summary: of status.json; its counts hold where the file of answers is gone.
+    """
+    found = summary.get("final_evaluation")
+    if not isinstance(found, dict):
+        return None
+    matched, num_prompts = found.get("matched"), found.get("num_prompts")
+    if type(matched) is not int or type(num_prompts) is not int:
+        return None
+    results = _results(folder / ANSWERS_NAME)
+    return FinalEvaluation(
+        matched=matched,
+        num_prompts=num_prompts,
+        wrong=tuple(one for one in results if one.matches is not True),
+        by_word=_by_first_word(results),
+    )
+
+
+def _results(path: Path) -> list[PreviewResult]:
+    """The answers of a file that may be missing, damaged, or somebody else's."""
+    found = []
+    for line in (read_regular_file(path, MAX_BYTES) or b"").splitlines():
+        try:
+            found.append(PreviewResult.model_validate(json.loads(line)))
+        except (ValueError, ValidationError, RecursionError):
+            continue  # the counts are the summary's; a line that is no answer cannot be shown
+    return found
+
+
+def _by_first_word(results: list[PreviewResult]) -> tuple[tuple[str, int, int], ...]:
+    words = [(one.prompt.split() or [""])[0] for one in results]
+    asked = Counter(words)
+    if not 2 <= len(asked) <= MAX_GROUPS or min(asked.values()) < MIN_IN_GROUP:
+        return ()
+    right = Counter(word for word, one in zip(words, results, strict=True) if one.matches is True)
+    return tuple((word, right[word], asked[word]) for word in sorted(asked))

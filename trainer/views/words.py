@@ -1,0 +1,292 @@
+"""Words for what a run does, the same on the terminal, the page and the report; no output here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.monitoring.events import (
+    TRAINING,
+    CardShown,
+    CheckpointSaved,
+    EvaluationDone,
+    Notice,
+    RunEnded,
+    RunStarted,
+    StepDone,
+    printable,
+)
+from trainer.preview.base import PreviewResult
+
+MARKS = {True: "=", False: "x", None: "."}
+"""Sign before a preview: matches its golden answer, does not, or cannot be compared."""
+
+REASON_CHARS = 240
+
+MARK_ERROR = "!"
+
+MARK_SUPERSEDED = "-"
+
+_NON_FINITE = re.compile(r"step (?P<step>\d+): the (?P<what>loss|gradient norm) is")
+
+
+def mark_of(result: PreviewResult) -> str:
+    """The sign of a preview: `=`, `x`, `.` (nothing to compare with) or `!` (no answer)."""
+    if result.is_superseded:
+        return MARK_SUPERSEDED
+    return MARKS[result.matches] if result.ok else MARK_ERROR
+
+
+def remarks_of(result: PreviewResult) -> str:
+    """What a preview needs said beside it, such as `(repeats)`; "" when there is nothing."""
+    remarks = [name.replace("_", " ") for name in result.health]
+    if not result.held_out:
+        remarks.insert(0, "trained on")
+    return f"({', '.join(remarks)})" if remarks else ""
+
+
+def match_words(results: tuple[PreviewResult, ...]) -> str:
+    """Such as `3 of 4 match`."""
+    compared = [result.matches for result in results if result.matches is not None]
+    failed = sum(not result.ok for result in results)
+    parts = [f"{sum(compared)} of {len(compared)} match"] if compared else []
+    if failed:
+        parts.append(f"{failed} without an answer")
+    return ", ".join(parts) or "nothing to compare with"
+
+
+def duration_words(seconds: float) -> str:
+    """Such as `42 s`, `3 min`, `2 h 05 min`, `4 d 3 h`."""
+    if not 0 <= seconds < float("inf"):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def left_words(eta_s: float) -> str:
+    """Such as `3 min left`; whole seconds, as it is a guess."""
+    return f"{duration_words(float(round(eta_s)) if eta_s >= 10 else eta_s)} left"
+
+
+def metric_pairs(step: StepDone, evaluation: EvaluationDone | None) -> list[tuple[str, str]]:
+    """Figures of a step as (name, value), the most wanted first."""
+    pairs = [("loss", f"{step.train_loss:.4f}")]
+    if evaluation is not None:
+        pairs.append(("val loss", f"{evaluation.val_loss:.4f}"))
+    return [
+        *pairs,
+        ("lr", f"{step.learning_rate:.2e}"),
+        ("grad", f"{step.grad_norm:.2f}"),
+        ("tokens/s", f"{step.tokens_per_s:,.0f}"),
+        ("memory", f"{step.memory_gib:.1f} GiB"),
+    ]
+
+
+def non_finite_words(error_type: str | None, message: str | None) -> str | None:
+    """Such as `stopped on a non-finite loss at step 81`; None for other endings."""
+    found = _NON_FINITE.match(message or "") if error_type == "NonFiniteError" else None
+    if found is None:
+        return None
+    return f"stopped on a non-finite {found['what']} at step {found['step']}"
+
+
+def preview_failure_words(summary: Mapping[str, Any]) -> str | None:
+    """That nobody answered, where it is so: a run can be complete and have shown nothing.
+
+    Args:
+        summary: of the run, as in TrainingResult and RunEnded.
+    """
+    counts, final = summary.get("previews") or {}, summary.get("final_evaluation") or {}
+    parts = []
+    reason = printable(str(counts.get("last_error") or ""), REASON_CHARS)
+    if counts.get("all_failed"):
+        parts.append(f"all {counts['failed']} previews failed: {reason}")
+    elif counts.get("last_step_failed"):
+        parts.append(f"all previews of the last step failed: {reason}")
+    if final and final["failed"] == final["num_prompts"]:
+        parts.append(f"all {final['failed']} answers of the final evaluation failed")
+    return "; ".join(parts) or None
+
+
+def closing_words(
+    event: RunEnded,
+    step: StepDone | None,
+    evaluation: EvaluationDone | None,
+    elapsed_s: float,
+    output_dir: str | None,
+) -> str:
+    """The run in one line, such as `completed, step 1000 of 1000, loss 0.12, 3 min, outputs`."""
+    of_total = f" of {step.total_steps}" if step is not None else ""
+    non_finite = non_finite_words(event.error_type, event.error_message)
+    parts = [non_finite or f"{event.state}, step {event.step}{of_total}"]
+    if step is not None:
+        parts.append(f"loss {step.train_loss:.4f}")
+    if evaluation is not None:
+        parts.append(f"val loss {evaluation.val_loss:.4f}")
+    parts.append(duration_words(elapsed_s))
+    if output_dir is not None:
+        parts.append(f"folder {printable(output_dir, 200)}")
+    failure = preview_failure_words(event.summary)
+    if failure is not None:
+        parts.append(failure)
+    return ", ".join(parts)
+
+
+# ---- the state of a run in one sentence, the same on the terminal, the page and the report
+
+
+STATE_REASON_CHARS = 200
+
+SILENT_S = 20.0
+
+SILENT_STEPS = 10
+"""A training run that says nothing for longer than both, 20 s and 10 steps, is called silent."""
+
+
+def is_silent(phase: str, waited_s: float, step_time_s: float) -> bool:
+    """Whether a run at work says nothing for longer than its pace explains.
+
+    Args:
+        phase: what is done now; evaluation, previews and saving take what they take.
+        waited_s: seconds since the run said something.
+        step_time_s: seconds that a step takes; 0 where none is known.
+    """
+    return phase == TRAINING and waited_s > max(SILENT_S, SILENT_STEPS * step_time_s)
+
+
+def working_words(
+    phase: str,
+    step: int,
+    total_steps: int | None,
+    eta_s: float | None,
+    *,
+    waited_s: float = 0.0,
+    step_time_s: float = 0.0,
+) -> str:
+    """A run at work, such as `training, step 420 of 1000, 3 min left`.
+
+    Args:
+        phase: what is done now, in words.
+        eta_s: seconds until the last step as of the last step; None: not known.
+        waited_s: seconds since that was measured.
+        step_time_s: seconds that a step takes; 0: not known.
+    """
+    words = printable(phase, STATE_REASON_CHARS) or "at work"
+    if total_steps is None:
+        return words
+    words += f", step {step} of {total_steps}"
+    if is_silent(phase, waited_s, step_time_s):
+        pace = f" (a step takes {duration_words(step_time_s)})" if step_time_s > 0 else ""
+        return f"{words}, no word for {duration_words(waited_s)}{pace}"
+    # What is left is a guess that was made at the last step: it is not counted below zero.
+    if eta_s is not None and step < total_steps and eta_s > waited_s:
+        words += f", {left_words(eta_s - waited_s)}"
+    return words
+
+
+def ending_words(
+    state: str,
+    step: int,
+    total_steps: int | None,
+    *,
+    error_type: str | None = None,
+    reason: str | None = None,
+) -> str:
+    """How a run ended, such as `stopped on a non-finite loss at step 81`.
+
+    Args:
+        state: `completed`, `stopped` or `failed`.
+        error_type: name of the error class of a failed run.
+        reason: the message of a stop or an error; only its first line is used.
+    """
+    of_total = f" of {total_steps}" if total_steps is not None else ""
+    if state == "completed":
+        return f"completed, step {step}{of_total}"
+    first_line = printable((reason or "").split("\n")[0], STATE_REASON_CHARS)
+    if state == "stopped":
+        # The reason names who and the step: `by SIGINT after step 80; continue with ...`.
+        return (
+            f"stopped {first_line}" if first_line.startswith("by ") else f"stopped at step {step}"
+        )
+    non_finite = non_finite_words(error_type, reason)
+    if non_finite is not None:
+        return non_finite
+    return f"failed at step {step}{of_total}: {first_line or error_type or 'no reason given'}"
+
+
+def lost_words(step: int, total_steps: int | None, silent_s: float) -> str:
+    """A run whose process is gone without having said how it ended."""
+    of_total = f" of {total_steps}" if total_steps is not None else ""
+    return (
+        f"broke off at step {step}{of_total}, {duration_words(silent_s)} ago: its process is gone "
+        "and said nothing"
+    )
+
+
+def going_on_words(folder: str, checkpoint_step: int | None) -> str:
+    """How to go on with a run that did not complete, with the command to copy.
+
+    Args:
+        checkpoint_step: step of the newest checkpoint in the folder; None: there is none.
+    """
+    if checkpoint_step is None:
+        return "no checkpoint was written, so there is nothing to resume: start the run again"
+    command = f"trainer train --resume --output {shlex.quote(folder)}"
+    return f"the last checkpoint is of step {checkpoint_step}; continue with: {command}"
+
+
+PROMPT_CHARS, ANSWER_CHARS, NOTICE_CHARS = 80, 120, 2000
+
+
+def card_words(card: CardShown) -> str:
+    """A card as aligned lines; in its sample row, what is trained stands in [ ]."""
+    width = max((len(label) for label, _ in card.lines), default=0)
+    lines = [f"  {label:<{width}}  {printable(text, NOTICE_CHARS)}" for label, text in card.lines]
+    if card.sample:
+        row = "".join(f"[{text}]" if is_trained else text for text, is_trained in card.sample)
+        lines.append(f"  {'first row':<{width}}  {printable(row, NOTICE_CHARS)}")
+        lines.append(f"  {'':<{width}}  (what stands in [ ] is trained)")
+    return "\n".join([f"{card.title} card", *lines])
+
+
+def start_words(event: RunStarted) -> str:
+    """What is about to be trained, in one line."""
+    resumed = f", from step {event.start_step}" if event.start_step else ""
+    return (
+        f"training {printable(event.model_name, 200)}: {event.total_steps} steps of "
+        f"{event.effective_batch_size} rows, {event.num_train_rows} rows and "
+        f"{event.num_validation_rows} held out{resumed}; folder {printable(event.output_dir, 200)}"
+    )
+
+
+def evaluation_words(event: EvaluationDone) -> str:
+    gap = ""
+    if event.train_loss is not None:
+        gap = f" (training {event.train_loss:.4f}, gap {event.val_loss - event.train_loss:+.4f})"
+    return (
+        f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, "
+        f"{event.num_rows} rows, {duration_words(event.duration_s)}"
+    )
+
+
+def checkpoint_words(event: CheckpointSaved) -> str:
+    """Where a checkpoint is."""
+    path = printable(event.path, 200)
+    return f"checkpoint of step {event.step}: {path}, {duration_words(event.duration_s)}"
+
+
+def notice_words(event: Notice) -> str:
+    """A notice; its further lines are indented, so that none can pose as another message."""
+    prefix = "" if event.level == "info" else f"{event.level}: "
+    lines = [printable(line, NOTICE_CHARS) for line in event.text.split("\n")]
+    return prefix + "\n    ".join(lines)
