@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.core import assembly
+from trainer.core import training
 from trainer.core.checkpoint import find_checkpoint
 from trainer.errors import OutputError
 from trainer.files import checkpoint_steps
@@ -29,7 +29,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
                 loss=of_step[run.step], num_rows=8, num_trained_tokens=80
             )
 
-        monkeypatch.setattr(assembly, "build_evaluator", build)
+        monkeypatch.setattr(training, "build_evaluator", build)
 
     return plan
 
