@@ -346,12 +346,11 @@ class Job:
 
     @staticmethod
     def _guarded(name: str, close: Callable[[], Any]) -> None:
-        try:
-            if before_closing is not None:
-                before_closing(name)
-            close()
-        except BaseException as error:  # what is still open must be closed as well
-            logger.error("%s: could not be closed (%s: %s)", name, type(error).__name__, error)
+        for step in (lambda: before_closing and before_closing(name), close):
+            try:
+                step()
+            except BaseException as error:  # what is still open must be closed as well
+                logger.error("%s: could not be closed (%s: %s)", name, type(error).__name__, error)
 
     def _tell_end(self) -> None:
         if self.result is not None:
@@ -436,8 +435,7 @@ class Job:
         success: bool = False,
         **options: Any,
     ) -> TrainingResult:
-        monitor, trainer = self.monitor, self.trainer
-        scheduler = monitor.scheduler if monitor is not None else None
+        trainer = self.trainer
         return TrainingResult(
             state=state,
             success=success,
@@ -446,16 +444,21 @@ class Job:
             or (self.resumed_from.path if self.resumed_from is not None else None),
             global_step=self.step,
             train_loss=trainer.last_step.train_loss if trainer and trainer.last_step else None,
-            val_loss=monitor.last_val_loss if monitor else None,
+            val_loss=self.monitor.last_val_loss if self.monitor else None,
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
-                "previews": scheduler.summary() if scheduler else None,
+                "previews": self._preview_counts(),
                 "fp16_overflows": trainer.num_overflows if trainer is not None else 0,
-                "stop_reason": monitor.stop_reason if monitor else None,
+                "stop_reason": self.monitor.stop_reason if self.monitor else None,
                 **more,
             },
             **options,
         )
+
+    def _preview_counts(self) -> dict[str, Any] | None:
+        if self.monitor is None or self.monitor.scheduler is None:
+            return None
+        return self.monitor.scheduler.summary()
 
 
 def is_main_process() -> bool:

@@ -99,6 +99,19 @@ class Evaluator:
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
 
+def build_evaluator(prepared: Prepared, pad_id: int) -> Evaluator | None:
+    """The micro-evaluation of a run; None where no rows are held out."""
+    if prepared.data.validation is None:
+        return None
+    return Evaluator(
+        prepared.data.validation,
+        collate=PadCollator(pad_id),
+        max_rows=prepared.config.monitoring.micro_eval_rows,
+        batch_size=prepared.config.hyperparams.batch_size,
+        autocast_dtype=prepared.precision.autocast_dtype,
+    )
+
+
 # ---- what a run is put together from once its model is there
 
 
@@ -110,20 +123,11 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
     """
     config, data = prepared.config, prepared.data
     order = epoch_order(config, data)
-    evaluator = None
-    if data.validation is not None:
-        evaluator = Evaluator(
-            data.validation,
-            collate=PadCollator(_pad_id(prepared, loaded.model)),
-            max_rows=config.monitoring.micro_eval_rows,
-            batch_size=config.hyperparams.batch_size,
-            autocast_dtype=prepared.precision.autocast_dtype,
-        )
     notice = job.observers.notice
     monitor = LiveMonitorCallback(
         config.monitoring,
         observers=job.observers,
-        evaluate=evaluator,
+        evaluate=build_evaluator(prepared, _pad_id(prepared, loaded.model)),
         early_stopping=_early_stopping(prepared),
         checkpoint_interval=config.output.checkpoint_interval,
         is_stop_requested=lambda: job.stop.is_signalled,
