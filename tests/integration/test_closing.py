@@ -198,7 +198,10 @@ class Listener:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_at_any_step_of_closing_changes_nothing(
-    number: signal.Signals, config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     steps = steps_of(config("clean"))
     before = signal.getsignal(number)
@@ -213,6 +216,7 @@ def test_a_signal_at_any_step_of_closing_changes_nothing(
         listener = Listener()
         result = TrainerEngine(observers=[listener]).run_job(config(f"out{index}"))
         assert (result.state, result.exit_code) == ("completed", 0), name
+        assert "could not be closed" not in caplog.text, name
         check_truth(result, listener.told)
         assert signal.getsignal(number) is before
 
