@@ -13,7 +13,7 @@ from trainer import guard as gate_module
 from trainer.cli import main
 from trainer.errors import ConfigError
 from trainer.guard import COOKIE, Gate
-from trainer.net import is_loopback, read_page_key
+from trainer.net import is_loopback, keys_of_listener
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -121,9 +121,9 @@ def test_other_machines_need_a_key(tmp_path: Path, capsys: pytest.CaptureFixture
     short = tmp_path / "key"
     short.write_text("short\n")
     with pytest.raises(ConfigError, match="at least 16"):
-        read_page_key(short, "0.0.0.0")
+        keys_of_listener(short, "0.0.0.0", "--key-file")
     short.write_text(KEY + "\n")
-    assert read_page_key(short, "0.0.0.0") == KEY
+    assert keys_of_listener(short, "0.0.0.0", "--key-file") == {KEY: "publish"}
 
 
 def test_a_folder_that_is_not_there_and_a_taken_port_are_one_line(

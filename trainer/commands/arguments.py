@@ -15,7 +15,7 @@ def at_least(kind: type[int] | type[float], least: float) -> Callable[[str], flo
 
     def read(text: str) -> float:
         try:
-            value = kind(text)
+            value = kind(text) if text.isascii() and "_" not in text else math.nan
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value >= least):
@@ -24,6 +24,13 @@ def at_least(kind: type[int] | type[float], least: float) -> Callable[[str], flo
         return value
 
     return read
+
+
+def port(text: str) -> int:
+    """An argparse type: a TCP port, 0 for a free one."""
+    if not (text.isascii() and text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 (a free one) to 65535")
+    return int(text)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -56,7 +63,7 @@ def _strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def step_of_run(text: str) -> str:
     """An argparse type: the number of a step, or `best`."""
-    if text != "best" and not (text.isdecimal() and int(text) > 0):
+    if text != "best" and not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor `best`")
     return text
 

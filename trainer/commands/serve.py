@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import uvicorn
 
-from trainer.commands.arguments import add_weights_flags, parse
+from trainer.commands.arguments import add_weights_flags, at_least, parse, port
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
-from trainer.net import remember_key_file
+from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
-from trainer.server.auth import read_keys
 from trainer.server.inference_process import EngineProcess
 from trainer.server.jobs import REQUEST_TIMEOUT_S
 from trainer.server.private_folder import PrivateFolder
@@ -31,7 +29,7 @@ def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
     date = _find_weights(words)
-    keys = read_keys(words.api_key_file, words.host)
+    keys = keys_of_listener(words.api_key_file, words.host, "--api-key-file")
     if words.api_key_file is not None:
         remember_key_file(words.api_key_file)
     weights_dir: Path | None = words.weights_dir
@@ -41,8 +39,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(
             "--wait-for-weights takes architecture and tokenizer from a model; give --model too."
         )
-    listener = _listen(words.host, words.port)
-    port = listener.getsockname()[1]
+    listener = listen(words.host, words.port, "server")
     engine = EngineProcess(
         words.model,
         words.device,
@@ -67,9 +64,8 @@ def run(argv: list[str]) -> int:
             num_kept=words.keep_weights,
             request_timeout_s=words.request_timeout,
         )
-        shown = f"[{words.host}]" if ":" in words.host else words.host
         print(
-            f"ready: http://{shown}:{port} {_describe(engine)}, "
+            f"ready: {url_of(words.host, listener.getsockname()[1])} {_describe(engine)}, "
             f"key {'asked for' if keys else 'none'}",
             flush=True,
         )
@@ -156,34 +152,6 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind before the model is loaded, so that a taken port is known at once."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); is "
-            "another server running? Choose another --port (0 picks a free one)."
-        ) from error
-    return listener
-
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 (a free one) to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trainer serve",
@@ -194,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="alias, hub id or folder; without it, the server waits to be told which"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=_port, default=8765, help="0 picks a free one")
+    parser.add_argument("--port", type=port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--api-key-file", type=Path, help="needed for a non-loopback --host")
     parser.add_argument(
@@ -206,11 +174,15 @@ def _parser() -> argparse.ArgumentParser:
         help="take architecture and tokenizer from --model, and the weights from a trainer",
     )
     parser.add_argument(
-        "--keep-weights", type=_count, default=KEPT_SETS, metavar="N", help="sets kept for a return"
+        "--keep-weights",
+        type=at_least(int, 1),
+        default=KEPT_SETS,
+        metavar="N",
+        help="sets kept for a return",
     )
     parser.add_argument(
         "--request-timeout",
-        type=_count,
+        type=at_least(int, 1),
         default=int(REQUEST_TIMEOUT_S),
         metavar="S",
         help="seconds that one request may take of the engine",

@@ -16,8 +16,8 @@ import torch
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
+from trainer import files
 from trainer.config.schema import ModelSection, TrainerConfig
-from trainer.core import fs_ops
 from trainer.core.checkpoint import (
     MANIFEST,
     find_checkpoint,
@@ -104,7 +104,7 @@ def write_model(
     Raises:
         OSError: the folder cannot be written.
     """
-    with fs_ops.library_errors():
+    with files.library_errors():
         if hasattr(model, "peft_config"):
             save_adapter(model, folder)
         else:

@@ -10,14 +10,13 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import httpx
 
-from trainer.errors import ConfigError, PreviewError
-from trainer.net import CUT, without_secrets
+from trainer.errors import PreviewError
+from trainer.net import CUT, KEY_VARIABLE, key_with_scope, read_key_file, without_secrets
 from trainer.preview.base import PreviewRequest, PreviewResult
 
 # ---- bounded HTTP exchanges. No torch here
@@ -43,8 +42,6 @@ GRACE_S = 0.5
 MIN_SECRET = 4
 """Shorter passwords are parts of ordinary words, so that cutting them out would garble messages."""
 
-KEY_VARIABLE = "ULTIMATE_TRAINER_KEY"
-
 
 class AwayError(PreviewError):
     """Nobody is there, or it is too busy: asking again at once would only wait again."""
@@ -67,26 +64,16 @@ class RefusedError(PreviewError):
         self.status, self.code = status, code
 
 
-def read_key(key_file: str | None) -> str | None:
-    """The server's key: from a file, else from the environment, else none.
+def server_key(key_file: str | None) -> str | None:
+    """The key that a run shows to its preview server: of a file, else of the environment.
 
     Raises:
-        ConfigError: the file cannot be read or is empty.
+        ConfigError: the file holds no key.
     """
     if key_file is None:
         return os.environ.get(KEY_VARIABLE)
-    try:
-        lines = Path(key_file).read_text(encoding="ascii").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(
-            f"monitoring.remote_3090_key_file={key_file}: cannot be read ({error}); give the file "
-            "that holds the server's key."
-        ) from error
-    keys = [line.rpartition(":")[2].strip() for line in lines if line.strip()]
-    publish = [line for line in lines if line.strip().startswith("publish:")]
-    if not keys:
-        raise ConfigError(f"monitoring.remote_3090_key_file={key_file}: the file holds no key.")
-    return publish[0].partition(":")[2].strip() if publish else keys[0]
+    keys = read_key_file(key_file, "monitoring.remote_3090_key_file=")
+    return key_with_scope(keys, "publish")
 
 
 class BoundedClient:

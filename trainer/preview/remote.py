@@ -16,8 +16,9 @@ import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import PreviewError
+from trainer.net import KEY_VARIABLE
 from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult, is_match
-from trainer.preview.http import KEY_VARIABLE, MIN_RETRY_S, BoundedClient, OneByOneBackend
+from trainer.preview.http import MIN_RETRY_S, BoundedClient, OneByOneBackend
 
 LONG_POLL_S = 25
 

@@ -6,12 +6,11 @@ import hmac
 import ipaddress
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from trainer.errors import ConfigError
+from trainer.net import is_loopback
 from trainer.publish.wire import MAX_BODY
 from trainer.server.problems import problem_body
 
@@ -25,60 +24,9 @@ MAX_HELD = 64 << 20
 SMALL_BODY = 256 << 10
 """A body up to this size is not counted: it is taken while others are large."""
 
-SCOPES = ("generate", "publish")
-
-MIN_KEY = 16
-
 OPEN_PATHS = frozenset({"/health"})
 
 PUBLISH_PREFIXES = ("/weights", "/models/set_active", "/models/register")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a listener on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def read_keys(path: Path | None, host: str) -> dict[str, str]:
-    """Read the key file: one key for both scopes, or lines `generate: KEY`, `publish: KEY`.
-
-    Returns:
-        Keys with their scope; `publish` may generate too. Empty: no key is asked for.
-    Raises:
-        ConfigError: unreadable, empty or short, or no key for a non-loopback bind.
-    """
-    if path is None:
-        if not is_loopback(host):
-            raise ConfigError(
-                f"--host {host} is reachable from other machines and no key is set; give "
-                "--api-key-file FILE (one line of at least 16 characters, mode 600), or keep "
-                "--host 127.0.0.1 and use an ssh tunnel."
-            )
-        return {}
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines()]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--api-key-file {path}: cannot be read ({error}).") from error
-    keys: dict[str, str] = {}
-    for line in filter(None, lines):
-        scope, colon, key = line.partition(":")
-        scope, key = (scope.strip(), key.strip()) if colon else ("publish", line)
-        if scope not in SCOPES:
-            raise ConfigError(f"--api-key-file {path}: scope {scope!r} is not generate or publish.")
-        if len(key) < MIN_KEY:
-            raise ConfigError(
-                f"--api-key-file {path}: a key has {len(key)} characters, at least {MIN_KEY} are "
-                "needed; make one with `openssl rand -hex 32`."
-            )
-        keys[key] = scope
-    if not keys:
-        raise ConfigError(f"--api-key-file {path}: the file holds no key.")
-    return keys
 
 
 def scope_of(path: str) -> str | None:

@@ -79,7 +79,7 @@ def test_a_file_that_is_no_key_file_is_sent_nowhere(place: Place, tmp_path: Path
     secret = tmp_path / "id_rsa"
     secret.write_text("-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----\n")
     worker = place.worker.model_copy(update={"key_file": str(secret)})
-    with pytest.raises(PreviewError, match="is not a key file"):
+    with pytest.raises(PreviewError, match="a key file holds one line"):
         ask_worker(worker, "hi")
     assert place.asked == []
 

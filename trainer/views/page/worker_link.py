@@ -15,13 +15,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.errors import PreviewError
-from trainer.files import read_json_object, read_regular_file
-from trainer.net import is_loopback, is_own_key_file
-from trainer.preview.http import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_ANSWER
+from trainer.errors import ConfigError, PreviewError
+from trainer.files import is_alive, read_json_object
+from trainer.net import (
+    KEY_VARIABLE,
+    is_loopback,
+    is_own_key_file,
+    key_with_scope,
+    read_key_file,
+)
+from trainer.preview.http import CONNECT_TIMEOUT_S, MAX_ANSWER
 from trainer.views.run_reader import RunReader
 
 WORKER_NAME = "worker.json"
@@ -29,8 +34,6 @@ WORKER_NAME = "worker.json"
 FINAL_MODEL = "final_model"
 
 TIMEOUT_S = 120.0
-
-MAX_KEY_BYTES = 4096
 
 
 class Worker(BaseModel):
@@ -98,7 +101,7 @@ def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerStat
                 f"({worker.key_file}); give the server's key in {KEY_VARIABLE} to ask it",
             )
         worker = worker.model_copy(update={"key_file": None})
-    if is_loopback(host) and worker.pid is not None and not psutil.pid_exists(worker.pid):
+    if is_loopback(host) and worker.pid is not None and not is_alive(worker.pid):
         return WorkerState(None, "the run's worker has ended")
     return WorkerState(worker)
 
@@ -181,18 +184,14 @@ def _parse(worker: Worker, response: httpx.Response, data: bytes) -> Reply:
 
 
 def _key_of(worker: Worker) -> str | None:
-    """The key: of the file (one line, or `generate: KEY`), else of the environment."""
+    """The key that may generate: of the run's file, else of the environment.
+
+    Raises:
+        PreviewError: the file holds no key.
+    """
     if worker.key_file is None:
         return os.environ.get(KEY_VARIABLE)
-    data = read_regular_file(Path(worker.key_file), MAX_KEY_BYTES)
-    if data is None:
-        raise PreviewError(f"the worker's key file {worker.key_file} cannot be read.")
-    lines = [line.strip() for line in data.decode("ascii", "replace").splitlines() if line.strip()]
-    for line in lines:
-        scope, colon, key = line.partition(":")
-        if colon and scope.strip() == "generate":
-            return key.strip()
-    if len(lines) == 1:
-        # Whatever else lies at that path (a private key, a config file) is not sent anywhere.
-        return lines[0].removeprefix("publish:").strip()
-    raise PreviewError(f"{worker.key_file} is not a key file: one line, or `generate: KEY`.")
+    try:
+        return key_with_scope(read_key_file(worker.key_file, "the worker's key file "), "generate")
+    except ConfigError as error:
+        raise PreviewError(str(error)) from error
