@@ -17,11 +17,12 @@ from trainer.config.schema import MonitoringConfig
 from trainer.core.run import Prepared
 from trainer.core.run_folder import RunFolder
 from trainer.errors import ConfigError, PreviewError
+from trainer.exchange import AwayError
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.precision import resolve_device
 from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewRequest
-from trainer.preview.http import AwayError, server_key
+from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.neutral import SentAs, as_received, golden_logprobs
 from trainer.profiles import DataProfile, known_profiles

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from trainer.monitoring.status_reader import TrainingStatusReader
     from trainer.monitoring.status_writer import TrainingStatusWriter
     from trainer.preview.base import PreviewBackend, PreviewResult
+    from trainer.preview.http import Remote3090Backend
     from trainer.preview.local import LocalPreviewBackend
-    from trainer.preview.remote import Remote3090Backend
 
 _HOMES = {
     "TrainingStatusWriter": "status_writer",

@@ -7,10 +7,9 @@ from typing import Any
 from trainer.config.schema import MonitoringConfig
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
-from trainer.preview.http import server_key
+from trainer.preview.http import Remote3090Backend, server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.openai import OpenAIPreviewBackend
-from trainer.preview.remote import Remote3090Backend
 
 __all__ = [
     "LocalPreviewBackend",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import ConfigError, PreviewError
-from trainer.preview.http import AwayError, BoundedClient, KeyRefusedError, RefusedError
+from trainer.exchange import AwayError, BoundedClient, KeyRefusedError, RefusedError
 from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import (
     PART_BYTES,

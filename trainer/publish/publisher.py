@@ -30,7 +30,7 @@ from typing import IO, Any
 from pydantic import BaseModel, ConfigDict
 
 from trainer.errors import ConfigError, PreviewError
-from trainer.preview.http import AwayError, RefusedError, TooSlowError
+from trainer.exchange import AwayError, RefusedError, TooSlowError
 from trainer.publish.client import Transport, WorkerClient
 from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import AdapterConfig, PreviewsRequest, PreviewsResult, ServerHashes

@@ -89,8 +89,8 @@ def test_a_file_that_is_no_key_file_is_sent_nowhere(place: Place, tmp_path: Path
     [
         (429, b"{}", "busy"),
         (503, b"{}", "busy"),
-        (401, b"{}", "refused the key"),
-        (500, b"oh no", "HTTP 500: oh no"),
+        (401, b"{}", "refuses the key"),
+        (500, b"oh no", r"HTTP 500\): oh no"),
         (200, b"not json", "HTTP 200"),
         (200, b'{"no": "text"}', "HTTP 200"),
         (200, b"x" * (2 << 20), "more than"),

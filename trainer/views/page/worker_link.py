@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import ConfigError, PreviewError
+from trainer.exchange import BoundedClient
 from trainer.files import is_alive, read_json_object
 from trainer.net import (
     KEY_VARIABLE,
@@ -26,7 +27,6 @@ from trainer.net import (
     key_with_scope,
     read_key_file,
 )
-from trainer.preview.http import CONNECT_TIMEOUT_S, MAX_ANSWER
 from trainer.views.run_reader import RunReader
 
 WORKER_NAME = "worker.json"
@@ -143,44 +143,24 @@ def ask_worker(
     }
     if worker.model_id is not None:
         body["model_id"] = worker.model_id
-    key = _key_of(worker)
-    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    client = BoundedClient(
+        worker.url,
+        _key_of(worker),
+        timeout_s=TIMEOUT_S,
+        timeout_name="the page's own limit",
+        is_patient=False,
+    )
     try:
-        # No redirects: the key must not be carried elsewhere. No proxy of this shell either.
-        with (
-            httpx.Client(
-                headers=headers,
-                follow_redirects=False,
-                trust_env=False,
-                timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            ) as client,
-            client.stream("POST", f"{worker.url.rstrip('/')}/generate", json=body) as response,
-        ):
-            data = b""
-            for piece in response.iter_raw():
-                data += piece
-                if len(data) > MAX_ANSWER:
-                    raise PreviewError(f"{worker.url} sent more than {MAX_ANSWER} bytes; not read.")
-            return _parse(worker, response, data)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        deadline = time.monotonic() + TIMEOUT_S
+        status, found = client.call("POST", "/generate", deadline, body)
+        return Reply.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
         raise PreviewError(
-            f"{worker.url} did not answer ({type(error).__name__}: {error}). Does the worker run?"
+            f"{worker.url}: HTTP {status}, but no answer to a prompt ({first['msg']})"
         ) from error
-
-
-def _parse(worker: Worker, response: httpx.Response, data: bytes) -> Reply:
-    if response.status_code in (429, 503):
-        raise PreviewError("the worker is busy; ask again in a moment.")
-    if response.status_code in (401, 403):
-        raise PreviewError(
-            f"{worker.url} refused the key; give the run's own in {KEY_VARIABLE} or its key file."
-        )
-    try:
-        if response.status_code != httpx.codes.OK:
-            raise ValueError(data[:300].decode("utf-8", "replace"))
-        return Reply.model_validate_json(data)
-    except ValueError as error:  # a ValidationError is one
-        raise PreviewError(f"{worker.url}: HTTP {response.status_code}: {error}") from error
+    finally:
+        client.close()
 
 
 def _key_of(worker: Worker) -> str | None:
