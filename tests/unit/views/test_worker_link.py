@@ -108,7 +108,7 @@ def test_nobody_there_is_said(place: Place) -> None:
     worker = place.worker
     place.shutdown()
     place.server_close()
-    with pytest.raises(PreviewError, match="did not answer"):
+    with pytest.raises(PreviewError, match="cannot be reached"):
         ask_worker(worker, "hi")
     place.serve_forever = lambda: None  # type: ignore[method-assign]
 
