@@ -9,6 +9,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.core.resume import SEMANTICS, environment_manifest
 from trainer.core.run import RunContext, TrainingResult
 from trainer.core.run_folder import RunFolder
+from trainer.data.card import card_lines
 from trainer.errors import EXIT_USER_INPUT, OutputError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def write_manifest(run: RunContext, folder: RunFolder, config: TrainerConfig) ->
             "precision": run.precision.reason,
             "device": str(run.device),
             "data_card": run.data.card.as_json(),
+            "data_card_lines": card_lines(run.data.card),
             "data_files_sha256": run.data.file_hashes,
             "data_fingerprint": run.data.train.fingerprint(),
             "resumed_from_step": run.resume.step if run.resume else None,

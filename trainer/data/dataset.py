@@ -220,7 +220,7 @@ def _thought_fields(
 
 def _mask_source(encoder: RowEncoder, num_text: int, num_rows: int) -> str:
     """Where the trained tokens are known from, in words."""
-    texts = "every token of plain text, and end-of-text behind it"
+    texts = "every token of plain text and its end-of-text token"
     if num_text == num_rows:
         return texts
     return encoder.template.source + (f"; {texts}" if num_text else "")

@@ -245,26 +245,24 @@ def split_rows(
             raise DataError(f"{section.validation_path}: no usable row to validate on.")
         return encoded, held_out, f"all rows of {section.validation_path}"
     if not section.validation_split:
-        return encoded, [], "none (data.validation_split=0); previews use training rows"
+        return encoded, [], "none (data.validation_split=0); previews use training prompts"
     units = _units(section, encoded)
     held_units = _held_units(section, encoded, units)
     validation = [item for item, unit in zip(encoded, units, strict=True) if unit in held_units]
     train = [item for item, unit in zip(encoded, units, strict=True) if unit not in held_units]
     share = f"{section.validation_split:.1%}"
     if len(train) < 2 or len(validation) < 2:
-        return (
-            encoded,
-            [],
-            (
-                f"none: {share} of {len(encoded)} rows leaves fewer than two on a side; previews "
-                "use training rows (data.validation_path or a larger data.validation_split helps)"
-            ),
+        why = (
+            f"none: {share} of {len(encoded)} rows would leave fewer than two for training or for "
+            "validation; previews use training prompts (set data.validation_path, or raise "
+            "data.validation_split)"
         )
+        return encoded, [], why
     return (
         train,
         validation,
-        f"{share} of the rows, by a hash of their prompt and seed {seed}; rows with one prompt "
-        "stand on one side",
+        f"{share} of the rows, chosen by a hash of the prompt and seed {seed}; rows with the same "
+        "prompt stay together",
     )
 
 

@@ -228,16 +228,16 @@ class ChatTemplate:
 
     def thought_words(self, *, is_trained: bool) -> str:
         """What becomes of thoughts, for the data card."""
-        fate = "trained" if is_trained else "read, not trained (data.train_on_thinking=false)"
+        fate = "trained" if is_trained else "context only, no loss (data.train_on_thinking=false)"
         if self.dialect.thought != "content":
             return fate
-        return f"{fate}; written as <think>...</think>, the template has no place of its own"
+        return f"{fate}; written as <think>...</think>, for which the chat template has no form"
 
     def _source(self) -> str:
         origin = getattr(self.tokenizer, "template_origin", None)
-        name = "the model's own template" if origin is None else f"template {origin}"
-        how = "generation markers" if self.has_markers else "answers found by marking their ends"
-        return f"{name} ({how})"
+        name = "the model's own chat template" if origin is None else f"chat template {origin}"
+        how = "its generation markers" if self.has_markers else "answers located in its output"
+        return f"assistant turns, by {name} ({how})"
 
     def _marked(self, turns: list[Message], **options: Any) -> tuple[str, list[Any]]:
         """The text of marked turns, and the marks."""

@@ -111,7 +111,7 @@ def test_rows_with_the_key_text_are_found_and_said_on_the_card(
     path = write_rows([{"text": FOX, "id": 1}, {"text": "the dog"}])
     card = prepared(path, tokenizer).card
     assert card.format == "text"
-    assert card.template == "every token of plain text, and end-of-text behind it"
+    assert card.template == "every token of plain text and its end-of-text token"
     assert card.num_trained_tokens == card.num_tokens - 2
     assert prepared(path, tokenizer, data={"format": "text"}).card.format == "text"
 

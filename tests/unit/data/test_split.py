@@ -143,7 +143,7 @@ def test_a_prompt_that_most_rows_share_is_split_by_answers_and_named(
     assert len(data.validation) == 10
     assert data.card.shared_prompts == ((95, "write a poem"),)
     lines = dict(card_lines(data.card))
-    assert lines["shared"].startswith("95 rows share one prompt, 'write a poem'")
+    assert lines["shared"].startswith("95 rows have the same prompt, 'write a poem'")
     flags = {prompt.prompt: prompt.is_held_out for prompt in data.preview_prompts}
     assert flags.pop("write a poem") is False
     assert all(flags.values())
