@@ -6,6 +6,7 @@ Public names are loaded when they are first used, so that `import trainer.config
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,15 +15,6 @@ if TYPE_CHECKING:
     from trainer.profiles import get_profile
 
 __version__ = "0.1.0"
-
-_HOMES = {
-    "ConfigLoader": "trainer.config",
-    "TrainerConfig": "trainer.config",
-    "create_default_config": "trainer.config",
-    "TrainerEngine": "trainer.core",
-    "TrainingResult": "trainer.core",
-    "get_profile": "trainer.profiles",
-}
 
 __all__ = [
     "ConfigLoader",
@@ -35,7 +27,30 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make a package's `__getattr__`, which imports a public name when it is first used.
+
+    Args:
+        package: the package's `__name__`.
+        homes: public name -> the module that defines it.
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return load
+
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ConfigLoader": "trainer.config",
+        "TrainerConfig": "trainer.config",
+        "TrainerEngine": "trainer.core",
+        "TrainingResult": "trainer.core",
+        "create_default_config": "trainer.config",
+        "get_profile": "trainer.profiles",
+    },
+)

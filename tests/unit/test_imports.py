@@ -154,6 +154,7 @@ def test_every_module_says_what_lives_in_it(path: Path) -> None:
         "from trainer.cli import main; main(['watch', '.'])",
         "from trainer.cli import main; main(['report', '.'])",
         "import trainer.views.page.site, trainer.commands.monitor",
+        "import trainer.core, trainer.data, trainer.models, trainer.preview",
     ],
 )
 def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:

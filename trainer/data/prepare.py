@@ -31,7 +31,7 @@ from trainer.data.dataset import RunData, encode_data
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX
 from trainer.data.sources import HeldOutPrompt, find_sources
-from trainer.profiles import DataProfile
+from trainer.profiles import DataProfile, get_profile
 
 # ---- packing: several documents in one row, kept apart by positions that restart, nothing cut
 #
@@ -204,18 +204,19 @@ _TEXTS = TypeAdapter(_Texts)
 def prepare_data(
     section: DataSection,
     *,
-    profile: DataProfile,
     encoder: RowEncoder,
-    system_prompt: str | None,
-    is_prompt_configured: bool,
-    seed: int,
-    num_preview: int,
+    profile: DataProfile | None = None,
+    system_prompt: str | None = None,
+    is_prompt_configured: bool = False,
+    seed: int = 42,
+    num_preview: int = 0,
     num_final: int = 0,
     offline: bool = False,
 ) -> RunData:
     """Read and encode the rows of section `data`, or take them from the cache.
 
     Args:
+        profile: rewrites the rows; None: `plain`, which leaves them as they are.
         offline: never ask the hub for a dataset.
     The other arguments and the errors are those of `encode_data`.
     """
@@ -226,7 +227,7 @@ def prepare_data(
         else []
     )
     options: dict[str, Any] = {
-        "profile": profile,
+        "profile": profile or get_profile("plain"),
         "encoder": encoder,
         "system_prompt": system_prompt,
         "is_prompt_configured": is_prompt_configured,
