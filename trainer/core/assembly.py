@@ -31,9 +31,8 @@ from trainer.core.preparation import epoch_order, num_steps
 from trainer.core.previews import build_scheduler
 from trainer.core.resume import SEMANTICS, package_versions
 from trainer.core.run import RunContext, is_main_process
-from trainer.data.batches import EncodedDataset, PadCollator, on_device
+from trainer.data.batches import EncodedDataset, PackedDataset, PadCollator, on_device
 from trainer.data.dataset import RunData
-from trainer.data.prepare import PackedDataset
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 from trainer.files import CHECKPOINTS_NAME, checkpoint_steps

@@ -16,9 +16,8 @@ from trainer.core.run import RunContext, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.data.batches import EpochOrder
 from trainer.data.card import card_lines
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import pack_training_rows, prepare_data
 from trainer.errors import ConfigError, DataError
 from trainer.models.adapters import SAVED_BASE, add_lora, describe_base
 from trainer.models.chat_template import fix_date

@@ -9,9 +9,8 @@ from trainer import lazy_names
 if TYPE_CHECKING:
     from trainer.data.batches import EpochOrder, PadCollator
     from trainer.data.card import card_lines
-    from trainer.data.dataset import RunData
+    from trainer.data.dataset import RunData, prepare_data
     from trainer.data.encode import RowEncoder
-    from trainer.data.prepare import prepare_data
 
 __all__ = [
     "EpochOrder",
@@ -30,6 +29,6 @@ __getattr__ = lazy_names(
         "RowEncoder": "trainer.data.encode",
         "RunData": "trainer.data.dataset",
         "card_lines": "trainer.data.card",
-        "prepare_data": "trainer.data.prepare",
+        "prepare_data": "trainer.data.dataset",
     },
 )

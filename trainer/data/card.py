@@ -1,14 +1,26 @@
-"""The data card: what will be trained, in numbers and in one row."""
+"""The data card: what will be trained, in numbers, in lines and in one row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-MAX_KEYS_SHOWN = 30
+from trainer.config.schema import DataSection
+from trainer.data.batches import marked_text
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import Row, RowErrors, is_text
+from trainer.data.sources import EncodedRow, Sides, shared_prompts
+from trainer.data.turns import num_openings
+from trainer.profiles import DataProfile
 
-MAX_KEY_CHARS = 60
+MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
+
+MAX_NAMED = 5
+"""Prompts that the card names, of each kind."""
+
+MAX_REJECTED_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,125 @@ class DataCard:
         }
 
 
+# ---- counting
+
+
+def draw_card(
+    section: DataSection,
+    rows: Sequence[Row],
+    sides: Sides,
+    *,
+    formats: str,
+    encoder: RowEncoder,
+    profile: DataProfile,
+    system_prompt: str | None,
+    rejected: RowErrors,
+    dropped: Sequence[int],
+) -> DataCard:
+    """Count what is trained, held out, left out and changed.
+
+    Args:
+        section: format, split and policy.
+        rows: of the training files, those that could not be encoded included.
+        sides: the encoded rows.
+        formats: the layouts that the files have.
+        encoder: that encoded the rows.
+        profile: that rewrote them.
+        system_prompt: system turn of rows that bring none.
+        rejected: rows that could not be used.
+        dropped: length in tokens of each row that data.truncation=drop left out.
+    """
+    used = [*sides.encoded, *sides.held_out]
+    first = sides.train[0].example
+    leaked = [item for item in sides.validation if item.group in sides.trained_groups]
+    shared = shared_prompts(section, sides.encoded) if sides.validation else ()
+    num_removed = sum(item.example.num_removed for item in used)
+    return DataCard(
+        dataset_path=section.dataset_path,
+        format=formats,
+        template=_trained_words(encoder, rows),
+        profile=profile.name,
+        profile_report=profile.report(),
+        system_prompt=system_prompt,
+        num_own_system=num_own_system(rows),
+        validation=sides.how,
+        mix=sides.mix,
+        num_rows=len(used) + len(rejected.errors) + len(dropped),
+        num_rejected=len(rejected.errors),
+        rejected=dict(rejected.reasons),
+        rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
+        num_duplicates=len(sides.encoded) - len({item.key for item in sides.encoded}),
+        num_leaked=len(leaked),
+        leaked_prompts=tuple(dict.fromkeys(item.example.prompt for item in leaked))[:MAX_NAMED],
+        shared_prompts=shared[:MAX_NAMED],
+        num_shared_prompts=len(shared),
+        max_length=encoder.max_length,
+        truncation=encoder.truncation,
+        num_dropped=len(dropped),
+        num_cut_tokens=sum(dropped) + num_removed,
+        thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
+        opening=encoder.template.opening,
+        sample=marked_text(encoder.tokenizer, first.input_ids, first.labels),
+        **_row_counts(used),
+        **_token_counts(sides.train, sides.validation),
+    )
+
+
+def num_own_system(rows: Sequence[Row]) -> int:
+    """Rows that bring a system turn of their own."""
+    return sum(row.messages[0]["role"] == "system" for row in rows)
+
+
+def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
+    """Fields of the data card that tell what the rows bring beside plain turns."""
+    unused: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for item in kept:
+        unused.update(item.row.notes.unused)
+        for turn in item.row.messages:
+            weight = turn.get("weight", 1.0)
+            weights["untrained" if weight == 0 else "weighted"] += weight != 1
+    return {
+        "num_untrained_turns": weights["untrained"],
+        "num_weighted_turns": weights["weighted"],
+        "num_openings": sum(num_openings(item.row.messages) > 0 for item in kept),
+        "unused_keys": dict(sorted(unused.items())),
+        "num_as_text": sum(item.row.notes.num_as_text for item in kept),
+        "num_rendered": sum(item.row.is_rendered for item in kept),
+    }
+
+
+def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
+    """Fields of the data card that count tokens of what is trained and measured."""
+    examples = [item.example for item in [*train, *validation]]
+    stripped = [example.stripped[0] for example in examples if example.stripped]
+    return {
+        "num_train_rows": len(train),
+        "num_validation_rows": len(validation),
+        "num_tokens": sum(len(item.example.input_ids) for item in train),
+        "num_trained_tokens": sum(item.example.num_trained for item in train),
+        "longest_row": max(len(example.input_ids) for example in examples),
+        "num_truncated": sum(example.is_truncated for example in examples),
+        "num_without_stop": sum(not example.ends_with_stop for example in examples),
+        "num_stripped": len(stripped),
+        "stripped_example": stripped[0] if stripped else "",
+        "num_thoughts": sum(example.num_thoughts for example in examples),
+        "num_opened": sum(example.is_opened for example in examples),
+    }
+
+
+def _trained_words(encoder: RowEncoder, rows: Sequence[Row]) -> str:
+    """Which tokens are trained, and how they are located."""
+    num_text = sum(is_text(row.messages) for row in rows)
+    texts = "every token of plain text and its end-of-text token"
+    if num_text == len(rows):
+        return texts
+    return encoder.template.source + (f"; {texts}" if num_text else "")
+
+
+# ---- the card as people read it
+
+
 def card_lines(card: DataCard) -> list[tuple[str, str]]:
     """The card as (label, text) lines: what the terminal, run.json, the page and the report show.
 
@@ -154,7 +285,7 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         yield (
             "shared",
             f"{count:,} rows have the same prompt, {_short(prompt)}{more}: too many to hold out "
-            "together, so that training and validation rows share it. To keep prompts apart, set "
+            "together, so training and validation rows may share it. To keep prompts apart, set "
             "data.validation_path or raise data.validation_split",
         )
     if card.num_leaked:

@@ -1,32 +1,36 @@
-"""The layouts of rows that we know: their keys, and how each becomes messages."""
+"""The layouts of rows that we know: which one a row has, its keys, and how it becomes messages."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.data.content import (
-    CONTENT_KEYS,
-    check_text_row,
-    is_parts,
-    is_text,
-    take,
-    take_list,
-    take_text,
-    take_thought,
-)
 from trainer.data.rows import (
     ROW_FLAGS,
+    TEXT_ROLE,
     BadRowError,
     RowNotes,
     apply_row_flags,
     is_given,
+    is_text,
     settle,
     speaks_of_training,
 )
 from trainer.data.tools import tool_names, tools_of, with_tools
-from trainer.data.turns import check_messages, from_turns, joined_calls, leave_openings
+from trainer.data.turns import (
+    CALL_ROLES,
+    CONTENT_KEYS,
+    check_messages,
+    check_text,
+    from_turns,
+    is_parts,
+    leave_openings,
+    take,
+    take_text,
+    take_thought,
+)
 from trainer.profiles import Message
 
 
@@ -184,14 +188,62 @@ def _from_prompt_completion(row: dict[str, Any], notes: RowNotes) -> list[Messag
     return joined_calls(_flagged(row, messages), turns)
 
 
+def take_list(row: dict[str, Any], key: str) -> list[Any]:
+    """The list under `key`, or its JSON text, as tables hold it.
+
+    Raises:
+        BadRowError: it is neither.
+    """
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(
+                f"{key!r} is text that is no JSON ({error})", f"{key} of wrong type"
+            ) from error
+    found: list[Any] = take({**row, key: value} if key in row else row, key, list)
+    return found
+
+
 def _is_turns(value: Any) -> bool:
     """Whether a prompt is a list of turns, and not of the parts of one text."""
     return isinstance(value, list) and not (value and is_parts(value))
 
 
+def joined_calls(messages: list[Message], turns: list[Any]) -> list[Message]:
+    """Calls that files write as turns of their own, one after the other, are one turn.
+
+    Args:
+        turns: what the messages were made of, one for one.
+    """
+    joined: list[Message] = []
+    was_call = False
+    for message, turn in zip(messages, turns, strict=True):
+        is_call = str(turn.get("role") or turn.get("from")).strip().lower() in CALL_ROLES
+        if is_call and was_call and joined[-1].get("weight") == message.get("weight"):
+            joined[-1]["tool_calls"] = [*joined[-1]["tool_calls"], *message["tool_calls"]]
+        else:
+            joined.append(message)
+        was_call = is_call
+    return joined
+
+
 def _from_text(row: dict[str, Any], notes: RowNotes) -> list[Message]:
     text: str = take(row, "text", str)
     return _flagged(row, [check_text_row(text)])
+
+
+def check_text_row(text: str) -> Message:
+    """The turn of a plain text.
+
+    Raises:
+        BadRowError: there is nothing in it to train, or it is text that no tokenizer takes.
+    """
+    if not text.strip():
+        raise BadRowError("the text is empty, so nothing to train", "empty text")
+    check_text(text, "the text")
+    return Message(role=TEXT_ROLE, content=text)
 
 
 def _check_text(row: dict[str, Any], messages: list[Message], notes: RowNotes) -> list[Message]:
@@ -297,3 +349,68 @@ FORMATS: dict[str, Format] = {
     "text": Format(frozenset({"text"}), frozenset(ALL_ROWS), _from_text, same=SAME),
 }
 """The layouts by name, in the order in which they are looked for."""
+
+
+# ---- which layout a row has
+
+
+NO_FORMAT = "no known format"
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's own keys."""
+    renamed = {key: value for key, value in row.items() if key not in columns}
+    for key, column in columns.items():
+        if column not in row:
+            raise BadRowError(
+                f"row has no {column!r}, which data.columns names for {key!r}; "
+                f"found keys {sorted(row)}",
+                f"no {column}",
+            )
+        renamed.pop(column, None)
+    return renamed | {key: row[column] for key, column in columns.items()}
+
+
+def _in_usual_spelling(row: dict[str, Any], known: str | None) -> dict[str, Any]:
+    """The row with a format's own keys where its keys differ in capitals or outer spaces only."""
+    formats = [FORMATS[known]] if known else list(FORMATS.values())
+    folded = {key.strip().casefold() for key in row}
+    if any(layout.keys <= set(row) for layout in formats) or len(folded) < len(row):
+        return row
+    for layout in formats:
+        if layout.keys <= folded:
+            names = layout.keys | layout.optional
+            usual = {key: key.strip().casefold() for key in row}
+            return {usual[key] if usual[key] in names else key: row[key] for key in row}
+    return row
+
+
+def detect_format(row: dict[str, Any]) -> str:
+    """Name the format of a row by its keys.
+
+    Raises:
+        BadRowError: no format has these keys.
+    """
+    for name, known in FORMATS.items():
+        if known.fits(row):
+            return name
+    wanted = "; ".join(" and ".join(sorted(known.keys)) for known in FORMATS.values())
+    raise BadRowError(
+        f"row has the keys {sorted(row)}; it needs one of: {wanted} "
+        "(data.columns maps other names to these)",
+        NO_FORMAT,
+    )
+
+
+def _refuse_change(row: dict[str, Any], name: str, *, is_found: bool) -> None:
+    """A row of another layout than the file's is named as that, not as a row with holes."""
+    if FORMATS[name].fits(row):
+        return
+    others = [other for other, known in FORMATS.items() if known.fits(row)]
+    if others:
+        why = "as its first row says" if is_found else "as data.format says"
+        raise BadRowError(
+            f"row is of format {others[0]!r}, but the file is {name!r}, {why}; "
+            "put rows of one format into a file",
+            "another format",
+        )

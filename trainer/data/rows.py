@@ -46,6 +46,18 @@ class Row:
     """It was text with the chat template's markers, and was read back into these turns."""
 
 
+TEXT_ROLE = "text"
+"""Role of the only turn of such a row; no turn of a conversation can have it."""
+
+MARKED_ROLE = "text with markers"
+"""The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
+
+
+def is_text(messages: list[Message]) -> bool:
+    """Whether a row is plain text and no conversation."""
+    return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
+
+
 @dataclass
 class RowErrors:
     """Rows that could not be used, and why."""

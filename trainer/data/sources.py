@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import DataSection
-from trainer.data.content import is_text
-from trainer.data.formats import to_rows
 from trainer.data.layouts import FORMATS
-from trainer.data.row_files import SUFFIXES, RawRow, raw_rows
-from trainer.data.rows import Example, Row, RowErrors
+from trainer.data.row_files import SUFFIXES, RawRow, raw_rows, to_rows
+from trainer.data.rows import Example, Row, RowErrors, is_text
 from trainer.data.tables import own_values
 from trainer.errors import ConfigError, DataError
 from trainer.models.hub import hub_answers
@@ -209,6 +207,25 @@ class EncodedRow:
     example: Example
     group: str
     """Hash of its prompt, the turns before the first answer; of plain text, of the text."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The encoded rows of a run, and which of them are trained on and held out."""
+
+    encoded: list[EncodedRow]
+    """All of the training files, in order."""
+    held_out: list[EncodedRow]
+    """All of the validation files."""
+    train: list[EncodedRow]
+    """As often as data.weights says."""
+    validation: list[EncodedRow]
+    how: str
+    """How rows were held out, in words."""
+    mix: str
+    """How often the rows of each file are trained, in words; empty: once each."""
+    trained_groups: frozenset[str]
+    """Groups of held-out rows whose prompt is trained on too."""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,14 @@ def without_marks(text: str) -> str:
     return MARK.sub("", text)
 
 
+def mark_places(with_marks: str) -> dict[str, list[int]]:
+    """Where each mark stands, as positions of the text without marks."""
+    places: dict[str, list[int]] = {}
+    for removed, found in enumerate(MARK.finditer(with_marks)):
+        places.setdefault(found.group(), []).append(found.start() - removed)
+    return places
+
+
 def marked(row: list[Message], *, only_answers: bool) -> tuple[list[Message], list[TurnMarks]]:
     """A copy of the row with a mark behind each text, and the marks turn by turn.
 

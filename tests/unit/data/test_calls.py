@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import read_rows
+from trainer.data.row_files import read_rows
 from trainer.data.rows import IGNORE_INDEX, BadRowError, RowErrors
 from trainer.data.tools import missing_arguments, parsed_arguments
 

@@ -10,9 +10,8 @@ import pytest
 
 from trainer.config.schema import DataSection
 from trainer.data.card import MAX_KEYS_SHOWN, card_lines
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.errors import DataError
 from trainer.profiles import DataProfile, get_profile
 

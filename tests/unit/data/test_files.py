@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.data import row_files
-from trainer.data.formats import read_rows
+from trainer.data.row_files import read_rows
 from trainer.data.rows import Row, RowErrors
 from trainer.errors import DataError
 

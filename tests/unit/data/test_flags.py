@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import to_rows
+from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
 
 FLAGS = ["train", "trainable", "training", "loss", "loss_mask", "weight"]

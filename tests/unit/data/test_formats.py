@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import read_rows
+from trainer.data.row_files import read_rows
 from trainer.data.rows import RowErrors
 from trainer.errors import DataError
 

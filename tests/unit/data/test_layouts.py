@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.schema import DataSection
-from trainer.data.content import CONTENT_KEYS
-from trainer.data.formats import read_rows, to_rows
 from trainer.data.layouts import FORMATS, REFUSED_KEYS
+from trainer.data.row_files import read_rows, to_rows
 from trainer.data.rows import TURN_FLAGS, Row, RowErrors
 from trainer.data.sources import find_sources, read_sources
-from trainer.data.turns import ROLES, TURN_KEYS
+from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
 from trainer.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.formats import read_rows
+from trainer.data.row_files import read_rows
 from trainer.data.rows import RowErrors
 from trainer.errors import DataError
 

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.data.content import TEXT_ROLE, prompt_border
-from trainer.data.dataset import RunData
-from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
-from trainer.data.rows import IGNORE_INDEX, BadRowError
+from trainer.data.dataset import RunData, prepare_data
+from trainer.data.encode import RowEncoder, prompt_border
+from trainer.data.rows import IGNORE_INDEX, TEXT_ROLE, BadRowError
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import Message, get_profile
 

@@ -11,10 +11,9 @@ import pytest
 from tests.trust.oracle import FAMILIES
 from trainer.config.schema import DataSection
 from trainer.data.card import card_lines
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import TemplateReader
-from trainer.data.prepare import prepare_data
+from trainer.data.rendered import TemplateReader
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import get_profile
 

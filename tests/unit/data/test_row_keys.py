@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import to_rows
 from trainer.data.layouts import FORMATS
+from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -11,9 +11,8 @@ import pytest
 from trainer.config.schema import DataSection
 from trainer.data import dataset
 from trainer.data.card import card_lines
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.profiles import get_profile
 
 Rows = list[dict[str, Any]]

@@ -11,8 +11,8 @@ import pytest
 
 from trainer.config.schema import DataSection
 from trainer.data.card import card_lines
+from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.data.rows import IGNORE_INDEX, BadRowError
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import get_profile
