@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from trainer.data.rows import (
@@ -120,31 +121,14 @@ def _check_keys(row: dict[str, Any], known: Format, notes: RowNotes) -> None:
         notes.note_unused(key)
 
 
-def _from_messages(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    return _from_list(row, "messages", notes)
-
-
-def _from_sharegpt(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    return _from_list(row, "conversations", notes)
-
-
-def _from_list(row: dict[str, Any], key: str, notes: RowNotes) -> list[Message]:
+def _from_list(key: str, row: dict[str, Any], notes: RowNotes) -> list[Message]:
+    """The turns under `key`."""
     turns = take_list(row, key)
     return joined_calls(_flagged(row, from_turns(turns, key, notes)), turns)
 
 
-def _from_alpaca(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    """`input` is put under `instruction`."""
-    return _from_pair(row, "instruction", "output", "input", notes)
-
-
-def _from_question_answer(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    """`context` is put under `question`."""
-    return _from_pair(row, "question", "answer", "context", notes)
-
-
 def _from_pair(
-    row: dict[str, Any], asked: str, answered: str, extra: str | None, notes: RowNotes
+    asked: str, answered: str, extra: str | None, row: dict[str, Any], notes: RowNotes
 ) -> list[Message]:
     """Two turns behind those of `history`; what is under `extra` belongs to the question."""
     question = take_text(row, asked, notes)
@@ -173,7 +157,7 @@ def _from_pair(
 def _from_prompt_completion(row: dict[str, Any], notes: RowNotes) -> list[Message]:
     """Both are texts, or both are lists of turns, of which the completion's are trained."""
     if not _is_turns(row.get("prompt")):
-        return _from_pair(row, "prompt", "completion", None, notes)
+        return _from_pair("prompt", "completion", None, row, notes)
     for key in sorted(PAIRS):
         if is_given(row.get(key)):
             raise BadRowError(
@@ -320,17 +304,20 @@ FORMATS: dict[str, Format] = {
     "messages": Format(
         frozenset({"messages"}),
         frozenset(ALL_ROWS),
-        _from_messages,
+        partial(_from_list, "messages"),
         instead={"conversation": "messages"},
         same=SAME,
     ),
     "sharegpt": Format(
-        frozenset({"conversations"}), frozenset(ALL_ROWS), _from_sharegpt, same=SAME
+        frozenset({"conversations"}),
+        frozenset(ALL_ROWS),
+        partial(_from_list, "conversations"),
+        same=SAME,
     ),
     "question_answer": Format(
         frozenset({"question", "answer"}),
         frozenset({"context", *ALL_ROWS, *PAIRS}),
-        _from_question_answer,
+        partial(_from_pair, "question", "answer", "context"),
         same=SAME,
     ),
     "prompt_completion": Format(
@@ -342,7 +329,7 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(
         frozenset({"instruction", "output"}),
         frozenset({"input", *ALL_ROWS, *PAIRS}),
-        _from_alpaca,
+        partial(_from_pair, "instruction", "output", "input"),
         instead={"response": "output"},
         same={"context": "input", **SAME},
     ),
@@ -355,6 +342,24 @@ FORMATS: dict[str, Format] = {
 
 
 NO_FORMAT = "no known format"
+
+
+def under_format(
+    row: dict[str, Any], columns: Mapping[str, str], known: str | None, *, is_found: bool
+) -> tuple[dict[str, Any], str]:
+    """The row under the keys of its format, and the format's name.
+
+    Args:
+        columns: a format's key -> the file's name for it.
+        known: the file's format; None: this row tells it.
+        is_found: the file's first row told it, not data.format.
+    Raises:
+        BadRowError: the row is of no format, or of another one than its file.
+    """
+    row = _in_usual_spelling(_renamed(row, columns), known)
+    name = known or detect_format(row)
+    _refuse_change(row, name, is_found=is_found)
+    return row, name
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -15,20 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.data.layouts import (
-    NO_FORMAT,
-    _in_usual_spelling,
-    _refuse_change,
-    _renamed,
-    detect_format,
-    messages_of,
-)
-from trainer.data.rows import (
-    BadRowError,
-    Row,
-    RowErrors,
-    RowNotes,
-)
+from trainer.data.layouts import NO_FORMAT, messages_of, under_format
+from trainer.data.rows import BadRowError, Row, RowErrors, RowNotes
 from trainer.data.tables import parquet_rows, table_rows
 from trainer.data.text_files import explain, open_text, parse, refuse_single_byte, values
 from trainer.errors import DataError
@@ -45,43 +33,6 @@ RawRow = tuple[str, Any]
 """Where the row stands, and its parsed value or what is wrong with it."""
 
 
-def read_rows(
-    path: Path,
-    format_name: str,
-    errors: RowErrors,
-    max_rows: int | None,
-    *,
-    columns: Mapping[str, str] | None = None,
-    first_index: int = 0,
-    source: int = 0,
-) -> tuple[list[Row], str]:
-    """Read one file.
-
-    Args:
-        path: of a kind that `files.py` reads.
-        format_name: `auto` or one of FORMATS.
-        errors: receives the bad rows.
-        max_rows: read no more than this many rows, bad ones counted.
-        columns: a format's key -> the file's name for it.
-        first_index: index of the first row.
-        source: which of the run's files this is.
-    Returns:
-        The rows in file order and the name of their format.
-    Raises:
-        DataError: the file is missing, empty or damaged.
-    """
-    return to_rows(
-        raw_rows(path),
-        str(path),
-        format_name,
-        errors,
-        max_rows,
-        columns=columns,
-        first_index=first_index,
-        source=source,
-    )
-
-
 def to_rows(
     raw: Iterable[RawRow],
     name: str,
@@ -93,7 +44,22 @@ def to_rows(
     first_index: int = 0,
     source: int = 0,
 ) -> tuple[list[Row], str]:
-    """Turn raw rows of the file called `name` into messages; the rest is as in `read_rows`."""
+    """Turn the raw rows of one file into messages.
+
+    Args:
+        raw: as `raw_rows` gives them.
+        name: of the file.
+        format_name: `auto` or one of FORMATS.
+        errors: receives the bad rows.
+        max_rows: read no more than this many rows, bad ones counted.
+        columns: a format's key -> the file's name for it.
+        first_index: index of the first row.
+        source: which of the run's files this is.
+    Returns:
+        The rows in file order and the name of their format.
+    Raises:
+        DataError: the file has no row, or none of a known format.
+    """
     rows: list[Row] = []
     strange: list[str] = []
     known = None if format_name == "auto" else format_name
@@ -105,10 +71,8 @@ def to_rows(
         try:
             if isinstance(parsed, BadRowError):
                 raise parsed
-            row = _renamed(_as_object(parsed), columns or {})
-            row = _in_usual_spelling(row, known)
-            known = known or detect_format(row)
-            _refuse_change(row, known, is_found=format_name == "auto")
+            is_found = format_name == "auto"
+            row, known = under_format(_as_object(parsed), columns or {}, known, is_found=is_found)
             notes = RowNotes()
             rows.append(Row(where, index, messages_of(row, known, notes), source, notes))
         except BadRowError as error:

@@ -124,7 +124,7 @@ def shared_start(a: str, b: str) -> int:
 # ---- a tokenizer's chat template: turns -> text -> ids, and what it does round the answers
 #
 # The ids are always those of the model's own template, which is also the one saved. What it does is
-# found by rendering small conversations: how it wants turns to be spelled (`dialect.py`), what the
+# found by rendering small conversations: how it wants turns to be spelled (`tools.py`), what the
 # prompt of an answer ends with, and which tokens end an answer.
 
 

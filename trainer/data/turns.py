@@ -48,7 +48,7 @@ TURN_KEYS = frozenset(
     {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"}
     | {*THOUGHT_KEYS}
 )
-"""Keys of a turn that are used, beside the flags (`flags.TURN_FLAGS`)."""
+"""Keys of a turn that are used, beside the flags (`rows.TURN_FLAGS`)."""
 
 CONTENT_KEYS = frozenset(
     {"tool_plan", "image", "images", "audio", "audios", "video", "videos", "recipient", "channel"}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.models.chat_template import CHATML
 from trainer.models.tiny import DEMO_SYSTEM_PROMPT, TINY_TOKENIZER_DIR, make_tasks
-from trainer.profiles.regime3 import ANS_END, ANS_START
+from trainer.profiles.profile import ANS_END, ANS_START
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 

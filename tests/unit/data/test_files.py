@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.data import row_files
-from trainer.data.row_files import read_rows
+from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import Row, RowErrors
 from trainer.errors import DataError
 
@@ -22,7 +22,7 @@ GOOD = json.dumps(ROWS[0]).encode()
 
 def read(path: Path, policy: str = "strict") -> tuple[list[Row], RowErrors]:
     errors = RowErrors(policy)
-    rows, _ = read_rows(path, "auto", errors, None)
+    rows, _ = to_rows(raw_rows(path), str(path), "auto", errors, None)
     return rows, errors
 
 

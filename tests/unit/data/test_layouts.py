@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trainer.config.schema import DataSection
 from trainer.data.layouts import FORMATS, REFUSED_KEYS
-from trainer.data.row_files import read_rows, to_rows
+from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import TURN_FLAGS, Row, RowErrors
 from trainer.data.sources import find_sources, read_sources
 from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
@@ -26,7 +26,7 @@ def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 def read(path: Path, name: str = "auto", **options: Any) -> tuple[list[Row], str, RowErrors]:
     errors = RowErrors("strict")
-    rows, found = read_rows(path, name, errors, None, **options)
+    rows, found = to_rows(raw_rows(path), str(path), name, errors, None, **options)
     return rows, found, errors
 
 

@@ -25,7 +25,7 @@ from trainer.models.tiny import (
     operation_of,
     write_demo_data,
 )
-from trainer.profiles.regime3 import wrap_answer
+from trainer.profiles.profile import wrap_answer
 
 
 def read(path: Path) -> list[dict[str, str]]:
