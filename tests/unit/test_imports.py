@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,36 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["a", "b", "c", "d"]
+
+
+NOT_IMPORTED = {
+    "accelerate": "what transformers' Trainer runs on",
+    "tensorboard": "what transformers' Trainer writes report_to=tensorboard with",
+    "httptools": "uvicorn's HTTP parser",
+    "uvloop": "uvicorn's event loop",
+}
+"""Requirements that other packages import for us."""
+
+
+def test_every_requirement_is_imported_by_the_program() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    required = {re.split(r"[>=<;\[ ]", text)[0] for text in project["dependencies"]}
+    names = {"PyYAML": "yaml", "prometheus-client": "prometheus_client"}
+    imported = {
+        name.split(".")[0]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    unused = {name for name in required if names.get(name, name) not in imported}
+    assert unused == set(NOT_IMPORTED)
 
 
 def test_nobody_imports_the_command_line() -> None:

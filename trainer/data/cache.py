@@ -50,7 +50,7 @@ KEY_CHARS = 40
 KEPT_ENTRIES = 8
 """Entries of data files with one name; the one that was longest unused goes first."""
 
-LIBRARIES = ("transformers", "tokenizers", "trl", "jinja2")
+LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 OWN_PACKAGES = ("data", "profiles")
 
