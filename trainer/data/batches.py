@@ -42,9 +42,10 @@ class EpochOrder(Sampler[int]):
         group_by_length: bool = True,
         multiple_of: int = 1,
     ) -> None:
-        """Take the rows' lengths in tokens.
+        """Set up the order; `set_epoch` chooses the epoch.
 
         Args:
+            lengths: of the rows, in tokens.
             group_size: rows of one optimizer step on all devices.
             multiple_of: an epoch is filled up with BLANK to a multiple of this; for several
                 processes their rows of one forward pass. Else the sampler that deals batches out
@@ -108,7 +109,7 @@ class PadCollator:
     """Stacks rows into one right-padded batch."""
 
     def __init__(self, pad_id: int) -> None:
-        """Take the id that fills short rows; its value never matters, it is masked."""
+        """`pad_id` fills short rows; its value never matters, it is masked."""
         self.pad_id = pad_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -188,11 +189,9 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         return arrays if self._weights is None else {**arrays, "weights": self._weights}
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row as tensors."""
         if index == BLANK:
             return blank_row(has_weights=self._weights is not None)
         part = slice(self._starts[index], self._starts[index + 1])
@@ -296,7 +295,6 @@ class PackedDataset(EncodedDataset):
         self.lengths = [sum(self.document_lengths[i] for i in pack) for pack in self.packs]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One pack as tensors."""
         if index == BLANK:
             return join_documents([self.rows[BLANK]])
         documents = [self.rows[i] for i in self.packs[index]]
@@ -330,7 +328,7 @@ class PackCollator:
     """
 
     def __init__(self, pad_id: int) -> None:
-        """Take the id that fills short packs; its labels are ignored."""
+        """`pad_id` fills short packs; its labels are ignored."""
         self.pad_id = pad_id
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -349,7 +347,7 @@ class JoinCollator:
     """
 
     def __init__(self, *, with_borders: bool) -> None:
-        """Say whether the model takes borders; else it finds them in the positions of one row."""
+        """Without `with_borders` the model finds them in the positions of one row."""
         self.with_borders = with_borders
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class RowEncoder:
         truncation: str = "keep_start",
         train_on_thinking: bool = True,
     ) -> None:
-        """Take a fast tokenizer with a provable chat template.
+        """Examine the chat template.
 
         Args:
             tokenizer: a transformers fast tokenizer.
@@ -77,7 +77,7 @@ class RowEncoder:
         except BadRowError as error:
             raise TemplateError(
                 "it cannot be proved which tokens the assistant writes under the model's chat "
-                f"template: {error}. Put {{% generation %}} ... {{% endgeneration %}} round "
+                f"template: {error}. Put {{% generation %}} ... {{% endgeneration %}} around "
                 "the assistant's content and its end-of-turn token in the folder's "
                 "chat_template.jinja, and see that "
                 "add_generation_prompt writes the header of the answer."
@@ -190,7 +190,7 @@ class RowEncoder:
             raise BadRowError(
                 "the prompt of the last assistant turn is not a prefix of the whole row under the "
                 "model's chat template, so training and generation would not see the same tokens: "
-                f"{text[-40:]!r} ends with the tokens {alone} by itself, and is followed up as "
+                f"{text[-40:]!r} ends with the tokens {alone} by itself, and continues as "
                 f"{inside} in the row",
                 "template not provable",
             )
@@ -251,7 +251,7 @@ class RowEncoder:
         if found is not None:
             raise BadRowError(
                 f"{where} contains the text {found!r}, which the tokenizer turns into a "
-                "control token; take it out of the data",
+                "control token; remove it from the data",
                 "control token in text",
             )
 
@@ -297,7 +297,7 @@ class TextEncoder:
     """Turns texts into examples with one tokenizer and one length."""
 
     def __init__(self, tokenizer: Any, max_length: int, truncation: str) -> None:
-        """Take a fast tokenizer; the other arguments are those of `RowEncoder`."""
+        """The arguments are those of `RowEncoder`."""
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
 
     def encode_chunk(

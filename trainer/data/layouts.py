@@ -108,14 +108,14 @@ def _check_keys(row: dict[str, Any], known: Format, notes: RowNotes) -> None:
             continue
         if key in REFUSED_KEYS or (key, value) == ("label", False):
             raise BadRowError(
-                f"row has {key!r}, which {REFUSED_KEYS.get(key, NOT_WANTED)}; take it out if the "
+                f"row has {key!r}, which {REFUSED_KEYS.get(key, NOT_WANTED)}; remove it if the "
                 "row is right without it",
                 f"row with {key}",
             )
         if speaks_of_training(key):
             raise BadRowError(
                 f"row has {key!r}, which seems to say what is trained; known flags: "
-                f"{', '.join(sorted(ROW_FLAGS))}. Rename it, or take it out",
+                f"{', '.join(sorted(ROW_FLAGS))}. Rename or remove it",
                 "unknown flag",
             )
         notes.note_unused(key)
@@ -184,7 +184,7 @@ def take_list(row: dict[str, Any], key: str) -> list[Any]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise BadRowError(
-                f"{key!r} is text that is no JSON ({error})", f"{key} of wrong type"
+                f"{key!r} is text that is not valid JSON ({error})", f"{key} of wrong type"
             ) from error
     found: list[Any] = take({**row, key: value} if key in row else row, key, list)
     return found
@@ -241,8 +241,8 @@ def _check_text(row: dict[str, Any], messages: list[Message], notes: RowNotes) -
     if system.strip() not in turn["content"] or lost:
         what = f"the tools {', '.join(map(repr, lost))}" if lost else "a 'system'"
         raise BadRowError(
-            f"row has {what} beside 'text' that does not say it; plain text has no turns, so put "
-            "it into the text, or write the row as 'messages'",
+            f"row has {what} beside a 'text' that does not contain it; plain text has no turns, so "
+            "put it into the text, or write the row as 'messages'",
             "system or tools beside text",
         )
     return messages
@@ -281,15 +281,15 @@ NOT_WANTED = "marks the answer as one that is not wanted"
 REFUSED_KEYS = {
     **dict.fromkeys(
         sorted((CONTENT_KEYS - {"recipient", "channel"}) | {"function_call"}),
-        "holds content that cannot be trained on here and would be lost",
+        "holds content that is not supported and would be lost",
     ),
     **dict.fromkeys(
         ("assistant_mask", "assistant_masks", "completion_mask"),
-        "says token by token what is trained, which cannot be obeyed",
+        "marks single tokens to train, which is not supported",
     ),
     **dict.fromkeys(
         ("chat_template", "chat_template_kwargs"),
-        "asks for another template than the model's, which cannot be obeyed",
+        "asks for a template other than the model's, which is not supported",
     ),
 }
 """Keys of a row that change what it means and cannot be obeyed -> why; bad rows where given."""

@@ -49,8 +49,8 @@ class Rendered:
 def lost_thought(where: str) -> BadRowError:
     """The error of a row whose thought the template would lose."""
     return BadRowError(
-        f"{where} has a thought, which the model's chat template does not write there; take it "
-        "out, or give a template that writes it (model.chat_template)",
+        f"{where} has a thought, which the model's chat template does not write there; "
+        "remove it, or give a template that writes it (model.chat_template)",
         "template without thoughts",
     )
 
@@ -74,8 +74,8 @@ def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
     text = template.text(row, thinking=is_thinking)
     if has_marks(text):
         raise BadRowError(
-            "row holds characters above U+108000 (private use), which stand for no text; "
-            "take them out of the data",
+            "row holds characters above U+108000 (private use), which are used internally; "
+            "remove them from the data",
             "not text",
         )
     for only_answers in (False, True):
@@ -187,7 +187,7 @@ def check_markers_used(rows: list[Row], text_markers: str) -> None:
     if text_markers == "tokens" and not any(row.messages[0]["role"] == MARKED_ROLE for row in rows):
         raise ConfigError(
             "data.text_markers=tokens is set, but no row of format 'text' holds a control token "
-            "of this model; leave the option out."
+            "of this model; remove the option."
         )
 
 

@@ -195,7 +195,7 @@ def _json_lines_only(path: Path, rows: Iterator[RawRow]) -> Iterator[RawRow]:
     where, error = bad[0]
     if len(bad) > 1:
         raise DataError(
-            f"{where}: {error}, nor is any other of its {len(bad):,} lines. {_advice(path)}"
+            f"{where}: {error}, nor is any other of the file's {len(bad):,} lines. {_advice(path)}"
         )
     yield where, BadRowError(f"{error}. {_advice(path)}", error.reason)
 
@@ -341,7 +341,7 @@ def _inner_rows(path: Path, whole: dict[str, Any]) -> list[Any] | None:
         )
     if _is_columns(whole):
         raise DataError(
-            f"{path}: holds columns ({', '.join(map(repr, whole))}), and no rows; write one object "
+            f"{path}: holds columns ({', '.join(map(repr, whole))}), not rows; write one object "
             "for each row (pandas: frame.to_json(FILE, orient='records', lines=True))."
         )
     return None

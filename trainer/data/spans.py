@@ -48,7 +48,7 @@ class SpanFinder:
     """Finds and proves the trained stretches of rows under one template."""
 
     def __init__(self, template: ChatTemplate, *, train_on_thinking: bool = True) -> None:
-        """Take the template whose ids will be searched.
+        """Search the ids of one template.
 
         Args:
             template: the model's.
@@ -139,7 +139,7 @@ class _Search:
                 raise BadRowError(
                     "the prompt of the last assistant turn is not a prefix of the whole row under "
                     "the model's chat template, so training and generation would not see the same "
-                    f"tokens: the prompt goes on {tail[length : length + 40]!r}, the row "
+                    f"tokens: the prompt continues {tail[length : length + 40]!r}, the row "
                     f"{rest[length : length + 40]!r}",
                     "template not provable",
                 )
@@ -202,7 +202,7 @@ class _Search:
         )
         if last > limit:
             raise BadRowError(
-                f"the model's chat template writes a part of assistant turn {nth + 1} behind the "
+                f"the model's chat template writes a part of assistant turn {nth + 1} after the "
                 "turns that follow it, so the turn cannot be trained as one",
                 "template reorders turns",
             )
@@ -283,7 +283,7 @@ class _Search:
             if place is None or place > end or not self.text[:place].endswith(name):
                 raise BadRowError(
                     f"assistant turn {nth + 1} calls {name!r}, which the model's chat template "
-                    f"does not write (call {number + 1}); take the calls and their results out, or "
+                    f"does not write (call {number + 1}); remove the calls and their results, or "
                     "choose a template that takes tools",
                     "template without tool calls",
                 )
@@ -299,8 +299,8 @@ class _Search:
 
     def _lost(self, nth: int, content: str, begin: int, end: int) -> BadRowError:
         return BadRowError(
-            f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: it "
-            f"should say {content[:60]!r}, but says {self.text[begin:end][:60]!r}",
+            f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
+            f"expected {content[:60]!r}, found {self.text[begin:end][:60]!r}",
             "template not provable",
         )
 
@@ -319,7 +319,7 @@ class _Search:
         if _squeezed(normalize("NFC", decoded)) != _squeezed(normalize("NFC", text)):
             raise BadRowError(
                 f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
-                f"they should say {text[:60]!r}, but say {decoded[:60]!r}",
+                f"expected {text[:60]!r}, found {decoded[:60]!r}",
                 "template not provable",
             )
 

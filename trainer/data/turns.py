@@ -104,14 +104,14 @@ def _check_keys(turn: dict[str, Any], where: str, name: str, notes: RowNotes) ->
         # Harmony's final channel is what everybody else's answers are.
         if key in CONTENT_KEYS and (key, value) != ("channel", "final"):
             raise BadRowError(
-                f"{where} has {key!r}, content that cannot be trained on here and would be lost; "
-                "take it out, or put it into the turn's text",
+                f"{where} has {key!r}, content that is not supported and would be lost; "
+                "remove it, or put it into the turn's text",
                 f"turn with {key}",
             )
         if speaks_of_training(key):
             raise BadRowError(
                 f"{where} has {key!r}, which seems to say what is trained; known flags: "
-                f"{', '.join(sorted(TURN_FLAGS))}. Rename it, or take it out",
+                f"{', '.join(sorted(TURN_FLAGS))}. Rename or remove it",
                 "unknown flag",
             )
         notes.note_unused(f"{name}[].{key}")
@@ -278,7 +278,7 @@ def _check_part(part: dict[str, Any], key: str, where: str, notes: RowNotes) -> 
             continue
         if other in CONTENT_KEYS:
             raise BadRowError(
-                f"{where} has {other!r}, content that cannot be trained on here and would be lost",
+                f"{where} has {other!r}, content that is not supported and would be lost",
                 f"part with {other}",
             )
         notes.note_unused(f"content[].{other}")
@@ -317,7 +317,7 @@ def as_json_text(value: Any) -> str:
 
 def _number_text(value: float, where: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):
-        raise BadRowError(f"{where} is {value}, which is no number", "not a number")
+        raise BadRowError(f"{where} is {value}, which is not a number", "not a number")
     return as_json_text(value)
 
 
@@ -409,7 +409,6 @@ def check_text(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRowError(
-            f"{where} contains half of a surrogate pair at character {error.start}, which is no "
-            "text",
+            f"{where} contains an unpaired surrogate at character {error.start}, which is not text",
             "not text",
         ) from error

@@ -41,7 +41,6 @@ class EmojiThinkProfile(DataProfile):
     known_options = frozenset(DEFAULTS)
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
-        """Check the options and start the counts at zero."""
         super().__init__(options)
         self.values = {**DEFAULTS, **self.options}
         _check(self.values)
@@ -175,7 +174,9 @@ def _check(values: dict[str, Any]) -> None:
         pair = values[key]
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
         if not (is_pair and 1 <= pair[0] <= pair[1]):
-            raise ProfileError(f"profile.options.{key}={pair!r} must be [least, most], from 1 up.")
+            raise ProfileError(
+                f"profile.options.{key}={pair!r} must be [least, most], both 1 or more."
+            )
     for key, most in (("direct_share", 1.0), ("think_penalty", None), ("stop_force", None)):
         number = values[key]
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
@@ -183,7 +184,9 @@ def _check(values: dict[str, Any]) -> None:
             rule = "between 0 and 1" if most else "a number, 0 or more"
             raise ProfileError(f"profile.options.{key}={number!r} must be {rule}.")
     if type(values["think_penalty_tokens"]) is not int or values["think_penalty_tokens"] < 1:
-        raise ProfileError("profile.options.think_penalty_tokens must be a whole number, from 1.")
+        raise ProfileError(
+            "profile.options.think_penalty_tokens must be a whole number, 1 or more."
+        )
     if not isinstance(values["drop_thoughts"], bool):
         raise ProfileError("profile.options.drop_thoughts must be true or false.")
 
@@ -215,7 +218,6 @@ class RowProcessor:
     """What both processors share: where the answers begin, and their decoded ends."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """No generation was seen yet."""
         self.tokenizer = tokenizer
         self.width = 0
         """Tokens of the padded prompt."""
@@ -238,7 +240,7 @@ class RowProcessor:
         return texts
 
     def reset(self, num_rows: int) -> None:
-        """Forget the rows of the generation before."""
+        """Begin the state of a generation of `num_rows` rows."""
 
 
 class ThinkPenalty(RowProcessor):
@@ -247,14 +249,20 @@ class ThinkPenalty(RowProcessor):
     def __init__(
         self, tokenizer: Any, texts: list[str], *, penalty: float, num_tokens: int
     ) -> None:
-        """Take the vocabulary's texts, the first token's penalty (logits), and its length."""
+        """Begin with the whole penalty.
+
+        Args:
+            texts: of all token ids.
+            penalty: logits taken off at the first token.
+            num_tokens: after which it is zero.
+        """
         super().__init__(tokenizer)
         self.texts, self.penalty, self.num_tokens = texts, penalty, num_tokens
         self._whole = [i for i, text in enumerate(texts) if any(tag in text for tag in THINK_TAGS)]
         self._rests: dict[str, list[int]] = {}
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Take and return scores (B, V)."""
+        """Return the changed scores, (B, V) as given."""
         tails = self.follow(input_ids)
         share = 1 - (input_ids.shape[1] - self.width) / self.num_tokens
         if share <= 0:
@@ -294,7 +302,7 @@ class StopPush(RowProcessor):
         run_range: Sequence[int],
         force: float,
     ) -> None:
-        """Take what may end an answer.
+        """Begin without a stop.
 
         Args:
             stops: texts, a run of one of which says that the answer is over.
@@ -312,11 +320,10 @@ class StopPush(RowProcessor):
         self._lengths: list[int] = []
 
     def reset(self, num_rows: int) -> None:
-        """No row has stopped."""
         self.steps_since_stop, self._lengths = [0] * num_rows, [0] * num_rows
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Take and return scores (B, V)."""
+        """Return the changed scores, (B, V) as given."""
         tails = self.follow(input_ids)
         scores = scores.clone()
         for row, tail in enumerate(tails):

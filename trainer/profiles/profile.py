@@ -48,7 +48,7 @@ class DataProfile:
     """`transform` leaves out `reasoning_content` on purpose."""
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
-        """Take `profile.options` of the config.
+        """Check the names of `options`, which are `profile.options` of the config.
 
         Raises:
             ProfileError: an option that this profile does not have.

@@ -92,11 +92,11 @@ def test_no_arguments_are_an_empty_object(make_tokenizer: Callable[..., Any], no
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ('{"a": 1', "no JSON"),
-        ("{'a': 1}", "no JSON"),
-        ('{"a": 1, "a": 2}', "stands twice"),
-        ('{"a": 1e999}', "no number"),
-        ('{"a": NaN}', "NaN is no JSON"),
+        ('{"a": 1', "not valid JSON"),
+        ("{'a': 1}", "not valid JSON"),
+        ('{"a": 1, "a": 2}', "occurs twice"),
+        ('{"a": 1e999}', "too large a number"),
+        ('{"a": NaN}', "NaN is not JSON"),
         ("[1, 2]", "a JSON list"),
         ('"Oslo"', "a JSON str"),
         (["Oslo"], "a JSON list"),

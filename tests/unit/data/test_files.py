@@ -170,7 +170,7 @@ def test_a_csv_file_with_an_open_quote_or_twin_columns_is_one_error(tmp_path: Pa
     with pytest.raises(DataError, match="not valid CSV"):
         read(path)
     path.write_text("question,question\nq,a\n")
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         read(path)
 
 

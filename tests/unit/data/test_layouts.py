@@ -80,11 +80,11 @@ REFUSED = {
         {"conversations": [{"from": "human", "value": "a"}], "tools": "[1]"},
         "'tools' must be a list of objects",
     ),
-    "tools that are no JSON": ({"messages": [USER, ASSISTANT], "tools": "{"}, "no JSON"),
+    "tools that are no JSON": ({"messages": [USER, ASSISTANT], "tools": "{"}, "not valid JSON"),
     "a tool without a name": ({"messages": [USER, ASSISTANT], "tools": [{}]}, "name its function"),
     "a call that is none": (
         {"conversations": [{"from": "function_call", "value": '{"arguments": 1}'}]},
-        "conversations[0].value is no call",
+        "conversations[0].value is not a call",
     ),
     "two systems": (
         {"system": "S", "conversations": [{"from": "system", "value": "T"}]},
