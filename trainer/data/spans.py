@@ -48,12 +48,7 @@ class SpanFinder:
     """Finds and proves the trained stretches of rows under one template."""
 
     def __init__(self, template: ChatTemplate, *, train_on_thinking: bool = True) -> None:
-        """Search the ids of one template.
-
-        Args:
-            template: the model's.
-            train_on_thinking: False: a turn's stretch begins behind its thought.
-        """
+        """Without `train_on_thinking` a turn's stretch begins behind its thought."""
         self.template = template
         self.train_on_thinking = train_on_thinking
 

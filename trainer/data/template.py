@@ -243,9 +243,11 @@ class ChatTemplate:
 
     def _source(self) -> str:
         origin = getattr(self.tokenizer, "template_origin", None)
-        name = "the model's own chat template" if origin is None else f"chat template {origin}"
-        how = "its generation markers" if self.has_markers else "answers located in its output"
-        return f"assistant turns, by {name} ({how})"
+        name = (
+            "the model's own chat template" if origin is None else f"the chat template ({origin})"
+        )
+        how = "the generation markers" if self.has_markers else "the output"
+        return f"assistant turns, located by {how} of {name}"
 
     def _marked(self, turns: list[Message], **options: Any) -> tuple[str, list[Any]]:
         """The text of marked turns, and the marks."""

@@ -121,7 +121,10 @@ def test_text_and_turns_may_stand_in_two_files(
     two = write_rows([{"question": "q", "answer": "a"}], "two.jsonl")
     data = prepared(Path(f"{one},{two}"), tokenizer)
     assert data.card.format == "text, question_answer"
-    assert "generation markers); every token of plain text" in data.card.template
+    assert (
+        "generation markers of the model's own chat template; every token of plain text"
+        in data.card.template
+    )
     assert data.train[0]["labels"][1:].min() >= 0
     assert data.train[1]["labels"].min() == IGNORE_INDEX
 
