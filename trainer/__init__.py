@@ -6,7 +6,7 @@ Public names are loaded when they are first used, so that `import trainer.config
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,18 +27,19 @@ __all__ = [
 ]
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+def lazy_names(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
     """Make a package's `__getattr__`, which imports a public name when it is first used.
 
     Args:
         package: the package's `__name__`.
-        homes: public name -> the module that defines it.
+        homes: module -> the public names that it defines.
     """
+    modules = {name: module for module, names in homes.items() for name in names}
 
     def load(name: str) -> Any:
-        if name not in homes:
+        if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes[name]), name)
+        return getattr(importlib.import_module(modules[name]), name)
 
     return load
 
@@ -46,11 +47,8 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 __getattr__ = lazy_names(
     __name__,
     {
-        "ConfigLoader": "trainer.config",
-        "TrainerConfig": "trainer.config",
-        "TrainerEngine": "trainer.core",
-        "TrainingResult": "trainer.core",
-        "create_default_config": "trainer.config",
-        "get_profile": "trainer.profiles",
+        "trainer.config": ["ConfigLoader", "TrainerConfig", "create_default_config"],
+        "trainer.core": ["TrainerEngine", "TrainingResult"],
+        "trainer.profiles": ["get_profile"],
     },
 )

@@ -11,17 +11,13 @@ if TYPE_CHECKING:
     from trainer.core.loss import supervised_loss
     from trainer.core.run import TrainingResult
 
-__all__ = [
-    "TrainerEngine",
-    "TrainingResult",
-    "supervised_loss",
-]
+__all__ = ["TrainerEngine", "TrainingResult", "supervised_loss"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "TrainerEngine": "trainer.core.engine",
-        "TrainingResult": "trainer.core.run",
-        "supervised_loss": "trainer.core.loss",
+        "trainer.core.engine": ["TrainerEngine"],
+        "trainer.core.loss": ["supervised_loss"],
+        "trainer.core.run": ["TrainingResult"],
     },
 )

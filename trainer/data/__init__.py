@@ -12,23 +12,14 @@ if TYPE_CHECKING:
     from trainer.data.dataset import RunData, prepare_data
     from trainer.data.encode import RowEncoder
 
-__all__ = [
-    "EpochOrder",
-    "PadCollator",
-    "RowEncoder",
-    "RunData",
-    "card_lines",
-    "prepare_data",
-]
+__all__ = ["EpochOrder", "PadCollator", "RowEncoder", "RunData", "card_lines", "prepare_data"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "EpochOrder": "trainer.data.batches",
-        "PadCollator": "trainer.data.batches",
-        "RowEncoder": "trainer.data.encode",
-        "RunData": "trainer.data.dataset",
-        "card_lines": "trainer.data.card",
-        "prepare_data": "trainer.data.dataset",
+        "trainer.data.batches": ["EpochOrder", "PadCollator"],
+        "trainer.data.card": ["card_lines"],
+        "trainer.data.dataset": ["RunData", "prepare_data"],
+        "trainer.data.encode": ["RowEncoder"],
     },
 )

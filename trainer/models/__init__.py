@@ -11,21 +11,13 @@ if TYPE_CHECKING:
     from trainer.models.load import load_model, load_tokenizer
     from trainer.models.tiny import write_demo_data
 
-__all__ = [
-    "add_lora",
-    "load_finished_model",
-    "load_model",
-    "load_tokenizer",
-    "write_demo_data",
-]
+__all__ = ["add_lora", "load_finished_model", "load_model", "load_tokenizer", "write_demo_data"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "add_lora": "trainer.models.adapters",
-        "load_finished_model": "trainer.models.adapters",
-        "load_model": "trainer.models.load",
-        "load_tokenizer": "trainer.models.load",
-        "write_demo_data": "trainer.models.tiny",
+        "trainer.models.adapters": ["add_lora", "load_finished_model"],
+        "trainer.models.load": ["load_model", "load_tokenizer"],
+        "trainer.models.tiny": ["write_demo_data"],
     },
 )

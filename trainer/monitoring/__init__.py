@@ -32,13 +32,12 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "LiveMonitorCallback": "trainer.monitoring.callbacks",
-        "LocalPreviewBackend": "trainer.preview.local",
-        "PreviewBackend": "trainer.preview.base",
-        "PreviewResult": "trainer.preview.base",
-        "Remote3090Backend": "trainer.preview.remote",
-        "TrainingStatusReader": "trainer.monitoring.status_reader",
-        "TrainingStatusWriter": "trainer.monitoring.status_writer",
-        "create_preview_backend": "trainer.monitoring.preview_backend",
+        "trainer.monitoring.callbacks": ["LiveMonitorCallback"],
+        "trainer.monitoring.preview_backend": ["create_preview_backend"],
+        "trainer.monitoring.status_reader": ["TrainingStatusReader"],
+        "trainer.monitoring.status_writer": ["TrainingStatusWriter"],
+        "trainer.preview.base": ["PreviewBackend", "PreviewResult"],
+        "trainer.preview.local": ["LocalPreviewBackend"],
+        "trainer.preview.remote": ["Remote3090Backend"],
     },
 )

@@ -10,17 +10,12 @@ if TYPE_CHECKING:
     from trainer.preview.base import PreviewBackend, PreviewResult
     from trainer.preview.local import LocalPreviewBackend
 
-__all__ = [
-    "LocalPreviewBackend",
-    "PreviewBackend",
-    "PreviewResult",
-]
+__all__ = ["LocalPreviewBackend", "PreviewBackend", "PreviewResult"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "LocalPreviewBackend": "trainer.preview.local",
-        "PreviewBackend": "trainer.preview.base",
-        "PreviewResult": "trainer.preview.base",
+        "trainer.preview.base": ["PreviewBackend", "PreviewResult"],
+        "trainer.preview.local": ["LocalPreviewBackend"],
     },
 )
