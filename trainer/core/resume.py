@@ -96,7 +96,6 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "peft",
-    "trl",
     "datasets",
     "safetensors",
     "tokenizers",
