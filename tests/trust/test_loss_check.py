@@ -133,7 +133,7 @@ def test_the_peak_is_forgotten_after_the_checks(
 
     order: list[str] = []
     for name in ("is_loss_equal", "forget_peak_memory"):
-        monkeypatch.setattr(training, name, lambda *_, name=name: order.append(name) or True)
+        monkeypatch.setattr(training, name, lambda *_, name=name, **__: order.append(name) or True)
     config = create_default_config(
         model_path="tiny", dataset_path=str(qa_file), output_dir=str(tmp_path / "run")
     )
