@@ -55,7 +55,7 @@ def reader(server: Server) -> httpx.Client:
 
 def engine_of(server: Server) -> psutil.Process:
     children = psutil.Process(server.process.pid).children()
-    [found] = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+    [found] = [one for one in children if "trainer.server.inference" in " ".join(one.cmdline())]
     return found
 
 

@@ -157,7 +157,7 @@ def test_an_engine_that_dies_ends_the_stream_with_an_error_and_is_replaced(
     server: Server, client: openai.OpenAI
 ) -> None:
     children = psutil.Process(server.process.pid).children()
-    [engine] = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+    [engine] = [one for one in children if "trainer.server.inference" in " ".join(one.cmdline())]
     pieces: list[str] = []
 
     def read(stream: openai.Stream[Any]) -> None:

@@ -282,6 +282,6 @@ def engine_pid(server: Server) -> Callable[[], int]:
 
     def find() -> int:
         children = psutil.Process(server.process.pid).children()
-        return next(c.pid for c in children if "spawn_main" in " ".join(c.cmdline()))
+        return next(c.pid for c in children if "trainer.server.inference" in " ".join(c.cmdline()))
 
     return find

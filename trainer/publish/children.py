@@ -6,15 +6,13 @@ import contextlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import trainer
+from trainer.child import Child
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +82,7 @@ class SidecarWorker:
     log: Path | None = None
     url: str | None = None
     restarts: int = 0
-    _process: subprocess.Popen[str] | None = None
+    _process: Child | None = None
     _is_closing: bool = False
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -98,12 +96,13 @@ class SidecarWorker:
         """Start it again if it ended, a few times."""
         with self._lock:
             process = self._process
-            if self._is_closing or process is None or process.poll() is None:
+            if self._is_closing or process is None or process.returncode is None:
                 return
             if self.restarts >= MAX_RESTARTS:
                 return
             self.restarts += 1
             logger.warning("the sidecar ended (%s); starting it again", process.returncode)
+            process.end(0)  # it is gone: only our end of its pipe is still open
             self._spawn()
 
     def close(self) -> None:
@@ -114,54 +113,39 @@ class SidecarWorker:
         if process is None:
             return
         self.announce(None, None)
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
+        process.end(STOP_TIMEOUT_S)
 
     def _spawn(self) -> None:
-        root = str(Path(trainer.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         environment = {name: v for name, v in os.environ.items() if not name.startswith("TRAINER_")}
         with open(self.log or os.devnull, "ab") as log:
-            process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+            process = Child(
+                self._words(),
                 stderr=log,
-                text=True,
-                env={
+                environment={
                     **environment,
-                    "PYTHONPATH": path,
                     "OMP_NUM_THREADS": str(self.num_threads),
                     "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to training
                 },
-                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
             )
         with contextlib.suppress(OSError):  # training comes first where cores are scarce
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
         self._process = process
         threading.Thread(target=self._watch, args=(process,), name="sidecar", daemon=True).start()
 
-    def _command(self) -> list[str]:
+    def _words(self) -> list[str]:
         port = self.url.rsplit(":", 1)[1] if self.url else "0"
         return [
-            *(sys.executable, "-m", "trainer", "serve", "--model", str(self.model_dir)),
+            *("trainer", "serve", "--model", str(self.model_dir)),
             *("--wait-for-weights", "--end-with-stdin", "--keep-weights", "1", "--port", port),
             *("--device", self.device, "--weights-dir", str(self.weights_dir)),
             *("--api-key-file", str(self.key_file)),
         ]
 
-    def _watch(self, process: subprocess.Popen[str]) -> None:
+    def _watch(self, process: Child) -> None:
         """Wait for the line that says it is ready; what comes after it is of no use here."""
-        assert process.stdout is not None, "spawned with a pipe"
-        with process.stdout as lines:
+        with process.lines as lines:
             for line in lines:
-                words = line.split()
+                words = line.decode("utf-8", "replace").split()
                 if words[:1] == ["ready:"] and len(words) > 1:
                     with self._lock:
                         if self._is_closing:
@@ -169,7 +153,7 @@ class SidecarWorker:
                         self.url = words[1]
                     self.announce(words[1], process.pid)
                     self._on_ready()
-        code = process.wait()
+        code = process.process.wait()
         if not self._is_closing:
             where = f"; see {self.log}" if self.log is not None else ""
             logger.warning("the sidecar ended (%s)%s; training goes on", code, where)
@@ -181,8 +165,6 @@ class SidecarWorker:
 
 
 GRACE_S = 1.0
-
-KILL_TIMEOUT_S = 5.0
 
 
 class PublisherProcess:
@@ -205,17 +187,11 @@ class PublisherProcess:
             on_end: called in the reading thread once the process is gone.
         """
         self._on_event, self._on_end = on_event, on_end
-        # Not by multiprocessing, which would run the user's script again.
-        root = str(Path(trainer.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         with open(log or os.devnull, "ab") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.publish.publisher"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+            self._process = Child(
+                ["trainer.publish.publisher"],
                 stderr=stderr,
-                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
+                environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
         self.send(setup)
         self._reader = threading.Thread(target=self._read, name="preview-read", daemon=True)
@@ -228,33 +204,23 @@ class PublisherProcess:
 
     def send(self, values: dict[str, Any]) -> None:
         """Write one line; a process that is gone is noticed by the thread that reads from it."""
-        assert self._process.stdin is not None, "spawned with a pipe"
-        with contextlib.suppress(OSError, ValueError):  # ValueError: closed by `close`
-            self._process.stdin.write(json.dumps(values).encode() + b"\n")
-            self._process.stdin.flush()
+        with contextlib.suppress(OSError):
+            self._process.send(json.dumps(values).encode())
 
     def close(self) -> None:
         """Let it end by itself, then end it; may be called twice."""
-        assert self._process.stdin is not None, "spawned with a pipe"
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(KILL_TIMEOUT_S)
+        self._process.end(GRACE_S, is_asked=False)
 
     def join(self, timeout_s: float) -> None:
         """Wait for the reading thread."""
         self._reader.join(timeout_s)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None, "spawned with a pipe"
-        with self._process.stdout as lines:
+        with self._process.lines as lines:
             for line in lines:
                 try:
                     self._on_event(json.loads(line))
                 except Exception:
                     logger.exception("an event of the publisher is of no use; training goes on")
-        self._process.wait()
+        self._process.process.wait()
         self._on_end(self)

@@ -20,7 +20,6 @@ import os
 import queue
 import random
 import shutil
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from trainer.child import own_lines
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError, RefusedError, TooSlowError
 from trainer.publish.client import Transport, WorkerClient
@@ -315,7 +315,7 @@ def main() -> None:
     """Run until stdin closes."""
     if hasattr(os, "nice"):
         os.nice(NICENESS)
-    stream, out = sys.stdin.buffer, sys.stdout.buffer
+    stream, out = own_lines()
     setup = Setup.model_validate_json(stream.readline())
     commands: queue.Queue[Any] = queue.Queue()
     reader = threading.Thread(

@@ -1,6 +1,6 @@
 """The engine process: owns the model, one thread, JSON messages in and out.
 
-It is started by `inference_process.py` and ends when its pipe closes. Weights are replaced
+It is started by `inference_process.py` and ends when its stdin closes. Weights are replaced
 between two batches only, because there is one thread and one message at a time.
 """
 
@@ -13,9 +13,10 @@ import json
 import logging
 import secrets
 import signal
-from multiprocessing.connection import Connection
-from typing import Any
+import sys
+from typing import IO, Any
 
+from trainer.child import own_lines
 from trainer.errors import TrainerError
 from trainer.models.chat_template import fix_date
 from trainer.models.load import context_length
@@ -31,6 +32,7 @@ from trainer.publish.wire import (
     PreviewsResult,
 )
 from trainer.server.held import HeldModel, RefusedError
+from trainer.server.inference_process import SharedNumbers
 from trainer.server.token_watch import JobCancelledError, TokenWatch, beat
 
 MAX_SEED = 2**53
@@ -224,53 +226,46 @@ def sample_seed(seed: int, sample: int) -> int:
     return int.from_bytes(digest[:7], "big") % MAX_SEED
 
 
-def engine_main(
-    jobs: Connection,
-    cancelled: Any,
-    beats: Any,
-    model_path: str,
-    device: str,
-    wait_for_weights: bool,
-    base: str | None = None,
-    date: str | None = None,
-) -> None:
-    """Body of the engine process: say hello or why not, then answer until the pipe closes.
+def engine_main(numbers: SharedNumbers, lines: IO[bytes], out: IO[bytes]) -> None:
+    """Body of the engine process: say hello or why not, then answer until its input closes.
 
     Args:
-        cancelled: shared number of the message that is to be given up.
-        beats: shared number that grows while this process runs.
+        numbers: where a message is given up, and where this process shows that it runs.
+        lines: the set-up (options of HeldModel, JSON), then two lines a message: head and body.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
+    setup = json.loads(lines.readline())
+    model_path, date = setup["model_path"], setup["date"]
     try:
         held = HeldModel(
             model_path,
-            device,
-            wait_for_weights=wait_for_weights,
-            base=base,
+            setup["device"],
+            wait_for_weights=setup["wait_for_weights"],
+            base=setup["base"],
             date=None if date is None else dt.date.fromisoformat(date),
         )
 
         def send_text(sample: int, text: str) -> None:
-            _send(jobs, {"sample": sample, "text": text})
+            _send(out, {"sample": sample, "text": text})
 
-        watch = TokenWatch(cancelled, held.tokenizer, send_text)
+        watch = TokenWatch(numbers.cancelled, held.tokenizer, send_text)
         held.watch_layers(watch.check)
         engine = Engine(held, watch)
     except TrainerError as error:
-        _send(jobs, {"ok": False, "error": str(error)})
+        _send(out, {"ok": False, "error": str(error)})
         return
     except Exception as error:  # a model folder can be wrong in any way
         words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        _send(jobs, {"ok": False, "error": f"--model {model_path}: it does not load ({words})."})
+        _send(out, {"ok": False, "error": f"--model {model_path}: it does not load ({words})."})
         return
-    beat(beats)
-    _send(jobs, {"ok": True, "result": engine.hello()})
+    beat(numbers.beats)
+    _send(out, {"ok": True, "result": engine.hello()})
     while True:
         try:
-            head = json.loads(jobs.recv_bytes())
-            body = json.loads(jobs.recv_bytes())
-            _send(jobs, _handle(engine, head, body))
-        except (EOFError, OSError):
+            head, body = lines.readline(), lines.readline()
+            if not body.endswith(b"\n"):
+                return  # the API process is gone, and so is everyone who could ask
+            _send(out, _handle(engine, json.loads(head), json.loads(body)))
+        except OSError:
             return  # the API process is gone, and so is everyone who could ask
 
 
@@ -324,5 +319,16 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
     return {"ok": True, "result": {"weights_id": held.weights_id}}
 
 
-def _send(connection: Connection, message: Reply) -> None:
-    connection.send_bytes(json.dumps(message).encode())
+def _send(out: IO[bytes], message: Reply) -> None:
+    out.write(json.dumps(message).encode() + b"\n")
+    out.flush()
+
+
+def main() -> None:
+    """Run until stdin closes; the argument is the descriptor of the shared numbers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to handle
+    engine_main(SharedNumbers(int(sys.argv[1])), *own_lines())
+
+
+if __name__ == "__main__":
+    main()

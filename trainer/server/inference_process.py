@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
-import multiprocessing
+import mmap
+import os
 import signal
+import tempfile
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
+from trainer.child import Child
 from trainer.errors import ModelError
 
 START_TIMEOUT_S = 600.0
+
+STOP_TIMEOUT_S = 5.0
 
 NOTHING = 0
 """In the cancel flag: no message is to be given up (they are numbered from 1)."""
@@ -20,6 +25,31 @@ NOTHING = 0
 
 class EngineDiedError(Exception):
     """The engine process ended while it was asked something."""
+
+
+class SharedNumbers:
+    """Two numbers in memory of both processes: whoever writes one never waits for the other."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Map an open file of SIZE bytes."""
+        self._map = mmap.mmap(descriptor, self.SIZE)
+        self.cancelled = ctypes.c_int64.from_buffer(self._map, 0)
+        """The message that is to be given up, or NOTHING."""
+        self.beats = ctypes.c_int64.from_buffer(self._map, 8)
+        """Grows while the engine process runs, whatever it computes."""
+
+    SIZE = 16
+
+    @classmethod
+    def new_file(cls) -> int:
+        """Descriptor of an open file of zeros without a name; in memory where the system can."""
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("trainer-engine")
+        else:  # macOS
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        os.ftruncate(descriptor, cls.SIZE)
+        return descriptor
 
 
 class EngineProcess:
@@ -46,10 +76,8 @@ class EngineProcess:
         self.hello: dict[str, Any] = {}
         self.starts = 0
         self._ids = itertools.count(1)
-        self._process: Any = None
-        self._jobs: Connection | None = None
-        self._cancelled: Any = None
-        self._beats: Any = None
+        self._process: Child | None = None
+        self._numbers: SharedNumbers | None = None
 
     def start(self) -> None:
         """Start the process and wait until the model is loaded.
@@ -59,39 +87,34 @@ class EngineProcess:
         """
         assert self.model_path is not None, "set it first"
         self.stop()
-        from trainer.server.inference import engine_main  # torch: only where an engine is started
-
-        context = multiprocessing.get_context("spawn")
-        self._jobs, theirs = context.Pipe()
-        # Two numbers in shared memory: whoever writes one never waits, whatever the engine does.
-        self._cancelled = context.RawValue("q", NOTHING)
-        self._beats = context.RawValue("q", 0)
-        self._process = context.Process(
-            target=engine_main,
-            args=(
-                theirs,
-                self._cancelled,
-                self._beats,
-                self.model_path,
-                self.device,
-                self.wait_for_weights,
-                self.base,
-                self.date,
-            ),
-            name="trainer-engine",
-            daemon=True,
-        )
-        self._process.start()
-        theirs.close()
-        self.starts += 1
-        self.hello = self._wait_for_hello()
-
-    def _wait_for_hello(self) -> dict[str, Any]:
-        assert self._jobs is not None, "start() makes the pipe"
+        descriptor = SharedNumbers.new_file()
         try:
-            if not self._jobs.poll(START_TIMEOUT_S):
-                raise ModelError(f"{self.model_path} did not load within {START_TIMEOUT_S:g} s.")
-            reply = json.loads(self._jobs.recv_bytes())
+            self._numbers = SharedNumbers(descriptor)
+            self._process = Child(
+                ["trainer.server.inference", str(descriptor)],
+                shared=[descriptor],
+                has_own_session=False,  # a signal to the server's group is for both
+            )
+        finally:
+            os.close(descriptor)
+        setup = {
+            "model_path": self.model_path,
+            "device": self.device,
+            "wait_for_weights": self.wait_for_weights,
+            "base": self.base,
+            "date": self.date,
+        }
+        self.starts += 1
+        self.hello = self._wait_for_hello(self._process, setup)
+
+    def _wait_for_hello(self, process: Child, setup: dict[str, Any]) -> dict[str, Any]:
+        try:
+            process.send(json.dumps(setup).encode())
+            reply = json.loads(process.receive(START_TIMEOUT_S))
+        except TimeoutError as error:
+            raise ModelError(
+                f"{self.model_path} did not load within {START_TIMEOUT_S:g} s."
+            ) from error
         except (EOFError, OSError) as error:
             raise ModelError(
                 f"the engine process ended while loading {self.model_path}; is there enough memory?"
@@ -115,22 +138,21 @@ class EngineProcess:
         """Send one message and wait for its reply.
 
         Args:
-            body: JSON.
+            body: JSON without line feeds.
             on_text: told the number of a sample and pieces of it while it is made, in this thread.
         Returns:
             The reply, and how many bytes it had.
         Raises:
             EngineDiedError: the process ended instead of answering.
         """
-        if self._jobs is None:
+        process = self._process
+        if process is None:
             raise EngineDiedError("no engine runs")
-        jobs = self._jobs
         head = {"id": message_id, "op": operation, "stream": on_text is not None}
         try:
-            jobs.send_bytes(json.dumps(head).encode())
-            jobs.send_bytes(body)
+            process.send(json.dumps(head).encode(), body)
             while True:
-                data = jobs.recv_bytes()
+                data = process.receive()
                 reply: dict[str, Any] = json.loads(data)
                 if "text" not in reply:
                     return reply, len(data)
@@ -144,13 +166,13 @@ class EngineProcess:
 
         One message is answered at a time, so one number says all: an older one means nothing.
         """
-        if self._cancelled is not None:
-            self._cancelled.value = message_id
+        if self._numbers is not None:
+            self._numbers.cancelled.value = message_id
 
     @property
     def beats(self) -> int:
         """A number that grows while the process runs, whatever it computes."""
-        return 0 if self._beats is None else int(self._beats.value)
+        return 0 if self._numbers is None else int(self._numbers.beats.value)
 
     @property
     def pid(self) -> int | None:
@@ -160,28 +182,22 @@ class EngineProcess:
     @property
     def is_alive(self) -> bool:
         """Whether the process runs."""
-        return self._process is not None and bool(self._process.is_alive())
+        return self._process is not None and self._process.returncode is None
 
     def was_killed(self) -> bool:
         """Whether somebody else ended the process (slow: waits for it to be gone)."""
         if self._process is None:
             return False
-        self._process.join(2)
-        return bool(self._process.exitcode == -signal.SIGKILL)
+        return self._process.wait(2) == -signal.SIGKILL
 
     def kill(self) -> None:
         """End a process that no longer reacts; whoever waits for its answer is told."""
         if self._process is not None:
-            self._process.kill()
+            self._process.process.kill()
 
     def stop(self) -> None:
         """End the process; may be called twice."""
-        if self._jobs is not None:
-            self._jobs.close()
-        if self._process is not None:
-            self._process.terminate()
-            self._process.join(5)
-            if self._process.is_alive():
-                self._process.kill()
-                self._process.join(5)
-        self._process = self._jobs = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.end(STOP_TIMEOUT_S)
+            process.lines.close()

@@ -56,7 +56,7 @@ def before_ask(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], N
 
 def kill_engine() -> None:
     children = process_of("--wait-for-weights").children()
-    [engine] = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+    [engine] = [one for one in children if "trainer.server.inference" in " ".join(one.cmdline())]
     engine.kill()
 
 
