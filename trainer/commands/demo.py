@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from trainer.commands.arguments import at_least, parse
-from trainer.commands.records import RunRecords
 from trainer.config import TrainerConfig, create_default_config
 from trainer.core import TrainerEngine, TrainingResult
 from trainer.errors import OutputError
 from trainer.models.tiny import DemoData, operation_of, write_demo_data
+from trainer.views.report import RunRecords
 from trainer.views.terminal import create_display
 from trainer.views.words import preview_failure_words
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from trainer.errors import ConfigError
+from trainer.files import SafeStream
 from trainer.monitoring.events import CheckpointSaved, Notice, PhaseChanged, RowShown, RunEnded
-from trainer.views.safe_stream import SafeStream
 from trainer.views.terminal import PlainDisplay, create_display
 from trainer.views.terminal_rich import RichDisplay
 
