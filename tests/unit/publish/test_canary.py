@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 
 from trainer.preview.base import PreviewRequest
 from trainer.preview.neutral import as_received, golden_logprobs
-from trainer.publish import results
-from trainer.publish.results import CANARY_TOKENS, NOISE_FP32, Canary, canary_rows
+from trainer.publish import identity
+from trainer.publish.identity import CANARY_TOKENS, NOISE_FP32, Canary, canary_rows
 
 NUM_CANARIES = 48
 Pair = tuple[list[int], list[int]]
