@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.commands.arguments import add_weights_flags, at_least, parse
+from trainer.commands.arguments import MAX_SEED, add_weights_flags, number, parse, whole_number
 from trainer.core.model_folder import open_run
 from trainer.models.load import check_vocabulary, context_length
 from trainer.models.precision import place, resolve_device
@@ -50,13 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer chat", description=__doc__)
     add_weights_flags(parser)
     parser.add_argument(
-        "--max-new-tokens", type=at_least(int, 1), default=256, help="longest answer [256]"
+        "--max-new-tokens", type=whole_number(1), default=256, help="longest answer [256]"
     )
+    parser.add_argument("--temperature", type=number(0), default=0.0, help="0 = greedy [0]")
     parser.add_argument(
-        "--temperature", type=at_least(float, 0), default=0.0, help="0 = greedy [0]"
-    )
-    parser.add_argument(
-        "--seed", type=at_least(int, 0), default=42, help="seed of the sampling noise [42]"
+        "--seed", type=whole_number(0, MAX_SEED), default=42, help="seed of the sampling noise [42]"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N [auto]")
     return parser

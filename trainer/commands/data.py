@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import parse, parse_known
+from trainer.commands.arguments import parse, parse_known, whole_number
 from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
@@ -61,7 +61,7 @@ def _inspect(words: list[str]) -> int:
         "nothing is trained. Every flag of `trainer train` is taken.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", type=_count, default=DEFAULT_ROWS, metavar="N")
+    parser.add_argument("--rows", type=whole_number(0), default=DEFAULT_ROWS, metavar="N")
     known, rest = parse_known(parser, words)
     if rest and not rest[0].startswith("-"):
         rest = ["--dataset", *rest]
@@ -71,12 +71,6 @@ def _inspect(words: list[str]) -> int:
     console = Console(highlight=False)
     _print_data(console, _prepare(config), known.rows)
     return EXIT_COMPLETED
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"trainer data inspect: --rows {text!r} is no whole number from 0 up.")
-    return int(text)
 
 
 def _prepare(config: TrainerConfig) -> RunData:

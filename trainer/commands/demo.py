@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trainer.commands.arguments import at_least, parse
+from trainer.commands.arguments import MAX_SEED, parse, whole_number
 from trainer.commands.records import RunRecords
 from trainer.config import TrainerConfig, create_default_config
 from trainer.core import TrainerEngine, TrainingResult
@@ -66,9 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer demo", description=__doc__)
     parser.add_argument("--output", default="demo_run", help="folder of the run [demo_run]")
     parser.add_argument(
-        "--steps", type=at_least(int, 1), default=STEPS, help=f"optimizer steps [{STEPS}]"
+        "--steps", type=whole_number(1), default=STEPS, help=f"optimizer steps [{STEPS}]"
     )
-    parser.add_argument("--seed", type=at_least(int, 0), default=0, help="of data and weights [0]")
+    parser.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="of data and weights [0]"
+    )
     parser.add_argument(
         "--preview-backend",
         choices=("local", "sidecar"),

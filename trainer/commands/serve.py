@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
-from trainer.commands.arguments import add_weights_flags, parse
+from trainer.commands.arguments import add_weights_flags, parse, port, whole_number
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.net import remember_key_file
 from trainer.server.app import create_app
@@ -25,6 +25,8 @@ from trainer.server.protocol import BoundedProtocol
 from trainer.server.weights import KEPT_SETS
 
 ADAPTER = "adapter_config.json"
+
+MAX_TIMEOUT_S = 1_000_000
 
 
 def run(argv: list[str]) -> int:
@@ -42,7 +44,6 @@ def run(argv: list[str]) -> int:
             "--wait-for-weights takes architecture and tokenizer from a model; give --model too."
         )
     listener = _listen(words.host, words.port)
-    port = listener.getsockname()[1]
     engine = EngineProcess(
         words.model,
         words.device,
@@ -68,9 +69,9 @@ def run(argv: list[str]) -> int:
             request_timeout_s=words.request_timeout,
         )
         shown = f"[{words.host}]" if ":" in words.host else words.host
+        address = f"http://{shown}:{listener.getsockname()[1]}"
         print(
-            f"ready: http://{shown}:{port} {_describe(engine)}, "
-            f"key {'asked for' if keys else 'none'}",
+            f"ready: {address} {_describe(engine)}, key {'asked for' if keys else 'none'}",
             flush=True,
         )
         config = uvicorn.Config(
@@ -172,18 +173,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 (a free one) to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trainer serve",
@@ -194,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="alias, hub id or folder; without it, the server waits to be told which"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=_port, default=8765, help="0 picks a free one")
+    parser.add_argument("--port", type=port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--api-key-file", type=Path, help="needed for a non-loopback --host")
     parser.add_argument(
@@ -206,11 +195,15 @@ def _parser() -> argparse.ArgumentParser:
         help="take architecture and tokenizer from --model, and the weights from a trainer",
     )
     parser.add_argument(
-        "--keep-weights", type=_count, default=KEPT_SETS, metavar="N", help="sets kept for a return"
+        "--keep-weights",
+        type=whole_number(1),
+        default=KEPT_SETS,
+        metavar="N",
+        help="sets kept for a return",
     )
     parser.add_argument(
         "--request-timeout",
-        type=_count,
+        type=whole_number(1, MAX_TIMEOUT_S),
         default=int(REQUEST_TIMEOUT_S),
         metavar="S",
         help="seconds that one request may take of the engine",
