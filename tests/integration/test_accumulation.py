@@ -16,10 +16,10 @@ CUTS = [(1, 8), (2, 4), (8, 1)]
 @pytest.fixture
 def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain SGD at the config's rate: AdamW would hide errors of scale."""
-    import trainer.core.assembly as assembly
+    import trainer.core.training as training
 
     monkeypatch.setattr(
-        assembly,
+        training,
         "build_optimizer",
         lambda model, hyper: torch.optim.SGD(model.parameters(), lr=hyper.learning_rate),
     )
@@ -92,11 +92,11 @@ def test_accumulation_at_rate_1_is_equal_to_the_last_digits_of_fp64(
     fp64: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import trainer.core.execution as execution
+    import trainer.core.training as training
 
-    save = execution.save_final_model
+    save = training.save_final_model
     monkeypatch.setattr(
-        execution,
+        training,
         "save_final_model",
         lambda *args, **named: save(*args, **{**named, "dtype": torch.float64}),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trainer.core import assembly
+from trainer.core import training
 from trainer.core.checkpoint import find_checkpoint
 from trainer.errors import OutputError
 from trainer.files import checkpoint_steps
@@ -24,12 +25,15 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
     """A function that says which validation loss each step will have."""
 
     def plan(of_step: dict[int, float]) -> None:
-        def build(run: Any, collate: Any) -> Any:
+        def build(prepared: Any, pad_id: int) -> Any:
+            steps = itertools.count(
+                prepared.start_step // 2 * 2 + 2, 2
+            )  # one evaluation every two steps
             return lambda model: SimpleNamespace(
-                loss=of_step[run.step], num_rows=8, num_trained_tokens=80
+                loss=of_step[next(steps)], num_rows=8, num_trained_tokens=80
             )
 
-        monkeypatch.setattr(assembly, "build_evaluator", build)
+        monkeypatch.setattr(training, "build_evaluator", build)
 
     return plan
 

@@ -70,12 +70,12 @@ def step(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., torch.Tensor]:
     """A function that makes one SGD step of all rows of a file, and says what moved."""
-    import trainer.core.assembly as assembly
+    import trainer.core.training as training
 
     path = model_folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.0}))
     monkeypatch.setattr(
-        assembly,
+        training,
         "build_optimizer",
         lambda model, _: torch.optim.SGD(model.parameters(), lr=RATE),
     )

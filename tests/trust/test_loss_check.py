@@ -16,7 +16,7 @@ from transformers import (
 
 from tests.trust.reference import IGNORED, Rows, decoder, llama, ragged_rows, weighted_rows
 from tests.trust.trainers import dataset, make_trainer
-from trainer.core import assembly, checks
+from trainer.core import checks, training
 from trainer.core.checks import NUM_SUPERVISED, is_loss_equal, telling_part
 from trainer.errors import ConfigError
 
@@ -134,7 +134,7 @@ def test_the_peak_is_forgotten_after_the_checks(
 
     order: list[str] = []
     for name in ("is_loss_equal", "forget_peak_memory"):
-        monkeypatch.setattr(assembly, name, lambda *_, name=name: order.append(name) or True)
+        monkeypatch.setattr(training, name, lambda *_, name=name: order.append(name) or True)
     config = create_default_config(
         model_path="tiny", dataset_path=str(qa_file), output_dir=str(tmp_path / "run")
     )

@@ -21,8 +21,8 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import dataset, make_trainer, trained_change
-from trainer.core import assembly, hf_trainer, loss
-from trainer.core.assembly import Evaluator
+from trainer.core import hf_trainer, loss, training
+from trainer.core.training import Evaluator
 from trainer.data.batches import BLANK, PadCollator
 from trainer.data.prepare import PackedDataset
 from trainer.errors import ConfigError
@@ -233,7 +233,7 @@ def test_mutant_n14_an_evaluation_over_the_count_of_tokens_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        assembly, "loss_share", lambda batch: (batch["labels"][:, 1:] != IGNORED).sum()
+        training, "loss_share", lambda batch: (batch["labels"][:, 1:] != IGNORED).sum()
     )
     with pytest.raises(AssertionError):
         check_evaluation()

@@ -58,10 +58,10 @@ def train(tmp_path: Path, model_folder: Path, qa_file: Path) -> Callable[..., An
 @pytest.fixture
 def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain SGD: AdamW would hide errors of scale."""
-    import trainer.core.assembly as assembly
+    import trainer.core.training as training
 
     monkeypatch.setattr(
-        assembly, "build_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1)
+        training, "build_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1)
     )
 
 
@@ -113,7 +113,7 @@ def test_mutant_n5_all_ones_mask_is_killed(
 ) -> None:
     add_mask(monkeypatch)
     # The check at start would stop the run before N5 could see anything.
-    monkeypatch.setattr("trainer.core.assembly.check_documents_apart", lambda *_, **__: None)
+    monkeypatch.setattr("trainer.core.training.check_documents_apart", lambda *_, **__: None)
     with pytest.raises(AssertionError):
         check_packed_equals_unpacked(train, model_folder, "sdpa")
 

@@ -153,7 +153,7 @@ def test_mutant_n23_head_not_saved_is_killed(
     folder_of: Callable[[bool], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import trainer.core.execution as execution
+    import trainer.core.training as training
 
     save = model_folder.save_final_model
 
@@ -165,6 +165,6 @@ def test_mutant_n23_head_not_saved_is_killed(
         monkeypatch.undo()
         return path
 
-    monkeypatch.setattr(execution, "save_final_model", without_head)
+    monkeypatch.setattr(training, "save_final_model", without_head)
     with pytest.raises(AssertionError):
         check_added_tokens(config, folder_of(False))

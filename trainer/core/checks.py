@@ -21,7 +21,6 @@ from trainer.core.loss import (
     supervised_loss,
 )
 from trainer.core.optim import state_placeholders
-from trainer.core.run import RunContext
 from trainer.data.batches import LOSS_WEIGHTS, EncodedDataset, PadCollator, on_device
 from trainer.data.prepare import JoinCollator, PackCollator, join_documents
 from trainer.data.rows import IGNORE_INDEX
@@ -34,18 +33,26 @@ NUM_SUPERVISED = 256
 NUM_ROWS_SEEN = 100
 
 
-def is_loss_equal(run: RunContext, trainer: SupervisedTrainer, rows: EncodedDataset) -> bool:
+def is_loss_equal(
+    trainer: SupervisedTrainer,
+    rows: EncodedDataset,
+    *,
+    dtype: torch.dtype,
+    notice: Callable[..., None],
+) -> bool:
     """Compare both losses on a part of one row, without a trace; say so where they differ.
 
     Args:
         rows: the training rows, not packed.
+        dtype: in which the model computes.
+        notice: told (text, level) where they differ.
     Raises:
         ConfigError: they differ, and the rows weigh their answers, which an own loss cannot.
     """
     row = telling_part(rows)
     batch = on_device(PadCollator(0)([row]), trainer.args.device)
     with undisturbed(trainer.model), trainer.accelerator.autocast():
-        check = compare_with_own_loss(trainer.model, batch, run.precision.compute_dtype)
+        check = compare_with_own_loss(trainer.model, batch, dtype)
     if check.is_equal:
         return True
     words = (
@@ -58,7 +65,7 @@ def is_loss_equal(run: RunContext, trainer: SupervisedTrainer, rows: EncodedData
             "the weights out of the rows (or give only 0 and 1), or turn off in the model's "
             "config.json what adds to its loss."
         )
-    run.notice(f"{words}, so its own forward is used (right, but slower)", "warning")
+    notice(f"{words}, so its own forward is used (right, but slower)", "warning")
     return False
 
 

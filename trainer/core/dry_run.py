@@ -12,9 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.config.schema import TrainerConfig
-from trainer.core.manifest import resolved_config
-from trainer.core.preparation import num_steps
-from trainer.core.run import RunContext
+from trainer.core.run import Prepared
+from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.data.dataset import RunData
 from trainer.models.adapters import add_lora
 from trainer.models.load import read_model_config
@@ -159,18 +158,18 @@ class DryRun:
         }
 
 
-def finish_dry_run(run: RunContext) -> DryRun:
+def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
     """The sums of a run whose rows are prepared; writes config.resolved.json.
 
     The file of a run that is to be resumed stays as it is.
     """
-    config = run.config
+    config, data = prepared.config, prepared.data
     estimate = estimate_memory(
         config,
         read_model_config(config.model, offline=config.environment.offline),
-        run.precision,
-        longest_row=max(run.data.train.lengths),
+        prepared.precision,
+        longest_row=max(data.train.lengths),
     )
-    if run.folder is not None and run.resume is None:
-        run.folder.write_json(run.folder.config_resolved, resolved_config(config))
-    return DryRun(config, run.data, run.precision, estimate, num_steps(config, run.data))
+    if folder is not None and prepared.resume is None:
+        folder.write_json(folder.config_resolved, resolved_config(config))
+    return DryRun(config, data, prepared.precision, estimate, prepared.num_steps)

@@ -1,44 +1,62 @@
-"""TrainerEngine.run_job: a whole run, from a config to a finished model, in about ten steps.
+"""TrainerEngine.run_job: a whole run, from a config to a finished model, by values.
 
-Each step is a method; what it does lives in a module of its own (`preparation.py`, `manifest.py`,
-`loading.py`, `assembly.py`, `execution.py`, ...).
+    prepare(config) -> Prepared -> load -> LoadedModel -> callbacks, Trainer -> train -> finish
+
+What a run opens (folder, lock, previews, settings of the process) is its Job's, which closes it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from trainer.config.loader import required_for_training, resolve
+from trainer.config.loader import resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.arguments import build_training_arguments
-from trainer.core.assembly import assemble_callbacks, assemble_trainer
 from trainer.core.dry_run import DryRun, finish_dry_run
-from trainer.core.execution import execute_training, finish_training
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.manifest import leave_folder, write_manifest
-from trainer.core.preparation import fit_to_model, load_for_training, open_run_folder, prepare_rows
+from trainer.core.preparation import (
+    check_against_rows,
+    check_config,
+    encode_rows,
+    fit_to_model,
+    load_for_training,
+    open_run_folder,
+)
 from trainer.core.run import (
-    RunContext,
+    Job,
+    LoadedModel,
+    Prepared,
+    StopRequest,
     TrainingResult,
     ignore_dead_workers,
     is_main_process,
     stop_on_signals,
 )
+from trainer.core.training import (
+    assemble_callbacks,
+    assemble_trainer,
+    execute_training,
+    finish_training,
+)
+from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
-from trainer.data.sources import check_files
-from trainer.errors import ConfigError, StoppedError
-from trainer.models.hub import go_offline, hub_setting_kept
-from trainer.models.precision import DTYPES, fill_precision, resolve_device, resolve_precision
-from trainer.monitoring.callbacks import Observers
-from trainer.monitoring.events import Observer, RunEnded
+from trainer.errors import ConfigError
+from trainer.models.precision import (
+    DTYPES,
+    fill_precision,
+    resolve_device,
+    resolve_precision,
+)
+from trainer.monitoring.events import CardShown, Observer
 from trainer.monitoring.status_writer import TrainingStatusWriter
-from trainer.monitoring.tracking import check_trackers
 from trainer.profiles import DataProfile, get_profile
 
 
@@ -51,7 +69,7 @@ class TrainerEngine:
         *,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """Take who is told about the run.
+        """Say who is told about the runs.
 
         Args:
             status_writer: writes status.json to its own path and to the run folder; None: to
@@ -60,26 +78,31 @@ class TrainerEngine:
         """
         self.status_writer = status_writer or TrainingStatusWriter(None)
         self._extra_observers = list(observers)
-        self._run: RunContext | None = None
+        self._open: _Stages | None = None
+        self._job: Job | None = None
 
     # ---- the whole run
 
     def run_job(self, config: TrainerConfig) -> TrainingResult:
-        """Train as `config` says. Never raises: what went wrong is in the result."""
-        run = self._begin(config)
-        with stop_on_signals(run.stop), hub_setting_kept():
+        """Train as `config` says. Never raises: what went wrong is in the result.
+
+        What `prepare_dataset`, `load_model` and the others made for an equal config is used.
+        """
+        stop = StopRequest()
+        with stop_on_signals(stop):
+            stages = self._stages(config)
+            job = stages.job
+            job.stop = stop
             try:
-                self.prepare_dataset(config)
-                self.load_model(config)
-                self.build_callbacks(config)
-                trainer = self.create_trainer(config)
-                self._execute_training(trainer, run.config)
-                result = self._finish(run.config)
-            except (Exception, StoppedError) as error:
+                with stop.work():
+                    self._execute_training(stages.trainer, stages.prepared.config)
+                    result = finish_training(job, stages.prepared, stages.loaded, stages.trainer)
+            except BaseException as error:  # a signal's StoppedError, and what libraries raise
                 ignore_dead_workers()
-                result = run.failed(error)
-            self._close(result)
-            return result
+                result = job.failed(error)
+            self._open = self._job = None
+            job.end(result)
+        return result
 
     # ---- the same in parts, for scripts: each does what it needs first, and nothing twice
 
@@ -89,37 +112,49 @@ class TrainerEngine:
         Raises:
             TrainerError: a user's mistake; nothing was written.
         """
-        run = self._begin(config)
-        if run.has_data:
-            return run.data
-        data = self._prepare(config)
-        self._write_manifest(run.config)
-        return data
+        with self._given_up_on_error():
+            return self._stages(config).recorded.data
 
     def load_model(self, config: TrainerConfig) -> tuple[Any, Any]:
         """Model and tokenizer."""
-        run = self._begin(config)
-        self.prepare_dataset(config)
-        if run.model is None:
-            self._load_model_and_tokenizer(run.config)
-        return run.model, run.tokenizer
+        with self._given_up_on_error():
+            stages = self._stages(config)
+            return stages.loaded.model, stages.prepared.tokenizer
 
     def build_callbacks(self, config: TrainerConfig) -> list[Any]:
         """Live monitor and trackers."""
-        run = self._begin(config)
-        self.load_model(config)
-        if not run.callbacks:
-            run.callbacks = self._build_callbacks(run.config)
-        return run.callbacks
+        with self._given_up_on_error():
+            return self._stages(config).callbacks
 
     def create_trainer(self, config: TrainerConfig) -> SupervisedTrainer:
         """The Trainer, ready to run."""
-        run = self._begin(config)
-        callbacks = self.build_callbacks(config)
-        if run.trainer is None:
-            self._create_trainer(run.config, run.model, run.data, callbacks)
-        assert run.trainer is not None, "made above"
-        return run.trainer
+        with self._given_up_on_error():
+            return self._stages(config).trainer
+
+    def close(self) -> None:
+        """Give up what the parts above have opened; the folder is left as if nothing had been."""
+        if self._open is not None:
+            self._open.job.close()
+        self._open = self._job = None
+
+    @contextlib.contextmanager
+    def _given_up_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _stages(self, config: TrainerConfig) -> _Stages:
+        """What was made for this config and is still open, or a beginning."""
+        if self._open is None or not self._open.is_of(config):
+            self.close()
+            observers = [self.status_writer, *self._extra_observers] if is_main_process() else []
+            self._open = _Stages(self, config, Job(config, observers))
+        self._job = self._open.job
+        return self._open
+
+    # ---- without training
 
     def dry_run(self, config: TrainerConfig) -> DryRun:
         """Everything before the weights: checks, encoding, sums; writes config.resolved.json.
@@ -127,16 +162,8 @@ class TrainerEngine:
         Raises:
             TrainerError: what would also stop the run.
         """
-        run = self._run = RunContext(config, Observers(self._extra_observers))
-        with stop_on_signals(run.stop), hub_setting_kept():
-            try:
-                self._prepare(config)
-                return finish_dry_run(run)
-            finally:
-                run.observers.close()
-                if run.folder is not None:
-                    run.folder.discard_if_empty()
-                    run.folder.close()
+        with self._dropped_job(config) as job, stop_on_signals(job.stop), job.stop.work():
+            return finish_dry_run(self._prepare(config, job), job.folder)
 
     def inspect_data(self, config: TrainerConfig) -> RunData:
         """The rows as a run would train on them; nothing is written but the cache of rows.
@@ -144,124 +171,87 @@ class TrainerEngine:
         Raises:
             TrainerError: what would also stop the run.
         """
-        run = self._run = RunContext(config, Observers(self._extra_observers))
-        try:
-            self._check_config(config)
-            run.set_profile(get_profile(config.profile.name, dict(config.profile.options)))
-            self._fit_to_model(run.config)
-            return self._prepare_dataset(run.config, run.profile, run.tokenizer)
-        finally:
-            run.observers.close()
+        with self._dropped_job(config) as job:
+            return self._prepare(config, job, has_folder=False).data
 
-    def _prepare(self, config: TrainerConfig) -> RunData:
-        """The steps before anything is written: they fail on the user's mistakes."""
-        run = self._current
-        self._check_config(config)
-        run.set_profile(get_profile(config.profile.name, dict(config.profile.options)))
-        self._fit_to_model(run.config)
-        self._open_run_folder(run.config)
-        return self._prepare_dataset(run.config, run.profile, run.tokenizer)
+    @contextlib.contextmanager
+    def _dropped_job(self, config: TrainerConfig) -> Iterator[Job]:
+        """A job of its own, closed without a result; what is open for scripts stays open."""
+        before, self._job = self._job, Job(config, self._extra_observers)
+        try:
+            yield self._job
+        finally:
+            self._job.close()
+            self._job = before
 
     # ---- the steps, in order
 
-    def _check_config(self, config: TrainerConfig) -> None:
-        """Fill derived values; decide device and precision; set threads and hub mode."""
-        required_for_training(config)
-        check_trackers(config.monitoring.report_to)
-        run = self._current
-        run.config = config = resolve(config)
-        check_files(config.data)
-        environment, hyper = config.environment, config.hyperparams
-        disable_progress_bar()  # transformers' own bars would tear the terminal view
-        if environment.num_threads is not None:
-            torch.set_num_threads(environment.num_threads)
-        if environment.offline:
-            go_offline()
-        device = resolve_device(environment.device)
-        run.config, name = fill_precision(config, device)
-        run.set_numerics(device, resolve_precision(name, hyper.training_mode, device))
-
-    def _fit_to_model(self, config: TrainerConfig) -> None:
-        """Tokenizer and model config: compare `locked` and max_length before weights are read."""
-        fit_to_model(self._current, config)
-
-    def _open_run_folder(self, config: TrainerConfig) -> None:
-        """Take the run folder for this process, and find what to resume from."""
-        open_run_folder(self._current, config)
+    def _prepare(self, config: TrainerConfig, job: Job, *, has_folder: bool = True) -> Prepared:
+        """The steps before the weights: they fail on the user's mistakes."""
+        config, numerics = check_config(config)
+        profile = get_profile(config.profile.name, dict(config.profile.options))
+        config, tokenizer = fit_to_model(config, job.observers)
+        if has_folder:
+            open_run_folder(job, config)
+        data = self._prepare_dataset(config, profile, tokenizer)
+        num_steps, changes = check_against_rows(config, data, job.resumed_from)
+        for change in changes:
+            job.observers.notice(f"changed since the checkpoint: {change}", "warning")
+        lines = tuple(card_lines(data.card))
+        job.observers.emit(CardShown(title="data", lines=lines, sample=data.card.sample))
+        return Prepared(
+            config=config,
+            device=numerics.device,
+            precision=numerics.precision,
+            profile=profile,
+            tokenizer=tokenizer,
+            date=job.date,
+            resume=job.resumed_from,
+            data=data,
+            num_steps=num_steps,
+            changes=changes,
+        )
 
     def _prepare_dataset(
         self, config: TrainerConfig, profile: DataProfile, tokenizer: Any
     ) -> RunData:
         """Read, split, transform and encode the rows; the data card is part of the result."""
-        return prepare_rows(
-            self._current,
+        return encode_rows(
+            self._job or Job(config, self._extra_observers),
             config,
             profile=profile,
             tokenizer=tokenizer,
             system_prompt=self._build_system_prompt(config),
         )
 
-    def _write_manifest(self, config: TrainerConfig) -> None:
-        """config.resolved.json and run.json: from here on the run is on disk."""
-        run = self._current
-        if run.folder is None:
-            return
-        write_manifest(run, run.folder, config)
-        self.status_writer.attach(
-            run_dir=run.folder.path,
-            context_window=config.hyperparams.max_length,
-            model_name=config.model.model_path,
-            max_output_tokens=config.monitoring.max_output_tokens,
-            status_update_interval=config.monitoring.status_update_interval,
-        )
-
     def _load_model_and_tokenizer(self, config: TrainerConfig) -> tuple[Any, Any]:
         """The model in its load dtype, with adapters in LoRA mode, and the tokenizer."""
-        return load_for_training(self._current, config)
+        stages = self._stages(config)
+        model = load_for_training(stages.recorded, stages.job)
+        return model, stages.prepared.tokenizer
 
     def _build_callbacks(self, config: TrainerConfig) -> list[Any]:
         """The live monitor with its preview scheduler, and TensorBoard."""
-        return assemble_callbacks(self._current, config)
+        stages = self._stages(config)
+        return assemble_callbacks(stages.job, stages.prepared, stages.loaded)
 
     def _create_trainer(
         self, config: TrainerConfig, model: Any, datasets: RunData, callbacks: list[Any]
     ) -> SupervisedTrainer:
         """HF's Trainer with our loss, order, optimizer and checkpoints."""
+        stages = self._stages(config)
         return assemble_trainer(
-            self._current,
-            config,
-            model=model,
-            data=datasets,
-            arguments=self._build_training_arguments(config),
+            stages.job,
+            dataclasses.replace(stages.prepared, data=datasets),
+            model,
+            arguments=self._build_training_arguments(stages.prepared.config),
             callbacks=callbacks,
         )
 
     def _execute_training(self, trainer: SupervisedTrainer, config: TrainerConfig) -> None:
         """The training loop, and the last previews that are made elsewhere."""
-        execute_training(self._current, trainer, config)
-
-    def _finish(self, config: TrainerConfig) -> TrainingResult:
-        """Final evaluation and final model; a stopped run has its checkpoint only."""
-        return finish_training(self._current, config)
-
-    def _close(self, result: TrainingResult) -> None:
-        """Tell everybody, write how it ended, and let go of the folder."""
-        run = self._current
-        if run.scheduler is not None:
-            run.scheduler.close()
-        run.observers.emit(
-            RunEnded(
-                state=result.state,
-                step=result.global_step,
-                error_type=result.summary.get("error_type"),
-                error_message=result.error_message,
-                summary=result.summary,
-            )
-        )
-        run.observers.close()
-        self._run = None
-        if run.folder is not None:
-            leave_folder(run, run.folder, result)
+        stages = self._stages(config)
+        execute_training(stages.job, stages.prepared, trainer)
 
     # ---- helpers whose names users know
 
@@ -276,7 +266,7 @@ class TrainerEngine:
 
     def _build_system_prompt(self, config: TrainerConfig) -> str | None:
         """One system prompt for training and previews: flag, then file, then profile."""
-        date = self._run.date if self._run is not None else dt.date.today()
+        date = self._job.date if self._job is not None else dt.date.today()
         if config.profile.system_prompt is not None:
             return config.profile.system_prompt.replace("{date}", date.isoformat())
         return get_profile(config.profile.name, dict(config.profile.options)).system_prompt(
@@ -295,16 +285,55 @@ class TrainerEngine:
             run_dir=Path(config.output.output_dir),
         )
 
-    # ---- parts of the steps
 
-    def _begin(self, config: TrainerConfig) -> RunContext:
-        """The open run of this config, or a new one."""
-        if self._run is None or self._run.asked is not config:
-            observers = [self.status_writer, *self._extra_observers] if is_main_process() else []
-            self._run = RunContext(config, Observers(observers))
-        return self._run
+class _Stages:
+    """What a config has led to so far: each value is made once, by a method of the engine."""
 
-    @property
-    def _current(self) -> RunContext:
-        assert self._run is not None, "only within a run"
-        return self._run
+    def __init__(self, engine: TrainerEngine, config: TrainerConfig, job: Job) -> None:
+        self._engine, self._asked, self.job = engine, config, job
+
+    def is_of(self, config: TrainerConfig) -> bool:
+        """Whether this is the run of `config`, as it was asked for or as it was resolved."""
+        if config == self._asked:
+            return True
+        made = vars(self).get("prepared")
+        return made is not None and config == made.config
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The run before its weights; nothing is recorded yet."""
+        return self._engine._prepare(self._asked, self.job)
+
+    @cached_property
+    def recorded(self) -> Prepared:
+        """The same, once it is on disk."""
+        prepared = self.prepared
+        self.job.record(prepared)
+        if self.job.folder is not None:
+            monitoring = prepared.config.monitoring
+            self._engine.status_writer.attach(
+                run_dir=self.job.folder.path,
+                context_window=prepared.config.hyperparams.max_length,
+                model_name=prepared.config.model.model_path,
+                max_output_tokens=monitoring.max_output_tokens,
+                status_update_interval=monitoring.status_update_interval,
+            )
+        return prepared
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The weights."""
+        model, _ = self._engine._load_model_and_tokenizer(self.recorded.config)
+        return LoadedModel(model, use_cache=bool(getattr(model.config, "use_cache", True)))
+
+    @cached_property
+    def callbacks(self) -> list[Any]:
+        """What HF's Trainer calls."""
+        return self._engine._build_callbacks(self.prepared.config)
+
+    @cached_property
+    def trainer(self) -> SupervisedTrainer:
+        """HF's Trainer, ready to run."""
+        return self._engine._create_trainer(
+            self.prepared.config, self.loaded.model, self.prepared.data, self.callbacks
+        )

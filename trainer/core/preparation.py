@@ -1,27 +1,37 @@
-"""The steps of a run before its first one: fit to the model, folder, rows, weights."""
+"""The steps of a run before its first one: checks, folder, rows, weights.
+
+All but the weights fail on the user's mistakes and write nothing but the lock and the cache of
+rows.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.arguments import check_schedule
 from trainer.core.checkpoint import clean_staging
-from trainer.core.resume import check_resumable, find_resume_point
-from trainer.core.run import RunContext, is_main_process
+from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
+from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.data.batches import EpochOrder
-from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
 from trainer.data.prepare import pack_training_rows, prepare_data
+from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError
 from trainer.models.adapters import SAVED_BASE, add_lora, describe_base
 from trainer.models.chat_template import fix_date
+from trainer.models.hub import go_offline
 from trainer.models.load import (
     check_is_model,
     check_locked,
@@ -33,87 +43,52 @@ from trainer.models.load import (
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.precision import check_trainable
-from trainer.monitoring.events import CardShown
+from trainer.models.precision import (
+    ResolvedPrecision,
+    check_trainable,
+    fill_precision,
+    resolve_device,
+    resolve_precision,
+)
+from trainer.monitoring.callbacks import Observers
+from trainer.monitoring.tracking import check_trackers
 from trainer.profiles import DataProfile
-
-
-def load_for_training(run: RunContext, config: TrainerConfig) -> tuple[Any, Any]:
-    """Load the weights; returns model and tokenizer.
-
-    Raises:
-        ModelError: they cannot be loaded, or the tokenizer does not fit the embedding.
-    """
-    seed = config.environment.seed
-    run.phase("loading", f"loading {config.model.model_path}")
-    started = time.perf_counter()
-    run.model = load_model(
-        config.model,
-        dtype=run.precision.load_dtype,
-        seed=seed,
-        offline=config.environment.offline,
-        device=run.device,
-    )
-    if config.model.add_tokens:
-        grow_embeddings(run.model, run.tokenizer, config.model.add_tokens)
-    check_vocabulary(run.model, run.tokenizer)
-    _check_rows(run)
-    run.use_cache = bool(getattr(run.model.config, "use_cache", True))
-    if config.hyperparams.training_mode == "lora":
-        _keep_unsaved_base(run)
-        base = describe_base(run.model)
-        run.model = add_lora(run.model, config.lora, seed=seed, revision=config.model.revision)
-        run.model.base_record = base
-        if config.hyperparams.gradient_checkpointing:
-            # Inputs of a frozen model need no gradient, and then nothing would be recomputed.
-            run.model.enable_input_require_grads()
-    run.durations_s["loading"] = time.perf_counter() - started
-    run.notice(f"precision: {run.precision.reason}")
-    return run.model, run.tokenizer
-
-
-def _check_rows(run: RunContext) -> None:
-    """Rows that spell a padding token out, which the embedding need not have.
-
-    Raises:
-        DataError: a row has an id that is not below the embedding's rows.
-    """
-    rows, tokenizer = embedding_rows(run.model), run.tokenizer
-    if max(tokenizer.get_vocab().values()) < rows:
-        return
-    parts: list[Any] = [part for part in (run.data.train, run.data.validation) if part is not None]
-    for part in parts:
-        for index in range(len(part)):
-            largest = int(part[index]["input_ids"].max())
-            if largest >= rows:
-                token = tokenizer.convert_ids_to_tokens(largest)
-                raise DataError(
-                    f"a row holds the token {token!r} (id {largest}), and the model's embedding "
-                    f"has {rows} rows: it can be padded with, not read. Take it out of the rows."
-                )
-
-
-def _keep_unsaved_base(run: RunContext) -> None:
-    """An adapter needs its base again: the built-in model is on no disk, so save it."""
-    if run.model.config._name_or_path or run.folder is None:
-        return
-    base = (run.folder.path / SAVED_BASE).resolve()
-    if not base.exists():
-        run.model.save_pretrained(base)
-        run.tokenizer.save_pretrained(base)
-    run.model.config._name_or_path = run.model.name_or_path = str(base)
-
-
-# ---- the steps of a run before its weights: fit to the model, take the folder, prepare the rows
-#
-# Each fails on the user's mistakes, and none writes anything but the lock and the cache of rows.
-
 
 DEFAULT_MAX_LENGTH = 2048
 
 
-def fit_to_model(run: RunContext, config: TrainerConfig) -> None:
-    """Load tokenizer and model config; fill in max_length.
+@dataclass(frozen=True)
+class Numerics:
+    """Where and how precisely a run computes."""
+
+    device: torch.device
+    precision: ResolvedPrecision
+
+
+def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
+    """Fill derived values, decide device and precision, set threads and hub mode of the process.
+
+    Raises:
+        ConfigError: an option is missing or cannot take effect.
+        DataError: a file of rows is not there.
+    """
+    required_for_training(config)
+    check_trackers(config.monitoring.report_to)
+    config = resolve(config)
+    check_files(config.data)
+    environment, hyper = config.environment, config.hyperparams
+    disable_progress_bar()  # transformers' own bars would tear the terminal view
+    if environment.num_threads is not None:
+        torch.set_num_threads(environment.num_threads)
+    if environment.offline:
+        go_offline()
+    device = resolve_device(environment.device)
+    config, name = fill_precision(config, device)
+    return config, Numerics(device, resolve_precision(name, hyper.training_mode, device))
+
+
+def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerConfig, Any]:
+    """Load tokenizer and model config; returns the config with max_length, and the tokenizer.
 
     Raises:
         ModelError: there is no such model.
@@ -121,8 +96,8 @@ def fit_to_model(run: RunContext, config: TrainerConfig) -> None:
     """
     offline = config.environment.offline
     check_is_model(config.model)
-    run.phase("loading", f"loading the tokenizer of {config.model.model_path}")
-    run.tokenizer = load_tokenizer(config.model, offline=offline)
+    observers.phase("loading", f"loading the tokenizer of {config.model.model_path}")
+    tokenizer = load_tokenizer(config.model, offline=offline)
     model_config = read_model_config(config.model, offline=offline)
     check_locked(config.locked, config.model, model_config)
     monitoring = config.monitoring
@@ -140,52 +115,51 @@ def fit_to_model(run: RunContext, config: TrainerConfig) -> None:
         )
     length = wanted or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     hyper = config.hyperparams.model_copy(update={"max_length": length})
-    run.config = config.model_copy(update={"hyperparams": hyper})
+    return config.model_copy(update={"hyperparams": hyper}), tokenizer
 
 
-def open_run_folder(run: RunContext, config: TrainerConfig) -> None:
+def open_run_folder(job: Job, config: TrainerConfig) -> None:
     """Take the run folder for this process, and find what to resume from.
 
     Raises:
         OutputError: the folder cannot be had.
         ResumeError: there is nothing to resume.
     """
-    is_resume = config.output.resume is not None
+    observers, is_resume = job.observers, config.output.resume is not None
     if is_main_process():
-        run.folder = RunFolder.create(Path(config.output.output_dir), resume=is_resume)
-        for text in run.folder.notices:
-            run.notice(text, "warning")
-        removed = clean_staging(run.folder.checkpoints_dir)
+        job.folder = RunFolder.create(Path(config.output.output_dir), resume=is_resume)
+        for text in job.folder.notices:
+            observers.notice(text, "warning")
+        removed = clean_staging(job.folder.checkpoints_dir)
         if removed:
-            run.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
+            observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
     if config.output.resume is not None:
         root = Path(config.output.output_dir) / RunFolder.CHECKPOINTS
-        run.resume = find_resume_point(config.output.resume, root)
-        run.date = run.resume.date or run.date
-        for text in run.resume.problems:
-            run.notice(text, "warning")
-        run.notice(f"resuming from step {run.resume.step} ({run.resume.path})")
+        point = job.resumed_from = find_resume_point(config.output.resume, root)
+        job.date = point.date or job.date
+        for text in point.problems:
+            observers.notice(text, "warning")
+        observers.notice(f"resuming from step {point.step} ({point.path})")
 
 
-def prepare_rows(
-    run: RunContext,
+def encode_rows(
+    job: Job,
     config: TrainerConfig,
     *,
     profile: DataProfile,
     tokenizer: Any,
     system_prompt: str | None,
 ) -> RunData:
-    """Read, split, transform and encode the rows, and show the data card.
+    """Read, split, transform and encode the rows.
 
     Raises:
         DataError: bad rows, or nothing to train.
         ConfigError: an option that does not fit these rows.
-        ResumeError: these are not the rows, or not the config, of the checkpoint.
     """
     hyper = config.hyperparams
-    run.phase("loading", f"encoding {config.data.dataset_path}")
+    job.observers.phase("loading", f"encoding {config.data.dataset_path}")
     started = time.perf_counter()
-    fix_date(tokenizer, run.date)
+    fix_date(tokenizer, job.date)
     data = prepare_data(
         config.data,
         profile=profile,
@@ -204,29 +178,32 @@ def prepare_rows(
     )
     if config.data.enable_packing:
         data = pack_training_rows(data)
-    run.set_data(data)
-    run.durations_s["encoding"] = time.perf_counter() - started
-    _check_against_rows(run, config, data)
-    run.observers.emit(
-        CardShown(title="data", lines=tuple(card_lines(data.card)), sample=data.card.sample)
-    )
+    job.durations_s["encoding"] = time.perf_counter() - started
     return data
 
 
-def _check_against_rows(run: RunContext, config: TrainerConfig, data: RunData) -> None:
-    """What can be told only once the rows are known."""
+def check_against_rows(
+    config: TrainerConfig, data: RunData, resume: ResumePoint | None
+) -> tuple[int, tuple[str, ...]]:
+    """What can be told only once the rows are known.
+
+    Returns:
+        Optimizer steps of the whole run, and what differs from the checkpoint that is resumed.
+    Raises:
+        ConfigError: an option that does not fit these rows.
+        ResumeError: these are not the rows, or not the config, of the checkpoint.
+    """
     hyper = config.hyperparams
     total = num_steps(config, data)
-    check_schedule(hyper, total, start=run.resume.step if run.resume else 0)
+    check_schedule(hyper, total, start=resume.step if resume else 0)
     if hyper.early_stopping_patience and data.validation is None:
         raise ConfigError(
             "hyperparams.early_stopping_patience is set, but no rows are held out "
             f"({data.card.validation}); hold some out or set it to 0."
         )
-    if run.resume is not None:
-        run.changes = check_resumable(run.resume, config, data.train.fingerprint(), total)
-        for change in run.changes:
-            run.notice(f"changed since the checkpoint: {change}", "warning")
+    if resume is None:
+        return total, ()
+    return total, tuple(check_resumable(resume, config, data.train.fingerprint(), total))
 
 
 def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
@@ -249,3 +226,73 @@ def num_steps(config: TrainerConfig, data: RunData) -> int:
     if hyper.max_steps is not None:
         return hyper.max_steps
     return math.ceil(hyper.num_epochs * order.steps_per_epoch)
+
+
+# ---- the weights
+
+
+def load_for_training(prepared: Prepared, job: Job) -> Any:
+    """Load the weights, on the device of the run, with adapters in LoRA mode.
+
+    Raises:
+        ModelError: they cannot be loaded, or the tokenizer does not fit the embedding.
+        DataError: a row holds an id that the embedding has no row for.
+    """
+    config, tokenizer, seed = prepared.config, prepared.tokenizer, prepared.config.environment.seed
+    job.observers.phase("loading", f"loading {config.model.model_path}")
+    started = time.perf_counter()
+    model = load_model(
+        config.model,
+        dtype=prepared.precision.load_dtype,
+        seed=seed,
+        offline=config.environment.offline,
+        device=prepared.device,
+    )
+    if config.model.add_tokens:
+        grow_embeddings(model, tokenizer, config.model.add_tokens)
+    check_vocabulary(model, tokenizer)
+    _check_rows(prepared.data, model, tokenizer)
+    if config.hyperparams.training_mode == "lora":
+        if job.folder is not None:
+            _keep_unsaved_base(model, tokenizer, job.folder.path / SAVED_BASE)
+        base = describe_base(model)
+        model = add_lora(model, config.lora, seed=seed, revision=config.model.revision)
+        model.base_record = base
+        if config.hyperparams.gradient_checkpointing:
+            # Inputs of a frozen model need no gradient, and then nothing would be recomputed.
+            model.enable_input_require_grads()
+    job.durations_s["loading"] = time.perf_counter() - started
+    job.observers.notice(f"precision: {prepared.precision.reason}")
+    return model
+
+
+def _check_rows(data: RunData, model: Any, tokenizer: Any) -> None:
+    """Rows that spell a padding token out, which the embedding need not have.
+
+    Raises:
+        DataError: a row has an id that is not below the embedding's rows.
+    """
+    rows = embedding_rows(model)
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    parts: list[Any] = [part for part in (data.train, data.validation) if part is not None]
+    for part in parts:
+        for index in range(len(part)):
+            largest = int(part[index]["input_ids"].max())
+            if largest >= rows:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise DataError(
+                    f"a row holds the token {token!r} (id {largest}), and the model's embedding "
+                    f"has {rows} rows: it can be padded with, not read. Take it out of the rows."
+                )
+
+
+def _keep_unsaved_base(model: Any, tokenizer: Any, folder: Path) -> None:
+    """An adapter needs its base again: the built-in model is on no disk, so save it."""
+    if model.config._name_or_path:
+        return
+    base = folder.resolve()
+    if not base.exists():
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    model.config._name_or_path = model.name_or_path = str(base)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.core.published import build_published
-from trainer.core.run import RunContext
+from trainer.core.published import PublishingRun, build_published
+from trainer.core.run import Job, Prepared
 from trainer.data.rows import golden_text
 from trainer.data.sources import HeldOutPrompt
 from trainer.data.template import ChatTemplate
@@ -28,34 +28,36 @@ PROMPTS_AT_ONCE = 50
 """Batch of the final evaluation; previews are one batch of their own."""
 
 
-def local_backend(run: RunContext) -> LocalPreviewBackend:
+def local_backend(prepared: Prepared, model: Any) -> LocalPreviewBackend:
     """A backend on the model in training, computing as training does."""
-    config = run.config
+    config, data = prepared.config, prepared.data
     backend = create_preview_backend(
         "local",
-        model=run.model,
-        tokenizer=run.tokenizer,
-        profile=run.profile,
-        system_prompt=run.data.system_prompt,
+        model=model,
+        tokenizer=prepared.tokenizer,
+        profile=prepared.profile,
+        system_prompt=data.system_prompt,
         max_new_tokens=config.monitoring.preview_max_tokens,
         temperature=config.monitoring.preview_temperature,
         seed=config.environment.seed,
-        stop_ids=run.data.encoder.template.stop_ids,
-        autocast_dtype=run.precision.autocast_dtype,
-        max_length=context_length(run.model.config),
+        stop_ids=data.encoder.template.stop_ids,
+        autocast_dtype=prepared.precision.autocast_dtype,
+        max_length=context_length(model.config),
         with_golden_logprobs=config.monitoring.preview_golden_logprobs,
     )
     assert isinstance(backend, LocalPreviewBackend), "asked for local"
     return backend
 
 
-def build_scheduler(run: RunContext, deliver: Deliver) -> PreviewScheduler | None:
+def build_scheduler(
+    job: Job, prepared: Prepared, model: Any, deliver: Deliver
+) -> PreviewScheduler | None:
     """The configured backend with the run's fixed prompts; None where previews are off."""
-    monitoring = run.config.monitoring
+    monitoring = prepared.config.monitoring
     if not monitoring.inference_interval:
         return None
-    local = local_backend(run)
-    requests = held_out_requests(run.data.preview_prompts)
+    local = local_backend(prepared, model)
+    requests = held_out_requests(prepared.data.preview_prompts)
     requests += [
         PreviewRequest(
             prompt=text,
@@ -67,43 +69,45 @@ def build_scheduler(run: RunContext, deliver: Deliver) -> PreviewScheduler | Non
     ]
     backend: PreviewBackend | Lane = local
     if monitoring.preview_backend == "openai":
-        backend = openai_backend(run)
+        backend = openai_backend(prepared, job.observers.notice)
         how = "the exact ids of training" if backend.takes_ids else "whole conversations"
-        run.notice(
+        job.observers.notice(
             f"previews come from {backend.url}, which is asked by {how}, with the weights that "
             "server has, not with this run's: they are marked unverified",
             "warning",
         )
     elif monitoring.preview_backend != "local":
-        backend = build_published(run, requests, local)
+        assert job.folder is not None, "previews are the main process's"
+        publishing = PublishingRun(prepared, model, job.folder, job.observers.notice)
+        backend = build_published(publishing, requests, local)
     return PreviewScheduler(
         backend, requests, interval=monitoring.inference_interval, deliver=deliver
     )
 
 
-def openai_backend(run: RunContext) -> OpenAIPreviewBackend:
+def openai_backend(prepared: Prepared, notice: Callable[..., None]) -> OpenAIPreviewBackend:
     """A client of any OpenAI-compatible server.
 
     Raises:
         ConfigError: it refuses the key or a seed that was set, or does not have the model.
     """
-    template = run.data.encoder.template
+    template = prepared.data.encoder.template
     backend = create_preview_backend(
-        run.config.monitoring,
-        stop=run.profile.stop_strings,
-        system_prompt=run.data.system_prompt,
-        compare=run.profile.matches,
-        seed=run.config.environment.seed,
-        tokenizer=run.tokenizer,
+        prepared.config.monitoring,
+        stop=prepared.profile.stop_strings,
+        system_prompt=prepared.data.system_prompt,
+        compare=prepared.profile.matches,
+        seed=prepared.config.environment.seed,
+        tokenizer=prepared.tokenizer,
         stop_ids=template.stop_ids,
         render_answer=lambda turns, answer: answer_text(template, turns, answer),
-        notice=lambda text: run.notice(text, "warning"),
+        notice=lambda text: notice(text, "warning"),
     )
     assert isinstance(backend, OpenAIPreviewBackend), "asked for openai"
     try:
         backend.check()
     except AwayError as error:
-        run.notice(f"previews: {error}", "warning")
+        notice(f"previews: {error}", "warning")
     return backend
 
 
@@ -144,24 +148,26 @@ def held_out_requests(prompts: Iterable[HeldOutPrompt]) -> list[PreviewRequest]:
     ]
 
 
-def final_evaluation(run: RunContext, path: Path) -> dict[str, Any] | None:
+def final_evaluation(
+    prepared: Prepared, model: Any, step: int, path: Path
+) -> dict[str, Any] | None:
     """Answer every prompt of the final evaluation greedily, and write one line each.
 
     Returns:
         exact_match (share), matched, num_prompts, failed, and the path of the answers; None
         where none was asked for.
     """
-    requests: Sequence[PreviewRequest] = held_out_requests(run.data.final_prompts)
+    requests: Sequence[PreviewRequest] = held_out_requests(prepared.data.final_prompts)
     if not requests:
         return None
-    backend = local_backend(run)
+    backend = local_backend(prepared, model)
     backend.settings = dataclasses.replace(
-        backend.settings, temperature=0.0, max_new_tokens=run.config.monitoring.max_eval_tokens
+        backend.settings, temperature=0.0, max_new_tokens=prepared.config.monitoring.max_eval_tokens
     )
     results = []
     with path.open("w", encoding="utf-8") as file:
         for start in range(0, len(requests), PROMPTS_AT_ONCE):
-            batch = backend.preview_batch(list(requests[start : start + PROMPTS_AT_ONCE]), run.step)
+            batch = backend.preview_batch(list(requests[start : start + PROMPTS_AT_ONCE]), step)
             file.writelines(json.dumps(to_json_line(result)) + "\n" for result in batch)
             results += batch
     matched = sum(result.matches is True for result in results)

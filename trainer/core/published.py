@@ -6,14 +6,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from trainer.config.schema import MonitoringConfig
-from trainer.core.run import RunContext
+from trainer.core.run import Prepared
+from trainer.core.run_folder import RunFolder
 from trainer.errors import ConfigError, PreviewError
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.precision import resolve_device
@@ -44,8 +46,18 @@ NUM_SLOTS = {"http": 2, "dir": 3}
 """With `dir` the server reads the newest file where it lies: one more is in use."""
 
 
+@dataclass(frozen=True)
+class PublishingRun:
+    """The run whose weights are published."""
+
+    prepared: Prepared
+    model: Any
+    folder: RunFolder
+    notice: Callable[[str, Literal["info", "warning", "error"]], None]
+
+
 def build_published(
-    run: RunContext, requests: list[PreviewRequest], local: LocalPreviewBackend
+    run: PublishingRun, requests: list[PreviewRequest], local: LocalPreviewBackend
 ) -> PublishedPreviews:
     """The lane of `sidecar` and `remote_3090`.
 
@@ -53,11 +65,13 @@ def build_published(
         ConfigError: the server is misconfigured; one that is away is only told.
         PreviewError: no room for copies of the weights.
     """
-    assert run.folder is not None, "previews are the main process's"
-    backend, is_adapter = run.config.monitoring.preview_backend, hasattr(run.model, "peft_config")
+    backend, is_adapter = (
+        run.prepared.config.monitoring.preview_backend,
+        hasattr(run.model, "peft_config"),
+    )
     transport = "dir" if backend == "sidecar" else "http"
     tensors = adapter_tensors(run.model) if is_adapter else canonical_tensors(run.model)
-    snapshots = Snapshotter(tensors, run.precision.compute_dtype, run.device)
+    snapshots = Snapshotter(tensors, run.prepared.precision.compute_dtype, run.prepared.device)
     base = _base(run) if is_adapter else None
     room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
     folder = arena_folder(room, run.folder.path)
@@ -75,8 +89,8 @@ def build_published(
             num_slots=NUM_SLOTS[transport],
             requests=requests,
             canary=canary,
-            matches=run.profile.matches,
-            decode=lambda token: str(run.tokenizer.decode([token])),
+            matches=run.prepared.profile.matches,
+            decode=lambda token: str(run.prepared.tokenizer.decode([token])),
             backend_type=backend,
             notice=lambda text: run.notice(text, "warning"),
             log=run.folder.log("publisher"),
@@ -92,7 +106,7 @@ def build_published(
 
 
 def _worker_and_setup(
-    run: RunContext,
+    run: PublishingRun,
     folder: Path,
     transport: str,
     requests: Sequence[PreviewRequest],
@@ -100,13 +114,12 @@ def _worker_and_setup(
     canary: Canary | None,
 ) -> tuple[Worker, dict[str, Any]]:
     """The server, and the publisher's first line."""
-    assert run.folder is not None, "previews are the main process's"
-    profile = _profile_for_worker(run.config.profile.name, run.profile, local)
+    profile = _profile_for_worker(run.prepared.config.profile.name, run.prepared.profile, local)
     name = _run_name(run.folder.path)
     hashes = ServerHashes(
         config_hash=config_hash(run.model.config),
-        tokenizer_hash=tokenizer_hash(run.tokenizer),
-        chat_template_hash=chat_template_hash(run.tokenizer),
+        tokenizer_hash=tokenizer_hash(run.prepared.tokenizer),
+        chat_template_hash=chat_template_hash(run.prepared.tokenizer),
     )
     worker, key, weights_dir = _worker(run, folder, hashes, profile[0], name)
     is_http = transport == "http"
@@ -114,12 +127,14 @@ def _worker_and_setup(
         "key": key,
         "run": name,
         "transport": transport,
-        "timeout_s": run.config.monitoring.remote_3090_timeout if is_http else SIDECAR_S,
+        "timeout_s": run.prepared.config.monitoring.remote_3090_timeout if is_http else SIDECAR_S,
         "weights_dir": str(weights_dir) if weights_dir else None,
         "folder": str(folder),
         "hashes": hashes.model_dump(),
-        "model": run.config.model.model_path if is_http else None,
-        "template_date": run.date.isoformat() if is_dated(run.tokenizer) else None,
+        "model": run.prepared.config.model.model_path if is_http else None,
+        "template_date": run.prepared.date.isoformat()
+        if is_dated(run.prepared.tokenizer)
+        else None,
         "previews": _previews(run, requests, local, profile, canary),
     }
 
@@ -152,10 +167,10 @@ def _profile_for_worker(
 
 
 def _worker(
-    run: RunContext, folder: Path, hashes: ServerHashes, profile: str, name: str
+    run: PublishingRun, folder: Path, hashes: ServerHashes, profile: str, name: str
 ) -> tuple[Worker, str | None, Path | None]:
     """The server of this run, its key, and the folder of transport `dir`."""
-    monitoring = run.config.monitoring
+    monitoring = run.prepared.config.monitoring
     announce = _announcer(run, folder / "key" if monitoring.preview_backend == "sidecar" else None)
     if monitoring.preview_backend == "sidecar":
         key = secrets.token_hex(32)
@@ -167,7 +182,7 @@ def _worker(
     secret = read_key(monitoring.remote_3090_key_file)
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
-        info = client.check(hashes, profile, run.config.model.model_path)
+        info = client.check(hashes, profile, run.prepared.config.model.model_path)
         wanted = monitoring.remote_3090_model_id
         if wanted is not None and wanted != info.model_id:
             raise ConfigError(
@@ -181,10 +196,9 @@ def _worker(
     return RemoteWorker(url, announce), secret, None
 
 
-def _announcer(run: RunContext, key_file: Path | None) -> Announce:
+def _announcer(run: PublishingRun, key_file: Path | None) -> Announce:
     """Writes worker.json, by which the live page finds the server; never the key itself."""
-    folder, monitoring = run.folder, run.config.monitoring
-    assert folder is not None, "previews are the main process's"
+    folder, monitoring = run.folder, run.prepared.config.monitoring
 
     def announce(url: str | None, pid: int | None) -> None:
         if url is None:
@@ -200,7 +214,7 @@ def _announcer(run: RunContext, key_file: Path | None) -> Announce:
                 "key_file": str(key) if key else None,
                 "backend": monitoring.preview_backend,
                 "model_id": None,
-                "system_prompt": run.data.system_prompt,
+                "system_prompt": run.prepared.data.system_prompt,
                 "pid": pid,
             },
         )
@@ -209,10 +223,9 @@ def _announcer(run: RunContext, key_file: Path | None) -> Announce:
 
 
 def _sidecar(
-    run: RunContext, folder: Path, key: str, announce: Announce
+    run: PublishingRun, folder: Path, key: str, announce: Announce
 ) -> tuple[SidecarWorker, Path]:
-    monitoring, config = run.config.monitoring, run.model.config
-    assert run.folder is not None, "previews are the main process's"
+    monitoring, config = run.prepared.config.monitoring, run.model.config
     if getattr(config, "auto_map", None):
         raise ConfigError(
             "monitoring.preview_backend=sidecar: this model needs code from its own folder, which "
@@ -222,11 +235,11 @@ def _sidecar(
     model_dir, weights_dir, key_file = folder / "model", folder / "weights", folder / "key"
     weights_dir.mkdir(mode=0o700)
     config.save_pretrained(model_dir)
-    run.tokenizer.save_pretrained(model_dir)
+    run.prepared.tokenizer.save_pretrained(model_dir)
     key_file.touch(mode=0o600)
     key_file.write_text(key + "\n", encoding="ascii")
     cores = os.cpu_count() or 1
-    threads = 1 if run.device.type == "cpu" else max(1, cores // 2)
+    threads = 1 if run.prepared.device.type == "cpu" else max(1, cores // 2)
     worker = SidecarWorker(
         model_dir=model_dir,
         weights_dir=weights_dir,
@@ -239,7 +252,7 @@ def _sidecar(
     return worker, weights_dir
 
 
-def _canary(run: RunContext, requests: Sequence[PreviewRequest]) -> Canary | None:
+def _canary(run: PublishingRun, requests: Sequence[PreviewRequest]) -> Canary | None:
     """Golden answers scored by this process as the worker scores them; None without any."""
     rows = canary_rows(requests)
     if not rows:
@@ -251,7 +264,7 @@ def _canary(run: RunContext, requests: Sequence[PreviewRequest]) -> Canary | Non
     sent_as = _sent_as(run)
     # The one kind of kernel that cannot compute in fp32.
     is_flash = "flash" in str(getattr(model.config, "_attn_implementation", ""))
-    autocast = run.precision.autocast_dtype if is_flash else None
+    autocast = run.prepared.precision.autocast_dtype if is_flash else None
 
     def score() -> torch.Tensor:
         with as_received(model, sent_as, autocast=autocast):
@@ -261,9 +274,9 @@ def _canary(run: RunContext, requests: Sequence[PreviewRequest]) -> Canary | Non
     return Canary(rows, num_tokens, NOISE_FP32 if autocast is None else NOISE_HALF, score)
 
 
-def _sent_as(run: RunContext) -> SentAs:
+def _sent_as(run: PublishingRun) -> SentAs:
     """In which dtype each tensor travels; the frozen base of adapters goes as it was loaded."""
-    travel, loaded = run.precision.compute_dtype, run.precision.load_dtype
+    travel, loaded = run.prepared.precision.compute_dtype, run.prepared.precision.load_dtype
     if not hasattr(run.model, "peft_config"):
         return lambda tensor: travel
     trained = {id(tensor) for tensor in adapter_tensors(run.model).values()}
@@ -271,14 +284,14 @@ def _sent_as(run: RunContext) -> SentAs:
 
 
 def _previews(
-    run: RunContext,
+    run: PublishingRun,
     requests: Sequence[PreviewRequest],
     local: LocalPreviewBackend,
     profile: tuple[str, dict[str, Any], tuple[str, ...]],
     canary: Canary | None,
 ) -> dict[str, Any]:
     """What every `POST /previews` of this run has in common."""
-    monitoring: MonitoringConfig = run.config.monitoring
+    monitoring: MonitoringConfig = run.prepared.config.monitoring
     prompts: list[Mapping[str, Any]] = [
         {
             "prompt": one.prompt,
@@ -298,14 +311,16 @@ def _previews(
         "stop_ids": sorted(local.settings.stop_ids),
         "max_new_tokens": monitoring.preview_max_tokens,
         "temperature": monitoring.preview_temperature,
-        "seed": run.config.environment.seed,
+        "seed": run.prepared.config.environment.seed,
         "golden_logprobs": monitoring.preview_golden_logprobs,
         "canary": list(canary.rows) if canary is not None else None,
     }
 
 
-def _base(run: RunContext) -> Snapshotter:
-    return Snapshotter(base_tensors(run.model), run.precision.load_dtype, run.device)
+def _base(run: PublishingRun) -> Snapshotter:
+    return Snapshotter(
+        base_tensors(run.model), run.prepared.precision.load_dtype, run.prepared.device
+    )
 
 
 def _write_base(base: Snapshotter, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""One run: what it has gathered so far, who asked it to stop, and the result it ends in."""
+"""One run: what it is prepared with, what it owns and closes again, and the result it ends in."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.resume import ResumePoint
-from trainer.core.run_folder import RunFolder
+from trainer.core.resume import SEMANTICS, ResumePoint, environment_manifest
+from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.data.dataset import RunData
 from trainer.errors import (
     EXIT_COMPLETED,
@@ -30,14 +31,21 @@ from trainer.errors import (
     EXIT_SIGHUP,
     EXIT_SIGINT,
     EXIT_SIGTERM,
+    EXIT_USER_INPUT,
     StoppedError,
     TrainerError,
 )
+from trainer.models.hub import hub_setting_kept
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.callbacks import LiveMonitorCallback, Observers
-from trainer.monitoring.events import Notice, PhaseChanged, RunState
-from trainer.preview.scheduler import PreviewScheduler
+from trainer.monitoring.events import Observer, RunEnded
 from trainer.profiles import DataProfile
+
+logger = logging.getLogger(__name__)
+
+before_closing: Callable[[str], None] | None = None
+"""Called with the name of each step of closing before it is made; None in normal use. A test sets
+it to send a signal or to raise, and so reaches every state in which closing can be disturbed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +90,19 @@ EXIT_CODES = {
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop."""
+    """Whether somebody asked this process to stop, and whether a signal may abort what is done.
+
+    A signal raises at most once, and only between `work` and the end of its block: closing a run
+    is never cut short, however often somebody presses Ctrl-C.
+    """
 
     def __init__(self) -> None:
-        """Nobody asked yet, and no step is being made."""
         self.signal: signal.Signals | None = None
         self.asked_by: str | None = None
         """Who asked without a signal, in words."""
         self.can_wait = False
         """True while training: the stop then waits for the end of the step."""
+        self._may_abort = False
 
     @property
     def is_set(self) -> bool:
@@ -116,12 +128,32 @@ class StopRequest:
         """130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP; 0 without a signal."""
         return EXIT_CODES[self.signal] if self.signal is not None else EXIT_COMPLETED
 
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """The part of a run that a signal may abort.
+
+        Raises:
+            StoppedError: out of whatever is done in the block; also at its start, for a signal
+                that came before.
+        """
+        self._may_abort = True
+        try:
+            if self.is_signalled:
+                self._abort()
+            yield
+        finally:
+            self._may_abort = False
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: remember the first signal, abort at the second or outside a step."""
         is_second = self.is_signalled
         self.signal = self.signal or signal.Signals(number)
-        if is_second or not self.can_wait:
-            raise StoppedError(f"by {self.signal.name}", exit_code=self.exit_code)
+        if self._may_abort and (is_second or not self.can_wait):
+            self._abort()
+
+    def _abort(self) -> None:
+        self._may_abort = False
+        raise StoppedError(f"by {self.by}", exit_code=self.exit_code)
 
 
 @contextlib.contextmanager
@@ -138,6 +170,8 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
         for number in EXIT_CODES
         if signal.getsignal(number) is not signal.SIG_IGN
     }
+    # torch sets one for the workers of a DataLoader, for good.
+    before[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
@@ -155,102 +189,200 @@ def ignore_dead_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-# ---- RunContext: what one run has gathered so far, and the result it ends in
+@contextlib.contextmanager
+def process_settings_kept() -> Iterator[None]:
+    """Put back what a run sets in its process: environment, threads, progress bars, hub."""
+    environment, num_threads = dict(os.environ), torch.get_num_threads()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        with hub_setting_kept():
+            yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.set_num_threads(num_threads)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
-logger = logging.getLogger(__name__)
+# ---- what a run is prepared with
 
 
-@dataclass
-class RunContext:
-    """Filled step by step by the engine; a field that is asked for too early is our mistake."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything of a run before its weights: fixed from here on."""
 
     config: TrainerConfig
-    """As resolved so far."""
-    observers: Observers
-    stop: StopRequest = field(default_factory=StopRequest)
-    started: float = field(default_factory=time.perf_counter)
-    date: dt.date = field(default_factory=dt.date.today)
+    """With every derived value filled in."""
+    device: torch.device
+    precision: ResolvedPrecision
+    profile: DataProfile
+    tokenizer: Any
+    date: dt.date
     """Of the system prompt and of the chat template; a resume keeps the date of its run."""
-    durations_s: dict[str, float] = field(default_factory=dict)
-    use_cache: bool = True
-    """The model config's own value, which training changes."""
-    tokenizer: Any = None
-    model: Any = None
-    folder: RunFolder | None = None
-    """None on other processes than the main one, and before it is taken."""
-    resume: ResumePoint | None = None
-    checkpoint: Path | None = None
-    changes: list[str] = field(default_factory=list)
+    resume: ResumePoint | None
+    """None: a new run."""
+    data: RunData
+    num_steps: int
+    """Optimizer steps of the whole run."""
+    changes: tuple[str, ...] = ()
     """What differs from the checkpoint that is resumed, in words."""
-    is_recorded: bool = False
-    """run.json of the folder is this run's."""
-    callbacks: list[Any] = field(default_factory=list)
-    trainer: SupervisedTrainer | None = None
-    callback: LiveMonitorCallback | None = None
-    scheduler: PreviewScheduler | None = None
-    _device: torch.device | None = None
-    _precision: ResolvedPrecision | None = None
-    _profile: DataProfile | None = None
-    _data: RunData | None = None
-
-    def __post_init__(self) -> None:
-        """Remember the config as it was asked for: it tells this run from another."""
-        self.asked = self.config
 
     @property
-    def has_data(self) -> bool:
-        """Whether the rows are prepared."""
-        return self._data is not None
+    def start_step(self) -> int:
+        """Optimizer steps that were done before this process."""
+        return self.resume.step if self.resume is not None else 0
 
-    def set_numerics(self, device: torch.device, precision: ResolvedPrecision) -> None:
-        """Fix where and how precisely this run computes."""
-        self._device, self._precision = device, precision
 
-    def set_profile(self, profile: DataProfile) -> None:
-        """Fix the profile."""
-        self._profile = profile
+@dataclass(frozen=True)
+class LoadedModel:
+    """The weights of a run, on its device, with adapters in LoRA mode."""
 
-    def set_data(self, data: RunData) -> None:
-        """Fix the rows."""
-        self._data = data
+    model: Any
+    use_cache: bool
+    """The model config's own value, which training changes."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where this run computes."""
-        assert self._device is not None, "set by _check_config"
-        return self._device
 
-    @property
-    def precision(self) -> ResolvedPrecision:
-        """How precisely this run computes."""
-        assert self._precision is not None, "set by _check_config"
-        return self._precision
+# ---- what a run owns
 
-    @property
-    def profile(self) -> DataProfile:
-        """The profile of this run."""
-        assert self._profile is not None, "set by run_job"
-        return self._profile
 
-    @property
-    def data(self) -> RunData:
-        """The rows of this run."""
-        assert self._data is not None, "set by _prepare_dataset"
-        return self._data
+class Job:
+    """What one run has open: settings of its process, folder and lock, observers, previews.
+
+    `close` closes all of it, the last first, each guarded against the others: no exception and no
+    signal keeps the rest from being closed.
+    """
+
+    def __init__(self, config: TrainerConfig, observers: Sequence[Observer]) -> None:
+        """Open nothing but the record of the process's settings.
+
+        Args:
+            config: as it was asked for.
+            observers: told of the run; closed with it.
+        """
+        self.output_dir = Path(config.output.output_dir)
+        self.observers = Observers(observers)
+        self.stop = StopRequest()
+        self.started = time.perf_counter()
+        self.durations_s: dict[str, float] = {}
+        self.date = dt.date.today()
+        """A resume takes that of its run."""
+        self.folder: RunFolder | None = None
+        """None on other processes than the main one, and for what is not recorded."""
+        self.is_recorded = False
+        """run.json of the folder is this run's."""
+        self.resumed_from: ResumePoint | None = None
+        self.checkpoint: Path | None = None
+        """The newest that this process wrote."""
+        self.monitor: LiveMonitorCallback | None = None
+        """The live monitor, once it is built."""
+        self.trainer: SupervisedTrainer | None = None
+        """HF's Trainer, once it is made."""
+        self.result: TrainingResult | None = None
+        self._closing = contextlib.ExitStack()
+        settings = contextlib.ExitStack()
+        settings.enter_context(process_settings_kept())
+        # In the order of opening: run.json is written after every observer has told the end, and
+        # nobody else may take the folder before that.
+        self.on_close("settings of the process", settings.close)
+        self.on_close("lock of the run folder", self._release_folder)
+        self.on_close("run.json", self._leave_folder)
+        self.on_close("observers", self.observers.close)
+        self.on_close("end of the run", self._tell_end)
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.trainer.state.global_step) if self.trainer is not None else 0
 
-    def phase(self, state: RunState, text: str) -> None:
-        """Tell everybody what happens now."""
-        self.observers.emit(PhaseChanged(state=state, text=text))
+    def on_close(self, name: str, close: Callable[[], Any]) -> None:
+        """Have something closed at the end, before whatever is open already.
 
-    def notice(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
-        """Tell everybody something they should know."""
-        self.observers.emit(Notice(text=text, level=level))
+        Args:
+            name: what it is, in words, for the message when it cannot be closed.
+            close: bounded in time: a signal does not end it.
+        """
+        self._closing.callback(self._guarded, name, close)
+
+    def end(self, result: TrainingResult) -> None:
+        """Say how the run ended, to observers and in run.json, and close everything."""
+        self.result = result
+        self.close()
+
+    def close(self) -> None:
+        """Close everything; never raises. Without a result the run was given up before a step."""
+        self._closing.close()
+
+    def record(self, prepared: Prepared) -> None:
+        """Write config.resolved.json and run.json: from here on the run is on disk.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        if self.folder is None:
+            return
+        self.is_recorded = True
+        data, resolved = prepared.data, resolved_config(prepared.config)
+        self.folder.write_json(self.folder.config_resolved, resolved)
+        self.folder.write_json(
+            self.folder.run_json,
+            {
+                "state": "training",
+                "semantics": SEMANTICS,
+                "config": resolved,
+                "date": prepared.date.isoformat(),
+                "system_prompt": data.system_prompt,
+                "precision": prepared.precision.reason,
+                "device": str(prepared.device),
+                "data_card": data.card.as_json(),
+                "data_files_sha256": data.file_hashes,
+                "data_fingerprint": data.train.fingerprint(),
+                "resumed_from_step": prepared.resume.step if prepared.resume else None,
+                "changed_since_checkpoint": list(prepared.changes),
+                "environment": environment_manifest(),
+            },
+        )
+
+    @staticmethod
+    def _guarded(name: str, close: Callable[[], Any]) -> None:
+        for step in (lambda: before_closing and before_closing(name), close):
+            try:
+                step()
+            except BaseException as error:  # what is still open must be closed as well
+                logger.error("%s: could not be closed (%s: %s)", name, type(error).__name__, error)
+
+    def _tell_end(self) -> None:
+        if self.result is not None:
+            self.observers.emit(
+                RunEnded(
+                    state=self.result.state,
+                    step=self.result.global_step,
+                    error_type=self.result.summary.get("error_type"),
+                    error_message=self.result.error_message,
+                    summary=self.result.summary,
+                )
+            )
+
+    def _leave_folder(self) -> None:
+        """run.json says how it ended; a refused run leaves a folder as it was."""
+        folder, result = self.folder, self.result
+        if folder is None:
+            return
+        is_refused = result is None or (result.exit_code == EXIT_USER_INPUT and not self.step)
+        if not self.is_recorded:  # what is there, if anything, is an earlier run's
+            folder.discard_if_empty()
+        elif is_refused and self.resumed_from is None:
+            folder.discard_unstarted_run()
+        elif result is None:
+            folder.update_json(folder.run_json, {"state": "stopped"})
+        else:
+            ending = {"exit_code": result.exit_code, "summary": result.summary}
+            folder.update_json(folder.run_json, {"state": result.state, **ending})
+
+    def _release_folder(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
 
     # ---- how it ended
 
@@ -258,7 +390,7 @@ class RunContext:
         self, model_path: Path | None, final_evaluation: dict[str, Any] | None
     ) -> TrainingResult:
         """The result of a run that reached its end, or was asked by its control file to end."""
-        is_over = self.callback is not None and self.callback.early_stopping.is_over
+        is_over = self.monitor is not None and self.monitor.early_stopping.is_over
         is_early = is_over and self.trainer is not None and self.step < self.trainer.state.max_steps
         ended_by = "control" if self.stop.is_set else "early_stopping" if is_early else "steps"
         message = None
@@ -303,24 +435,30 @@ class RunContext:
         success: bool = False,
         **options: Any,
     ) -> TrainingResult:
-        callback, trainer = self.callback, self.trainer
+        trainer = self.trainer
         return TrainingResult(
             state=state,
             success=success,
-            output_dir=Path(self.config.output.output_dir),
-            checkpoint_path=self.checkpoint or (self.resume.path if self.resume else None),
+            output_dir=self.output_dir,
+            checkpoint_path=self.checkpoint
+            or (self.resumed_from.path if self.resumed_from is not None else None),
             global_step=self.step,
             train_loss=trainer.last_step.train_loss if trainer and trainer.last_step else None,
-            val_loss=callback.last_val_loss if callback else None,
+            val_loss=self.monitor.last_val_loss if self.monitor else None,
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
-                "previews": self.scheduler.summary() if self.scheduler else None,
+                "previews": self._preview_counts(),
                 "fp16_overflows": trainer.num_overflows if trainer is not None else 0,
-                "stop_reason": callback.stop_reason if callback else None,
+                "stop_reason": self.monitor.stop_reason if self.monitor else None,
                 **more,
             },
             **options,
         )
+
+    def _preview_counts(self) -> dict[str, Any] | None:
+        if self.monitor is None or self.monitor.scheduler is None:
+            return None
+        return self.monitor.scheduler.summary()
 
 
 def is_main_process() -> bool:

@@ -1,7 +1,4 @@
-"""RunFolder: one run's folder, its names, its lock, and what refuses a second run.
-
-Also the description of the machine for `run.json`.
-"""
+"""RunFolder: one run's folder, its names, its lock, and what refuses a second run."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
 from trainer.files import CHECKPOINTS_NAME, replace_file
 from trainer.monitoring.events import plain_values
@@ -204,3 +202,10 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def resolved_config(config: TrainerConfig) -> dict[str, Any]:
+    """The config as JSON values that start the same run anew: where it was resumed is no part."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    values["output"]["resume"] = None
+    return values

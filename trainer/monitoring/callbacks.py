@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -29,6 +29,7 @@ from trainer.monitoring.events import (
     PhaseChanged,
     PreviewsDone,
     RowShown,
+    RunState,
     StepDone,
 )
 from trainer.preview.base import PreviewResult
@@ -60,6 +61,14 @@ class Observers:
         """Tell everybody; never raises."""
         with self._lock:
             self._tell(event)
+
+    def phase(self, state: RunState, text: str) -> None:
+        """Tell everybody what happens now."""
+        self.emit(PhaseChanged(state=state, text=text))
+
+    def notice(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        """Tell everybody something they should know."""
+        self.emit(Notice(text=text, level=level))
 
     def _tell(self, event: Event) -> None:
         for observer in self._observers:

@@ -10,7 +10,7 @@ import torch
 
 from trainer.config.schema import Hyperparams
 from trainer.core.arguments import RateSchedule, check_schedule, rate_factor, warmup_length
-from trainer.core.execution import check_weights_moved
+from trainer.core.training import check_weights_moved
 from trainer.errors import ConfigError, NonFiniteError
 
 NAMES = ("linear", "cosine", "constant")

@@ -1,0 +1,350 @@
+"""A run owns what it opens: nothing outlives it, and nothing keeps it from being closed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from trainer.core import TrainerEngine, run, training
+from trainer.core import engine as engine_module
+from trainer.core.run_folder import RunFolder
+from trainer.errors import TrainerError
+from trainer.monitoring import TrainingStatusReader
+from trainer.monitoring.events import RunEnded
+from trainer.preview.scheduler import PreviewScheduler
+
+SHORT = {"max_steps": 2}
+QUICK = {"inference_interval": 2, "num_eval_samples": 2, "preview_max_tokens": 4}
+
+
+@pytest.fixture
+def config(job: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes the config of a run of two steps in a folder of its own."""
+
+    def make(name: str, **sections: Any) -> Any:
+        monitoring = {**QUICK, **sections.pop("monitoring", {})}
+        return job(name, hyperparams=SHORT, monitoring=monitoring, **sections)
+
+    return make
+
+
+def is_locked(folder: Path) -> bool:
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def what_a_run_left(result: Any) -> dict[str, Any]:
+    """Everything of a run but times, paths and process numbers."""
+    folder = result.output_dir
+    manifest = json.loads((folder / "run.json").read_text())
+    reader = TrainingStatusReader(folder)
+    status = reader.read()
+    return {
+        "files": sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if not path.name.startswith("events.out")
+        ),
+        "state": (manifest["state"], status.state, result.state, result.exit_code, result.success),
+        "steps": [
+            (row["step"], row["train_loss"], row["learning_rate"])
+            for row in reader.metrics()
+            if row["type"] == "StepDone"
+        ],
+        "previews": [(one.step, one.prompt, one.text) for one in reader.previews()],
+        "weights": (result.model_path / "model.safetensors").read_bytes(),
+        "card": manifest["data_card"],
+        "is_locked": is_locked(folder),
+    }
+
+
+def act(engine: TrainerEngine, name: str, config: Any) -> Any:
+    """One of the three; what it found or why it refused, to be compared."""
+    folder = config.output.output_dir
+    try:
+        if name == "run":
+            result = engine.run_job(config)
+            if result.exit_code == 2:
+                return str(result.error_message).replace(folder, "FOLDER")
+            return what_a_run_left(result)
+        if name == "inspect":
+            return engine.inspect_data(config).card.as_json()
+        found = engine.dry_run(config).as_json()
+    except TrainerError as error:
+        return str(error).replace(folder, "FOLDER")
+    return (
+        found,
+        Path(folder, "config.resolved.json").is_file(),
+        Path(folder, "run.json").exists(),
+    )
+
+
+# The same config object every time; behind a run the folder holds one, and both must be refused.
+ORDERS = [
+    ("dry", "run", "inspect"),
+    ("inspect", "run", "dry"),
+    ("dry", "inspect", "run"),
+    ("inspect", "dry", "run"),
+    ("run", "dry", "inspect"),
+    ("run", "inspect", "dry"),
+    ("inspect", "inspect", "dry", "dry", "run", "run"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS[:2], ids="-".join)
+def test_one_engine_gives_in_any_order_what_fresh_engines_give(
+    order: tuple[str, ...], config: Callable[..., Any]
+) -> None:
+    check_order(order, config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("order", ORDERS[2:], ids="-".join)
+def test_one_engine_gives_in_every_order_what_fresh_engines_give(
+    order: tuple[str, ...], config: Callable[..., Any]
+) -> None:
+    check_order(order, config)
+
+
+def check_order(order: tuple[str, ...], config: Callable[..., Any]) -> None:
+    one, asked, fresh = TrainerEngine(), config("one"), config("fresh")
+    TrainerEngine().inspect_data(asked)  # from here on the rows are in the cache for both
+    for name in order:
+        assert act(one, name, asked) == act(TrainerEngine(), name, fresh), name
+
+
+def test_a_second_run_of_an_equal_config_is_refused_and_harms_nothing(
+    config: Callable[..., Any],
+) -> None:
+    engine = TrainerEngine()
+    before = what_a_run_left(engine.run_job(config("out")))
+    again = engine.run_job(config("out"))
+    assert (again.success, again.exit_code) == (False, 2)
+    assert "holds a run already" in str(again.error_message)
+    assert json.loads((again.output_dir / "run.json").read_text())["state"] == "completed"
+    assert before["steps"]
+
+
+def test_what_was_made_in_parts_is_used_or_given_up(config: Callable[..., Any]) -> None:
+    engine = TrainerEngine()
+    model, _ = engine.load_model(config("first"))
+    engine.prepare_dataset(config("second"))  # another run: the first is given up
+    assert not (Path(config("first").output.output_dir)).exists()
+    assert is_locked(Path(config("second").output.output_dir))
+    result = engine.run_job(config("second"))
+    assert result.success, result.error_message
+    trainer = engine.create_trainer(config("third"))
+    assert trainer.model is not model
+    engine.close()
+    assert not Path(config("third").output.output_dir).exists()
+
+
+def test_a_part_that_fails_holds_no_lock(config: Callable[..., Any], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "x"}\n')
+    engine = TrainerEngine()
+    for _ in range(2):
+        with pytest.raises(TrainerError, match=r"bad\.jsonl"):
+            engine.prepare_dataset(config("out", dataset_path=str(bad)))
+    assert not Path(config("out").output.output_dir).exists()
+
+
+# ---- closing
+
+
+def steps_of(config: Any) -> list[str]:
+    seen: list[str] = []
+    run.before_closing = seen.append
+    try:
+        assert TrainerEngine().run_job(config).success
+    finally:
+        run.before_closing = None
+    assert len(seen) == len(set(seen)) >= 6
+    return seen
+
+
+def check_truth(result: Any, told: list[Any]) -> None:
+    """Result, run.json, status.json and observers say the same, and the lock is free."""
+    manifest = json.loads((result.output_dir / "run.json").read_text())
+    assert manifest["state"] == result.state
+    assert TrainingStatusReader(result.output_dir).read().state == result.state
+    assert [event.state for event in told if isinstance(event, RunEnded)] == [result.state]
+    assert not is_locked(result.output_dir)
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def on_event(self, event: Any) -> None:
+        self.told.append(event)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_step_of_closing_changes_nothing(
+    number: signal.Signals,
+    config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = steps_of(config("clean"))
+    before = signal.getsignal(number)
+    for index, name in enumerate(steps):
+
+        def send(step: str, wanted: str = name) -> None:
+            if step == wanted:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # the impatient press twice
+
+        monkeypatch.setattr(run, "before_closing", send)
+        listener = Listener()
+        result = TrainerEngine(observers=[listener]).run_job(config(f"out{index}"))
+        assert (result.state, result.exit_code) == ("completed", 0), name
+        assert "could not be closed" not in caplog.text, name
+        check_truth(result, listener.told)
+        assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_an_error_at_any_step_of_closing_keeps_none_from_being_made(
+    kind: type[BaseException],
+    config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = steps_of(config("clean"))
+    for index, name in enumerate(steps):
+        made: list[str] = []
+
+        def fail(step: str, wanted: str = name, made: list[str] = made) -> None:
+            made.append(step)
+            if step == wanted:
+                raise kind("no")
+
+        monkeypatch.setattr(run, "before_closing", fail)
+        listener = Listener()
+        result = TrainerEngine(observers=[listener]).run_job(config(f"out{index}"))
+        assert result.state == "completed"
+        assert made == steps
+        check_truth(result, listener.told)
+        assert f"{name}: could not be closed ({kind.__name__}: no)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [
+        (PreviewScheduler, "close"),
+        (RunFolder, "update_json"),
+        (RunFolder, "close"),
+        (Listener, "close"),
+    ],
+)
+def test_what_cannot_be_closed_is_said_and_the_rest_is_closed(
+    home: type,
+    name: str,
+    config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    close = getattr(home, name)
+
+    def fail(self: Any, *args: Any) -> None:
+        if name != "update_json":  # that one is told that the disk is full
+            close(self, *args)
+        raise OSError("no room")
+
+    monkeypatch.setattr(home, name, fail)
+    before = settings()
+    listener = Listener()
+    result = TrainerEngine(observers=[listener]).run_job(config("out"))
+    assert result.state == "completed"
+    assert "no room" in caplog.text
+    assert TrainingStatusReader(result.output_dir).read().state == "completed"
+    assert not is_locked(result.output_dir)
+    assert isinstance(listener.told[-1], RunEnded)
+    assert settings() == before
+
+
+def test_a_signal_while_a_run_ends_stops_it_truthfully(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    places = [(training, "save_final_model"), (training, "final_evaluation")]
+    for index, (module, name) in enumerate([*places, (engine_module, "assemble_trainer")]):
+        listener = Listener()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, interrupted)
+            result = TrainerEngine(observers=[listener]).run_job(config(f"out{index}"))
+        assert (result.state, result.exit_code) == ("stopped", 130), name
+        check_truth(result, listener.told)
+
+
+# ---- nothing outlives the job
+
+
+def settings() -> dict[str, Any]:
+    from huggingface_hub import constants
+
+    return {
+        "environment": dict(os.environ),
+        "threads": torch.get_num_threads(),
+        "bars": transformers_logging.is_progress_bar_enabled(),
+        "offline": constants.HF_HUB_OFFLINE,
+        "signals": [
+            signal.getsignal(number)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+        ],
+    }
+
+
+@pytest.mark.parametrize("how", ["run", "failed run", "workers", "dry", "inspect"])
+def test_nothing_that_a_job_sets_in_the_process_outlives_it(
+    how: str, config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    torch.set_num_threads(2)
+    try:
+        environment = {"num_threads": 1, "offline": True}
+        if how == "workers":
+            environment["num_workers"] = 1
+        asked = config("out", environment=environment)
+        before = settings()
+        seen: list[int] = []
+        if how == "failed run":
+
+            class Breaker(Listener):
+                def on_event(self, event: Any) -> None:
+                    seen.append(torch.get_num_threads())
+
+            monkeypatch.setattr(
+                "trainer.core.engine.execute_training", lambda *_: seen.append(0) or 1 / 0
+            )
+            assert not TrainerEngine(observers=[Breaker()]).run_job(asked).success
+            assert 1 in seen
+        elif how in ("dry", "inspect"):
+            act(TrainerEngine(), how, asked)
+        else:
+            result = TrainerEngine().run_job(asked)
+            assert result.success, result.error_message
+        assert settings() == before
+    finally:
+        torch.set_num_threads(1)

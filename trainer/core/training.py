@@ -1,0 +1,406 @@
+"""From a loaded model to a trained one: evaluation, callbacks, HF's Trainer, the loop, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from trainer.core.arguments import RateSchedule
+from trainer.core.checkpoint import save_checkpoint, set_aside_newer
+from trainer.core.checks import (
+    MemoryProbe,
+    check_documents_apart,
+    forget_peak_memory,
+    is_loss_equal,
+    pack_collator,
+    takes_borders,
+)
+from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.loss import loss_share, supervised_loss
+from trainer.core.model_folder import save_final_model
+from trainer.core.optim import build_optimizer
+from trainer.core.preparation import epoch_order
+from trainer.core.previews import build_scheduler, final_evaluation
+from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
+from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
+from trainer.core.run_folder import RunFolder
+from trainer.data.batches import EncodedDataset, PadCollator, on_device
+from trainer.data.prepare import PackedDataset
+from trainer.data.rows import IGNORE_INDEX
+from trainer.errors import ConfigError, NonFiniteError, StoppedError
+from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
+from trainer.models.load import embedding_rows, harmless_pad_id
+from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
+from trainer.monitoring.control import ControlFile
+from trainer.monitoring.events import CheckpointSaved, RunStarted
+from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
+from trainer.preview.neutral import undisturbed
+from trainer.preview.scheduler import PreviewScheduler
+from trainer.publish.lane import PublishedPreviews
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+"""Rows in, one batch out."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured loss."""
+
+    loss: float
+    """Mean nats per supervised token over all rows, each token by its loss weight."""
+    num_rows: int
+    num_trained_tokens: int
+
+
+class Evaluator:
+    """Measures the loss of a model on the same rows each time."""
+
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        *,
+        collate: Collate,
+        max_rows: int,
+        batch_size: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        """Choose the first `max_rows` rows, and batch rows of like length together."""
+        chosen = sorted(range(min(len(dataset), max_rows)), key=lambda i: dataset.lengths[i])
+        self.dataset, self.collate = dataset, collate
+        self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        self.autocast_dtype = autocast_dtype
+
+    def __call__(self, model: Any) -> Evaluation:
+        """Evaluate the unwrapped model; its mode and all random states are put back."""
+        device = next(model.parameters()).device
+        total = share = torch.zeros((), dtype=torch.float64)
+        tokens = rows = 0
+        with undisturbed(model), self._autocast(device):
+            for indices in self.batches:
+                batch = self.collate([self.dataset[i] for i in indices])
+                tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+                rows += len(indices)
+                share = share + loss_share(batch)
+                batch = on_device(batch, device)
+                total = total + supervised_loss(model, model, batch, 1).double().cpu()
+        return Evaluation(float(total) / (float(share) or 1.0), rows, tokens)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def build_evaluator(prepared: Prepared, pad_id: int) -> Evaluator | None:
+    """The micro-evaluation of a run; None where no rows are held out."""
+    if prepared.data.validation is None:
+        return None
+    return Evaluator(
+        prepared.data.validation,
+        collate=PadCollator(pad_id),
+        max_rows=prepared.config.monitoring.micro_eval_rows,
+        batch_size=prepared.config.hyperparams.batch_size,
+        autocast_dtype=prepared.precision.autocast_dtype,
+    )
+
+
+# ---- what a run is put together from once its model is there
+
+
+def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> list[Any]:
+    """The live monitor with its preview scheduler, and TensorBoard.
+
+    Raises:
+        ConfigError: a preview backend that is misconfigured.
+    """
+    config, data = prepared.config, prepared.data
+    order = epoch_order(config, data)
+    notice = job.observers.notice
+    monitor = LiveMonitorCallback(
+        config.monitoring,
+        observers=job.observers,
+        evaluate=build_evaluator(prepared, _pad_id(prepared, loaded.model)),
+        early_stopping=_early_stopping(prepared),
+        checkpoint_interval=config.output.checkpoint_interval,
+        is_stop_requested=lambda: job.stop.is_signalled,
+        request_stop=lambda: job.stop.ask("the control file"),
+        control=ControlFile(job.folder.path, notice) if job.folder is not None else None,
+        row_of_step=lambda step: data.train_texts[order.first_row_of_step(step)],
+    )
+    job.monitor = monitor
+    if is_main_process():
+        monitor.scheduler = build_scheduler(job, prepared, loaded.model, monitor.deliver_previews)
+        if monitor.scheduler is not None:
+            job.on_close("previews", monitor.scheduler.close)
+    callbacks: list[Any] = [monitor]
+    if "tensorboard" in config.monitoring.report_to and job.folder is not None:
+        callback, tracker = tensorboard_callback(
+            job.folder.logs_dir, start_step=prepared.start_step
+        )
+        job.observers.add(tracker)
+        callbacks.append(callback)
+    return callbacks
+
+
+def _early_stopping(prepared: Prepared) -> EarlyStopping:
+    hyper, output = prepared.config.hyperparams, prepared.config.output
+    stopping = EarlyStopping(hyper.early_stopping_patience, hyper.early_stopping_min_delta)
+    if prepared.resume is not None:
+        stopping.restore(prepared.resume.run_state["early_stopping"])
+        kept = checkpoint_steps(Path(output.output_dir) / CHECKPOINTS_NAME)
+        if stopping.lowest_step not in kept:  # its weights are gone, so a later step is the best
+            stopping.lowest_loss, stopping.lowest_step = None, 0
+    return stopping
+
+
+def assemble_trainer(
+    job: Job,
+    prepared: Prepared,
+    model: Any,
+    *,
+    arguments: TrainingArguments,
+    callbacks: Sequence[Any],
+) -> SupervisedTrainer:
+    """HF's Trainer with our loss, order, optimizer and checkpoints; loss and packing are checked.
+
+    Raises:
+        ConfigError: sharded weights, or a model that cannot be trained as asked.
+    """
+    config, data = prepared.config, prepared.data
+    packs = data.train if isinstance(data.train, PackedDataset) else None
+    pad_id = _pad_id(prepared, model)
+    optimizer = build_optimizer(model, config.hyperparams)
+    memory = MemoryProbe()
+    schedule = RateSchedule(optimizer, config.hyperparams, prepared.num_steps)
+    trainer = SupervisedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        data_collator=pack_collator(model, pad_id) if packs is not None else PadCollator(pad_id),
+        optimizers=(optimizer, schedule),
+        callbacks=[memory, *callbacks],  # before the previews of step 0
+        order=epoch_order(config, data),
+        save_checkpoint=_checkpoint_saver(job, prepared),
+        run_state=lambda: _run_state(job),
+        tokenizer=prepared.tokenizer,
+    )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "this run was started under FSDP or DeepSpeed, whose sharded weights this version "
+            "cannot save; start it with plain torchrun (DDP)."
+        )
+    scheduler = job.monitor.scheduler if job.monitor is not None else None
+    if scheduler is not None and isinstance(scheduler.lane, PublishedPreviews):
+        scheduler.lane.snapshotter.guard(trainer.optimizer)
+    trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
+    guard_trackers(trainer)
+    job.trainer = memory.trainer = trainer
+    if job.monitor is not None:
+        job.monitor.trainer = trainer
+    if packs is not None:
+        _check_packing(trainer)
+    trainer.use_own_forward = not is_loss_equal(
+        trainer,
+        packs.rows if packs else data.train,
+        dtype=prepared.precision.compute_dtype,
+        notice=job.observers.notice,
+    )
+    forget_peak_memory(trainer.args.device)
+    return trainer
+
+
+def _pad_id(prepared: Prepared, model: Any) -> int:
+    return harmless_pad_id(prepared.tokenizer, embedding_rows(model))
+
+
+def _check_packing(trainer: SupervisedTrainer) -> None:
+    """Refuse packing where documents see each other, before the first step.
+
+    In fp32 where the model allows it, which hides least. Varlen kernels take half precision only.
+    """
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
+    needs_autocast = takes_borders(trainer.model) or len(dtypes) > 1
+    autocast = trainer.accelerator.autocast() if needs_autocast else contextlib.nullcontext()
+    with undisturbed(trainer.model), autocast:
+        check_documents_apart(
+            trainer.model,
+            batch_size=trainer.args.per_device_train_batch_size,
+            collate=trainer.data_collator,
+        )
+
+
+def _checkpoint_saver(
+    job: Job, prepared: Prepared
+) -> Callable[[int, Callable[[Path], None]], None]:
+    def save(step: int, write_state: Callable[[Path], None]) -> None:
+        assert job.folder is not None, "only the main process saves"
+        started = time.perf_counter()
+        job.checkpoint = save_checkpoint(
+            job.folder.checkpoints_dir,
+            step,
+            write_state,
+            keep=prepared.config.output.keep_checkpoints,
+            protect=job.monitor.protected_steps if job.monitor is not None else set(),
+            metadata={
+                "config": prepared.config.model_dump(mode="json"),
+                "data_fingerprint": prepared.data.train.fingerprint(),
+                "date": prepared.date.isoformat(),
+                "versions": package_versions(),
+                "semantics": SEMANTICS,
+            },
+        )
+        seconds = time.perf_counter() - started
+        job.observers.emit(CheckpointSaved(step=step, path=str(job.checkpoint), duration_s=seconds))
+
+    return save
+
+
+def _run_state(job: Job) -> dict[str, Any]:
+    """What a checkpoint keeps of the run beside HF's own state."""
+    assert job.monitor is not None, "built before training"
+    return {"early_stopping": job.monitor.early_stopping.state()}
+
+
+# ---- the loop and its end
+
+
+def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
+    """Run the training loop; a stop request now waits for the end of the step.
+
+    Raises:
+        TrainerError: a non-finite loss or gradient, and what else ends a run.
+    """
+    resume = prepared.resume
+    scheduler = job.monitor.scheduler if job.monitor is not None else None
+    _announce(job, prepared, trainer)
+    started = time.perf_counter()
+    job.durations_s["launch_to_training"] = started - job.started
+    if resume is not None and job.folder is not None:
+        _leave_newer_behind(job, resume, job.folder)
+    job.stop.can_wait = True
+    try:
+        if resume is not None and _is_trained(job, resume, prepared.num_steps):
+            trainer.restore(resume.path)
+            job.observers.notice(f"all {resume.step} steps are done; nothing is left to train")
+        else:
+            trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+        job.durations_s["training"] = time.perf_counter() - started
+        if scheduler is not None:
+            _drain_previews(job, scheduler, prepared.config.monitoring.preview_drain_timeout)
+    finally:
+        job.stop.can_wait = False
+        job.durations_s.setdefault("training", time.perf_counter() - started)
+        if scheduler is not None:  # a run that fails says what became of its previews too
+            scheduler.give_up("the run ended before the answer came")
+
+
+def _leave_newer_behind(job: Job, resume: ResumePoint, folder: RunFolder) -> None:
+    """From here on the run's newest checkpoint is the one that it goes on from."""
+    left = set_aside_newer(folder.checkpoints_dir, resume.step)
+    if left is not None:
+        job.observers.notice(
+            f"newer checkpoints than step {resume.step} are in {left} now; remove it if you need "
+            "them no more",
+            "warning",
+        )
+    file = job.monitor.control_file if job.monitor is not None else None
+    if file is not None and file.marked_step > resume.step:
+        job.observers.notice(f"step {file.marked_step} is no longer marked as best", "warning")
+        file.unmark()
+
+
+def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
+    config, data, total = prepared.config, prepared.data, prepared.num_steps
+    job.observers.emit(
+        RunStarted(
+            model_name=config.model.model_path,
+            total_steps=total,
+            start_step=prepared.start_step,
+            num_epochs=total / trainer.order.steps_per_epoch,
+            num_train_rows=data.card.num_train_rows,
+            num_validation_rows=len(data.validation or ()),
+            context_window=config.hyperparams.max_length or 0,
+            effective_batch_size=trainer.order.group_size,
+            output_dir=config.output.output_dir,
+        )
+    )
+    job.observers.phase("training", f"training {total} steps")
+
+
+def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
+    """Whether the run had reached its end; HF's loop would make one step more."""
+    monitor = job.monitor
+    return resume.step >= total or (monitor is not None and monitor.early_stopping.is_over)
+
+
+def _drain_previews(job: Job, scheduler: PreviewScheduler, timeout_s: float) -> None:
+    """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""
+    if not scheduler.lane.pending():
+        return
+    job.observers.phase("training", "waiting for the last previews")
+    started = time.perf_counter()
+    scheduler.drain(timeout_s, should_stop=lambda: job.stop.is_signalled)
+    job.durations_s["preview_drain"] = time.perf_counter() - started
+
+
+def check_weights_moved(num_steps: int, num_overflows: int) -> None:
+    """Refuse to call a run completed that moved nothing.
+
+    Args:
+        num_steps: made by this process.
+        num_overflows: those of them that fp16's gradient scaler skipped.
+    Raises:
+        NonFiniteError: all of them.
+    """
+    if 0 < num_steps <= num_overflows:
+        raise NonFiniteError(
+            f"the fp16 gradients of all {num_steps} steps overflowed, so the weights did not move; "
+            "the scaler needs some steps to find its scale. Train longer, or use bf16 or fp32."
+        )
+
+
+def finish_training(
+    job: Job, prepared: Prepared, loaded: LoadedModel, trainer: SupervisedTrainer
+) -> TrainingResult:
+    """Final evaluation and final model.
+
+    Raises:
+        NonFiniteError: no step moved a weight.
+        StoppedError: a run that was stopped by a signal has its checkpoint only.
+    """
+    observers, data = job.observers, prepared.data
+    if job.stop.is_signalled:
+        words = f"by {job.stop.by} after step {job.step}"
+        raise StoppedError(words, exit_code=job.stop.exit_code)
+    if not job.stop.is_set:
+        check_weights_moved(job.step - prepared.start_step, trainer.num_overflows)
+    if job.folder is None:
+        return job.ended(None, None)
+    if prepared.config.monitoring.final_eval_prompts:
+        if data.validation is None:
+            observers.notice(
+                "the final evaluation asks prompts that were trained on: no rows are held out",
+                "warning",
+            )
+        observers.phase("training", f"answering {len(data.final_prompts)} held-out prompts")
+    evaluation = final_evaluation(
+        prepared, loaded.model, job.step, job.folder.final_evaluation_jsonl
+    )
+    observers.phase("saving", "saving the final model")
+    path = save_final_model(
+        trainer.accelerator.unwrap_model(trainer.model),
+        prepared.tokenizer,
+        job.folder.final_model_dir,
+        dtype=prepared.precision.compute_dtype,
+        stop_ids=data.encoder.template.stop_ids,
+        use_cache=loaded.use_cache,
+    )
+    return job.ended(path, evaluation)
