@@ -7,18 +7,20 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from trainer.commands.arguments import MAX_SEED, parse, whole_number
 from trainer.commands.records import RunRecords
 from trainer.config import TrainerConfig, create_default_config
-from trainer.core import TrainerEngine, TrainingResult
 from trainer.errors import OutputError
 from trainer.models.tiny_tasks import DemoData, operation_of, write_demo_data
 from trainer.views.terminal import create_display
 from trainer.views.words import preview_failure_words
+
+if TYPE_CHECKING:
+    from trainer.core import TrainingResult
 
 STEPS = 260
 
@@ -46,6 +48,9 @@ def run(argv: list[str]) -> int:
         num_validation_rows=NUM_HELD_OUT,
         seed=words.seed,
     )
+    # torch takes seconds to load; mistakes on the command line are told before.
+    from trainer.core import TrainerEngine
+
     records = RunRecords({}, is_report=True)
     engine = TrainerEngine(observers=[create_display(words.display), records])
     config = demo_config(

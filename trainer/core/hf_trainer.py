@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerState
 
+from trainer.core.checkpoint import RUN_STATE_FILE
 from trainer.core.loss import full_loss, loss_share, supervised_loss
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder
 from trainer.data.prepare import count_tokens
@@ -29,8 +30,6 @@ from trainer.models.adapters import save_adapter
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 TRAINER_STATE_FILE = "trainer_state.json"
-
-RUN_STATE_FILE = "run_state.json"
 
 
 @dataclass
