@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from trainer.errors import ConfigError
+
+Command = Callable[[list[str]], int]
 
 MAX_SEED = 2**32 - 1
 
@@ -73,7 +75,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     Raises:
         ConfigError: an unknown flag, a missing or a wrong value.
     """
-    return _strict(parser).parse_args(argv)
+    words, unknown = parse_known(parser, argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        kind = "unknown flag" if word.startswith("-") else "unexpected word"
+        parser.error(f"{kind} {word}")
+    return words
 
 
 def parse_known(
@@ -93,6 +100,23 @@ def _strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints and exits
     return parser
+
+
+def choose(commands: Mapping[str, Command], argv: list[str], prog: str) -> Command:
+    """The command of a command that the first word names.
+
+    Raises:
+        ConfigError: there is no such command, or no word.
+    """
+    if not argv:
+        raise ConfigError(f"{prog}: give a command: {', '.join(commands)}; see `{prog} --help`.")
+    if argv[0] not in commands:
+        kind = "flag" if argv[0].startswith("-") else "command"
+        raise ConfigError(
+            f"{prog}: unknown {kind} {argv[0]}; commands: {', '.join(commands)}; "
+            f"see `{prog} --help`."
+        )
+    return commands[argv[0]]
 
 
 def add_weights_flags(parser: argparse.ArgumentParser, *, is_run_optional: bool = False) -> None:
