@@ -16,8 +16,7 @@ from trainer.config.loader import resolve
 from trainer.core.arguments import build_training_arguments
 from trainer.core.checks import pack_collator
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.data.batches import EncodedDataset, EpochOrder, PadCollator
-from trainer.data.prepare import PackedDataset
+from trainer.data.batches import EncodedDataset, EpochOrder, PackedDataset, PadCollator
 from trainer.data.rows import Example
 from trainer.models.precision import resolve_precision
 

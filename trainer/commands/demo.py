@@ -15,7 +15,7 @@ from trainer.commands.arguments import MAX_SEED, parse, whole_number
 from trainer.commands.records import RunRecords
 from trainer.config import TrainerConfig, create_default_config
 from trainer.errors import OutputError
-from trainer.models.tiny_tasks import DemoData, operation_of, write_demo_data
+from trainer.models.tiny import DemoData, operation_of, write_demo_data
 from trainer.views.terminal import create_display
 from trainer.views.words import preview_failure_words
 

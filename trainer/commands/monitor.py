@@ -12,16 +12,17 @@ import uvicorn
 
 from trainer.commands.arguments import parse, port
 from trainer.errors import EXIT_SIGTERM
-from trainer.net import is_loopback, listen, read_page_key
+from trainer.net import is_loopback, key_with_scope, keys_of_listener, listen, url_of
 from trainer.views.page.store import PageOptions, RunStore
 
 
 def run(argv: list[str]) -> int:
     """Listen and serve until a signal."""
     words = parse(_parser(), argv)
-    key = read_page_key(words.key_file, words.host)
+    keys = keys_of_listener(words.key_file, words.host, "--key-file")
+    key = key_with_scope(keys, "publish") if keys else None
     store = RunStore(Path(words.folder))
-    listener = listen(words.host, words.port)
+    listener = listen(words.host, words.port, "monitor")
     # NiceGUI takes most of a second to import: mistakes are told before.
     from trainer.views.page.site import create_app
 
@@ -29,11 +30,9 @@ def run(argv: list[str]) -> int:
         is_control_allowed=words.allow_control, worker_hosts=frozenset(words.allow_worker)
     )
     app = create_app(store, options, hosts=_names(words.host, words.allow_host), key=key)
-    shown = f"[{words.host}]" if ":" in words.host else words.host
-    address = f"http://{shown}:{listener.getsockname()[1]}"
-    num_runs = len(store.readers)
+    num_runs, url = len(store.readers), url_of(words.host, listener.getsockname()[1])
     print(
-        f"monitor: {address} ({num_runs} run{'' if num_runs == 1 else 's'} in "
+        f"monitor: {url} ({num_runs} run{'' if num_runs == 1 else 's'} in "
         f"{words.folder}; control {'on' if words.allow_control else 'off'}, "
         f"key {'asked for' if key else 'none'}). Ctrl-C ends it.",
         flush=True,

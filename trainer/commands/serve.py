@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -18,9 +17,8 @@ from trainer.core.finished import open_run
 from trainer.core.run_folder import RunFolder
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.models.hub import is_adapter_folder
-from trainer.net import remember_key_file
+from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
-from trainer.server.auth import read_keys
 from trainer.server.inference_process import EngineProcess
 from trainer.server.jobs import REQUEST_TIMEOUT_S
 from trainer.server.private_folder import PrivateFolder
@@ -34,7 +32,7 @@ def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
     date = _find_weights(words)
-    keys = read_keys(words.api_key_file, words.host)
+    keys = keys_of_listener(words.api_key_file, words.host, "--api-key-file")
     if words.api_key_file is not None:
         remember_key_file(words.api_key_file)
     weights_dir: Path | None = words.weights_dir
@@ -44,7 +42,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(
             "--wait-for-weights takes architecture and tokenizer from a model; give --model too."
         )
-    listener = _listen(words.host, words.port)
+    listener = listen(words.host, words.port, "server")
     engine = EngineProcess(
         words.model,
         words.device,
@@ -69,10 +67,9 @@ def run(argv: list[str]) -> int:
             num_kept=words.keep_weights,
             request_timeout_s=words.request_timeout,
         )
-        shown = f"[{words.host}]" if ":" in words.host else words.host
-        address = f"http://{shown}:{listener.getsockname()[1]}"
         print(
-            f"ready: {address} {_describe(engine)}, key {'asked for' if keys else 'none'}",
+            f"ready: {url_of(words.host, listener.getsockname()[1])} {_describe(engine)}, "
+            f"key {'asked for' if keys else 'none'}",
             flush=True,
         )
         config = uvicorn.Config(
@@ -153,22 +150,6 @@ def _end_with_stdin() -> None:
     while sys.stdin.buffer.read(4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind before the model is loaded, so that a taken port is known at once."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); is "
-            "another server running? Choose another --port (0 picks a free one)."
-        ) from error
-    return listener
 
 
 def _parser() -> argparse.ArgumentParser:

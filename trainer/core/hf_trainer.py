@@ -21,8 +21,7 @@ from transformers import Trainer, TrainerState
 
 from trainer.core.checkpoint import RUN_STATE_FILE
 from trainer.core.loss import full_loss, loss_share, supervised_loss
-from trainer.data.batches import LOSS_WEIGHTS, EpochOrder
-from trainer.data.prepare import count_tokens
+from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
 from trainer.models.adapters import save_adapter

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer.core import fs_ops
+from trainer import files
 from trainer.errors import OutputError
 from trainer.models.adapters import save_adapter
 
@@ -82,7 +82,7 @@ def write_model(
     Raises:
         OSError: the folder cannot be written.
     """
-    with fs_ops.library_errors():
+    with files.library_errors():
         if hasattr(model, "peft_config"):
             save_adapter(model, folder)
         else:

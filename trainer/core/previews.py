@@ -15,10 +15,10 @@ from trainer.data.rows import golden_text
 from trainer.data.sources import HeldOutPrompt
 from trainer.data.template import ChatTemplate
 from trainer.errors import TemplateError
+from trainer.exchange import AwayError
 from trainer.models.load import context_length
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
-from trainer.preview.http import AwayError
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.openai import OpenAIPreviewBackend
 from trainer.preview.scheduler import Deliver, Lane, PreviewScheduler

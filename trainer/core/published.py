@@ -17,11 +17,12 @@ from trainer.config.schema import MonitoringConfig
 from trainer.core.run import Prepared
 from trainer.core.run_folder import RunFolder
 from trainer.errors import ConfigError, PreviewError
+from trainer.exchange import AwayError
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.precision import resolve_device
-from trainer.net import remember_key_file
+from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewRequest
-from trainer.preview.http import AwayError, read_key
+from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.neutral import SentAs, as_received, golden_logprobs
 from trainer.profiles import DataProfile, known_profiles
@@ -176,10 +177,8 @@ def _worker(
         key = secrets.token_hex(32)
         worker, weights_dir = _sidecar(run, folder, key, announce)
         return worker, key, weights_dir
-    host = monitoring.remote_3090_host or ""
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{monitoring.remote_3090_port}"
-    secret = read_key(monitoring.remote_3090_key_file)
+    url = url_of(monitoring.remote_3090_host or "", monitoring.remote_3090_port)
+    secret = server_key(monitoring.remote_3090_key_file)
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
         info = client.check(hashes, profile, run.prepared.config.model.model_path)

@@ -99,7 +99,6 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "peft",
-    "trl",
     "datasets",
     "safetensors",
     "tokenizers",

@@ -32,8 +32,7 @@ from trainer.core.previews import build_scheduler, final_evaluation
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.data.batches import EncodedDataset, PadCollator, on_device
-from trainer.data.prepare import PackedDataset
+from trainer.data.batches import EncodedDataset, PackedDataset, PadCollator, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError, NonFiniteError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, checkpoint_steps

@@ -46,6 +46,18 @@ class Row:
     """It was text with the chat template's markers, and was read back into these turns."""
 
 
+TEXT_ROLE = "text"
+"""Role of the only turn of such a row; no turn of a conversation can have it."""
+
+MARKED_ROLE = "text with markers"
+"""The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
+
+
+def is_text(messages: list[Message]) -> bool:
+    """Whether a row is plain text and no conversation."""
+    return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
+
+
 @dataclass
 class RowErrors:
     """Rows that could not be used, and why."""
@@ -73,12 +85,12 @@ class RowErrors:
             if self.errors:
                 raise DataError(
                     f"{len(self.errors)} bad rows:{self._shown()}\n"
-                    "Mend them, or set data.on_bad_row=skip to leave them out and count them."
+                    "Fix them, or set data.on_bad_row=skip to leave them out and count them."
                 )
         elif self.max_bad_rows is not None and len(self.errors) > self.max_bad_rows:
             raise DataError(
                 f"{len(self.errors)} bad rows, data.max_bad_rows={self.max_bad_rows}:"
-                f"{self._shown()}\nMend them, or raise data.max_bad_rows."
+                f"{self._shown()}\nFix them, or raise data.max_bad_rows."
             )
 
     def _shown(self) -> str:
@@ -91,7 +103,6 @@ class BadRowError(ValueError):
     """One row is wrong; `reason` is the short name under which it is counted."""
 
     def __init__(self, message: str, reason: str) -> None:
-        """Keep the message for the user and the reason for the count."""
         super().__init__(message)
         self.reason = reason
 
@@ -106,7 +117,6 @@ class RowTooLongError(BadRowError):
     """A row is left out because data.truncation=drop says so; counted, never an error."""
 
     def __init__(self, num_tokens: int) -> None:
-        """Keep the row's length in tokens for the count."""
         super().__init__(f"{num_tokens} tokens, dropped", "longer than max_length")
         self.num_tokens = num_tokens
 
@@ -377,7 +387,7 @@ def _number(value: Any, key: str, where: str) -> float:
 def _not_ours(where: str) -> BadRowError:
     return BadRowError(
         f"{where} asks to be trained, and only the assistant's turns are; set that flag to false "
-        "or take it out",
+        "or remove it",
         "flag on a turn that is not trained",
     )
 

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import DataSection
-from trainer.data.content import is_text
-from trainer.data.formats import to_rows
 from trainer.data.layouts import FORMATS
-from trainer.data.row_files import SUFFIXES, RawRow, raw_rows
-from trainer.data.rows import Example, Row, RowErrors
+from trainer.data.row_files import SUFFIXES, RawRow, raw_rows, to_rows
+from trainer.data.rows import Example, Row, RowErrors, is_text
 from trainer.data.tables import own_values
 from trainer.errors import ConfigError, DataError
 from trainer.models.hub import hub_answers
@@ -212,6 +210,25 @@ class EncodedRow:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """The encoded rows of a run, and which of them are trained on and held out."""
+
+    encoded: list[EncodedRow]
+    """All of the training files, in order."""
+    held_out: list[EncodedRow]
+    """All of the validation files."""
+    train: list[EncodedRow]
+    """As often as data.weights says."""
+    validation: list[EncodedRow]
+    how: str
+    """How rows were held out, in words."""
+    mix: str
+    """How often the rows of each file are trained, in words; empty: once each."""
+    trained_groups: frozenset[str]
+    """Groups of held-out rows whose prompt is trained on too."""
+
+
+@dataclass(frozen=True)
 class HeldOutPrompt:
     """A prompt to be answered again and again, with the answer the data gives."""
 
@@ -245,26 +262,24 @@ def split_rows(
             raise DataError(f"{section.validation_path}: no usable row to validate on.")
         return encoded, held_out, f"all rows of {section.validation_path}"
     if not section.validation_split:
-        return encoded, [], "none (data.validation_split=0); previews use training rows"
+        return encoded, [], "none (data.validation_split=0); previews use training prompts"
     units = _units(section, encoded)
     held_units = _held_units(section, encoded, units)
     validation = [item for item, unit in zip(encoded, units, strict=True) if unit in held_units]
     train = [item for item, unit in zip(encoded, units, strict=True) if unit not in held_units]
     share = f"{section.validation_split:.1%}"
     if len(train) < 2 or len(validation) < 2:
-        return (
-            encoded,
-            [],
-            (
-                f"none: {share} of {len(encoded)} rows leaves fewer than two on a side; previews "
-                "use training rows (data.validation_path or a larger data.validation_split helps)"
-            ),
+        why = (
+            f"none: {share} of {len(encoded)} rows would leave fewer than two for training or for "
+            "validation; previews use training prompts (set data.validation_path, or raise "
+            "data.validation_split)"
         )
+        return encoded, [], why
     return (
         train,
         validation,
-        f"{share} of the rows, by a hash of their prompt and seed {seed}; rows with one prompt "
-        "stand on one side",
+        f"{share} of the rows, chosen by a hash of the prompt and seed {seed}; rows with the same "
+        "prompt stay together",
     )
 
 

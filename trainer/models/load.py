@@ -95,7 +95,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     if wrong:
         raise ConfigError(
             f"model.add_tokens names {', '.join(map(repr, wrong))}, which the tokenizer has "
-            "already; leave it out."
+            "already; remove it."
         )
     tokenizer.add_tokens(list(tokens))
 
@@ -146,7 +146,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
     if section.revision is not None and (path == TINY or Path(path).exists()):
         raise ConfigError(
             f"model.revision={section.revision!r} names a version on the model hub, and "
-            f"model.model_path={section.model_path} is no hub id; leave model.revision empty."
+            f"model.model_path={section.model_path} is not a hub id; leave model.revision empty."
         )
     if path == TINY:
         from trainer.models.tiny import load_tiny_tokenizer

@@ -17,8 +17,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from trainer import __version__
 from trainer.files import replace_file
 from trainer.preview.base import PreviewResult
-from trainer.views.card import card_rows, card_sample, environment_rows
-from trainer.views.facts import alerts_of, report_figures
+from trainer.views.facts import (
+    alerts_of,
+    card_rows,
+    card_sample,
+    environment_rows,
+    report_figures,
+)
 from trainer.views.metrics import (
     SMOOTHING_SHARE,
     Chart,

@@ -11,9 +11,8 @@ import pytest
 from trainer.config.schema import DataSection
 from trainer.data import dataset
 from trainer.data.card import card_lines
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.profiles import get_profile
 
 Rows = list[dict[str, Any]]
@@ -143,7 +142,7 @@ def test_a_prompt_that_most_rows_share_is_split_by_answers_and_named(
     assert len(data.validation) == 10
     assert data.card.shared_prompts == ((95, "write a poem"),)
     lines = dict(card_lines(data.card))
-    assert lines["shared"].startswith("95 rows share one prompt, 'write a poem'")
+    assert lines["shared"].startswith("95 rows have the same prompt, 'write a poem'")
     flags = {prompt.prompt: prompt.is_held_out for prompt in data.preview_prompts}
     assert flags.pop("write a poem") is False
     assert all(flags.values())

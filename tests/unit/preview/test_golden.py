@@ -10,8 +10,8 @@ import pytest
 
 from trainer.config.schema import DataSection
 from trainer.core.previews import held_out_requests
+from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.data.rows import golden_text
 from trainer.preview import base, local
 from trainer.preview.base import PreviewRequest, PreviewResult, is_match
