@@ -35,7 +35,7 @@ FAILURES: list[tuple[str, str]] = [
     ("chat some.txt", "some.txt: not a folder; give the folder of a run"),
     ("chat EMPTY", "empty: holds no run (no run.json), no checkpoint and no model"),
     ("chat DAMAGED", "run.json: cannot be read"),
-    ("chat OTHER", "its record of the run cannot be used"),
+    ("chat OTHER", "other: the record of the run cannot be used"),
     (f"chat {TOO_LONG}", "File name too long"),
     ("config", "give a command: show"),
     ("config --nope", "unknown flag --nope"),
@@ -57,7 +57,7 @@ FAILURES: list[tuple[str, str]] = [
     ("data inspect --nope", "unknown flag --nope"),
     ("demo --nope", "unknown flag --nope"),
     ("demo more", "unexpected word more"),
-    ("demo --output some.txt/run", "some.txt/run"),
+    ("demo --output some.txt/run", "some.txt/run: cannot be made"),
     (f"demo --output {TOO_LONG}", "File name too long"),
     ("doctor --nope", "unknown flag --nope"),
     ("export", "required: RUN"),
@@ -82,7 +82,7 @@ FAILURES: list[tuple[str, str]] = [
     ("report nowhere", "nowhere: no such folder"),
     ("report some.txt", "some.txt: not a folder"),
     ("report EMPTY", "empty: holds no run"),
-    ("report DAMAGED", "damaged: holds no run"),
+    ("report DAMAGED", "damaged/status.json"),
     ("report RUN --output nowhere/r.html", "cannot be written"),
     (f"report {TOO_LONG}", "File name too long"),
     ("serve --nope", "unknown flag --nope"),
@@ -107,12 +107,9 @@ FAILURES: list[tuple[str, str]] = [
     ("watch nowhere", "nowhere: no such folder"),
     ("watch some.txt", "some.txt: not a folder"),
     ("watch EMPTY", "empty: holds no run"),
-    ("watch DAMAGED", "damaged: "),
+    ("watch DAMAGED", "damaged/status.json"),
     (f"watch {TOO_LONG}", "File name too long"),
 ]
-
-HEAVY = ("config", "report", "watch")
-"""Words of these commands that need a file are told by what reads it, still without torch."""
 
 
 @pytest.fixture

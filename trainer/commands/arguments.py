@@ -6,11 +6,15 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, OutputError
+from trainer.files import require_folder
 
 Command = Callable[[list[str]], int]
+
+RUN_FILES = ("run.json", "status.json")
 
 MAX_SEED = 2**32 - 1
 
@@ -100,6 +104,19 @@ def _strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse's own prints and exits
     return parser
+
+
+def run_folder(text: str) -> Path:
+    """The folder of a run that began to write, as `watch` and `report` take it.
+
+    Raises:
+        OutputError: it is no such folder.
+    """
+    advice = "give the folder of a run (--output of `trainer train`)."
+    path = require_folder(Path(text), advice)
+    if not any((path / name).is_file() for name in RUN_FILES):
+        raise OutputError(f"{path}: holds no run (no {' and no '.join(RUN_FILES)}); {advice}")
+    return path
 
 
 def choose(commands: Mapping[str, Command], argv: list[str], prog: str) -> Command:

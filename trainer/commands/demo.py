@@ -15,12 +15,12 @@ from trainer.commands.arguments import MAX_SEED, parse, whole_number
 from trainer.commands.records import RunRecords
 from trainer.config import TrainerConfig, create_default_config
 from trainer.errors import OutputError
-from trainer.models.tiny import DemoData, operation_of, write_demo_data
 from trainer.views.terminal import create_display
 from trainer.views.words import preview_failure_words
 
 if TYPE_CHECKING:
     from trainer.core import TrainingResult
+    from trainer.models.tiny import DemoData
 
 STEPS = 260
 
@@ -35,22 +35,23 @@ def run(argv: list[str]) -> int:
     """Write the data, train, and judge 200 held-out answers."""
     words = parse(_parser(), argv)
     console = Console()
-    folder = _free_folder(Path(words.output))
+    folder = _make_folder(Path(words.output))
     console.print(
         f"A model of 0.8M parameters learns {words.steps} steps of symbolic tasks such as "
         "'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the current "
         f"weights say. Folder: {folder}\n",
         highlight=False,
     )
+    # torch takes seconds to load; mistakes on the command line are told before.
+    from trainer.core import TrainerEngine
+    from trainer.models.tiny import write_demo_data
+
     data = write_demo_data(
         folder / "data",
         num_train_rows=words.steps * BATCH_SIZE,
         num_validation_rows=NUM_HELD_OUT,
         seed=words.seed,
     )
-    # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core import TrainerEngine
-
     records = RunRecords({}, is_report=True)
     engine = TrainerEngine(observers=[create_display(words.display), records])
     config = demo_config(
@@ -125,17 +126,28 @@ def demo_config(
     )
 
 
-def _free_folder(wanted: Path) -> Path:
-    """`wanted`, or `wanted-2` and so on where a run is there already: a demo is run again."""
+def _make_folder(wanted: Path) -> Path:
+    """Make `wanted`, or `wanted-2` and so on where a run is there already: a demo is run again."""
+    if wanted.name in ("", ".."):  # such as "."
+        wanted = wanted.resolve()
     for number in range(1, 1000):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        if not folder.exists():
+        try:
+            folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot be made ({error.strerror}); choose another --output."
+            ) from error
     raise OutputError(f"{wanted}: a thousand demo runs are there; remove some.")
 
 
 def _report(console: Console, folder: Path, data: DemoData, result: TrainingResult) -> None:
     """Scores by operation, where things are, what to try next; the score is the last line."""
+    from trainer.models.tiny import operation_of
+
     found = result.summary["final_evaluation"]
     answers = [json.loads(line) for line in Path(found["answers"]).read_text().splitlines()]
     asked = Counter(operation_of(row["prompt"]) for row in answers)

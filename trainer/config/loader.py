@@ -293,7 +293,7 @@ def create_default_config(
     try:
         return TrainerConfig.model_validate(nested)
     except ValidationError as error:
-        raise ConfigError(_explain(error, {})) from error
+        raise ConfigError(explain(error)) from error
 
 
 def _lay_over(
@@ -325,11 +325,16 @@ def _validate(merged: dict[str, Any], origins: dict[str, str]) -> TrainerConfig:
     try:
         return TrainerConfig.model_validate(nested)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origins)) from error
+        raise ConfigError(explain(error, origins)) from error
 
 
-def _explain(error: ValidationError, origins: dict[str, str]) -> str:
-    """Each mistake on a line: origin, key, what we got, the rule."""
+def explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> str:
+    """Each mistake on a line: origin, key, what we got, the rule.
+
+    Args:
+        origins: dotted key -> where its value was set; keys that are missing are defaults.
+    """
+    origins = origins or {}
     lines: dict[str, str] = {}
     for mistake in error.errors(include_url=False):
         # What follows the field is its element or the member of its union.
@@ -354,7 +359,7 @@ def _broken_rule(key: str, mistake: ErrorDetails) -> str:
     return f"{key}={got!r}: {rule[:1].lower()}{rule[1:]}"
 
 
-def _set_here(keys: Sequence[str], origins: dict[str, str]) -> str:
+def _set_here(keys: Sequence[str], origins: Mapping[str, str]) -> str:
     """Where options that break a rule together were set; "" where all of them are defaults."""
     named = [f"{key} from {origins[key]}" for key in keys if key in origins]
     return f" Set here: {', '.join(named)}." if named else ""

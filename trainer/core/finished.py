@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from trainer.config.loader import explain
 from trainer.config.schema import ModelSection, TrainerConfig
 from trainer.core.checkpoint import (
     MANIFEST,
@@ -24,6 +25,7 @@ from trainer.core.checkpoint import (
 )
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError, OutputError, ResumeError
+from trainer.files import require_folder
 from trainer.models.hub import is_adapter_folder
 from trainer.profiles import DataProfile, get_profile
 
@@ -138,9 +140,7 @@ def open_run(path: Path, *, step: str | None = None, base: str | None = None) ->
         note = "adapter" if is_adapter_folder(path) else "model"
         return FinishedRun(path, TrainerConfig(), None, path, f"{note} in {path}", base)
     advice = "give the folder of a run (--output of `trainer train`), a checkpoint or a model."
-    if not path.is_dir():
-        is_there = path.exists()
-        raise OutputError(f"{path}: {'not a folder' if is_there else 'no such folder'}; {advice}")
+    require_folder(path, advice)
     raise OutputError(
         f"{path}: holds no run (no {RunFolder.RUN_JSON}), no checkpoint and no model; {advice}"
     )
@@ -195,17 +195,23 @@ def _finished(
     base: str | None,
     is_checkpoint: bool,
 ) -> FinishedRun:
-    """What `run.json`, or a checkpoint's manifest, says of a run."""
+    """A run by its record: `run.json`, or a checkpoint's manifest."""
     try:
         config = TrainerConfig.model_validate(record["config"])
         prompt = record["system_prompt"]
         date = dt.date.fromisoformat(record["date"]) if record.get("date") else None
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise OutputError(
-            f"{folder}: what it says of its run cannot be used ({error}); it was written by "
-            "another version of this program."
-        ) from error
+    except ValidationError as error:
+        raise _unusable(folder, explain(error).replace("\n", " ")) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unusable(folder, f"{type(error).__name__}: {error}") from error
     return FinishedRun(folder, config, prompt, model_dir, note, base, is_checkpoint, date)
+
+
+def _unusable(folder: Path, reason: str) -> OutputError:
+    return OutputError(
+        f"{folder}: the record of the run cannot be used ({reason}); it was written by another "
+        "version of this program."
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
