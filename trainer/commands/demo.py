@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from trainer.commands.arguments import MAX_SEED, parse, whole_number
-from trainer.commands.records import RunRecords
 from trainer.config import TrainerConfig, create_default_config
 from trainer.errors import OutputError
+from trainer.views.report import RunRecords
 from trainer.views.terminal import create_display
 from trainer.views.words import preview_failure_words
 

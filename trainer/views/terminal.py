@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal, TextIO
 
 from trainer.errors import ConfigError
+from trainer.files import SafeStream
 from trainer.monitoring.events import (
     TRAINING,
     CardShown,
@@ -26,7 +27,6 @@ from trainer.monitoring.events import (
     plain_values,
     printable,
 )
-from trainer.views.safe_stream import SafeStream
 from trainer.views.words import (
     ANSWER_CHARS,
     NOTICE_CHARS,
