@@ -75,7 +75,7 @@ def test_plain_tells_the_whole_story(started, step_done, evaluated):
         "validation at step 41: loss 2.0000 (training 1.5000, gap +0.5000), 40 rows, 0.5 s",
         "checkpoint of step 41: outputs/checkpoints/step-00000041, 0.2 s",
         "warning: a row was cut",
-        "failed, step 41 of 100, loss 2.5000, val loss 2.0000, 0.0 s, folder outputs",
+        "failed, step 41 of 100, loss 2.5000, val loss 2.0000, 0.0 s since step 40, folder outputs",
     ]
 
 
