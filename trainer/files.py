@@ -18,6 +18,8 @@ from typing import Any, TextIO
 
 import psutil
 
+from trainer.errors import OutputError
+
 # ---- writing and reading the small files of a run so that nobody ever sees half of one
 #
 # Safe against readers at any instant and against the process being killed. Not against a power cut:
@@ -160,6 +162,18 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def require_folder(path: Path, advice: str) -> Path:
+    """A folder that somebody named, as it is.
+
+    Raises:
+        OutputError: there is none, or it is something else; the message ends with `advice`.
+    """
+    if not path.is_dir():
+        found = "not a folder" if path.exists() else "no such folder"
+        raise OutputError(f"{path}: {found}; {advice}")
+    return path
 
 
 def canonical_hash(value: Any) -> str:

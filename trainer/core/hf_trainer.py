@@ -21,6 +21,7 @@ import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from trainer.config.schema import TrainerConfig
+from trainer.core.checkpoint import RUN_STATE_FILE
 from trainer.core.loss import full_loss, loss_share, supervised_loss
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
@@ -99,8 +100,6 @@ def build_training_arguments(
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 TRAINER_STATE_FILE = "trainer_state.json"
-
-RUN_STATE_FILE = "run_state.json"
 
 
 @dataclass

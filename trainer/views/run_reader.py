@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from trainer.errors import OutputError
-from trainer.files import CHECKPOINTS_NAME, checkpoint_steps, read_json_object
+from trainer.files import CHECKPOINTS_NAME, checkpoint_steps, read_json_object, require_folder
 from trainer.monitoring.events import TRAINING
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
@@ -345,8 +345,7 @@ def find_runs(root: Path, *, depth: int = 3, most: int = 500) -> list[Path]:
     Raises:
         OutputError: there is no such folder, or no run in it.
     """
-    if not root.is_dir():
-        raise OutputError(f"{root}: there is no such folder. Give the folder of a run, or of runs.")
+    require_folder(root, "give the folder of a run, or of runs.")
     found: list[Path] = []
     level = [root]
     for _ in range(depth + 1):

@@ -125,9 +125,8 @@ class _Display:
         """The closing line of a run that started; reasons are the command line's to print."""
         if self.started is None:
             return
-        folder = self.started.output_dir
         elapsed = self.clock() - self.began
-        self.stream.line(closing_words(event, self.step, self.evaluation, elapsed, folder))
+        self.stream.line(closing_words(event, self.started, self.step, self.evaluation, elapsed))
 
     def close(self) -> None:
         """Flush; the stream belongs to somebody else."""

@@ -420,8 +420,8 @@ class RichDisplay:
         view.set_end(event)
         self.close()
         if view.started is not None:
-            folder, elapsed = view.started.output_dir, self.clock() - self._began
-            words = closing_words(event, view.step, view.evaluation, elapsed, folder)
+            elapsed = self.clock() - self._began
+            words = closing_words(event, view.started, view.step, view.evaluation, elapsed)
             self._print(words, STATE_STYLES.get(event.state, ""))
         self._view, self._began = LiveView(self.clock), self.clock()
 
