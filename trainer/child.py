@@ -33,7 +33,7 @@ class Child:
         self,
         words: Sequence[str],
         *,
-        stderr: IO[bytes] | int | None = None,
+        log: str | Path | None = None,
         environment: Mapping[str, str] | None = None,
         shared: Sequence[int] = (),
         has_own_session: bool = True,
@@ -42,7 +42,7 @@ class Child:
 
         Args:
             words: module and its arguments. It finds modules where this process finds them.
-            stderr: as of `subprocess`; None: that of this process.
+            log: file that its stderr is added to; None: it shares that of this process.
             environment: None: that of this process.
             shared: file descriptors that it has under the same numbers.
             has_own_session: signals to this process's group, such as Ctrl-C in a terminal, do not
@@ -50,19 +50,21 @@ class Child:
         """
         root = str(Path(trainer.__file__).parents[1])
         places = dict.fromkeys([root, *(place or os.getcwd() for place in sys.path)])
-        self.process = subprocess.Popen(
-            # -P: no other place is put before those, such as the working folder.
-            [sys.executable, "-P", "-m", *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env={
-                **(os.environ if environment is None else environment),
-                "PYTHONPATH": os.pathsep.join(places),
-            },
-            pass_fds=shared,
-            start_new_session=has_own_session,
-        )
+        with contextlib.ExitStack() as stack:
+            stderr = None if log is None else stack.enter_context(open(log, "ab"))
+            self.process = subprocess.Popen(
+                # -P: no other place is put before those, such as the working folder.
+                [sys.executable, "-P", "-m", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={
+                    **(os.environ if environment is None else environment),
+                    "PYTHONPATH": os.pathsep.join(places),
+                },
+                pass_fds=shared,
+                start_new_session=has_own_session,
+            )
         assert self.process.stdin is not None, "started with a pipe"
         assert self.process.stdout is not None, "started with a pipe"
         self._stdin, self.lines = self.process.stdin, self.process.stdout

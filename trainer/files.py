@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
+import logging
 import os
 import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
+
+from trainer.errors import OutputError
 
 # ---- writing and reading the small files of a run so that nobody ever sees half of one
 #
@@ -160,6 +164,18 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def require_folder(path: Path, advice: str) -> Path:
+    """A folder that somebody named, as it is.
+
+    Raises:
+        OutputError: there is none, or it is something else; the message ends with `advice`.
+    """
+    if not path.is_dir():
+        found = "not a folder" if path.exists() else "no such folder"
+        raise OutputError(f"{path}: {found}; {advice}")
+    return path
+
+
 def canonical_hash(value: Any) -> str:
     """sha256 of JSON values with sorted keys, no spaces and ASCII only."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -273,3 +289,55 @@ def hash_file(path: Path) -> str:
         while chunk := file.read(HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# ---- a stream whose troubles never reach training
+
+
+logger = logging.getLogger(__name__)
+
+
+class SafeStream(io.TextIOBase):
+    """A text stream that never fails: odd characters become `?`, a closed reader means silence."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Wrap a stream, which stays open."""
+        self.stream = stream
+        self._is_broken = False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of what is wrapped."""
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write what the encoding can hold of a text."""
+        if not self._is_broken:
+            safe = text.encode(self.encoding, "replace").decode(self.encoding)
+            self._attempt(lambda: self.stream.write(safe))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what is wrapped."""
+        if not self._is_broken:
+            self._attempt(self.stream.flush)
+
+    def isatty(self) -> bool:
+        """Whether a terminal is wrapped."""
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        """The number of the file that is wrapped."""
+        return self.stream.fileno()
+
+    def line(self, text: str) -> None:
+        """Write one line and flush it."""
+        self.write(text + "\n")
+        self.flush()
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: closed by its owner
+            self._is_broken = True
+            logger.warning("the terminal output broke off (%s); training goes on", error)

@@ -57,8 +57,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def echo(modules: Path, tmp_path: Path) -> Iterator[Child]:
-    with (tmp_path / "log").open("wb") as log:
-        child = Child(["echo_child"], stderr=log)
+    child = Child(["echo_child"], log=tmp_path / "log")
     yield child
     child.end(5)
     child.lines.close()

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import uvicorn
 
-from trainer.commands.arguments import add_weights_flags, at_least, parse, port
+from trainer.commands.arguments import add_weights_flags, parse, port, whole_number
+from trainer.core.finished import open_run
+from trainer.core.run_folder import RunFolder
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
+from trainer.models.hub import is_adapter_folder
 from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
 from trainer.server.inference_process import EngineProcess
@@ -22,7 +25,7 @@ from trainer.server.private_folder import PrivateFolder
 from trainer.server.protocol import BoundedProtocol
 from trainer.server.weights import KEPT_SETS
 
-ADAPTER = "adapter_config.json"
+MAX_TIMEOUT_S = 1_000_000
 
 
 def run(argv: list[str]) -> int:
@@ -99,7 +102,8 @@ def _find_weights(words: argparse.Namespace) -> str | None:
         raise ConfigError(f"RUN ({words.run}) and --model {words.model} both say what to serve.")
     asked = words.run
     if asked is None and words.model is not None:  # it may be an alias or a hub id too
-        is_run = any((Path(words.model) / name).is_file() for name in ("run.json", ADAPTER))
+        folder = Path(words.model)
+        is_run = is_adapter_folder(folder) or (folder / RunFolder.RUN_JSON).is_file()
         asked = words.model if is_run else None
     if asked is None:
         if words.step is not None or words.base is not None:
@@ -107,9 +111,6 @@ def _find_weights(words: argparse.Namespace) -> str | None:
                 "--step and --base say more of the folder of a run or adapter; give it as RUN."
             )
         return None
-    # torch comes with it, and a server without a run starts without torch.
-    from trainer.core.model_folder import open_run
-
     found = open_run(Path(asked), step=words.step, base=words.base)
     if found.base is not None and not found.is_adapter:
         raise ConfigError(f"--base: {found.model_dir} holds a whole model, not an adapter.")
@@ -122,9 +123,8 @@ def _start(engine: EngineProcess) -> None:
     try:
         engine.start()
     except ModelError as error:
-        # The loader names options of a training run; here the same are flags.
-        words = str(error).replace("model.model_path=", "--model ")
-        raise ModelError(words.replace("environment.device=", "--device ")) from error
+        # The loader names the option of a training run; here it is a flag.
+        raise ModelError(str(error).replace("model.model_path=", "--model ")) from error
 
 
 def _store() -> PrivateFolder:
@@ -175,14 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keep-weights",
-        type=at_least(int, 1),
+        type=whole_number(1),
         default=KEPT_SETS,
         metavar="N",
         help="sets kept for a return",
     )
     parser.add_argument(
         "--request-timeout",
-        type=at_least(int, 1),
+        type=whole_number(1, MAX_TIMEOUT_S),
         default=int(REQUEST_TIMEOUT_S),
         metavar="S",
         help="seconds that one request may take of the engine",

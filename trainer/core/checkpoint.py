@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer import files
-from trainer.core.hf_trainer import RUN_STATE_FILE
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, OutputError, ResumeError
 from trainer.files import checkpoint_steps, is_alive, step_name
 from trainer.monitoring.control import read_mark
 
 MANIFEST = "manifest.json"
+
+RUN_STATE_FILE = "run_state.json"
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +36,7 @@ RETIRED_PREFIX = ".old-"
 LEFT_PREFIX = "left-at-"
 """Of folders with checkpoints that a resume from an older one left behind."""
 
-REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run_state.json")
+REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", RUN_STATE_FILE)
 """Without any of these a resume would silently restart a part of the training."""
 
 TRAINING_FILES = (*REQUIRED, "scaler.pt", "rng_state*.pth")

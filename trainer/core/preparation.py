@@ -18,8 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
-from trainer.core.arguments import check_schedule
 from trainer.core.checkpoint import clean_staging
+from trainer.core.optim import check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder

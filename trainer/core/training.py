@@ -13,7 +13,6 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from trainer.core.arguments import RateSchedule
 from trainer.core.checkpoint import save_checkpoint, set_aside_newer
 from trainer.core.checks import (
     MemoryProbe,
@@ -26,7 +25,7 @@ from trainer.core.checks import (
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import loss_share, supervised_loss
 from trainer.core.model_folder import save_final_model
-from trainer.core.optim import build_optimizer
+from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler, final_evaluation
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import LockedSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models.chat_template import set_chat_template
-from trainer.models.hub import ALIASES, TINY, hub_answers, nearest_alias, resolve_alias
+from trainer.models.hub import (
+    ALIASES,
+    TINY,
+    hub_answers,
+    is_adapter_folder,
+    nearest_alias,
+    resolve_alias,
+)
 from trainer.models.precision import check_loadable, quantization_of
 
 if TYPE_CHECKING:
@@ -216,11 +223,6 @@ def _forget_quantization(model: Any) -> None:
     model.is_quantized = False  # else the Trainer refuses to train it
     # An adapter cannot name the file as its base: without a name, the run saves the base itself.
     model.config._name_or_path = model.name_or_path = ""
-
-
-def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (path / "adapter_config.json").is_file()
 
 
 def check_is_model(section: ModelSection) -> None:

@@ -116,17 +116,15 @@ class SidecarWorker:
         process.end(STOP_TIMEOUT_S)
 
     def _spawn(self) -> None:
-        environment = {name: v for name, v in os.environ.items() if not name.startswith("TRAINER_")}
-        with open(self.log or os.devnull, "ab") as log:
-            process = Child(
-                self._words(),
-                stderr=log,
-                environment={
-                    **environment,
-                    "OMP_NUM_THREADS": str(self.num_threads),
-                    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to training
-                },
-            )
+        process = Child(
+            self._words(),
+            log=self.log or os.devnull,
+            environment={
+                **{n: v for n, v in os.environ.items() if not n.startswith("TRAINER_")},
+                "OMP_NUM_THREADS": str(self.num_threads),
+                "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to training
+            },
+        )
         with contextlib.suppress(OSError):  # training comes first where cores are scarce
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
         self._process = process
@@ -187,12 +185,11 @@ class PublisherProcess:
             on_end: called in the reading thread once the process is gone.
         """
         self._on_event, self._on_end = on_event, on_end
-        with open(log or os.devnull, "ab") as stderr:
-            self._process = Child(
-                ["trainer.publish.publisher"],
-                stderr=stderr,
-                environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            )
+        self._process = Child(
+            ["trainer.publish.publisher"],
+            log=log or os.devnull,
+            environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
         self.send(setup)
         self._reader = threading.Thread(target=self._read, name="preview-read", daemon=True)
         self._reader.start()

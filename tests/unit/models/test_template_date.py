@@ -14,7 +14,7 @@ import pytest
 import transformers.utils.chat_template_utils as chat_templates
 
 from trainer.config.schema import DataSection
-from trainer.core.model_folder import FinishedRun, open_run
+from trainer.core.finished import FinishedRun, open_run
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.template import ChatTemplate

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from trainer.cli import main
-from trainer.commands.records import RunRecords
 from trainer.monitoring.status_reader import TrainingStatusReader
 from trainer.views.metrics import short_number
-from trainer.views.report import render_report
+from trainer.views.report import RunRecords, render_report
 
 MakeRun = Callable[..., Any]
 OLD_RUN = Path(__file__).parents[2] / "data" / "run_before_semantics" / "run"
