@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,21 +34,35 @@ BLOCK = 64 * 1024
 """Bytes read at a time when the end of a cut line is looked for."""
 
 
-def replace_file(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Put `text` in the place of a file at one instant.
+def replace_file(
+    path: Path,
+    content: str | Sequence[bytes],
+    *,
+    mode: int = 0o666,
+    tag: str | None = None,
+    is_synced: bool = False,
+) -> None:
+    """Put `content`, a text or pieces of bytes, in the place of a file at one instant.
 
     Args:
+        tag: part of the temporary name that no other writer of this file has; None: the process's
+            number, which is enough where one machine and one thread write it.
+        is_synced: wait until the content is on the disk, before the name is.
         mode: who may read it, less what the process's umask takes away; 0o600 for secrets.
     Raises:
         OSError: it could not be written; the old file is whole and no temporary one is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pieces = [content.encode("utf-8")] if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{tag or os.getpid()}.tmp")
     try:
         # "x" would trip over what a killed process with our number left behind.
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.writelines(pieces)
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:  # a signal's KeyboardInterrupt too
         remove_quietly(temporary)

@@ -27,6 +27,7 @@ from trainer.data.rows import golden_text
 from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError, PreviewError, TemplateError
 from trainer.exchange import AwayError
+from trainer.files import replace_file
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
@@ -254,8 +255,7 @@ def _sidecar(
     weights_dir.mkdir(mode=0o700)
     config.save_pretrained(model_dir)
     run.prepared.tokenizer.save_pretrained(model_dir)
-    key_file.touch(mode=0o600)
-    key_file.write_text(key + "\n", encoding="ascii")
+    replace_file(key_file, key + "\n", mode=0o600)
     cores = os.cpu_count() or 1
     threads = 1 if run.prepared.device.type == "cpu" else max(1, cores // 2)
     worker = SidecarWorker(

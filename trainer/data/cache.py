@@ -30,7 +30,7 @@ from pydantic import BaseModel
 
 from trainer import __version__
 from trainer.config.schema import DataSection
-from trainer.files import default_cache_dir
+from trainer.files import default_cache_dir, replace_file
 from trainer.models.chat_template import printed_dates
 from trainer.profiles import DataProfile
 
@@ -135,16 +135,9 @@ class CacheEntry:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         body = buffer.getvalue()
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-        try:
-            with temporary.open("xb") as file:
-                file.write(hashlib.sha256(body).digest())
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # Machines that share the folder have processes with the same number.
+        pieces = [hashlib.sha256(body).digest(), body]
+        replace_file(self.path, pieces, tag=secrets.token_hex(4), is_synced=True)
         return self._forget_oldest()
 
     def _forget_oldest(self) -> int:

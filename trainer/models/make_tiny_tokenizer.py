@@ -13,11 +13,13 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trainer.models.chat_template import CHATML
+from trainer.models.chat_template import CHATML, CHATML_TOKENS
 from trainer.models.tiny import DEMO_SYSTEM_PROMPT, TINY_TOKENIZER_DIR, make_tasks
 from trainer.profiles.profile import ANS_END, ANS_START
 
-IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+IM_START, IM_END = CHATML_TOKENS
+
+END_OF_TEXT = "<|endoftext|>"
 
 MAX_VOCAB_SIZE = 512
 """Not reached: the BPE stops by itself when each word of the rows is one token."""

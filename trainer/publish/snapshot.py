@@ -13,7 +13,6 @@ The CUDA path has not run on the machines this was written on; its tests run whe
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 import shutil
@@ -28,10 +27,9 @@ import torch
 from trainer.errors import PreviewError
 from trainer.files import is_alive
 from trainer.publish.identity import DTYPES
+from trainer.publish.weight_file import make_header
 
 SHARED_MEMORY = Path("/dev/shm")
-
-HEADER_ALIGNMENT = 8
 
 FOLDER_PREFIX = "trainer-weights-"
 
@@ -56,7 +54,7 @@ class Layout:
         }
         # Wide dtypes first, so that every tensor is aligned to its own width.
         order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {}
         places, offset = {}, 0
         for name in order:
             length = tensors[name].numel() * dtypes[name].itemsize
@@ -67,9 +65,7 @@ class Layout:
             }
             places[name] = (dtypes[name], tuple(tensors[name].shape), offset)
             offset += length
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % HEADER_ALIGNMENT)
-        header = len(text).to_bytes(8, "little") + text
+        header = make_header(entries)
         placed = {name: (d, s, len(header) + o) for name, (d, s, o) in places.items()}
         return cls(header, placed, len(header) + offset)
 

@@ -22,6 +22,8 @@ from trainer.publish.wire import AdapterConfig, ServerHashes, TensorEntry, Weigh
 
 MAX_HEADER = 16 << 20
 
+HEADER_ALIGNMENT = 8
+
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 
 
@@ -131,6 +133,17 @@ def _check_places(header: dict[str, Any], data_bytes: int) -> None:
         raise BadFileError(
             "bad_file", f"the file has {data_bytes - end} bytes behind its last tensor"
         )
+
+
+def make_header(places: dict[str, dict[str, Any]]) -> bytes:
+    """The begin of a safetensors file: length and JSON, padded so that what follows is aligned.
+
+    Args:
+        places: name -> `dtype`, `shape` and `data_offsets`, which count from the header's end.
+    """
+    text = json.dumps({"__metadata__": {"format": "pt"}, **places}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_header(file: IO[bytes], size: int) -> tuple[dict[str, Any], int]:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trainer.errors import PreviewError
 from trainer.publish import snapshot
 from trainer.publish.identity import canonical_tensors, model_manifest
 from trainer.publish.snapshot import FOLDER_PREFIX, Snapshotter, arena_folder
-from trainer.publish.weight_file import WeightFile
+from trainer.publish.weight_file import WeightFile, make_header, read_header
 from trainer.publish.wire import ServerHashes
 
 CPU = torch.device("cpu")
@@ -116,3 +117,19 @@ def test_a_gpu_snapshot_holds_the_weights_of_its_step_though_the_next_step_follo
     wait()
     found = load_file(arena.path)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_header_that_is_made_is_the_one_that_is_read(tmp_path: Path) -> None:
+    places = {
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [8, 11]},
+    }
+    header = make_header(places)
+    assert len(header) % 8 == 0
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(header + bytes(11))
+    with path.open("rb") as file:
+        assert read_header(file, path.stat().st_size) == (places, len(header))
+    with safe_open(path, framework="numpy") as found:
+        assert found.metadata() == {"format": "pt"}
+        assert sorted(found.keys()) == ["a", "b"]
