@@ -15,10 +15,9 @@ from trainer.data.card import DataCard, draw_card, num_own_system
 from trainer.data.encode import RowEncoder
 from trainer.data.layouts import check_text_row
 from trainer.data.rendered import check_markers_used, read_back
-from trainer.data.rows import BadRowError, Row, RowErrors, RowTooLongError, is_text
+from trainer.data.rows import BadRowError, PreviewRequest, Row, RowErrors, RowTooLongError, is_text
 from trainer.data.sources import (
     EncodedRow,
-    HeldOutPrompt,
     Sides,
     Source,
     content_key,
@@ -39,9 +38,9 @@ from trainer.profiles import DataProfile, Message, get_profile
 class _Texts:
     """The part of a run's data that the cache holds as JSON."""
 
-    preview_prompts: tuple[HeldOutPrompt, ...]
+    preview_prompts: tuple[PreviewRequest, ...]
     """Held-out prompts (training rows where none are held out), always the same ones."""
-    final_prompts: tuple[HeldOutPrompt, ...]
+    final_prompts: tuple[PreviewRequest, ...]
     """Prompts of the final evaluation."""
     train_texts: tuple[tuple[str, str], ...]
     """(prompt, golden answer) of each training row."""
@@ -232,7 +231,7 @@ def _sides(
     return Sides(encoded, held_out, mixed, validation, how, mix, trained_groups(validation, train))
 
 
-def _prompts(sides: Sides, count: int) -> tuple[HeldOutPrompt, ...]:
+def _prompts(sides: Sides, count: int) -> tuple[PreviewRequest, ...]:
     """Prompts of held-out rows, or of training rows where none are held out; always the same."""
     items = sorted(sides.validation or sides.train, key=lambda item: (item.group, item.key))
     return first_prompts(items, count, bool(sides.validation), trained=sides.trained_groups)

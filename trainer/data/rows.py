@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from trainer.errors import DataError
 from trainer.profiles import Message
 
@@ -395,3 +397,30 @@ def _not_ours(where: str) -> BadRowError:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# ---- a prompt to be answered again and again, made of a row or of the user's words
+
+
+class PreviewRequest(BaseModel):
+    """One prompt to be answered: text and, where known, the exact token ids of training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    """The user's turn as text, for people."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """Ids to continue, system prompt and template included: of a row, the prefix of its own ids up
+    to its first trained token. None: the backend renders `prompt`."""
+    golden_answer: str | None = None
+    """What the data says the answer is; None for prompts without one."""
+    golden_token_ids: tuple[int, ...] | None = None
+    """The answer's ids as trained on, behind `prompt_token_ids`; needed for its
+    log-probabilities."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The whole conversation that is answered, with the tools on one of its turns, for backends
+    that cannot take ids; empty: `prompt` is all there is."""
+    prompt_id: str = ""
+    """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
+    held_out: bool = True
+    """False when the prompt is also trained on, with this answer or another one."""

@@ -16,7 +16,7 @@ from typing import Any
 from trainer.config.schema import DataSection
 from trainer.data.layouts import FORMATS
 from trainer.data.row_files import SUFFIXES, RawRow, raw_rows, to_rows
-from trainer.data.rows import Example, Row, RowErrors, is_text
+from trainer.data.rows import Example, PreviewRequest, Row, RowErrors, is_text
 from trainer.data.tables import own_values
 from trainer.errors import ConfigError, DataError
 from trainer.models.hub import hub_answers
@@ -228,25 +228,6 @@ class Sides:
     """Groups of held-out rows whose prompt is trained on too."""
 
 
-@dataclass(frozen=True)
-class HeldOutPrompt:
-    """A prompt to be answered again and again, with the answer the data gives."""
-
-    prompt: str
-    prompt_ids: tuple[int, ...]
-    """The prefix of the row's own ids up to its first trained token."""
-    golden_answer: str
-    prompt_id: str
-    """`validation-12` or `train-3`: source and position in the file."""
-    is_held_out: bool
-    """False when the prompt is also trained on, with this answer or another one."""
-    golden_ids: tuple[int, ...] = ()
-    """The row's trained ids behind that prefix, up to the end of the turn."""
-    messages: tuple[dict[str, Any], ...] = ()
-    """The turns that are answered, for servers that render them; empty for plain text. One of them
-    carries the row's tools."""
-
-
 def content_key(messages: list[Message], seed: int) -> str:
     """A hash of a row's content and the seed, hex; equal rows have equal keys."""
     content = json.dumps(messages, sort_keys=True, ensure_ascii=False)
@@ -377,7 +358,7 @@ def first_prompts(
     is_held_out: bool,
     *,
     trained: frozenset[str] = frozenset(),
-) -> tuple[HeldOutPrompt, ...]:
+) -> tuple[PreviewRequest, ...]:
     """The first `count` distinct prompts, those that are nowhere trained on before the others.
 
     Args:
@@ -387,7 +368,7 @@ def first_prompts(
         trained: groups of held-out rows that are trained on with another answer.
     """
     source = "validation" if is_held_out else "train"
-    chosen: dict[tuple[int, ...], HeldOutPrompt] = {}
+    chosen: dict[tuple[int, ...], PreviewRequest] = {}
     groups: set[str] = set()
     for item in sorted(items, key=lambda item: item.group in trained):
         if len(chosen) == count:
@@ -395,13 +376,13 @@ def first_prompts(
         ids = tuple(item.example.prompt_ids)
         if ids not in chosen and item.group not in groups:
             groups.add(item.group)
-            chosen[ids] = HeldOutPrompt(
+            chosen[ids] = PreviewRequest(
                 prompt=item.example.prompt,
-                prompt_ids=ids,
+                prompt_token_ids=ids,
                 golden_answer=item.example.golden_answer,
                 prompt_id=f"{source}-{item.row.index}",
-                is_held_out=is_held_out and item.group not in trained,
-                golden_ids=tuple(item.example.golden_ids),
+                held_out=is_held_out and item.group not in trained,
+                golden_token_ids=tuple(item.example.golden_ids) or None,
                 messages=tuple(dict(turn) for turn in item.example.conversation),
             )
     return tuple(chosen.values())

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from trainer.errors import PreviewError
 from trainer.exchange import MIN_RETRY_S, AwayError, BoundedClient, TooSlowError
 from trainer.net import KEY_VARIABLE, key_with_scope, read_key_file, url_of
-from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult, is_match
+from trainer.preview.base import PreviewRequest, PreviewResult, ServerAnswer, is_match
 
 
 def server_key(key_file: str | None) -> str | None:
@@ -93,20 +93,6 @@ class OneByOneBackend(ABC):
 LONG_POLL_S = 25
 
 DONE, FAILED = ("done", "completed", "succeeded"), ("failed", "error", "cancelled")
-
-
-class _Answer(BaseModel):
-    """What a server must send; unknown fields are left alone, as servers grow."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    text: str
-    tokens_generated: int = 0
-    tokens_per_sec: float | None = None
-    generation_time_sec: float | None = None
-    finish_reason: FinishReason = "stop"
-    weights_id: str | None = None
-    raw_text: str | None = None
 
 
 class Remote3090Backend(OneByOneBackend):
@@ -203,9 +189,9 @@ class Remote3090Backend(OneByOneBackend):
             self._client.cancel(f"/jobs/{job_id}")
             raise
 
-    def _parse(self, found: Any) -> _Answer:
+    def _parse(self, found: Any) -> ServerAnswer:
         try:
-            return _Answer.model_validate(found)
+            return ServerAnswer.model_validate(found)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"])) or "the answer"

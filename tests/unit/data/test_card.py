@@ -84,9 +84,9 @@ def test_rows_that_differ_in_flags_only_are_no_duplicates(prepare: Callable[...,
 def test_previews_ask_for_a_trained_answer(prepare: Callable[..., RunData]) -> None:
     data = prepare(ROWS[:1])
     [prompt] = data.preview_prompts
-    text = data.encoder.tokenizer.decode(prompt.prompt_ids)
+    text = data.encoder.tokenizer.decode(prompt.prompt_token_ids)
     assert text.count("<|im_start|>assistant") == 2
-    assert data.encoder.tokenizer.decode(prompt.golden_ids) == "a<|im_end|>"
+    assert data.encoder.tokenizer.decode(prompt.golden_token_ids) == "a<|im_end|>"
 
 
 class Copying(DataProfile):

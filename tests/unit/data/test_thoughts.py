@@ -119,7 +119,7 @@ def test_the_card_says_what_a_server_will_add_to_the_prompt(
     assert "2 rows" in lines_of(data)["prompt"]
     [prompt] = data.preview_prompts
     [ids] = [data.train[0]["input_ids"].tolist()]
-    assert list(prompt.prompt_ids) == ids[: len(prompt.prompt_ids)]
+    assert list(prompt.prompt_token_ids) == ids[: len(prompt.prompt_token_ids)]
     assert "prompt" not in lines_of(prepare(make_tokenizer(shipped("qwen3")), [row]))
 
 

@@ -27,6 +27,7 @@ from trainer.net import (
     key_with_scope,
     read_key_file,
 )
+from trainer.preview.base import ServerAnswer
 from trainer.views.run_reader import RunReader
 
 WORKER_NAME = "worker.json"
@@ -47,19 +48,6 @@ class Worker(BaseModel):
     model_id: str | None = None
     system_prompt: str | None = None
     pid: int | None = None
-
-
-class Reply(BaseModel):
-    """What the worker answered."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    text: str
-    tokens_generated: int = 0
-    finish_reason: str = "stop"
-    weights_id: str | None = None
-    run: str | None = None
-    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,7 @@ def absence_words(reader: RunReader) -> str:
 
 def ask_worker(
     worker: Worker, prompt: str, *, max_new_tokens: int = 256, temperature: float = 0.0
-) -> Reply:
+) -> ServerAnswer:
     """Ask one prompt; blocks until it is answered.
 
     Raises:
@@ -153,7 +141,7 @@ def ask_worker(
     try:
         deadline = time.monotonic() + TIMEOUT_S
         status, found = client.call("POST", "/generate", deadline, body)
-        return Reply.model_validate(found)
+        return ServerAnswer.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise PreviewError(
