@@ -23,7 +23,12 @@ from trainer.server.completions import add_openai_routes
 from trainer.server.inference_process import EngineProcess
 from trainer.server.job_book import Job
 from trainer.server.job_queue import REQUEST_TIMEOUT_S, JobQueue
-from trainer.server.preview_routes import add_active_route, add_preview_routes, add_weight_routes
+from trainer.server.preview_routes import (
+    add_active_route,
+    add_preview_routes,
+    add_upload_routes,
+    add_weight_routes,
+)
 from trainer.server.problems import add_problem_handlers, documented
 from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service, client_of
 from trainer.server.weight_store import KEPT_SETS, WeightStore
@@ -156,6 +161,7 @@ def create_app(
     _add_status_routes(app, service)
     _add_generate_routes(app, service)
     add_weight_routes(app, service)
+    add_upload_routes(app, service)
     add_active_route(app, service)
     add_preview_routes(app, service)
     add_openai_routes(app, service)
