@@ -161,7 +161,9 @@ def add_active_route(app: FastAPI, service: Service) -> None:
     async def set_active(body: SetActive) -> ModelState:
         known = service.store.loads.get(body.weights_id)
         if known is None:
-            raise HTTPException(404, "these weights are not kept; publish them again")
+            raise HTTPException(
+                404, "this server no longer keeps these weights; publish them again"
+            )
         await service.load(known, service.store.tags[body.weights_id])
         return service.state()
 
@@ -203,7 +205,7 @@ def add_preview_routes(app: FastAPI, service: Service) -> None:
         tag = service.store.tag(body.weights_id, body.run, body.step)
         if tag is None:
             raise WeightsRefusedError(
-                409, "not_active", "these weights are not held here; publish them first"
+                409, "not_active", "this server does not hold these weights; publish them first"
             )
         # Run and step are those under which the weights were published, whatever a client says.
         # Weights that nobody published have none: the answer is the client's alone, not listed.

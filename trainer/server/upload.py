@@ -86,9 +86,11 @@ class Upload:
         """
         start = number * PART_BYTES
         if self.offer.transport != "http" or start >= self.limit:
-            raise WeightsRefusedError(422, "bad_part", f"this upload takes no part {number}")
+            raise WeightsRefusedError(422, "bad_part", f"this upload has no part {number}")
         if self.is_stored:
-            raise WeightsRefusedError(409, "committing", "this upload is whole; commit it")
+            raise WeightsRefusedError(
+                409, "committing", "all parts of this upload have arrived; commit it"
+            )
         self.parts.discard(number)
         self.used_at, epoch = self.clock(), self.epoch
         self.writers += 1
@@ -99,10 +101,12 @@ class Upload:
         finally:
             self.writers -= 1
         if self.epoch != epoch:
-            raise WeightsRefusedError(409, "started_over", "this upload began again; send it again")
+            raise WeightsRefusedError(
+                409, "started_over", "this upload was restarted; send its parts again"
+            )
         if found.hexdigest() != digest:
             raise WeightsRefusedError(
-                422, "bad_part_hash", f"part {number} does not have the hash that came with it"
+                422, "bad_part_hash", f"part {number} does not match its hash (X-Part-Sha256)"
             )
         self.parts.add(number)
         self.size = max(self.size, start + length)

@@ -117,11 +117,13 @@ class WeightStore:
         """
         if self.expected is None:
             raise WeightsRefusedError(
-                503, "no_model", "no model yet; name one with POST /models/register"
+                503, "no_model", "no model is loaded; name one with POST /models/register"
             )
         if offer.manifest.kind == "adapter" and offer.manifest.base not in self.loads:
             raise WeightsRefusedError(
-                409, "base_missing", "the adapter's base weights are not here; publish them first"
+                409,
+                "base_missing",
+                "this server does not hold the adapter's base weights; publish them first",
             )
         check_fit(offer.manifest, self.expected)
         if offer.transport == "dir" and self.weights_dir is None:
@@ -342,7 +344,7 @@ def check_fit(manifest: WeightsManifest, expected: WeightsManifest) -> None:
             raise WeightsRefusedError(
                 409,
                 code,
-                f"{name} is not that of the loaded model; start the server with the base "
+                f"{name} differs from the loaded model's; start the server with the base "
                 "model of the run (trainer serve --model ...)",
             )
     if manifest.kind == "adapter":
@@ -374,13 +376,13 @@ def _check_adapter(manifest: WeightsManifest, expected: WeightsManifest) -> None
     adapter = manifest.adapter
     assert adapter is not None, "the manifest's own check"
     if sum(map(num_bytes, manifest.tensors)) > sum(map(num_bytes, expected.tensors)):
-        raise WeightsRefusedError(413, "too_large", "an adapter larger than its model")
+        raise WeightsRefusedError(413, "too_large", "the adapter is larger than its model")
     bad = [entry.name for entry in manifest.tensors if not _is_of_rank(entry, adapter.r)]
     if bad:
         raise WeightsRefusedError(
             422,
             "tensors_differ",
-            f"tensors are not those of an adapter of rank r={adapter.r}; offer the rank that the "
+            f"tensors do not match an adapter of rank r={adapter.r}; offer the rank that the "
             "adapter was trained with",
             bad,
         )
@@ -393,7 +395,10 @@ def _check_adapter(manifest: WeightsManifest, expected: WeightsManifest) -> None
     ]
     if without:
         raise WeightsRefusedError(
-            422, "tensors_differ", "target_modules without tensors in the manifest", without[:100]
+            422,
+            "tensors_differ",
+            "the manifest has no tensors for some target_modules",
+            without[:100],
         )
 
 
