@@ -19,7 +19,7 @@ from trainer.core import engine as engine_module
 from trainer.core.run_folder import RunFolder
 from trainer.errors import TrainerError
 from trainer.monitoring import TrainingStatusReader
-from trainer.monitoring.events import RunEnded
+from trainer.monitoring.events import RunEnded, StepDone
 from trainer.preview.scheduler import PreviewScheduler
 
 SHORT = {"max_steps": 2}
@@ -297,6 +297,95 @@ def test_a_signal_while_a_run_ends_stops_it_truthfully(
         check_truth(result, listener.told)
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_figures_that_cannot_be_had_do_not_keep_a_run_from_ending(
+    kind: type[BaseException], config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> Any:
+        raise kind("no figures")
+
+    monkeypatch.setattr(PreviewScheduler, "summary", fail)
+    listener, before = Listener(), settings()
+    result = TrainerEngine(observers=[listener]).run_job(config("out"))
+    assert result.state in ("completed", "failed")
+    check_truth(result, listener.told)
+    assert settings() == before
+
+
+def test_an_error_without_words_does_not_keep_a_run_from_ending(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("not even this")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MuteError
+
+    monkeypatch.setattr(training, "save_final_model", fail)
+    listener = Listener()
+    result = TrainerEngine(observers=[listener]).run_job(config("out"))
+    assert (result.state, result.exit_code) == ("failed", 1)
+    assert "MuteError" in str(result.error_message)
+    check_truth(result, listener.told)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("when", ["on_event", "close"])
+def test_an_observer_that_raises_at_the_end_keeps_no_other_from_hearing_it(
+    when: str, kind: type[BaseException], config: Callable[..., Any]
+) -> None:
+    class Bad(Listener):
+        def on_event(self, event: Any) -> None:
+            if when == "on_event" and isinstance(event, RunEnded):
+                raise kind("no")
+
+        def close(self) -> None:
+            if when == "close":
+                raise kind("no")
+
+    class Closed(Listener):
+        is_closed = False
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    last = Closed()
+    result = TrainerEngine(observers=[Bad(), last]).run_job(config("out"))
+    assert result.state == "completed"
+    check_truth(result, last.told)
+    assert last.is_closed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_handlers_are_given_back_is_no_exception(
+    number: signal.Signals, config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    ours, set_handler, before = run.StopRequest.handle, signal.signal, signal.signal(number, own)
+    given_back: list[Any] = []
+
+    def interrupted(which: int, handler: Any) -> Any:
+        found = set_handler(which, handler)
+        if getattr(found, "__func__", None) is ours:
+            given_back.append(which)
+            os.kill(os.getpid(), number)  # behind each that is given back
+        return found
+
+    try:
+        monkeypatch.setattr(signal, "signal", interrupted)
+        result = TrainerEngine().run_job(config("out"))
+        monkeypatch.undo()
+        assert result.state == "completed"
+        assert len(given_back) >= 3
+        assert signal.getsignal(number) is own
+        check_truth(result, [RunEnded(state="completed", step=2)])
+    finally:
+        set_handler(number, before)
+
+
 # ---- nothing outlives the job
 
 
@@ -307,6 +396,7 @@ def settings() -> dict[str, Any]:
         "environment": dict(os.environ),
         "threads": torch.get_num_threads(),
         "bars": transformers_logging.is_progress_bar_enabled(),
+        "verbosity": transformers_logging.get_verbosity(),
         "offline": constants.HF_HUB_OFFLINE,
         "signals": [
             signal.getsignal(number)
@@ -348,3 +438,33 @@ def test_nothing_that_a_job_sets_in_the_process_outlives_it(
         assert settings() == before
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_hub_that_the_user_allows_is_allowed_again_after_an_offline_job(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    before = settings()
+    TrainerEngine().inspect_data(config("out", environment={"offline": True}))
+    assert settings() == before
+
+
+def test_each_run_with_workers_hears_of_one_that_dies(
+    config: Callable[..., Any],
+) -> None:
+    heard: list[Any] = []
+
+    class Watch(Listener):
+        def on_event(self, event: Any) -> None:
+            if isinstance(event, StepDone):
+                heard.append(signal.getsignal(signal.SIGCHLD))
+
+    before = signal.getsignal(signal.SIGCHLD)
+    for name in ("one", "two"):
+        asked = config(name, environment={"num_workers": 1})
+        result = TrainerEngine(observers=[Watch()]).run_job(asked)
+        assert result.success, result.error_message
+        assert signal.getsignal(signal.SIGCHLD) is before
+    assert len(heard) == 4
+    assert all(callable(handler) for handler in heard)

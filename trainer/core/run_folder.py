@@ -15,11 +15,15 @@ from typing import IO, Any
 from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
 from trainer.files import CHECKPOINTS_NAME, replace_file
+from trainer.models.adapters import SAVED_BASE
 from trainer.monitoring.events import plain_values
 
 LOCK = ".lock"
 
 OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
+
+SHARED_NAMES = ("config.resolved.json", "logs", SAVED_BASE)
+"""What a run writes too, and a folder may have had before it: of a dry run, or of the user."""
 
 
 class RunFolder:
@@ -34,6 +38,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: IO[str] | None, *, is_new: bool) -> None:
         """Use `create`, which checks."""
         self.path, self._lock, self._is_new = path, lock, is_new
+        self._added = [name for name in SHARED_NAMES if not (path / name).exists()]
         self.notices: list[str] = []
 
     @classmethod
@@ -186,16 +191,16 @@ class RunFolder:
     def discard_unstarted_run(self) -> None:
         """Remove what a run wrote that the user's input stopped before its first step.
 
-        Only names that `create` found free; a folder that was there before keeps its other files.
+        Only names that were free before; a folder that was there before keeps its other files.
         """
         if (self.path / self.CHECKPOINTS).exists():
             return
-        for name in OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
         if self._is_new:
             shutil.rmtree(self.path)
-        else:
-            self.discard_if_empty()
+            return
+        for path in (self.path / name for name in (*OWN_FILES, *self._added)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.discard_if_empty()
 
     def close(self) -> None:
         """Let the folder go; may be called twice."""
