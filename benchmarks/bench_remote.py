@@ -37,12 +37,12 @@ import torch
 from trainer.commands.demo import demo_config
 from trainer.core import TrainerEngine
 from trainer.models.chat_template import chat_template_hash, tokenizer_hash
-from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
-from trainer.models.tiny_tasks import write_demo_data
+from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer, write_demo_data
 from trainer.monitoring.events import Event, StepDone
-from trainer.publish.client import WeightFile, WorkerClient
+from trainer.publish.client import WorkerClient
 from trainer.publish.identity import canonical_tensors, config_hash
 from trainer.publish.snapshot import Snapshotter
+from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import ServerHashes
 
 NUM_PROMPTS, NUM_TOKENS = 16, 64

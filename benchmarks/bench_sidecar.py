@@ -32,7 +32,7 @@ import torch
 
 from trainer.commands.demo import demo_config
 from trainer.core import TrainerEngine
-from trainer.models.tiny_tasks import write_demo_data
+from trainer.models.tiny import write_demo_data
 from trainer.monitoring.events import Event, StepDone
 
 IDLE = 1_000_000

@@ -25,7 +25,7 @@ from rich.console import Console
 from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunEnded, RunStarted, StepDone
 from trainer.views.report import write_report
 from trainer.views.run_reader import RunReader
-from trainer.views.terminal_view import LiveView
+from trainer.views.terminal_rich import LiveView
 from trainer.views.watch import Follower
 
 ROOT = Path(__file__).parents[1]

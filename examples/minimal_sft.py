@@ -1,6 +1,7 @@
 """Fine-tuning in one flat loop: rows -> token ids and labels -> loss on the answers -> AdamW.
 
-What `trainer train` does, without checkpoints, previews, mixed precision or a second device.
+What `trainer train` does, without checkpoints, mixed precision or a second device. Everything is
+imported from the public faces of the rooms, so the script is also an example of their use.
 
     python examples/minimal_sft.py [data.jsonl] [--model tiny] [--steps 40]
 """
@@ -8,27 +9,24 @@ What `trainer train` does, without checkpoints, previews, mixed precision or a s
 from __future__ import annotations
 
 import argparse
-import random
+import itertools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from trainer.config.schema import ModelSection
-from trainer.core.loss import supervised_loss
-from trainer.data.batches import EncodedDataset, PadCollator
-from trainer.data.encode import RowEncoder
-from trainer.data.formats import read_rows
-from trainer.data.rows import RowErrors
-from trainer.models.load import load_model, load_tokenizer
-from trainer.models.tiny_tasks import write_demo_data
-from trainer.preview.local import LocalPreviewBackend
+from trainer.config import DataSection, ModelSection
+from trainer.core import supervised_loss
+from trainer.data import EpochOrder, PadCollator, RowEncoder, prepare_data
+from trainer.models import load_model, load_tokenizer, write_demo_data
+from trainer.preview import LocalPreviewBackend
 
 BATCH_SIZE, MAX_LENGTH, LEARNING_RATE = 16, 256, 4e-3
 
 
 def main() -> None:
-    """Train, and answer the first row's prompt before and after."""
+    """Train, and answer the first row's prompt now and then."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="?", help="JSONL file; left out: generated tasks")
     parser.add_argument("--model", default="tiny", help="alias, hub id or folder")
@@ -39,20 +37,18 @@ def main() -> None:
     tokenizer = load_tokenizer(section)
     model = load_model(section, dtype=torch.float32, seed=0)
 
-    errors = RowErrors("strict")
-    rows, _ = read_rows(Path(words.data or demo_rows()), "auto", errors, None)
-    errors.raise_if_strict()
-    encoder = RowEncoder(tokenizer, MAX_LENGTH)
-    examples = [encoder.encode(row.messages) for row in rows]
-    data, collate = EncodedDataset(examples), PadCollator(tokenizer.pad_token_id or 0)
+    path = words.data or demo_rows()
+    files = DataSection(dataset_path=path, validation_split=0, cache=False)
+    data = prepare_data(files, encoder=RowEncoder(tokenizer, MAX_LENGTH))
+    order = EpochOrder(data.train.lengths, group_size=BATCH_SIZE, seed=0)
+    collate = PadCollator(tokenizer.pad_token_id or 0)
 
     previews = LocalPreviewBackend(model=model, tokenizer=tokenizer, temperature=0.0)
-    prompt, golden = examples[0].prompt, examples[0].golden_answer
+    prompt, golden = data.train_texts[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    shuffler = random.Random(0)
     model.train()
-    for step in range(1, words.steps + 1):
-        batch = collate([data[shuffler.randrange(len(data))] for _ in range(BATCH_SIZE)])
+    for step, rows in zip(range(1, words.steps + 1), batches(order), strict=False):
+        batch = collate([data.train[row] for row in rows])
         loss = supervised_loss(model, model, batch)  # mean nats per answer token
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,6 +57,13 @@ def main() -> None:
         if step == 1 or step % 10 == 0:
             said = previews.preview(prompt, golden, step, max_new_tokens=32).text
             print(f"step {step}: loss {loss.item():.4f}  golden {golden!r}  generated {said!r}")
+
+
+def batches(order: EpochOrder) -> Iterator[list[int]]:
+    """Rows of one batch after the other, epoch after epoch."""
+    for epoch in itertools.count():
+        rows = order.epoch_rows(epoch)
+        yield from (rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE))
 
 
 def demo_rows() -> str:

@@ -6,6 +6,7 @@ Public names are loaded when they are first used, so that `import trainer.config
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,15 +15,6 @@ if TYPE_CHECKING:
     from trainer.profiles import get_profile
 
 __version__ = "0.1.0"
-
-_HOMES = {
-    "ConfigLoader": "trainer.config",
-    "TrainerConfig": "trainer.config",
-    "create_default_config": "trainer.config",
-    "TrainerEngine": "trainer.core",
-    "TrainingResult": "trainer.core",
-    "get_profile": "trainer.profiles",
-}
 
 __all__ = [
     "ConfigLoader",
@@ -35,7 +27,28 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+def lazy_names(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """Make a package's `__getattr__`, which imports a public name when it is first used.
+
+    Args:
+        package: the package's `__name__`.
+        homes: module -> the public names that it defines.
+    """
+    modules = {name: module for module, names in homes.items() for name in names}
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(modules[name]), name)
+
+    return load
+
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "trainer.config": ["ConfigLoader", "TrainerConfig", "create_default_config"],
+        "trainer.core": ["TrainerEngine", "TrainingResult"],
+        "trainer.profiles": ["get_profile"],
+    },
+)

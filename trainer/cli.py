@@ -10,14 +10,18 @@ import difflib
 import importlib
 import io
 import logging
+import os
+import select
 import sys
 import warnings
 
 from trainer import __version__
 from trainer.errors import (
     EXIT_COMPLETED,
+    EXIT_FAILED,
     EXIT_SIGINT,
     EXIT_USER_INPUT,
+    ConfigError,
     StoppedError,
     TrainerError,
 )
@@ -55,14 +59,24 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     # On some CPUs it asks for a package from the hub when it is imported, used or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return EXIT_COMPLETED if words else EXIT_USER_INPUT
-    if words[0] in ("-V", "--version", "version"):
-        print(f"ultimate-trainer {__version__}")
-        return EXIT_COMPLETED
     try:
-        return _run(words[0], words[1:])
+        code = _run_told(words)
+        sys.stdout.flush()  # at exit, a reader that went away would be a traceback
+    except BrokenPipeError:
+        if not _let_go_of_closed_streams():
+            raise  # some other pipe: that is a fault
+        return EXIT_COMPLETED  # `trainer ... | head`: nothing is left to say
+    return code
+
+
+def _run_told(words: list[str]) -> int:
+    """Run a command; what went wrong is one message, and its exit code."""
+    try:
+        return _run(words)
+    except SystemExit as end:  # argparse after --help, a signal handler
+        if isinstance(end.__context__, BrokenPipeError):  # rich, which has let go of its stream
+            return EXIT_COMPLETED
+        return end.code if isinstance(end.code, int) else EXIT_FAILED
     except TrainerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,11 +86,25 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_SIGINT
-    except BrokenPipeError:
-        # The reader went away (`trainer ... | head`): nothing is left to say, and closing stdout
-        # again at exit must not print a traceback either.
-        sys.stderr.close()
-        return EXIT_COMPLETED
+    except OSError as error:
+        if error.filename is None:  # no file or folder that the user could mend
+            raise
+        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return EXIT_USER_INPUT
+
+
+def _let_go_of_closed_streams() -> bool:
+    """Whether nobody reads standard output or error any more; what they still hold goes nowhere."""
+    is_any_closed = False
+    for stream in (sys.stdout, sys.stderr):
+        watch = select.poll()
+        watch.register(stream.fileno(), select.POLLOUT)
+        if any(event & select.POLLERR for _, event in watch.poll(0)):
+            is_any_closed = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return is_any_closed
 
 
 def usage() -> str:
@@ -93,17 +121,20 @@ def usage() -> str:
     )
 
 
-def _run(name: str, words: list[str]) -> int:
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return EXIT_COMPLETED if words else EXIT_USER_INPUT
+    name = words[0]
+    if name in ("-V", "--version", "version"):
+        print(f"ultimate-trainer {__version__}")
+        return EXIT_COMPLETED
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(
-            f"error: there is no command {name!r}.{hint} Commands: {', '.join(COMMANDS)}.",
-            file=sys.stderr,
-        )
-        return EXIT_USER_INPUT
+        raise ConfigError(f"there is no command {name!r}.{hint} Commands: {', '.join(COMMANDS)}.")
     module = importlib.import_module(f"trainer.commands.{name}")
-    code: int = module.run(words)
+    code: int = module.run(words[1:])
     return code
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import json
+import logging
 import os
 import re
+import shutil
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
+
+from trainer.errors import OutputError
 
 # ---- writing and reading the small files of a run so that nobody ever sees half of one
 #
@@ -27,9 +34,11 @@ BLOCK = 64 * 1024
 """Bytes read at a time when the end of a cut line is looked for."""
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Put `text` in the place of a file at one instant.
 
+    Args:
+        mode: who may read it, less what the process's umask takes away; 0o600 for secrets.
     Raises:
         OSError: it could not be written; the old file is whole and no temporary one is left.
     """
@@ -37,7 +46,8 @@ def replace_file(path: Path, text: str) -> None:
     try:
         # "x" would trip over what a killed process with our number left behind.
         temporary.unlink(missing_ok=True)
-        with temporary.open("x", encoding="utf-8") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, path)
     except BaseException:  # a signal's KeyboardInterrupt too
@@ -154,6 +164,18 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def require_folder(path: Path, advice: str) -> Path:
+    """A folder that somebody named, as it is.
+
+    Raises:
+        OutputError: there is none, or it is something else; the message ends with `advice`.
+    """
+    if not path.is_dir():
+        found = "not a folder" if path.exists() else "no such folder"
+        raise OutputError(f"{path}: {found}; {advice}")
+    return path
+
+
 def canonical_hash(value: Any) -> str:
     """sha256 of JSON values with sorted keys, no spaces and ASCII only."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -167,3 +189,155 @@ def default_cache_dir() -> Path:
         return Path(own)
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "ultimate-trainer"
+
+
+# ---- the operations of a save, each through one door, so that tests can stop at every one
+#
+# `before_operation` is None in normal use. A test sets it to a function of (operation, path) and
+# kills the process in it: every state that a crash can leave behind is reached in this way.
+
+
+before_operation: Callable[[str, Path], None] | None = None
+
+HASH_CHUNK = 1 << 20
+
+
+def _announce(operation: str, path: Path) -> None:
+    if before_operation is not None:
+        before_operation(operation, path)
+
+
+def make_dir(path: Path) -> None:
+    """Create a folder and its parents."""
+    _announce("mkdir", path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in two halves, so that a crash between them is a state of its own."""
+    half = len(text) // 2
+    _announce("create", path)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text[:half])
+        file.flush()
+        _announce("write", path)
+        file.write(text[half:])
+        file.flush()
+
+
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """Within the block, a file that safetensors or torch cannot write is an OSError like any."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"safetensors: {error}") from error
+    except RuntimeError as error:
+        # torch's writer of zip files; it has no error class of its own.
+        if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter")):
+            raise
+        raise OSError(f"torch could not write all of a file: {error}") from error
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    _announce("fsync", path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_dir(path: Path) -> None:
+    """Wait until a folder's names are on the disk; not every file system can."""
+    _announce("fsync_dir", path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some network and Windows-backed file systems refuse fsync on folders; the rename is
+        # atomic there as well, only its durability after a power cut is theirs to give.
+        return
+    finally:
+        os.close(descriptor)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename; on one file system this happens whole or not at all."""
+    _announce("replace", target)
+    os.replace(source, target)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, file by file, its manifest first: half a folder must not look whole."""
+    names = sorted(path.rglob("*"), key=lambda p: (p.name != "manifest.json", -len(p.parts)))
+    for name in names:
+        _announce("remove", name)
+        name.rmdir() if name.is_dir() and not name.is_symlink() else name.unlink()
+    _announce("rmdir", path)
+    shutil.rmtree(path, ignore_errors=False)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, hex."""
+    _announce("hash", path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- a stream whose troubles never reach training
+
+
+logger = logging.getLogger(__name__)
+
+
+class SafeStream(io.TextIOBase):
+    """A text stream that never fails: odd characters become `?`, a closed reader means silence."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Wrap a stream, which stays open."""
+        self.stream = stream
+        self._is_broken = False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of what is wrapped."""
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write what the encoding can hold of a text."""
+        if not self._is_broken:
+            safe = text.encode(self.encoding, "replace").decode(self.encoding)
+            self._attempt(lambda: self.stream.write(safe))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what is wrapped."""
+        if not self._is_broken:
+            self._attempt(self.stream.flush)
+
+    def isatty(self) -> bool:
+        """Whether a terminal is wrapped."""
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        """The number of the file that is wrapped."""
+        return self.stream.fileno()
+
+    def line(self, text: str) -> None:
+        """Write one line and flush it."""
+        self.write(text + "\n")
+        self.flush()
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: closed by its owner
+            self._is_broken = True
+            logger.warning("the terminal output broke off (%s); training goes on", error)

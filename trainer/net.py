@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import os
 import re
 import socket
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 from trainer.errors import ConfigError
-from trainer.files import default_cache_dir, read_regular_file
+from trainer.files import default_cache_dir, replace_file
 
 CUT = "***"
 """Stands where a secret was."""
@@ -44,9 +43,6 @@ def is_cut(address: str) -> bool:
 # ---- addresses: what is this machine, and a socket that is bound before anything slow is done
 
 
-MIN_KEY = 16
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine is reached at `host`."""
     if host == "localhost":
@@ -57,9 +53,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Bind and listen.
+def listen(host: str, port: int, what: str) -> socket.socket:
+    """Bind and listen, before anything slow is done: a taken port is known at once.
 
+    Args:
+        what: kind of server that may have the port already, for the message.
     Raises:
         ConfigError: the address is taken or not ours.
     """
@@ -75,35 +73,96 @@ def listen(host: str, port: int) -> socket.socket:
             listener.close()
         raise ConfigError(
             f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); is "
-            "another monitor running? Choose another --port (0 picks a free one)."
+            f"another {what} running? Choose another --port (0 picks a free one)."
         ) from error
     return listener
 
 
-def read_page_key(path: Path | None, host: str) -> str | None:
-    """The key that the page asks for; None: none is needed.
+def url_of(host: str, port: int) -> str:
+    """The address of a listener; an IPv6 address gets its brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+
+# ---- keys: one grammar, whoever reads
+#
+# A key file holds one line `KEY`, or lines `generate: KEY` and `publish: KEY`, with blanks wherever
+# a person puts them. `publish` may generate too, and a lone KEY is a `publish` key. A file of
+# another form is refused as a whole, so that what it holds is never sent anywhere.
+
+
+KEY_VARIABLE = "ULTIMATE_TRAINER_KEY"
+"""Environment variable with the key of a preview server, where no file is named."""
+SCOPES = ("generate", "publish")
+MIN_KEY = 16
+MAX_KEY_FILE = 4096
+"""Bytes."""
+
+
+def read_key_file(path: str | Path, option: str) -> dict[str, str]:
+    """Keys of a file, each with its scope (`generate` or `publish`).
+
+    Args:
+        path: a link is followed: secrets are often mounted as one.
+        option: what named the file, for messages, such as `--api-key-file `.
     Raises:
-        ConfigError: unreadable or short, or no key for a bind that other machines reach.
+        ConfigError: unreadable, no key in it, a short key, or not a key file.
     """
-    if path is None:
-        if is_loopback(host):
-            return None
+    where = f"{option}{path}"
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            data = file.read(MAX_KEY_FILE + 1)
+        text = data.decode("ascii")
+    except (OSError, UnicodeError) as error:
         raise ConfigError(
-            f"--host {host} is reachable from other machines and no key is set; give --key-file "
-            f"FILE (one line of at least {MIN_KEY} characters, mode 600), or keep --host 127.0.0.1 "
-            "and use an ssh tunnel."
-        )
-    data = read_regular_file(path, 4096)
-    if data is None:
-        raise ConfigError(f"--key-file {path}: cannot be read; it must be a file with one line.")
-    key = data.decode("utf-8", "replace").strip()
-    if len(key) < MIN_KEY or "\n" in key:
-        raise ConfigError(
-            f"--key-file {path}: one line of at least {MIN_KEY} characters is needed; make one "
-            "with `openssl rand -hex 32`."
-        )
-    return key
+            f"{where}: cannot be read ({error}); give a text file with one line, the key."
+        ) from error
+    if len(data) > MAX_KEY_FILE:
+        raise ConfigError(f"{where}: a key file has at most {MAX_KEY_FILE} bytes.")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"{where}: the file holds no key.")
+    keys: dict[str, str] = {}
+    for line in lines:
+        scope, colon, key = (part.strip() for part in line.partition(":"))
+        if not colon and len(lines) == 1:
+            scope, key = "publish", line
+        if scope not in SCOPES or (not colon and len(lines) > 1) or " " in key:
+            named = f"scope {scope[:20]!r} is not generate or publish" if colon else "several lines"
+            raise ConfigError(
+                f"{where}: {named}; a key file holds one line with the key, or lines "
+                "`generate: KEY` and `publish: KEY`."
+            )
+        if len(key) < MIN_KEY:
+            raise ConfigError(
+                f"{where}: a key has {len(key)} characters, at least {MIN_KEY} are needed; make "
+                "one with `openssl rand -hex 32`."
+            )
+        keys[key] = scope
+    return keys
+
+
+def key_with_scope(keys: dict[str, str], scope: str) -> str:
+    """The key that is meant for `scope`, else the one that there is."""
+    return next((key for key, held in keys.items() if held == scope), next(iter(keys)))
+
+
+def keys_of_listener(path: Path | None, host: str, flag: str) -> dict[str, str]:
+    """The keys that a listener on `host` asks for; empty: none is needed.
+
+    Args:
+        flag: that names the file, such as `--key-file`.
+    Raises:
+        ConfigError: a bad file, or no key for a bind that other machines reach.
+    """
+    if path is not None:
+        return read_key_file(path, f"{flag} ")
+    if is_loopback(host):
+        return {}
+    raise ConfigError(
+        f"--host {host} is reachable from other machines and no key is set; give {flag} FILE "
+        f"(one line of at least {MIN_KEY} characters, mode 600), or keep --host 127.0.0.1 and use "
+        "an ssh tunnel."
+    )
 
 
 # ---- which files are keys of preview servers: those that runs and servers of this user use
@@ -125,11 +184,8 @@ def remember_key_file(path: str | Path) -> None:
     try:
         known = [one for one in _known() if one != place and Path(one).is_file()]
         listed.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = listed.with_name(f"{listed.name}.{os.getpid()}.new")
         lines = "".join(f"{one}\n" for one in [*known, place][-MAX_PLACES:])
-        temporary.touch(mode=0o600)
-        temporary.write_text(lines, encoding="utf-8")
-        temporary.replace(listed)
+        replace_file(listed, lines, mode=0o600)
     except OSError as error:
         logger.warning(
             "%s cannot be written (%s); the live page will not find this run's key", listed, error

@@ -54,6 +54,7 @@ def hostile_folder(tmp_path: Path, helpers: Any) -> Path:
         card = {"dataset_path": HOSTILE, "sample": [[HOSTILE, True]], "validation": HOSTILE}
         manifest = {
             "data_card": card,
+            "data_card_lines": [[HOSTILE, HOSTILE]],
             "config": {HOSTILE: {HOSTILE: HOSTILE}},
             "environment": {HOSTILE: HOSTILE},
             "system_prompt": HOSTILE,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trainer.core import fs_ops
+from trainer import files
 from trainer.core.checkpoint import (
     clean_staging,
     find_latest_checkpoint,
@@ -34,7 +34,7 @@ FILES = (
 def save(root: Path, step: int, mark: str) -> None:
     def write(folder: Path) -> None:
         for name in FILES:
-            fs_ops.write_text(folder / name, f"{name} {mark} " * 50)
+            files.write_text(folder / name, f"{name} {mark} " * 50)
 
     save_checkpoint(root, step, write, keep=1, metadata={"mark": mark})
 
@@ -51,7 +51,7 @@ def save_and_die(root: Path, step: int, at: int) -> bool:
             if count == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        fs_ops.before_operation = kill
+        files.before_operation = kill
         try:
             save(root, step, "new")
         finally:
@@ -87,7 +87,8 @@ def test_kill_at_every_operation_leaves_a_verified_checkpoint(
 
 KILLED_RUN = """
 import os, signal, sys
-from trainer.core import TrainerEngine, fs_ops
+from trainer import files
+from trainer.core import TrainerEngine
 from trainer.config import ConfigLoader
 
 seen = 0
@@ -97,7 +98,7 @@ def kill(operation, path):
     if seen == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-fs_ops.before_operation = kill
+files.before_operation = kill
 TrainerEngine().run_job(ConfigLoader.load(sys.argv[1]).config)
 """
 

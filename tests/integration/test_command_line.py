@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -172,23 +171,6 @@ def test_an_unknown_command_names_the_nearest_one(cli: Callable[..., Any]) -> No
     done = cli("trian")
     assert done.returncode == 2
     assert "Did you mean 'train'?" in done.stderr
-
-
-@pytest.mark.slow
-def test_the_minimal_example_trains(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "minimal_sft.py"
-    assert len(script.read_text().splitlines()) < 100
-    done = subprocess.run(
-        [sys.executable, str(script), "--steps", "20"],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    shown = [float(line.split("loss ")[1].split()[0]) for line in done.stdout.splitlines()]
-    assert shown[-1] < 0.5 * shown[0]
 
 
 def test_a_dry_run_prints_json_for_programs_and_little_when_quiet(

@@ -15,7 +15,7 @@ import torch
 
 from tests.integration.serving import running_server
 from trainer.cli import main
-from trainer.core.model_folder import open_run
+from trainer.core.finished import open_run
 from trainer.errors import ConfigError, ModelError, OutputError
 from trainer.models.adapters import load_finished_model, load_merged
 from trainer.server.held import HeldModel

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.core import arguments
+from trainer.core import optim
 from trainer.monitoring import TrainingStatusReader
 
 FEW = {"validation_split": 0, "max_rows": 8}
@@ -61,13 +61,13 @@ def check_moves(train: Callable[..., Any], model_folder: Path, name: str) -> Non
 def test_mutant_first_step_at_rate_zero_is_killed(
     train: Callable[..., Any], model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = arguments.rate_factor
+    ours = optim.rate_factor
 
     def from_zero(name: str, step: int, *, warmup: int, total: int) -> float:
         return ours(name, step, warmup=warmup, total=total) if step else 0.0
 
-    monkeypatch.setattr(arguments, "rate_factor", from_zero)
-    monkeypatch.setattr(arguments, "check_schedule", lambda *args, **named: None)
+    monkeypatch.setattr(optim, "rate_factor", from_zero)
+    monkeypatch.setattr(optim, "check_schedule", lambda *args, **named: None)
     with pytest.raises(AssertionError):
         check_moves(train, model_folder, "max_steps 1")
 

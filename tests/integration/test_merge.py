@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from trainer.cli import main
 from trainer.config.schema import LoraSection, ModelSection
 from trainer.core import merging
+from trainer.core.finished import open_run
 from trainer.core.merging import export_merged
-from trainer.core.model_folder import open_run
 from trainer.errors import OutputError
 from trainer.models import adapters
 from trainer.models.adapters import add_lora, describe_base, save_adapter

@@ -14,8 +14,8 @@ import torch
 from trainer.cli import main
 from trainer.config.schema import ModelSection
 from trainer.core import TrainerEngine
+from trainer.core.finished import open_run
 from trainer.core.merging import export_merged
-from trainer.core.model_folder import open_run
 from trainer.errors import ModelError
 from trainer.models.load import read_model_config
 from trainer.models.precision import check_trainable, quantization_of

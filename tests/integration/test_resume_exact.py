@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.core import TrainerEngine, arguments
+from trainer.core import TrainerEngine, optim
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.data.batches import EpochOrder
 from trainer.monitoring import TrainingStatusReader
@@ -254,7 +254,7 @@ def test_mutant_n18_the_checkpoints_rate_is_kept_is_killed(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     kept = torch.optim.lr_scheduler.LambdaLR.load_state_dict
-    monkeypatch.setattr(arguments.RateSchedule, "load_state_dict", kept)
+    monkeypatch.setattr(optim.RateSchedule, "load_state_dict", kept)
     with pytest.raises(AssertionError):
         check_n18_length(train, *LENGTHS[case], lr_scheduler="linear")
 
@@ -262,12 +262,12 @@ def test_mutant_n18_the_checkpoints_rate_is_kept_is_killed(
 def test_mutant_n18_a_warm_up_from_zero_is_killed(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = arguments.rate_factor
+    ours = optim.rate_factor
 
     def from_zero(name: str, step: int, *, warmup: int, total: int) -> float:
         return step / warmup if step < warmup else ours(name, step, warmup=warmup, total=total)
 
-    monkeypatch.setattr(arguments, "rate_factor", from_zero)
+    monkeypatch.setattr(optim, "rate_factor", from_zero)
     with pytest.raises(AssertionError):
         check_n18(train, "linear")
 

@@ -14,8 +14,8 @@ from tests.integration.serving import Server, command, running_server
 from trainer.config.schema import ModelSection
 from trainer.models.load import load_model, load_tokenizer
 from trainer.preview.base import PreviewRequest
+from trainer.preview.http import Remote3090Backend
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.remote import Remote3090Backend
 
 pytestmark = pytest.mark.slow
 

@@ -133,7 +133,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator
 def description() -> dict[str, Any]:
     """What the server says of itself; the same with and without a model."""
     app = create_app(EngineProcess(None, "cpu"), keys={}, store_dir=Path())
-    found: dict[str, Any] = app.app.openapi()
+    found: dict[str, Any] = app.door.app.openapi()
     return found
 
 

@@ -131,7 +131,7 @@ def test_a_sharded_save_holds_every_tensor_once(
 def test_a_bf16_run_writes_the_tied_head_nowhere_twice(
     mode: str, train: Callable[..., Any]
 ) -> None:
-    from trainer.core.model_folder import open_run
+    from trainer.core.finished import open_run
 
     hyper = {"training_mode": mode, "fp_precision": "bf16", "max_steps": 1}
     quiet = {"inference_interval": 0, "micro_eval_interval": 0}

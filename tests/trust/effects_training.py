@@ -13,6 +13,7 @@ from tests.trust.effects import shows
 from tests.trust.lab import BATCH_SIZE, LORA, NUM_STEPS, RATE, Lab, Seen
 from tests.trust.reference import distance, flat
 from trainer.commands.train import run as train_command
+from trainer.core import TrainerEngine
 
 TRAIN_ROWS = 30
 
@@ -280,8 +281,10 @@ def num_threads(lab: Lab) -> None:
     found = []
     try:
         for count in (2, 1):
-            lab.data(environment={"num_threads": count})
+            engine = TrainerEngine()
+            engine.prepare_dataset(lab.config(environment={"num_threads": count}))
             found.append(torch.get_num_threads())
+            engine.close()
     finally:
         torch.set_num_threads(1)
     assert found == [2, 1]

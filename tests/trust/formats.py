@@ -246,7 +246,7 @@ def refusal_of(name: str, shape: str) -> str | None:
         return "does not write|refuses these turns: (Conversation|Only user|System role)"
     known = {
         "parallel": ({"gptoss", "llama3_1", "llama3_2"}, r"does not write \(call 2\)|single tool-"),
-        "words": (WORDS_BEHIND_RESULTS, "behind the turns that follow it"),
+        "words": (WORDS_BEHIND_RESULTS, "after the turns that follow it"),
         "tools": ({"deepseekv3"}, "defines the tools 'clock', which the model's chat template"),
         "thought and call": ({"diffusion_gemma"}, "not a prefix of the whole row"),
         "two in a row": (ALTERNATING, "roles must alternate"),

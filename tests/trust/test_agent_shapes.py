@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.trust import formats
-from trainer.data import spans, template, turns
+from trainer.data import rendered, spans, template
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX, BadRowError, Example
 from trainer.data.tools import Dialect
@@ -248,7 +248,7 @@ def test_mutant_arguments_always_as_text_is_killed(monkeypatch: pytest.MonkeyPat
 
 def test_mutant_arguments_as_they_come_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_spellings("llama3_1", "agent")
-    monkeypatch.setattr(turns, "with_arguments", lambda row, form: row)
+    monkeypatch.setattr(rendered, "with_arguments", lambda row, form: row)
     assert is_killed(lambda: check_spellings("llama3_1", "agent"))
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.data import content, dataset, encode, formats, layouts, rows, turns
+from trainer.data import dataset, encode, layouts, rendered, rows, turns
 from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import to_rows
+from trainer.data.row_files import to_rows
 from trainer.data.rows import IGNORE_INDEX, RowErrors
 from trainer.data.sources import find_sources
 from trainer.models.tiny import load_tiny_tokenizer
@@ -165,7 +165,6 @@ def test_mutant_n28_flags_obeyed_backwards_is_killed(monkeypatch: pytest.MonkeyP
 
 def test_mutant_n28_fractions_forgotten_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "kept_weights", lambda *args: None)
-    monkeypatch.setattr(content, "kept_weights", lambda *args: None)
     killed(check_weights)
 
 
@@ -216,7 +215,7 @@ def check_rendered() -> None:
     encoder = RowEncoder(tokenizer, 256)
     talk = [Message(role=role, content=text) for role, text, _ in TALK]
     text = tokenizer.apply_chat_template(talk, tokenize=False)
-    found = formats.TemplateReader(encoder).read(text, "<|im_end|>")
+    found = rendered.TemplateReader(encoder).read(text, "<|im_end|>")
     one, two = encoder.encode(found), encoder.encode(talk)
     assert (one.input_ids, one.labels) == (two.input_ids, two.labels)
 
@@ -228,7 +227,7 @@ def test_n28_rendered_text_is_trained_as_its_turns() -> None:
 def test_mutant_n28_roles_of_rendered_text_shifted_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = formats.TemplateReader.read
+    original = rendered.TemplateReader.read
 
     def shifted(self: Any, text: str, token: str) -> list[Message]:
         found = original(self, text, token)
@@ -236,5 +235,5 @@ def test_mutant_n28_roles_of_rendered_text_shifted_is_killed(
         moved = [Message(role=names[turn["role"]], content=turn["content"]) for turn in found]
         return [found[0], *moved]
 
-    monkeypatch.setattr(formats.TemplateReader, "read", shifted)
+    monkeypatch.setattr(rendered.TemplateReader, "read", shifted)
     killed(check_rendered)

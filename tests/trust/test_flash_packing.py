@@ -33,7 +33,7 @@ from tests.trust.trainers import make_trainer
 from trainer.core import checks
 from trainer.core.checks import check_documents_apart, pack_collator, takes_borders
 from trainer.core.loss import supervised_loss
-from trainer.data.prepare import JoinCollator, PackCollator, count_tokens, join_documents
+from trainer.data.batches import JoinCollator, PackCollator, count_tokens, join_documents
 from trainer.errors import ConfigError
 
 CAPACITY, NUM_ROWS = 48, 20

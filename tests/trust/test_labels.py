@@ -12,9 +12,8 @@ import torch
 from trainer.config.schema import DataSection
 from trainer.data import batches, encode
 from trainer.data.batches import EncodedDataset, PadCollator
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.data.rows import IGNORE_INDEX, BadRowError
 from trainer.profiles import get_profile
 

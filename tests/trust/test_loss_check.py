@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,12 +45,12 @@ def compare(
 ) -> tuple[bool, list[str]]:
     """What the check says, and its notices."""
     notices: list[str] = []
-    run: Any = SimpleNamespace(
-        precision=SimpleNamespace(compute_dtype=dtype), notice=lambda text, _: notices.append(text)
-    )
     trainer = make_trainer(model, rows, batch_size=8, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return is_loss_equal(run, trainer, dataset(rows)), notices
+        is_equal = is_loss_equal(
+            trainer, dataset(rows), dtype=dtype, notice=lambda text, _: notices.append(text)
+        )
+    return is_equal, notices
 
 
 def test_the_loss_check_makes_logits_of_257_tokens_whatever_the_batch() -> None:
@@ -134,7 +133,7 @@ def test_the_peak_is_forgotten_after_the_checks(
 
     order: list[str] = []
     for name in ("is_loss_equal", "forget_peak_memory"):
-        monkeypatch.setattr(training, name, lambda *_, name=name: order.append(name) or True)
+        monkeypatch.setattr(training, name, lambda *_, name=name, **__: order.append(name) or True)
     config = create_default_config(
         model_path="tiny", dataset_path=str(qa_file), output_dir=str(tmp_path / "run")
     )

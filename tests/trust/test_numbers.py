@@ -191,7 +191,7 @@ def test_mutant_n7_checkpointing_that_does_nothing_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "trainer.core.arguments.TrainingArguments.activation_checkpointing",
+        "trainer.core.hf_trainer.TrainingArguments.activation_checkpointing",
         property(lambda self: False, lambda self, value: None),
     )
     with pytest.raises(AssertionError):

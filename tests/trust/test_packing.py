@@ -16,7 +16,7 @@ from tests.trust import flash
 from trainer.config import create_default_config
 from trainer.core import TrainerEngine
 from trainer.core.checks import check_documents_apart
-from trainer.data.prepare import PackCollator, best_fit_decreasing, count_tokens, join_documents
+from trainer.data.batches import PackCollator, best_fit_decreasing, count_tokens, join_documents
 from trainer.errors import ConfigError
 
 

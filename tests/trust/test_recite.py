@@ -18,8 +18,8 @@ from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX, Example
 from trainer.models.adapters import load_finished_model
 from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.http import Remote3090Backend
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.remote import Remote3090Backend
 
 pytestmark = pytest.mark.slow
 ANSWERS = [

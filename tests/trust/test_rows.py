@@ -15,11 +15,10 @@ from tests.trust.oracle import FAMILIES
 from tests.trust.reference import llama
 from tests.trust.trainers import make_trainer
 from trainer.config.schema import DataSection
-from trainer.data import dataset, encode, prepare
+from trainer.data import batches, dataset, encode
 from trainer.data.batches import EpochOrder
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import pack_training_rows, prepare_data
 from trainer.preview.local import LocalPreviewBackend
 from trainer.profiles import get_profile
 
@@ -122,7 +121,7 @@ def test_n11_tokens_in_are_tokens_out_and_reported_cuts(
 
 def check_once_per_epoch(data: RunData) -> None:
     """N11: in each of two epochs the real loop sees every row once, in two different orders."""
-    is_packed = isinstance(data.train, prepare.PackedDataset)
+    is_packed = isinstance(data.train, batches.PackedDataset)
     rows = data.train.rows if is_packed else data.train  # type: ignore[attr-defined]
     expected = Counter(tuple(rows[i]["input_ids"].tolist()) for i in range(len(rows)))
     trainer = make_trainer(
@@ -134,7 +133,7 @@ def check_once_per_epoch(data: RunData) -> None:
     )
     trainer.train_dataset = data.train
     trainer.order = EpochOrder(data.train.lengths, group_size=2, seed=3)
-    trainer.data_collator = prepare.PackCollator(0) if is_packed else trainer.data_collator
+    trainer.data_collator = batches.PackCollator(0) if is_packed else trainer.data_collator
     seen: list[tuple[int, ...]] = []
     compute = trainer.compute_loss
 
@@ -179,9 +178,9 @@ def test_n11_every_row_is_trained_once_per_epoch(
 def test_mutant_n11_overflow_dropped_is_killed(
     qa_file: Path, ragged_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit = prepare.best_fit_decreasing
+    fit = batches.best_fit_decreasing
     data = prepared(qa_file, tokenizer)
-    monkeypatch.setattr(prepare, "best_fit_decreasing", lambda *args: fit(*args)[:-1])
+    monkeypatch.setattr(batches, "best_fit_decreasing", lambda *args: fit(*args)[:-1])
     with pytest.raises(AssertionError):
         check_once_per_epoch(pack_training_rows(data))
 

@@ -13,11 +13,9 @@ from transformers.trainer_callback import PrinterCallback
 from tests.trust.reference import AnyRows, weights
 from trainer.config import create_default_config
 from trainer.config.loader import resolve
-from trainer.core.arguments import build_training_arguments
 from trainer.core.checks import pack_collator
-from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.data.batches import EncodedDataset, EpochOrder, PadCollator
-from trainer.data.prepare import PackedDataset
+from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
+from trainer.data.batches import EncodedDataset, EpochOrder, PackedDataset, PadCollator
 from trainer.data.rows import Example
 from trainer.models.precision import resolve_precision
 

@@ -22,8 +22,8 @@ from tests.trust.trainers import make_trainer
 from trainer.config.schema import DataSection
 from trainer.core import hf_trainer
 from trainer.data import batches, dataset
+from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.models.tiny import load_tiny_tokenizer
 from trainer.profiles import get_profile
 

@@ -9,26 +9,29 @@ from typing import Any
 import httpx
 import pytest
 
-from trainer import guard as gate_module
 from trainer.cli import main
 from trainer.errors import ConfigError
-from trainer.guard import COOKIE, Gate
-from trainer.net import is_loopback, read_page_key
+from trainer.net import is_loopback, keys_of_listener
+from trainer.views.page import login
+from trainer.views.page.login import COOKIE, guarded_page
 
 KEY = "0123456789abcdef0123456789abcdef"
 
 
 async def page(scope: Any, receive: Any, send: Any) -> None:
-    """What is behind the gate."""
+    """What is behind the guard."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"the page"})
 
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., httpx.Response]:
-    """A function that sends requests to one gate, keeping no cookies."""
-    monkeypatch.setattr(gate_module, "WRONG_KEY_PAUSE_S", 0.0)
-    gates = {key: Gate(page, hosts=frozenset({"127.0.0.1", "::1"}), key=key) for key in (None, KEY)}
+    """A function that sends requests to one guard, keeping no cookies."""
+    monkeypatch.setattr(login, "WRONG_KEY_PAUSE_S", 0.0)
+    gates = {
+        key: guarded_page(page, hosts=frozenset({"127.0.0.1", "::1"}), key=key)
+        for key in (None, KEY)
+    }
 
     def send(
         path: str = "/",
@@ -109,7 +112,7 @@ def test_websockets_are_refused_where_pages_are(key: str | None) -> None:
         if key is not None:
             headers[1:] = []  # no cookie
         scope = {"type": "websocket", "path": "/", "headers": headers}
-        await Gate(page, hosts=frozenset({"127.0.0.1"}), key=key)(scope, None, send)  # type: ignore[arg-type]
+        await guarded_page(page, hosts=frozenset({"127.0.0.1"}), key=key)(scope, None, send)  # type: ignore[arg-type]
 
     anyio.run(run)
     assert [message["type"] for message in sent] == ["websocket.close"]
@@ -121,9 +124,9 @@ def test_other_machines_need_a_key(tmp_path: Path, capsys: pytest.CaptureFixture
     short = tmp_path / "key"
     short.write_text("short\n")
     with pytest.raises(ConfigError, match="at least 16"):
-        read_page_key(short, "0.0.0.0")
+        keys_of_listener(short, "0.0.0.0", "--key-file")
     short.write_text(KEY + "\n")
-    assert read_page_key(short, "0.0.0.0") == KEY
+    assert keys_of_listener(short, "0.0.0.0", "--key-file") == {KEY: "publish"}
 
 
 def test_a_folder_that_is_not_there_and_a_taken_port_are_one_line(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "trainer"
-GROUND = {"errors", "files", "net", "guard"}
+GROUND = {"errors", "files", "net", "exchange", "guard"}
 DATA = {*GROUND, "config", "profiles", "models"}
 MONITORING = {*DATA, "data", "preview", "publish"}
 # A room and what it may import; a name with a dot is one module of a room.
@@ -20,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "net": {"errors", "files"},
+    "exchange": {"errors", "files", "net"},
     "guard": {"errors", "files", "net"},
     "config": GROUND,
     "profiles": {*GROUND, "config"},
@@ -30,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "monitoring": MONITORING,
     "core": {*MONITORING, "monitoring"},
     "server": {*DATA, "preview", "publish.wire", "publish.identity", "publish.weight_file"},
-    "views": {*GROUND, "monitoring", "preview.base", "preview.http"},
+    "views": {*GROUND, "monitoring", "preview.base"},
     "commands": {*MONITORING, "monitoring", "core", "server", "views"},
 }
 
@@ -132,6 +135,36 @@ def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["a", "b", "c", "d"]
 
 
+NOT_IMPORTED = {
+    "accelerate": "what transformers' Trainer runs on",
+    "tensorboard": "what transformers' Trainer writes report_to=tensorboard with",
+    "httptools": "uvicorn's HTTP parser",
+    "uvloop": "uvicorn's event loop",
+}
+"""Requirements that other packages import for us."""
+
+
+def test_every_requirement_is_imported_by_the_program() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    required = {re.split(r"[>=<;\[ ]", text)[0] for text in project["dependencies"]}
+    names = {"PyYAML": "yaml", "prometheus-client": "prometheus_client"}
+    imported = {
+        name.split(".")[0]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    unused = {name for name in required if names.get(name, name) not in imported}
+    assert unused == set(NOT_IMPORTED)
+
+
 def test_nobody_imports_the_command_line() -> None:
     importers = [path for path in FILES if "trainer.cli" in imported_modules(path)]
     assert importers == []
@@ -154,6 +187,7 @@ def test_every_module_says_what_lives_in_it(path: Path) -> None:
         "from trainer.cli import main; main(['watch', '.'])",
         "from trainer.cli import main; main(['report', '.'])",
         "import trainer.views.page.site, trainer.commands.monitor",
+        "import trainer.core, trainer.data, trainer.models, trainer.preview",
     ],
 )
 def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.net import MAX_PLACES, is_own_key_file, remember_key_file
-from trainer.preview.http import KEY_VARIABLE
+from trainer.net import KEY_VARIABLE, MAX_PLACES, is_own_key_file, remember_key_file
 from trainer.views.page.worker_link import find_worker
 
 

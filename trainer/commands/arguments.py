@@ -4,26 +4,73 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, OutputError
+from trainer.files import require_folder
+
+Command = Callable[[list[str]], int]
+
+RUN_FILES = ("run.json", "status.json")
+
+MAX_SEED = 2**32 - 1
+
+_WHOLE = re.compile(r"[0-9]{1,18}", re.ASCII)
+_NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 
 
-def at_least(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
-    """An argparse type: a finite number of this kind, not below `least`."""
+def whole_number(least: int, most: int | None = None, *, note: str = "") -> Callable[[str], int]:
+    """An argparse type: decimal digits only, from `least` to `most`.
 
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value >= least):
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least} up")
+    int() alone takes more than anybody means: spaces, underscores, signs and other scripts' digits.
+
+    Args:
+        note: said after the rule, such as what 0 means.
+    """
+    upwards = "or more" if most is None else f"to {most}"
+
+    def read(text: str) -> int:
+        value = int(text) if _WHOLE.fullmatch(text) else -1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(
+                f"{_shown(text)} is not a whole number ({least} {upwards}{note})"
+            )
         return value
 
     return read
+
+
+port = whole_number(0, 65535, note="; 0 picks a free port")
+
+
+def number(least: float) -> Callable[[str], float]:
+    """An argparse type: a finite decimal number, not below `least`."""
+
+    def read(text: str) -> float:
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
+        if not (math.isfinite(value) and value >= least):
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a number ({least:g} or more)")
+        return value
+
+    return read
+
+
+def step_of_run(text: str) -> str:
+    """An argparse type: the number of a step, without leading zeros, or `best`."""
+    if text == "best":
+        return text
+    if not _WHOLE.fullmatch(text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{_shown(text)} is neither the number of a step (1 or more) nor `best`"
+        )
+    return str(int(text))
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:37]!r}..."
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -32,7 +79,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     Raises:
         ConfigError: an unknown flag, a missing or a wrong value.
     """
-    return _strict(parser).parse_args(argv)
+    words, unknown = parse_known(parser, argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        kind = "unknown flag" if word.startswith("-") else "unexpected word"
+        parser.error(f"{kind} {word}")
+    return words
 
 
 def parse_known(
@@ -54,11 +106,34 @@ def _strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def step_of_run(text: str) -> str:
-    """An argparse type: the number of a step, or `best`."""
-    if text != "best" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor `best`")
-    return text
+def run_folder(text: str) -> Path:
+    """The folder of a run that began to write, as `watch` and `report` take it.
+
+    Raises:
+        OutputError: it is no such folder.
+    """
+    advice = "give the folder of a run (--output of `trainer train`)."
+    path = require_folder(Path(text), advice)
+    if not any((path / name).is_file() for name in RUN_FILES):
+        raise OutputError(f"{path}: holds no run (no {' and no '.join(RUN_FILES)}); {advice}")
+    return path
+
+
+def choose(commands: Mapping[str, Command], argv: list[str], prog: str) -> Command:
+    """The command of a command that the first word names.
+
+    Raises:
+        ConfigError: there is no such command, or no word.
+    """
+    if not argv:
+        raise ConfigError(f"{prog}: give a command: {', '.join(commands)}; see `{prog} --help`.")
+    if argv[0] not in commands:
+        kind = "flag" if argv[0].startswith("-") else "command"
+        raise ConfigError(
+            f"{prog}: unknown {kind} {argv[0]}; commands: {', '.join(commands)}; "
+            f"see `{prog} --help`."
+        )
+    return commands[argv[0]]
 
 
 def add_weights_flags(parser: argparse.ArgumentParser, *, is_run_optional: bool = False) -> None:

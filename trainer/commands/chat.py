@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from trainer.commands.arguments import add_weights_flags, at_least, parse
-from trainer.core.model_folder import open_run
-from trainer.models.load import check_vocabulary, context_length
-from trainer.models.precision import place, resolve_device
+from trainer.commands.arguments import MAX_SEED, add_weights_flags, number, parse, whole_number
+from trainer.core.finished import FinishedRun, open_run
 from trainer.preview.base import PreviewRequest, PreviewResult
-from trainer.preview.local import LocalPreviewBackend
 from trainer.profiles import Message
+
+if TYPE_CHECKING:
+    from trainer.preview.local import LocalPreviewBackend
 
 HELP = "Type a message and Enter. /reset forgets the conversation, /quit (or Ctrl-D) ends it."
 
@@ -25,38 +26,45 @@ def run(argv: list[str]) -> int:
     console = Console(stderr=not sys.stdin.isatty())
     finished = open_run(Path(words.run), step=words.step, base=words.base)
     with console.status(f"loading {finished.model_dir}"):
-        device = resolve_device(words.device)
-        # A GPU that trained in half precision need not have room for fp32 weights.
-        dtype = finished.dtype() if device.type == "cuda" else None
-        model, tokenizer = finished.load(dtype, device)
-        check_vocabulary(model, tokenizer)
-        model = place(model, device)
-        backend = LocalPreviewBackend(
-            model=model,
-            tokenizer=tokenizer,
-            profile=finished.profile(),
-            system_prompt=finished.system_prompt,
-            max_new_tokens=words.max_new_tokens,
-            temperature=words.temperature,
-            seed=words.seed,
-            max_length=context_length(model.config),
-            with_special_tokens=False,
-        )
+        backend = _load(finished, words)
     console.print(f"{finished.folder}: {finished.note}. {HELP}", highlight=False)
     return _talk(backend, sys.stdin.isatty())
+
+
+def _load(finished: FinishedRun, words: argparse.Namespace) -> LocalPreviewBackend:
+    # torch takes seconds to load; mistakes on the command line are told before.
+    from trainer.models.load import check_vocabulary, context_length
+    from trainer.models.precision import place, resolve_device
+    from trainer.preview.local import LocalPreviewBackend
+
+    device = resolve_device(words.device)
+    # A GPU that trained in half precision need not have room for fp32 weights.
+    dtype = finished.dtype() if device.type == "cuda" else None
+    model, tokenizer = finished.load(dtype, device)
+    check_vocabulary(model, tokenizer)
+    model = place(model, device)
+    return LocalPreviewBackend(
+        model=model,
+        tokenizer=tokenizer,
+        profile=finished.profile(),
+        system_prompt=finished.system_prompt,
+        max_new_tokens=words.max_new_tokens,
+        temperature=words.temperature,
+        seed=words.seed,
+        max_length=context_length(model.config),
+        with_special_tokens=False,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer chat", description=__doc__)
     add_weights_flags(parser)
     parser.add_argument(
-        "--max-new-tokens", type=at_least(int, 1), default=256, help="longest answer [256]"
+        "--max-new-tokens", type=whole_number(1), default=256, help="longest answer [256]"
     )
+    parser.add_argument("--temperature", type=number(0), default=0.0, help="0 = greedy [0]")
     parser.add_argument(
-        "--temperature", type=at_least(float, 0), default=0.0, help="0 = greedy [0]"
-    )
-    parser.add_argument(
-        "--seed", type=at_least(int, 0), default=42, help="seed of the sampling noise [42]"
+        "--seed", type=whole_number(0, MAX_SEED), default=42, help="seed of the sampling noise [42]"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N [auto]")
     return parser

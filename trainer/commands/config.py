@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainer.commands.arguments import choose
 from trainer.config import ConfigLoader, LoadedConfig, TrainerConfig, find_config_file, resolve
 from trainer.config.docs import as_json, explain_rows, starter_file
 from trainer.config.flags import parse_flags
-from trainer.errors import EXIT_COMPLETED, EXIT_USER_INPUT, ConfigError, OutputError
+from trainer.errors import EXIT_COMPLETED, ConfigError, OutputError
 
 USAGE = """\
 usage: trainer config COMMAND [OPTIONS]
@@ -28,18 +29,12 @@ usage: trainer config COMMAND [OPTIONS]
 
 def run(argv: list[str]) -> int:
     """Run one subcommand."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return EXIT_COMPLETED if argv else EXIT_USER_INPUT
-    name, words = argv[0], argv[1:]
-    if name not in COMMANDS:
-        raise ConfigError(
-            f"trainer config: there is no command {name!r}; choose one of {', '.join(COMMANDS)}."
-        )
-    if words and words[0] in ("-h", "--help") and name in ("schema", "validate", "init"):
+    words = argv[1:]
+    asks_help = bool({"-h", "--help"} & {*argv[:1], *words[:1]})
+    if asks_help and argv[0] not in ("show", "explain"):
         print(USAGE)
         return EXIT_COMPLETED
-    return COMMANDS[name](words)
+    return choose(COMMANDS, argv, "trainer config")(words)
 
 
 def load_from_words(words: Sequence[str], prog: str) -> LoadedConfig:
@@ -78,6 +73,7 @@ def _schema(words: list[str]) -> int:
 
 def _validate(words: list[str]) -> int:
     """Check every file, and say what is wrong with each."""
+    _refuse([word for word in words if word.startswith("-")], "validate")
     if not words:
         raise ConfigError("trainer config validate: give one or more config files.")
     mistakes = []
@@ -94,8 +90,9 @@ def _validate(words: list[str]) -> int:
 
 
 def _init(words: list[str]) -> int:
+    flags = [word for word in words if word.startswith("-")]
+    _refuse(flags or words[1:], "init")
     path = Path(words[0] if words else "config.json")
-    _refuse(words[1:], "init")
     if path.suffix != ".json":
         raise ConfigError(
             f"{path}: `trainer config init` writes JSON; give a name ending in .json."
@@ -115,7 +112,8 @@ def _init(words: list[str]) -> int:
 
 def _refuse(words: list[str], name: str) -> None:
     if words:
-        raise ConfigError(f"trainer config {name}: unexpected word {words[0]!r}.")
+        kind = "unknown flag" if words[0].startswith("-") else "unexpected word"
+        raise ConfigError(f"trainer config {name}: {kind} {words[0]}; see `trainer config --help`.")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

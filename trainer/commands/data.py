@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import parse, parse_known
+from trainer.commands.arguments import choose, parse, parse_known, whole_number
 from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
 from trainer.config.loader import required_for_training
-from trainer.errors import EXIT_COMPLETED, EXIT_USER_INPUT, ConfigError
+from trainer.errors import EXIT_COMPLETED
 
 if TYPE_CHECKING:
     from trainer.data.batches import EncodedDataset
@@ -39,14 +39,10 @@ MAX_TEXT_CHARS = 100_000
 
 def run(argv: list[str]) -> int:
     """Run one subcommand."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
-        return EXIT_COMPLETED if argv else EXIT_USER_INPUT
-    if argv[0] not in COMMANDS:
-        raise ConfigError(
-            f"trainer data: there is no command {argv[0]!r}; choose one of {', '.join(COMMANDS)}."
-        )
-    return COMMANDS[argv[0]](argv[1:])
+        return EXIT_COMPLETED
+    return choose(COMMANDS, argv, "trainer data")(argv[1:])
 
 
 # ---- inspect
@@ -61,7 +57,7 @@ def _inspect(words: list[str]) -> int:
         "nothing is trained. Every flag of `trainer train` is taken.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", type=_count, default=DEFAULT_ROWS, metavar="N")
+    parser.add_argument("--rows", type=whole_number(0), default=DEFAULT_ROWS, metavar="N")
     known, rest = parse_known(parser, words)
     if rest and not rest[0].startswith("-"):
         rest = ["--dataset", *rest]
@@ -71,12 +67,6 @@ def _inspect(words: list[str]) -> int:
     console = Console(highlight=False)
     _print_data(console, _prepare(config), known.rows)
     return EXIT_COMPLETED
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"trainer data inspect: --rows {text!r} is no whole number from 0 up.")
-    return int(text)
 
 
 def _prepare(config: TrainerConfig) -> RunData:

@@ -7,18 +7,20 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trainer.commands.arguments import at_least, parse
-from trainer.commands.records import RunRecords
+from trainer.commands.arguments import MAX_SEED, parse, whole_number
 from trainer.config import TrainerConfig, create_default_config
-from trainer.core import TrainerEngine, TrainingResult
 from trainer.errors import OutputError
-from trainer.models.tiny_tasks import DemoData, operation_of, write_demo_data
+from trainer.views.report import RunRecords
 from trainer.views.terminal import create_display
 from trainer.views.words import preview_failure_words
+
+if TYPE_CHECKING:
+    from trainer.core import TrainingResult
+    from trainer.models.tiny import DemoData
 
 STEPS = 260
 
@@ -33,13 +35,17 @@ def run(argv: list[str]) -> int:
     """Write the data, train, and judge 200 held-out answers."""
     words = parse(_parser(), argv)
     console = Console()
-    folder = _free_folder(Path(words.output))
+    folder = _make_folder(Path(words.output))
     console.print(
         f"A model of 0.8M parameters learns {words.steps} steps of symbolic tasks such as "
         "'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the current "
         f"weights say. Folder: {folder}\n",
         highlight=False,
     )
+    # torch takes seconds to load; mistakes on the command line are told before.
+    from trainer.core import TrainerEngine
+    from trainer.models.tiny import write_demo_data
+
     data = write_demo_data(
         folder / "data",
         num_train_rows=words.steps * BATCH_SIZE,
@@ -66,9 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer demo", description=__doc__)
     parser.add_argument("--output", default="demo_run", help="folder of the run [demo_run]")
     parser.add_argument(
-        "--steps", type=at_least(int, 1), default=STEPS, help=f"optimizer steps [{STEPS}]"
+        "--steps", type=whole_number(1), default=STEPS, help=f"optimizer steps [{STEPS}]"
     )
-    parser.add_argument("--seed", type=at_least(int, 0), default=0, help="of data and weights [0]")
+    parser.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="of data and weights [0]"
+    )
     parser.add_argument(
         "--preview-backend",
         choices=("local", "sidecar"),
@@ -118,17 +126,28 @@ def demo_config(
     )
 
 
-def _free_folder(wanted: Path) -> Path:
-    """`wanted`, or `wanted-2` and so on where a run is there already: a demo is run again."""
+def _make_folder(wanted: Path) -> Path:
+    """Make `wanted`, or `wanted-2` and so on where a run is there already: a demo is run again."""
+    if wanted.name in ("", ".."):  # such as "."
+        wanted = wanted.resolve()
     for number in range(1, 1000):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        if not folder.exists():
+        try:
+            folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot be made ({error.strerror}); choose another --output."
+            ) from error
     raise OutputError(f"{wanted}: a thousand demo runs are there; remove some.")
 
 
 def _report(console: Console, folder: Path, data: DemoData, result: TrainingResult) -> None:
     """Scores by operation, where things are, what to try next; the score is the last line."""
+    from trainer.models.tiny import operation_of
+
     found = result.summary["final_evaluation"]
     answers = [json.loads(line) for line in Path(found["answers"]).read_text().splitlines()]
     asked = Counter(operation_of(row["prompt"]) for row in answers)

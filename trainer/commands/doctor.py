@@ -18,7 +18,7 @@ from rich.table import Table
 from trainer import __version__
 from trainer.commands.arguments import parse
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 OPTIONAL = {
     "bitsandbytes": "hyperparams.optimizer=adamw_8bit",

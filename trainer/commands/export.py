@@ -10,10 +10,12 @@ from rich.console import Console
 
 from trainer.commands.arguments import add_weights_flags, parse
 from trainer.core.checkpoint import MANIFEST, TRAINING_FILES
-from trainer.core.merging import export_merged
-from trainer.core.model_folder import FinishedRun, open_run, staged, write_model
-from trainer.data.template import ChatTemplate
+from trainer.core.finished import FinishedRun, open_run
 from trainer.errors import ConfigError, OutputError
+
+MERGED = "merged_model"
+
+EXPORTED = "exported_model"
 
 
 def run(argv: list[str]) -> int:
@@ -23,10 +25,14 @@ def run(argv: list[str]) -> int:
     finished = open_run(Path(words.run), step=words.step, base=words.base)
     if finished.base is not None and not (words.merge and finished.is_adapter):
         raise ConfigError("--base is the base of an adapter that is merged: give it with --merge.")
-    target = Path(words.output) if words.output else finished.folder / "merged_model"
+    is_merged = words.merge and finished.is_adapter
+    default = MERGED if is_merged else EXPORTED
+    target = Path(words.output) if words.output else finished.folder / default
     if target.exists():
         raise OutputError(f"{target}: exists already; choose another --output, or remove it.")
-    is_merged = words.merge and finished.is_adapter
+    # torch takes seconds to load; mistakes on the command line are told before.
+    from trainer.core.merging import export_merged
+
     with console.status(f"exporting the {finished.note}"):
         if is_merged:
             words_of_check = export_merged(finished, target).words()
@@ -47,12 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--merge", action="store_true", help="add a LoRA adapter to its base: a plain model folder"
     )
-    parser.add_argument("--output", help="folder to write [RUN/merged_model]")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help=f"folder to write [RUN/{MERGED} of a merge, else RUN/{EXPORTED}]",
+    )
     return parser
 
 
 def _copy(finished: FinishedRun, target: Path) -> None:
     """The weights as they are; of a checkpoint as the run would have saved them at its end."""
+    from trainer.core.model_folder import staged, write_model
+    from trainer.data.template import ChatTemplate
+
     with staged(target, advice="choose another --output.") as staging:
         if finished.is_checkpoint and not finished.is_adapter:
             model, tokenizer = finished.load()

@@ -7,14 +7,16 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
+from trainer.commands.arguments import parse
 from trainer.models.hub import ALIASES
 
 
 def run(argv: list[str]) -> int:
     """Print the aliases."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="trainer models", description="List the short names that --model takes."
-    ).parse_args(argv)
+    )
+    parse(parser, argv)
     table = Table("alias", "stands for", "size", "note", box=None, pad_edge=False)
     for name, alias in ALIASES.items():
         table.add_row(name, alias.path, alias.size, alias.note)

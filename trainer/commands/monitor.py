@@ -10,30 +10,29 @@ from pathlib import Path
 
 import uvicorn
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import parse, port
 from trainer.errors import EXIT_SIGTERM
-from trainer.net import is_loopback, listen, read_page_key
+from trainer.net import is_loopback, key_with_scope, keys_of_listener, listen, url_of
 from trainer.views.page.store import PageOptions, RunStore
 
 
 def run(argv: list[str]) -> int:
     """Listen and serve until a signal."""
     words = parse(_parser(), argv)
-    key = read_page_key(words.key_file, words.host)
+    keys = keys_of_listener(words.key_file, words.host, "--key-file")
+    key = key_with_scope(keys, "publish") if keys else None
     store = RunStore(Path(words.folder))
-    listener = listen(words.host, words.port)
+    listener = listen(words.host, words.port, "monitor")
     # NiceGUI takes most of a second to import: mistakes are told before.
     from trainer.views.page.site import create_app
 
-    port = listener.getsockname()[1]
     options = PageOptions(
         is_control_allowed=words.allow_control, worker_hosts=frozenset(words.allow_worker)
     )
     app = create_app(store, options, hosts=_names(words.host, words.allow_host), key=key)
-    shown = f"[{words.host}]" if ":" in words.host else words.host
-    num_runs = len(store.readers)
+    num_runs, url = len(store.readers), url_of(words.host, listener.getsockname()[1])
     print(
-        f"monitor: http://{shown}:{port} ({num_runs} run{'' if num_runs == 1 else 's'} in "
+        f"monitor: {url} ({num_runs} run{'' if num_runs == 1 else 's'} in "
         f"{words.folder}; control {'on' if words.allow_control else 'off'}, "
         f"key {'asked for' if key else 'none'}). Ctrl-C ends it.",
         flush=True,
@@ -75,13 +74,6 @@ def _own_names() -> set[str]:
     return {*found, socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError(text)
-    return port
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trainer monitor",
@@ -89,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", metavar="RUN_OR_FOLDER", help="folder of a run or of runs")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
-    parser.add_argument("--port", type=_port, default=8080, help="0 picks a free one [8080]")
+    parser.add_argument("--port", type=port, default=8080, help="0 picks a free one [8080]")
     parser.add_argument(
         "--key-file", type=Path, help="file with the key that the page asks for (other --host)"
     )

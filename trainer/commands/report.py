@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import parse, run_folder
 from trainer.errors import OutputError
 from trainer.views.report import REPORT_NAME, write_report
-from trainer.views.run_reader import MANIFEST_NAME, RunReader
+from trainer.views.run_reader import RunReader
 
 
 def run(argv: list[str]) -> int:
     """Read the run folder and write the report."""
     words = parse(_parser(), argv)
-    folder = Path(words.run)
+    folder = run_folder(words.run)
     reader = RunReader(folder)
     reader.poll()
-    if reader.status is None and not (folder / MANIFEST_NAME).is_file():
+    if reader.status is None and not reader.manifest:
         raise OutputError(reader.words())
     path = Path(words.output) if words.output else folder / REPORT_NAME
     try:

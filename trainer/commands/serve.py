@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -13,25 +12,27 @@ from pathlib import Path
 
 import uvicorn
 
-from trainer.commands.arguments import add_weights_flags, parse
+from trainer.commands.arguments import add_weights_flags, parse, port, whole_number
+from trainer.core.finished import open_run
+from trainer.core.run_folder import RunFolder
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
-from trainer.net import remember_key_file
+from trainer.models.hub import is_adapter_folder
+from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
-from trainer.server.auth import read_keys
 from trainer.server.inference_process import EngineProcess
 from trainer.server.jobs import REQUEST_TIMEOUT_S
 from trainer.server.private_folder import PrivateFolder
 from trainer.server.protocol import BoundedProtocol
 from trainer.server.weights import KEPT_SETS
 
-ADAPTER = "adapter_config.json"
+MAX_TIMEOUT_S = 1_000_000
 
 
 def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
     date = _find_weights(words)
-    keys = read_keys(words.api_key_file, words.host)
+    keys = keys_of_listener(words.api_key_file, words.host, "--api-key-file")
     if words.api_key_file is not None:
         remember_key_file(words.api_key_file)
     weights_dir: Path | None = words.weights_dir
@@ -41,8 +42,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(
             "--wait-for-weights takes architecture and tokenizer from a model; give --model too."
         )
-    listener = _listen(words.host, words.port)
-    port = listener.getsockname()[1]
+    listener = listen(words.host, words.port, "server")
     engine = EngineProcess(
         words.model,
         words.device,
@@ -67,9 +67,8 @@ def run(argv: list[str]) -> int:
             num_kept=words.keep_weights,
             request_timeout_s=words.request_timeout,
         )
-        shown = f"[{words.host}]" if ":" in words.host else words.host
         print(
-            f"ready: http://{shown}:{port} {_describe(engine)}, "
+            f"ready: {url_of(words.host, listener.getsockname()[1])} {_describe(engine)}, "
             f"key {'asked for' if keys else 'none'}",
             flush=True,
         )
@@ -103,7 +102,8 @@ def _find_weights(words: argparse.Namespace) -> str | None:
         raise ConfigError(f"RUN ({words.run}) and --model {words.model} both say what to serve.")
     asked = words.run
     if asked is None and words.model is not None:  # it may be an alias or a hub id too
-        is_run = any((Path(words.model) / name).is_file() for name in ("run.json", ADAPTER))
+        folder = Path(words.model)
+        is_run = is_adapter_folder(folder) or (folder / RunFolder.RUN_JSON).is_file()
         asked = words.model if is_run else None
     if asked is None:
         if words.step is not None or words.base is not None:
@@ -111,9 +111,6 @@ def _find_weights(words: argparse.Namespace) -> str | None:
                 "--step and --base say more of the folder of a run or adapter; give it as RUN."
             )
         return None
-    # torch comes with it, and a server without a run starts without torch.
-    from trainer.core.model_folder import open_run
-
     found = open_run(Path(asked), step=words.step, base=words.base)
     if found.base is not None and not found.is_adapter:
         raise ConfigError(f"--base: {found.model_dir} holds a whole model, not an adapter.")
@@ -126,9 +123,8 @@ def _start(engine: EngineProcess) -> None:
     try:
         engine.start()
     except ModelError as error:
-        # The loader names options of a training run; here the same are flags.
-        words = str(error).replace("model.model_path=", "--model ")
-        raise ModelError(words.replace("environment.device=", "--device ")) from error
+        # The loader names the option of a training run; here it is a flag.
+        raise ModelError(str(error).replace("model.model_path=", "--model ")) from error
 
 
 def _store() -> PrivateFolder:
@@ -156,34 +152,6 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind before the model is loaded, so that a taken port is known at once."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); is "
-            "another server running? Choose another --port (0 picks a free one)."
-        ) from error
-    return listener
-
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 (a free one) to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trainer serve",
@@ -194,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="alias, hub id or folder; without it, the server waits to be told which"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=_port, default=8765, help="0 picks a free one")
+    parser.add_argument("--port", type=port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--api-key-file", type=Path, help="needed for a non-loopback --host")
     parser.add_argument(
@@ -206,11 +174,15 @@ def _parser() -> argparse.ArgumentParser:
         help="take architecture and tokenizer from --model, and the weights from a trainer",
     )
     parser.add_argument(
-        "--keep-weights", type=_count, default=KEPT_SETS, metavar="N", help="sets kept for a return"
+        "--keep-weights",
+        type=whole_number(1),
+        default=KEPT_SETS,
+        metavar="N",
+        help="sets kept for a return",
     )
     parser.add_argument(
         "--request-timeout",
-        type=_count,
+        type=whole_number(1, MAX_TIMEOUT_S),
         default=int(REQUEST_TIMEOUT_S),
         metavar="S",
         help="seconds that one request may take of the engine",

@@ -32,9 +32,9 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     if flags.dry_run:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
-    from trainer.commands.records import RunRecords
     from trainer.core.engine import TrainerEngine
     from trainer.core.run import is_main_process
+    from trainer.views.report import RunRecords
 
     if not is_main_process():
         return TrainerEngine().run_job(loaded.config).exit_code

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import parse, run_folder
 from trainer.errors import EXIT_COMPLETED, OutputError
 from trainer.views.run_reader import RunReader
 from trainer.views.terminal import create_display
@@ -17,7 +16,7 @@ from trainer.views.watch import NUM_PREVIEWS_BEFORE, watch_run
 def run(argv: list[str]) -> int:
     """Attach, and show the run until it ends or Ctrl-C."""
     words = parse(_parser(), argv)
-    folder = Path(words.run)
+    folder = run_folder(words.run)
     reader = RunReader(folder)
     reader.poll_summary()
     if reader.status is None:

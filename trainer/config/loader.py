@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from trainer.config.flags import (
     ParsedFlags,
@@ -19,7 +20,7 @@ from trainer.config.flags import (
     section_names,
     unknown_key_text,
 )
-from trainer.config.schema import TrainerConfig
+from trainer.config.schema import CombinationError, TrainerConfig
 from trainer.errors import ConfigError
 
 UNTRAINED_MODEL = "tiny"
@@ -292,7 +293,7 @@ def create_default_config(
     try:
         return TrainerConfig.model_validate(nested)
     except ValidationError as error:
-        raise ConfigError(_explain(error, {})) from error
+        raise ConfigError(explain(error)) from error
 
 
 def _lay_over(
@@ -324,38 +325,41 @@ def _validate(merged: dict[str, Any], origins: dict[str, str]) -> TrainerConfig:
     try:
         return TrainerConfig.model_validate(nested)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origins)) from error
+        raise ConfigError(explain(error, origins)) from error
 
 
-def _explain(error: ValidationError, origins: dict[str, str]) -> str:
-    """Each mistake on a line: origin, key, what we got, the rule."""
+def explain(error: ValidationError, origins: Mapping[str, str] | None = None) -> str:
+    """Each mistake on a line: origin, key, what we got, the rule.
+
+    Args:
+        origins: dotted key -> where its value was set; keys that are missing are defaults.
+    """
+    origins = origins or {}
     lines: dict[str, str] = {}
     for mistake in error.errors(include_url=False):
-        path = [str(part) for part in mistake["loc"]]
-        key = ".".join(path[:2])
-        rule = mistake["msg"].removeprefix("Value error, ")
-        origin = f"{origins[key]}: " if key in origins else ""
+        # What follows the field is its element or the member of its union.
+        key = ".".join(str(part) for part in mistake["loc"][:2])
         if mistake["type"] == "value_error":
-            text = f"{origin}{rule}.{_sources(path, rule, origins)}"
-        elif mistake["type"] == "extra_forbidden":
-            from trainer.config.flags import unknown_key_text
-
-            text = f"{origin}{unknown_key_text(key)}."
+            broken: CombinationError = mistake["ctx"]["error"]
+            lines[str(broken)] = f"{broken}.{_set_here(broken.keys, origins)}"
         else:
-            got = mistake["input"]
-            text = f"{origin}{key}={got!r}: {rule[:1].lower()}{rule[1:]}."
-            choices = config_fields()[key].choices if key in config_fields() else ()
-            if choices and mistake["type"] == "literal_error":
-                text = f"{origin}{key}={got!r} is not one of {', '.join(choices)}."
-        lines.setdefault(f"{key}{mistake['type'] == 'value_error' and rule}", text)
+            origin = f"{origins[key]}: " if key in origins else ""
+            lines.setdefault(key, f"{origin}{_broken_rule(key, mistake)}.")
     return "\n".join(lines.values())
 
 
-def _sources(path: list[str], rule: str, origins: dict[str, str]) -> str:
-    """Where the fields that a rule names were set; "" where all of them are defaults."""
-    named = [
-        f"{key} from {origin}"
-        for key, origin in origins.items()
-        if key.split(".")[1] in rule and (not path or key.split(".")[0] == path[0])
-    ]
+def _broken_rule(key: str, mistake: ErrorDetails) -> str:
+    """What is wrong with the value of one option."""
+    got, rule = mistake["input"], mistake["msg"]
+    if mistake["type"] == "extra_forbidden":
+        return unknown_key_text(key)
+    choices = config_fields()[key].choices if key in config_fields() else ()
+    if choices and mistake["type"] == "literal_error":
+        return f"{key}={got!r} is not one of {', '.join(choices)}"
+    return f"{key}={got!r}: {rule[:1].lower()}{rule[1:]}"
+
+
+def _set_here(keys: Sequence[str], origins: Mapping[str, str]) -> str:
+    """Where options that break a rule together were set; "" where all of them are defaults."""
+    named = [f"{key} from {origins[key]}" for key in keys if key in origins]
     return f" Set here: {', '.join(named)}." if named else ""

@@ -36,6 +36,15 @@ Precision = Literal["bf16", "fp16", "fp32"]
 TrainingMode = Literal["full", "lora"]
 
 
+class CombinationError(ValueError):
+    """Values that are right alone and wrong together; a message can then say where each was set."""
+
+    def __init__(self, rule: str, *keys: str) -> None:
+        """Keep the rule that is broken, and the dotted names of the options that take part."""
+        super().__init__(rule)
+        self.keys = keys
+
+
 class Section(BaseModel):
     """What all sections share: unknown keys are errors, values cannot be changed in place."""
 
@@ -115,14 +124,17 @@ class Hyperparams(Section):
     @model_validator(mode="after")
     def _check_warmup(self) -> Hyperparams:
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
-            raise ValueError(
+            raise CombinationError(
                 f"warmup_steps={self.warmup_steps} is neither a whole number of steps nor a share "
-                "below 1; give one of them"
+                "below 1; give one of them",
+                "hyperparams.warmup_steps",
             )
         if self.max_steps is not None and self.warmup_steps >= max(self.max_steps, 1):
-            raise ValueError(
+            raise CombinationError(
                 f"warmup_steps={self.warmup_steps:g} is not below max_steps={self.max_steps}; "
-                "lower warmup_steps or raise max_steps"
+                "lower warmup_steps or raise max_steps",
+                "hyperparams.warmup_steps",
+                "hyperparams.max_steps",
             )
         return self
 
@@ -201,19 +213,25 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _check_order(self) -> DataSection:
         if self.group_by_length and not self.shuffle and "group_by_length" in self.model_fields_set:
-            raise ValueError(
+            raise CombinationError(
                 "group_by_length=true changes the order of rows, shuffle=false keeps it; "
-                "set one of them only"
+                "set one of them only",
+                "data.group_by_length",
+                "data.shuffle",
             )
         if self.max_bad_rows is not None and self.on_bad_row == "strict":
-            raise ValueError(
+            raise CombinationError(
                 "max_bad_rows limits what on_bad_row=skip leaves out, and on_bad_row is strict; "
-                "set on_bad_row=skip or leave max_bad_rows empty"
+                "set on_bad_row=skip or leave max_bad_rows empty",
+                "data.max_bad_rows",
+                "data.on_bad_row",
             )
         if self.enable_packing and not self.shuffle:
-            raise ValueError(
+            raise CombinationError(
                 "enable_packing=true changes the order of rows, shuffle=false keeps it; "
-                "set one of them only"
+                "set one of them only",
+                "data.enable_packing",
+                "data.shuffle",
             )
         return self
 
@@ -295,9 +313,11 @@ class MonitoringConfig(Section):
     @model_validator(mode="after")
     def _check_remote(self) -> MonitoringConfig:
         if self.preview_backend == "remote_3090" and not self.remote_3090_host:
-            raise ValueError(
+            raise CombinationError(
                 "preview_backend=remote_3090 needs remote_3090_host, the name or address of the "
-                "machine that runs the preview server"
+                "machine that runs the preview server",
+                "monitoring.preview_backend",
+                "monitoring.remote_3090_host",
             )
         if self.preview_backend == "openai":
             self._check_openai()
@@ -309,19 +329,24 @@ class MonitoringConfig(Section):
 
     def _check_openai(self) -> None:
         if is_cut(self.openai_base_url or ""):
-            raise ValueError(
+            raise CombinationError(
                 "openai_base_url was written down without its password or key, which stands "
                 "nowhere; give it again by --monitoring.openai_base_url or by "
-                "TRAINER_MONITORING__OPENAI_BASE_URL"
+                "TRAINER_MONITORING__OPENAI_BASE_URL",
+                "monitoring.openai_base_url",
             )
         if not (self.openai_base_url or "").startswith(("http://", "https://")):
-            raise ValueError(
-                "preview_backend=openai needs openai_base_url, such as http://127.0.0.1:8000/v1"
+            raise CombinationError(
+                "preview_backend=openai needs openai_base_url, such as http://127.0.0.1:8000/v1",
+                "monitoring.preview_backend",
+                "monitoring.openai_base_url",
             )
         if self.preview_golden_logprobs:
-            raise ValueError(
+            raise CombinationError(
                 "preview_golden_logprobs=true needs this run's weights, and preview_backend=openai "
-                "has its own; set one of them otherwise"
+                "has its own; change one of them",
+                "monitoring.preview_golden_logprobs",
+                "monitoring.preview_backend",
             )
 
 
@@ -400,17 +425,22 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _check_added_tokens(self) -> TrainerConfig:
         if self.model.add_tokens and self.hyperparams.training_mode == "lora":
-            raise ValueError(
+            raise CombinationError(
                 "model.add_tokens needs trained embeddings, and hyperparams.training_mode=lora "
-                "freezes them; set training_mode=full or leave add_tokens empty"
+                "freezes them; set training_mode=full or leave add_tokens empty",
+                "model.add_tokens",
+                "hyperparams.training_mode",
             )
         return self
 
     @model_validator(mode="after")
     def _check_early_stopping(self) -> TrainerConfig:
         if self.hyperparams.early_stopping_patience and not self.monitoring.micro_eval_interval:
-            raise ValueError(
+            raise CombinationError(
                 "hyperparams.early_stopping_patience needs validation losses, and "
-                "monitoring.micro_eval_interval=0 turns them off; raise one or set the other to 0"
+                "monitoring.micro_eval_interval=0 turns them off; set an interval or turn "
+                "early stopping off with 0",
+                "hyperparams.early_stopping_patience",
+                "monitoring.micro_eval_interval",
             )
         return self

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainer import lazy_names
 
 if TYPE_CHECKING:
     from trainer.core.engine import TrainerEngine
+    from trainer.core.loss import supervised_loss
     from trainer.core.run import TrainingResult
 
-_HOMES = {"TrainerEngine": "engine", "TrainingResult": "run"}
+__all__ = ["TrainerEngine", "TrainingResult", "supervised_loss"]
 
-__all__ = ["TrainerEngine", "TrainingResult"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "trainer.core.engine": ["TrainerEngine"],
+        "trainer.core.loss": ["supervised_loss"],
+        "trainer.core.run": ["TrainingResult"],
+    },
+)

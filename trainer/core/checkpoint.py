@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.core import fs_ops
-from trainer.core.hf_trainer import RUN_STATE_FILE
+from trainer import files
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, OutputError, ResumeError
-from trainer.files import checkpoint_steps, step_name
+from trainer.files import checkpoint_steps, is_alive, step_name
 from trainer.monitoring.control import read_mark
 
 MANIFEST = "manifest.json"
+
+RUN_STATE_FILE = "run_state.json"
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +36,7 @@ RETIRED_PREFIX = ".old-"
 LEFT_PREFIX = "left-at-"
 """Of folders with checkpoints that a resume from an older one left behind."""
 
-REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "run_state.json")
+REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", RUN_STATE_FILE)
 """Without any of these a resume would silently restart a part of the training."""
 
 TRAINING_FILES = (*REQUIRED, "scaler.pt", "rng_state*.pth")
@@ -85,13 +86,13 @@ def save_checkpoint(
     staging = root / f".tmp-step-{step:08d}-{os.getpid()}"
     target = step_dir(root, step)
     try:
-        fs_ops.make_dir(staging)
-        with fs_ops.library_errors():
+        files.make_dir(staging)
+        with files.library_errors():
             write_state(staging)
         _write_manifest(staging, step, metadata)
         retired = _set_aside(target)
-        fs_ops.replace(staging, target)
-        fs_ops.sync_dir(root)
+        files.replace(staging, target)
+        files.sync_dir(root)
     except CheckpointError:
         raise
     except OSError as error:
@@ -106,30 +107,30 @@ def save_checkpoint(
         raise
     verify_checkpoint(target)
     if retired is not None:
-        fs_ops.remove_tree(retired)
+        files.remove_tree(retired)
     _retain(root, keep, {*protect, step})
     return target
 
 
 def _write_manifest(folder: Path, step: int, metadata: dict[str, Any]) -> None:
     """Hash and sync every file, then write the manifest: the last file to appear."""
-    files = {}
+    saved = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        fs_ops.sync_file(path)
-        files[path.relative_to(folder).as_posix()] = {
+        files.sync_file(path)
+        saved[path.relative_to(folder).as_posix()] = {
             "size": path.stat().st_size,
-            "sha256": fs_ops.hash_file(path),
+            "sha256": files.hash_file(path),
         }
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "step": step,
         "created_at": time.time(),
-        "files": files,
+        "files": saved,
         "metadata": metadata,
     }
-    fs_ops.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
-    fs_ops.sync_file(folder / MANIFEST)
-    fs_ops.sync_dir(folder)
+    files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+    files.sync_file(folder / MANIFEST)
+    files.sync_dir(folder)
 
 
 def _set_aside(target: Path) -> Path | None:
@@ -138,7 +139,7 @@ def _set_aside(target: Path) -> Path | None:
         return None
     retired = target.with_name(f"{RETIRED_PREFIX}{target.name}")
     shutil.rmtree(retired, ignore_errors=True)
-    fs_ops.replace(target, retired)
+    files.replace(target, retired)
     return retired
 
 
@@ -154,8 +155,8 @@ def _retain(root: Path, keep: int, protect: Collection[int]) -> None:
     steps = checkpoint_steps(root)
     for step in steps[: max(len(steps) - keep, 0)]:
         if step not in protect:
-            fs_ops.remove_tree(step_dir(root, step))
-    fs_ops.sync_dir(root)
+            files.remove_tree(step_dir(root, step))
+    files.sync_dir(root)
 
 
 def verify_checkpoint(path: Path) -> Manifest:
@@ -174,7 +175,7 @@ def verify_checkpoint(path: Path) -> Manifest:
         size = (path / name).stat().st_size
         if size != record["size"]:
             raise CheckpointError(f"{path}: {name} has {size} bytes, written {record['size']}.")
-        if fs_ops.hash_file(path / name) != record["sha256"]:
+        if files.hash_file(path / name) != record["sha256"]:
             raise CheckpointError(f"{path}: {name} was changed: its sha256 is not the manifest's.")
     return manifest
 
@@ -262,9 +263,9 @@ def set_aside_newer(root: Path, step: int) -> Path | None:
     names = (f"{LEFT_PREFIX}{step_name(step)}-{n}" for n in itertools.count(1))
     folder = next(root / name for name in names if not (root / name).exists())
     try:
-        fs_ops.make_dir(folder)
+        files.make_dir(folder)
         for one in newer:
-            fs_ops.replace(step_dir(root, one), step_dir(folder, one))
+            files.replace(step_dir(root, one), step_dir(folder, one))
     except OSError as error:
         raise CheckpointError(
             f"{folder}: newer checkpoints cannot be moved there ({error})."
@@ -290,23 +291,13 @@ def clean_staging(root: Path) -> list[Path]:
     removed = []
     for path in list(root.iterdir()) if root.is_dir() else []:
         staged = STAGING_NAME.match(path.name)
-        is_dead = staged is not None and not _is_alive(int(staged[1]))
+        owner = int(staged[1]) if staged is not None else None
+        # This process is not saving: what has its number is another's, long gone.
+        is_dead = owner is not None and (owner == os.getpid() or not is_alive(owner))
         if is_dead or path.name.startswith(RETIRED_PREFIX):
             shutil.rmtree(path)
             removed.append(path)
     return removed
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # this process is not saving: what has its number is another's, long gone
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # ---- which checkpoint of a run somebody means: a step by its number, or the best one

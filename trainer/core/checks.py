@@ -21,8 +21,15 @@ from trainer.core.loss import (
     supervised_loss,
 )
 from trainer.core.optim import state_placeholders
-from trainer.data.batches import LOSS_WEIGHTS, EncodedDataset, PadCollator, on_device
-from trainer.data.prepare import JoinCollator, PackCollator, join_documents
+from trainer.data.batches import (
+    LOSS_WEIGHTS,
+    EncodedDataset,
+    JoinCollator,
+    PackCollator,
+    PadCollator,
+    join_documents,
+    on_device,
+)
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 from trainer.preview.neutral import rng_preserved, undisturbed

@@ -19,9 +19,8 @@ import torch
 
 from trainer.config.loader import resolve
 from trainer.config.schema import TrainerConfig
-from trainer.core.arguments import build_training_arguments
 from trainer.core.dry_run import DryRun, finish_dry_run
-from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.preparation import (
     check_against_rows,
     check_config,

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from trainer.core.model_folder import FinishedRun, staged, write_model
+from trainer.core.finished import FinishedRun
+from trainer.core.model_folder import staged, write_model
 from trainer.data.template import ChatTemplate
 from trainer.errors import OutputError
 from trainer.models.adapters import has_true_tie, load_finished_model, merge_adapter

@@ -18,15 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
-from trainer.core.arguments import check_schedule
 from trainer.core.checkpoint import clean_staging
+from trainer.core.optim import check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.data.batches import EpochOrder
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import pack_training_rows, prepare_data
 from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError
 from trainer.models.adapters import SAVED_BASE, add_lora, describe_base

@@ -1,28 +1,344 @@
-"""From a run to its previews: backend, fixed prompts, schedule, and the final evaluation."""
+"""From a run to its previews: backend, fixed prompts, schedule, weights published for them.
+
+Previews made elsewhere get a worker, snapshots, a canary and a publisher here; what these do is in
+`trainer/publish`. The final evaluation is made here as well.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from trainer.core.published import PublishingRun, build_published
+import torch
+
+from trainer.config.schema import MonitoringConfig
 from trainer.core.run import Job, Prepared
+from trainer.core.run_folder import RunFolder
 from trainer.data.rows import golden_text
-from trainer.data.sources import HeldOutPrompt
 from trainer.data.template import ChatTemplate
-from trainer.errors import TemplateError
+from trainer.errors import ConfigError, PreviewError, TemplateError
+from trainer.exchange import AwayError
+from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.load import context_length
+from trainer.models.precision import resolve_device
 from trainer.monitoring.preview_backend import create_preview_backend
+from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
-from trainer.preview.http import AwayError
+from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.neutral import SentAs, as_received, golden_logprobs
 from trainer.preview.openai import OpenAIPreviewBackend
 from trainer.preview.scheduler import Deliver, Lane, PreviewScheduler
-from trainer.profiles import Message
+from trainer.profiles import DataProfile, Message, known_profiles
+from trainer.publish.children import Announce, RemoteWorker, SidecarWorker, Worker
+from trainer.publish.client import WorkerClient
+from trainer.publish.identity import (
+    NOISE_FP32,
+    NOISE_HALF,
+    Canary,
+    adapter_config,
+    adapter_tensors,
+    base_tensors,
+    canary_rows,
+    canonical_tensors,
+    config_hash,
+)
+from trainer.publish.lane import PublishedPreviews
+from trainer.publish.snapshot import Snapshotter, arena_folder
+from trainer.publish.wire import PreviewPrompt, ServerHashes
+
+# ---- previews that are made elsewhere
+
+
+SIDECAR_S = 900.0
+"""Seconds a prompt may take on a sidecar, which is slow on a CPU, and known to be alive."""
+
+NUM_SLOTS = {"http": 2, "dir": 3}
+"""With `dir` the server reads the newest file where it lies: one more is in use."""
+
+
+@dataclass(frozen=True)
+class PublishingRun:
+    """The run whose weights are published."""
+
+    prepared: Prepared
+    model: Any
+    folder: RunFolder
+    notice: Callable[[str, Literal["info", "warning", "error"]], None]
+
+
+def build_published(
+    run: PublishingRun, requests: list[PreviewRequest], local: LocalPreviewBackend
+) -> PublishedPreviews:
+    """The lane of `sidecar` and `remote_3090`.
+
+    Raises:
+        ConfigError: the server is misconfigured; one that is away is only told.
+        PreviewError: no room for copies of the weights.
+    """
+    backend, is_adapter = (
+        run.prepared.config.monitoring.preview_backend,
+        hasattr(run.model, "peft_config"),
+    )
+    transport = "dir" if backend == "sidecar" else "http"
+    tensors = adapter_tensors(run.model) if is_adapter else canonical_tensors(run.model)
+    snapshots = Snapshotter(tensors, run.prepared.precision.compute_dtype, run.prepared.device)
+    base = _base(run) if is_adapter else None
+    room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
+    folder = arena_folder(room, run.folder.path)
+    try:
+        canary = _canary(run, requests)
+        worker, setup = _worker_and_setup(run, folder, transport, requests, local, canary)
+        if base is not None:
+            setup["adapter"] = adapter_config(run.model).model_dump()
+            setup["base_path"] = str(_write_base(base, folder))
+        return PublishedPreviews(
+            worker=worker,
+            setup=setup,
+            snapshotter=snapshots,
+            folder=folder,
+            num_slots=NUM_SLOTS[transport],
+            requests=requests,
+            canary=canary,
+            matches=run.prepared.profile.matches,
+            decode=lambda token: str(run.prepared.tokenizer.decode([token])),
+            backend_type=backend,
+            notice=lambda text: run.notice(text, "warning"),
+            log=run.folder.log("publisher"),
+        )
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise PreviewError(
+                f"previews need copies of the weights in {folder.parent}, which cannot be written "
+                f"({error.strerror}); free some room, or use monitoring.preview_backend=local."
+            ) from error
+        raise
+
+
+def _worker_and_setup(
+    run: PublishingRun,
+    folder: Path,
+    transport: str,
+    requests: Sequence[PreviewRequest],
+    local: LocalPreviewBackend,
+    canary: Canary | None,
+) -> tuple[Worker, dict[str, Any]]:
+    """The server, and the publisher's first line."""
+    profile = _profile_for_worker(run.prepared.config.profile.name, run.prepared.profile, local)
+    name = _run_name(run.folder.path)
+    hashes = ServerHashes(
+        config_hash=config_hash(run.model.config),
+        tokenizer_hash=tokenizer_hash(run.prepared.tokenizer),
+        chat_template_hash=chat_template_hash(run.prepared.tokenizer),
+    )
+    worker, key, weights_dir = _worker(run, folder, hashes, profile[0], name)
+    is_http = transport == "http"
+    return worker, {
+        "key": key,
+        "run": name,
+        "transport": transport,
+        "timeout_s": run.prepared.config.monitoring.remote_3090_timeout if is_http else SIDECAR_S,
+        "weights_dir": str(weights_dir) if weights_dir else None,
+        "folder": str(folder),
+        "hashes": hashes.model_dump(),
+        "model": run.prepared.config.model.model_path if is_http else None,
+        "template_date": run.prepared.date.isoformat()
+        if is_dated(run.prepared.tokenizer)
+        else None,
+        "previews": _previews(run, requests, local, profile, canary),
+    }
+
+
+def _run_name(path: Path) -> str:
+    """Names this run on a server; another start of the same run is another name."""
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-._")[:80]
+    return f"{words or 'run'}-{secrets.token_hex(4)}"
+
+
+def _profile_for_worker(
+    name: str, profile: DataProfile, local: LocalPreviewBackend
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Name, options and stop strings that stand for the profile on the worker.
+
+    Raises:
+        ConfigError: it has code that a worker would have to run and does not know by name.
+    """
+    options = dict(profile.options)
+    if ":" not in name and name in known_profiles():
+        return name, options, ()
+    stop_ids = local.settings.stop_ids
+    if profile.logits_processors(local.tokenizer, stop_ids=stop_ids):
+        raise ConfigError(
+            f"profile.name={name} has logits processors, and a preview server takes profiles by "
+            "name, never as code: install it as an entry point in group trainer.profiles "
+            "(docs/profiles.md), or use monitoring.preview_backend=local."
+        )
+    return "plain", {}, tuple(profile.stop_strings)
+
+
+def _worker(
+    run: PublishingRun, folder: Path, hashes: ServerHashes, profile: str, name: str
+) -> tuple[Worker, str | None, Path | None]:
+    """The server of this run, its key, and the folder of transport `dir`."""
+    monitoring = run.prepared.config.monitoring
+    announce = _announcer(run, folder / "key" if monitoring.preview_backend == "sidecar" else None)
+    if monitoring.preview_backend == "sidecar":
+        key = secrets.token_hex(32)
+        worker, weights_dir = _sidecar(run, folder, key, announce)
+        return worker, key, weights_dir
+    url = url_of(monitoring.remote_3090_host or "", monitoring.remote_3090_port)
+    secret = server_key(monitoring.remote_3090_key_file)
+    client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
+    try:
+        info = client.check(hashes, profile, run.prepared.config.model.model_path)
+        wanted = monitoring.remote_3090_model_id
+        if wanted is not None and wanted != info.model_id:
+            raise ConfigError(
+                f"monitoring.remote_3090_model_id={wanted}: the server at {url} holds "
+                f"{info.model_id!r}."
+            )
+    except AwayError as error:
+        run.notice(f"previews: {error}", "warning")
+    finally:
+        client.close()
+    return RemoteWorker(url, announce), secret, None
+
+
+def _announcer(run: PublishingRun, key_file: Path | None) -> Announce:
+    """Writes worker.json, by which the live page finds the server; never the key itself."""
+    folder, monitoring = run.folder, run.prepared.config.monitoring
+
+    def announce(url: str | None, pid: int | None) -> None:
+        if url is None:
+            folder.worker_json.unlink(missing_ok=True)
+            return
+        key = key_file or monitoring.remote_3090_key_file
+        if key:
+            remember_key_file(key)
+        folder.write_json(
+            folder.worker_json,
+            {
+                "url": url,
+                "key_file": str(key) if key else None,
+                "backend": monitoring.preview_backend,
+                "model_id": None,
+                "system_prompt": run.prepared.data.system_prompt,
+                "pid": pid,
+            },
+        )
+
+    return announce
+
+
+def _sidecar(
+    run: PublishingRun, folder: Path, key: str, announce: Announce
+) -> tuple[SidecarWorker, Path]:
+    monitoring, config = run.prepared.config.monitoring, run.model.config
+    if getattr(config, "auto_map", None):
+        raise ConfigError(
+            "monitoring.preview_backend=sidecar: this model needs code from its own folder, which "
+            "a preview server does not run; use monitoring.preview_backend=local."
+        )
+    device = resolve_device(monitoring.sidecar_device)
+    model_dir, weights_dir, key_file = folder / "model", folder / "weights", folder / "key"
+    weights_dir.mkdir(mode=0o700)
+    config.save_pretrained(model_dir)
+    run.prepared.tokenizer.save_pretrained(model_dir)
+    key_file.touch(mode=0o600)
+    key_file.write_text(key + "\n", encoding="ascii")
+    cores = os.cpu_count() or 1
+    threads = 1 if run.prepared.device.type == "cpu" else max(1, cores // 2)
+    worker = SidecarWorker(
+        model_dir=model_dir,
+        weights_dir=weights_dir,
+        key_file=key_file,
+        device=str(device),
+        num_threads=monitoring.sidecar_num_threads or threads,
+        announce=announce,
+        log=run.folder.log("sidecar"),
+    )
+    return worker, weights_dir
+
+
+def _canary(run: PublishingRun, requests: Sequence[PreviewRequest]) -> Canary | None:
+    """Golden answers scored by this process as the worker scores them; None without any."""
+    rows = canary_rows(requests)
+    if not rows:
+        return None
+    model = run.model
+    pairs = [
+        (requests[row].prompt_token_ids or (), requests[row].golden_token_ids or ()) for row in rows
+    ]
+    sent_as = _sent_as(run)
+    # The one kind of kernel that cannot compute in fp32.
+    is_flash = "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    autocast = run.prepared.precision.autocast_dtype if is_flash else None
+
+    def score() -> torch.Tensor:
+        with as_received(model, sent_as, autocast=autocast):
+            return torch.cat([golden_logprobs(model, prompt, golden) for prompt, golden in pairs])
+
+    num_tokens = sum(len(golden) for _, golden in pairs)
+    return Canary(rows, num_tokens, NOISE_FP32 if autocast is None else NOISE_HALF, score)
+
+
+def _sent_as(run: PublishingRun) -> SentAs:
+    """In which dtype each tensor travels; the frozen base of adapters goes as it was loaded."""
+    travel, loaded = run.prepared.precision.compute_dtype, run.prepared.precision.load_dtype
+    if not hasattr(run.model, "peft_config"):
+        return lambda tensor: travel
+    trained = {id(tensor) for tensor in adapter_tensors(run.model).values()}
+    return lambda tensor: travel if id(tensor) in trained else loaded
+
+
+def _previews(
+    run: PublishingRun,
+    requests: Sequence[PreviewRequest],
+    local: LocalPreviewBackend,
+    profile: tuple[str, dict[str, Any], tuple[str, ...]],
+    canary: Canary | None,
+) -> dict[str, Any]:
+    """What every `POST /previews` of this run has in common."""
+    monitoring: MonitoringConfig = run.prepared.config.monitoring
+    return {
+        "prompts": [PreviewPrompt.values_of(one) for one in requests],
+        "profile": profile[0],
+        "profile_options": profile[1],
+        "stop": list(profile[2]),
+        "stop_ids": sorted(local.settings.stop_ids),
+        "max_new_tokens": monitoring.preview_max_tokens,
+        "temperature": monitoring.preview_temperature,
+        "seed": run.prepared.config.environment.seed,
+        "golden_logprobs": monitoring.preview_golden_logprobs,
+        "canary": list(canary.rows) if canary is not None else None,
+    }
+
+
+def _base(run: PublishingRun) -> Snapshotter:
+    return Snapshotter(
+        base_tensors(run.model), run.prepared.precision.load_dtype, run.prepared.device
+    )
+
+
+def _write_base(base: Snapshotter, folder: Path) -> Path:
+    """The frozen weights under the adapters, once per run."""
+    arena = base.arena(folder / "base")
+    base.copy(arena)()
+    return arena.path
+
+
+# ---- the schedule, whoever answers, and the final evaluation
+
 
 PROMPTS_AT_ONCE = 50
 """Batch of the final evaluation; previews are one batch of their own."""
@@ -57,7 +373,7 @@ def build_scheduler(
     if not monitoring.inference_interval:
         return None
     local = local_backend(prepared, model)
-    requests = held_out_requests(prepared.data.preview_prompts)
+    requests = list(prepared.data.preview_prompts)
     requests += [
         PreviewRequest(
             prompt=text,
@@ -132,22 +448,6 @@ def answer_text(
     return None
 
 
-def held_out_requests(prompts: Iterable[HeldOutPrompt]) -> list[PreviewRequest]:
-    """Held-out prompts as requests, with their exact token ids."""
-    return [
-        PreviewRequest(
-            prompt=held.prompt,
-            prompt_token_ids=held.prompt_ids,
-            golden_answer=held.golden_answer,
-            golden_token_ids=held.golden_ids or None,
-            messages=held.messages,
-            prompt_id=held.prompt_id,
-            held_out=held.is_held_out,
-        )
-        for held in prompts
-    ]
-
-
 def final_evaluation(
     prepared: Prepared, model: Any, step: int, path: Path
 ) -> dict[str, Any] | None:
@@ -157,7 +457,7 @@ def final_evaluation(
         exact_match (share), matched, num_prompts, failed, and the path of the answers; None
         where none was asked for.
     """
-    requests: Sequence[PreviewRequest] = held_out_requests(prepared.data.final_prompts)
+    requests = prepared.data.final_prompts
     if not requests:
         return None
     backend = local_backend(prepared, model)

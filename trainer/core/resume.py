@@ -16,8 +16,11 @@ import torch
 
 from trainer import __version__
 from trainer.config.schema import TrainerConfig
-from trainer.core.checkpoint import find_latest_checkpoint, load_named_checkpoint
-from trainer.core.hf_trainer import RUN_STATE_FILE
+from trainer.core.checkpoint import (
+    RUN_STATE_FILE,
+    find_latest_checkpoint,
+    load_named_checkpoint,
+)
 from trainer.errors import ResumeError
 
 # ---- SEMANTICS: which rules a run trains by, so that it is continued by no others
@@ -96,7 +99,6 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "peft",
-    "trl",
     "datasets",
     "safetensors",
     "tokenizers",

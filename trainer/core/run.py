@@ -25,6 +25,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.resume import SEMANTICS, ResumePoint, environment_manifest
 from trainer.core.run_folder import RunFolder, resolved_config
+from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
 from trainer.errors import (
     EXIT_COMPLETED,
@@ -376,6 +377,7 @@ class Job:
                 "precision": prepared.precision.reason,
                 "device": str(prepared.device),
                 "data_card": data.card.as_json(),
+                "data_card_lines": card_lines(data.card),
                 "data_files_sha256": data.file_hashes,
                 "data_fingerprint": data.train.fingerprint(),
                 "resumed_from_step": prepared.resume.step if prepared.resume else None,

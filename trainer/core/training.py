@@ -13,7 +13,6 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from trainer.core.arguments import RateSchedule
 from trainer.core.checkpoint import save_checkpoint, set_aside_newer
 from trainer.core.checks import (
     MemoryProbe,
@@ -26,14 +25,13 @@ from trainer.core.checks import (
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import loss_share, supervised_loss
 from trainer.core.model_folder import save_final_model
-from trainer.core.optim import build_optimizer
+from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler, final_evaluation
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.data.batches import EncodedDataset, PadCollator, on_device
-from trainer.data.prepare import PackedDataset
+from trainer.data.batches import EncodedDataset, PackedDataset, PadCollator, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError, NonFiniteError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, checkpoint_steps

@@ -11,11 +11,13 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import os
 import re
 import secrets
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
@@ -27,9 +29,15 @@ import psutil
 from pydantic import BaseModel
 
 from trainer import __version__
+from trainer.config.schema import DataSection
 from trainer.files import default_cache_dir
 from trainer.models.chat_template import printed_dates
 from trainer.profiles import DataProfile
+
+logger = logging.getLogger(__name__)
+
+NO_EFFECT = {"cache", "cache_dir", "shuffle", "group_by_length", "enable_packing"}
+"""Options of section `data` that do not change the encoded rows."""
 
 SUFFIX = ".cache"
 
@@ -42,7 +50,7 @@ KEY_CHARS = 40
 KEPT_ENTRIES = 8
 """Entries of data files with one name; the one that was longest unused goes first."""
 
-LIBRARIES = ("transformers", "tokenizers", "trl", "jinja2")
+LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 OWN_PACKAGES = ("data", "profiles")
 
@@ -67,6 +75,31 @@ class CacheEntry:
     """The file of one key, there or not."""
 
     path: Path
+
+    def read(self) -> tuple[Arrays | None, str]:
+        """Its arrays or None, and what the data card says of them; damage is a warning."""
+        try:
+            arrays = self.load()
+        except DamagedEntryError as error:
+            logger.warning("%s: %s; the rows are encoded again", self.path, error)
+            return None, f"damaged entry replaced ({error}): "
+        return arrays, f"read from {self.path}" if arrays is not None else ""
+
+    def write(self, arrays: Arrays, note: str) -> str:
+        """Store the arrays; what the data card says of it. A full disk is a warning.
+
+        Args:
+            note: of `read`.
+        """
+        try:
+            removed = self.store(arrays)
+        except OSError as error:
+            logger.warning(
+                "%s: cannot be written (%s); the next start encodes again", self.path, error
+            )
+            return f"not written: {error.strerror}"
+        more = f"; {removed} older entries of this file name removed" if removed else ""
+        return f"{note}written to {self.path}{more}"
 
     def load(self) -> Arrays | None:
         """Its arrays; None where there is no file.
@@ -131,6 +164,29 @@ class CacheEntry:
                 path.unlink()
                 removed += 1
         return removed
+
+
+def entry_of(
+    section: DataSection, hashes: Mapping[str, str], options: Mapping[str, Any]
+) -> tuple[CacheEntry | None, str]:
+    """The cache entry of a run's rows, or None and the reason for the data card.
+
+    Args:
+        section: says whether and where rows are cached, and what decides them.
+        hashes: name of each data file -> hash of its content.
+        options: all else that decides the rows, as `find_entry` takes it.
+    """
+    if not section.cache:
+        return None, "off (data.cache=false)"
+    parts = {
+        **options,
+        "section": section.model_dump(mode="json", exclude=NO_EFFECT),
+        "files": list(hashes.items()),
+    }
+    try:
+        return find_entry(cache_folder(section.cache_dir), Path(next(iter(hashes))).name, parts), ""
+    except NotCacheableError as error:
+        return None, f"not used: {error}"
 
 
 def find_entry(folder: Path, label: str, parts: dict[str, Any]) -> CacheEntry:

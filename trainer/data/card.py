@@ -1,14 +1,26 @@
-"""The data card: what will be trained, in numbers and in one row."""
+"""The data card: what will be trained, in numbers, in lines and in one row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-MAX_KEYS_SHOWN = 30
+from trainer.config.schema import DataSection
+from trainer.data.batches import marked_text
+from trainer.data.encode import RowEncoder
+from trainer.data.rows import Row, RowErrors, is_text
+from trainer.data.sources import EncodedRow, Sides, shared_prompts
+from trainer.data.turns import num_openings
+from trainer.profiles import DataProfile
 
-MAX_KEY_CHARS = 60
+MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
+
+MAX_NAMED = 5
+"""Prompts that the card names, of each kind."""
+
+MAX_REJECTED_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -103,109 +115,261 @@ class DataCard:
         """Whether answers that were not cut off end with a trained stop token."""
         return self.num_without_stop == 0
 
+    @property
+    def num_unique_rows(self) -> int:
+        """Training rows before data.weights repeats or leaves out some."""
+        unused = self.num_rejected + self.num_dropped + self.num_validation_rows
+        return self.num_rows - unused
+
     def as_json(self) -> dict[str, Any]:
         """The card as plain JSON values."""
         return {
             **asdict(self),
             "trained_pct": round(self.trained_pct, 2),
             "is_stop_trained": self.is_stop_trained,
-            "row_lines": _row_lines(self),
         }
 
 
+# ---- counting
+
+
+def draw_card(
+    section: DataSection,
+    rows: Sequence[Row],
+    sides: Sides,
+    *,
+    formats: str,
+    encoder: RowEncoder,
+    profile: DataProfile,
+    system_prompt: str | None,
+    rejected: RowErrors,
+    dropped: Sequence[int],
+) -> DataCard:
+    """Count what is trained, held out, left out and changed.
+
+    Args:
+        section: format, split and policy.
+        rows: of the training files, those that could not be encoded included.
+        sides: the encoded rows.
+        formats: the layouts that the files have.
+        encoder: that encoded the rows.
+        profile: that rewrote them.
+        system_prompt: system turn of rows that bring none.
+        rejected: rows that could not be used.
+        dropped: length in tokens of each row that data.truncation=drop left out.
+    """
+    used = [*sides.encoded, *sides.held_out]
+    first = sides.train[0].example
+    leaked = [item for item in sides.validation if item.group in sides.trained_groups]
+    shared = shared_prompts(section, sides.encoded) if sides.validation else ()
+    num_removed = sum(item.example.num_removed for item in used)
+    return DataCard(
+        dataset_path=section.dataset_path,
+        format=formats,
+        template=_trained_words(encoder, rows),
+        profile=profile.name,
+        profile_report=profile.report(),
+        system_prompt=system_prompt,
+        num_own_system=num_own_system(rows),
+        validation=sides.how,
+        mix=sides.mix,
+        num_rows=len(used) + len(rejected.errors) + len(dropped),
+        num_rejected=len(rejected.errors),
+        rejected=dict(rejected.reasons),
+        rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
+        num_duplicates=len(sides.encoded) - len({item.key for item in sides.encoded}),
+        num_leaked=len(leaked),
+        leaked_prompts=tuple(dict.fromkeys(item.example.prompt for item in leaked))[:MAX_NAMED],
+        shared_prompts=shared[:MAX_NAMED],
+        num_shared_prompts=len(shared),
+        max_length=encoder.max_length,
+        truncation=encoder.truncation,
+        num_dropped=len(dropped),
+        num_cut_tokens=sum(dropped) + num_removed,
+        thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
+        opening=encoder.template.opening,
+        sample=marked_text(encoder.tokenizer, first.input_ids, first.labels),
+        **_row_counts(used),
+        **_token_counts(sides.train, sides.validation),
+    )
+
+
+def num_own_system(rows: Sequence[Row]) -> int:
+    """Rows that bring a system turn of their own."""
+    return sum(row.messages[0]["role"] == "system" for row in rows)
+
+
+def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
+    """Fields of the data card that tell what the rows bring beside plain turns."""
+    unused: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for item in kept:
+        unused.update(item.row.notes.unused)
+        for turn in item.row.messages:
+            weight = turn.get("weight", 1.0)
+            weights["untrained" if weight == 0 else "weighted"] += weight != 1
+    return {
+        "num_untrained_turns": weights["untrained"],
+        "num_weighted_turns": weights["weighted"],
+        "num_openings": sum(num_openings(item.row.messages) > 0 for item in kept),
+        "unused_keys": dict(sorted(unused.items())),
+        "num_as_text": sum(item.row.notes.num_as_text for item in kept),
+        "num_rendered": sum(item.row.is_rendered for item in kept),
+    }
+
+
+def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
+    """Fields of the data card that count tokens of what is trained and measured."""
+    examples = [item.example for item in [*train, *validation]]
+    stripped = [example.stripped[0] for example in examples if example.stripped]
+    return {
+        "num_train_rows": len(train),
+        "num_validation_rows": len(validation),
+        "num_tokens": sum(len(item.example.input_ids) for item in train),
+        "num_trained_tokens": sum(item.example.num_trained for item in train),
+        "longest_row": max(len(example.input_ids) for example in examples),
+        "num_truncated": sum(example.is_truncated for example in examples),
+        "num_without_stop": sum(not example.ends_with_stop for example in examples),
+        "num_stripped": len(stripped),
+        "stripped_example": stripped[0] if stripped else "",
+        "num_thoughts": sum(example.num_thoughts for example in examples),
+        "num_opened": sum(example.is_opened for example in examples),
+    }
+
+
+def _trained_words(encoder: RowEncoder, rows: Sequence[Row]) -> str:
+    """Which tokens are trained, and how they are located."""
+    num_text = sum(is_text(row.messages) for row in rows)
+    texts = "every token of plain text and its end-of-text token"
+    if num_text == len(rows):
+        return texts
+    return encoder.template.source + (f"; {texts}" if num_text else "")
+
+
+# ---- the card as people read it
+
+
 def card_lines(card: DataCard) -> list[tuple[str, str]]:
-    """The card as (label, value) lines, for the terminal."""
+    """The card as (label, text) lines: what the terminal, run.json, the page and the report show.
+
+    A line whose count is 0 is left out where that is the usual case.
+    """
     lines = [
-        ("data", f"{card.dataset_path} ({card.format}, profile {card.profile})"),
-        (
-            "rows",
-            f"{card.num_train_rows:,} train, {card.num_validation_rows:,} validation"
-            f" of {card.num_rows:,} in the file",
-        ),
-        ("validation", card.validation),
-        (
-            "tokens",
-            f"{card.num_tokens:,}, of them trained {card.num_trained_tokens:,}"
-            f" ({card.trained_pct:.1f} %)",
-        ),
-        ("longest row", f"{card.longest_row:,} of at most {card.max_length:,} tokens"),
-        (
-            "truncated",
-            _truncated_text(card),
-        ),
-        ("rejected", _rejected_text(card)),
-        (
-            "stop token",
-            "trained"
-            if card.is_stop_trained
-            else f"NOT trained in {card.num_without_stop:,} rows: the model may never stop",
-        ),
-        ("mask", card.template),
-        ("system prompt", _system_text(card)),
+        *_row_lines(card),
+        *_length_lines(card),
+        *_trained_lines(card),
+        *_content_lines(card),
+        ("cache", card.cache),
     ]
-    if card.mix:
-        lines.append(("weights", card.mix))
-    if card.num_stripped:
-        text = repr(card.stripped_example[:60])
-        lines.append(
-            ("stripped", f"the template leaves out text of {card.num_stripped:,} rows: {text}")
-        )
-    if card.num_thoughts:
-        lines.append(("thoughts", f"of {card.num_thoughts:,} answers: {card.thoughts}"))
-    if card.num_opened:
-        lines.append(
-            (
-                "prompt",
-                f"a server will add {card.opening!r} to the prompt, which {card.num_opened:,} rows "
-                "do not have; they are trained and previewed without it",
-            )
-        )
-    lines += _row_lines(card)
-    if card.num_packs:
-        fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
-        lines.append(("packing", f"{card.num_packs:,} packs, {fill:.1f} % full"))
-    lines += [("profile", f"{count:,} {what}") for what, count in card.profile_report.items()]
+    return [(label, text) for label, text in lines if text]
+
+
+def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """Which rows there are, and on which side of the split."""
+    yield "data", f"{card.dataset_path} (format {card.format}, profile {card.profile})"
+    mixed = f" ({card.num_train_rows:,} per epoch with data.weights)" if card.mix else ""
+    yield (
+        "rows",
+        f"{card.num_unique_rows:,} training{mixed}, {card.num_validation_rows:,} validation, "
+        f"of {card.num_rows:,} read",
+    )
+    yield "file weights", card.mix
+    yield "rejected", _rejected_text(card)
+    yield "validation", card.validation
     if card.num_duplicates:
-        lines.append(("duplicates", f"{card.num_duplicates:,} rows repeat an earlier one (kept)"))
+        yield "duplicates", f"{card.num_duplicates:,} rows repeat an earlier one; all are kept"
     if card.shared_prompts:
         count, prompt = card.shared_prompts[0]
         others = card.num_shared_prompts - 1
-        more = f", and {others:,} more prompts have too many rows" if others else ""
-        words = (
-            f"{count:,} rows share one prompt, {_short(prompt)}{more}; these rows are held out by "
-            "their answers (data.validation_path, or a larger data.validation_split, parts prompts)"
+        more = f" ({others:,} more prompts are as frequent)" if others else ""
+        yield (
+            "shared",
+            f"{count:,} rows have the same prompt, {_short(prompt)}{more}: too many to hold out "
+            "together, so training and validation rows may share it. To keep prompts apart, set "
+            "data.validation_path or raise data.validation_split",
         )
-        lines.append(("shared", words))
     if card.num_leaked:
         prompts = ", ".join(map(_short, card.leaked_prompts))
-        words = f"{card.num_leaked:,} validation rows have a prompt that is also trained: {prompts}"
-        lines.append(("leak", words))
-    if card.cache:
-        lines.append(("cache", card.cache))
-    return lines
+        yield (
+            "leak",
+            f"{card.num_leaked:,} validation rows have a prompt that training rows have too: "
+            f"{prompts}",
+        )
 
 
-def _row_lines(card: DataCard) -> list[tuple[str, str]]:
-    """What rows bring beside plain turns, as (label, value) lines; what they do not is left out."""
-    counts = (
-        (card.num_untrained_turns, "untrained", "assistant turns are read, not trained"),
-        (card.num_weighted_turns, "loss weights", "turns count with another weight than 1 or 0"),
-        (
-            card.num_openings,
-            "openings",
-            "rows begin with the assistant: read where the template takes it, not trained",
-        ),
-        (
-            card.num_rendered,
-            "rendered text",
-            "rows of text hold the template's markers: read as turns, their answers are trained",
-        ),
-        (card.num_as_text, "as text", "values that are no text are taken as their JSON text"),
+def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """Tokens, and what hyperparams.max_length does to the rows."""
+    yield (
+        "tokens",
+        f"{card.num_tokens:,} per epoch, {card.num_trained_tokens:,} of them trained "
+        f"({card.trained_pct:.1f} %)",
     )
-    lines = [(label, f"{count:,} {words}") for count, label, words in counts if count]
-    if card.unused_keys:
-        lines.append(("unused keys", _unused_text(card.unused_keys)))
-    return lines
+    yield "longest row", f"{card.longest_row:,} tokens; at most {card.max_length:,} (max_length)"
+    yield "too long", _too_long_text(card)
+    if card.num_packs:
+        fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
+        yield (
+            "packing",
+            f"{card.num_packs:,} sequences of up to {card.max_length:,} tokens, {fill:.1f} % full",
+        )
+
+
+def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """Which tokens the loss is computed on, and the exceptions."""
+    yield "trained", card.template
+    yield (
+        "stop token",
+        "trained at the end of every answer that is not cut off"
+        if card.is_stop_trained
+        else f"NOT trained in {card.num_without_stop:,} rows: the model may not learn to stop",
+    )
+    if card.num_thoughts:
+        yield "thoughts", f"{card.num_thoughts:,} answers have one: {card.thoughts}"
+    if card.num_opened:
+        yield (
+            "prompt",
+            f"the chat template ends prompts with {card.opening!r}, which a server will add; "
+            f"{card.num_opened:,} rows lack it, and are trained and previewed without it",
+        )
+    if card.num_untrained_turns:
+        yield "untrained", f"{card.num_untrained_turns:,} assistant turns are context only, no loss"
+    if card.num_weighted_turns:
+        yield (
+            "loss weights",
+            f"{card.num_weighted_turns:,} turns or texts have a loss weight other than 0 and 1",
+        )
+    if card.num_openings:
+        yield (
+            "openings",
+            f"{card.num_openings:,} rows begin with an assistant turn: context only, and left out "
+            "where the chat template refuses it",
+        )
+    if card.num_rendered:
+        yield (
+            "rendered text",
+            f"{card.num_rendered:,} texts with the chat template's control tokens are parsed into "
+            "turns, of which only the answers are trained",
+        )
+
+
+def _content_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """What is added to the rows' contents, changed in them, left out of them or not used."""
+    own = f"; {card.num_own_system:,} rows keep their own" if card.num_own_system else ""
+    yield "system prompt", (repr(card.system_prompt) if card.system_prompt else "none") + own
+    for what, count in card.profile_report.items():
+        yield "profile", f"{count:,} {what}"
+    if card.num_stripped:
+        yield (
+            "stripped",
+            f"the chat template leaves out text of {card.num_stripped:,} rows, such as "
+            f"{_short(card.stripped_example)}",
+        )
+    if card.num_as_text:
+        yield (
+            "as text",
+            f"{card.num_as_text:,} numbers, booleans or JSON values are converted to JSON text",
+        )
+    yield "unused keys", _unused_text(card.unused_keys)
 
 
 def _unused_text(unused: Mapping[str, int]) -> str:
@@ -224,12 +388,17 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _truncated_text(card: DataCard) -> str:
-    tokens = f" ({card.num_cut_tokens:,} tokens)"
+def _too_long_text(card: DataCard) -> str:
+    length, tokens = f"{card.max_length:,}", f"{card.num_cut_tokens:,} tokens"
     if card.num_dropped:
-        return f"{card.num_dropped:,} rows dropped: longer than {card.max_length:,} tokens{tokens}"
-    end = "start" if card.truncation == "keep_end" else "end"
-    return f"{card.num_truncated:,} rows lose their {end}{tokens}" if card.num_truncated else "none"
+        return (
+            f"{card.num_dropped:,} rows of more than {length} tokens left out "
+            f"({tokens}, data.truncation=drop)"
+        )
+    if not card.num_truncated:
+        return "none"
+    end = "last" if card.truncation == "keep_end" else "first"
+    return f"{card.num_truncated:,} rows cut to their {end} {length} tokens ({tokens} removed)"
 
 
 def _rejected_text(card: DataCard) -> str:
@@ -237,8 +406,3 @@ def _rejected_text(card: DataCard) -> str:
         return "none"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
     return f"{card.num_rejected:,} rows: {reasons}"
-
-
-def _system_text(card: DataCard) -> str:
-    own = f"; {card.num_own_system:,} rows keep their own" if card.num_own_system else ""
-    return (repr(card.system_prompt) if card.system_prompt else "none") + own

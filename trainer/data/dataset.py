@@ -1,56 +1,140 @@
-"""Load, split, transform and encode the rows of a run, and draw up the data card."""
+"""`prepare_data`: the rows of a run, from the cache or read, split and encoded, and packed."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from pydantic import TypeAdapter
+
 from trainer.config.schema import DataSection
-from trainer.data.batches import EncodedDataset, marked_text
-from trainer.data.card import DataCard
-from trainer.data.content import check_text_row, is_text
+from trainer.data.batches import EncodedDataset, PackedDataset
+from trainer.data.cache import Arrays, entry_of
+from trainer.data.card import DataCard, draw_card, num_own_system
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import check_markers_used, read_back
-from trainer.data.rows import BadRowError, Row, RowErrors, RowTooLongError
+from trainer.data.layouts import check_text_row
+from trainer.data.rendered import check_markers_used, read_back
+from trainer.data.rows import BadRowError, PreviewRequest, Row, RowErrors, RowTooLongError, is_text
 from trainer.data.sources import (
     EncodedRow,
-    HeldOutPrompt,
+    Sides,
     Source,
     content_key,
+    find_sources,
     first_prompts,
     read_sources,
-    shared_prompts,
     split_rows,
     trained_groups,
     weigh_rows,
 )
 from trainer.data.tools import tool_names, tools_of
-from trainer.data.turns import assistant_turns, check_messages, num_openings
+from trainer.data.turns import assistant_turns, check_messages
 from trainer.errors import ConfigError, DataError
-from trainer.profiles import DataProfile, Message
-
-MAX_NAMED = 5
-"""Prompts that the card names, of each kind."""
+from trainer.profiles import DataProfile, Message, get_profile
 
 
 @dataclass(frozen=True)
-class RunData:
-    """What a run trains on, measures on and shows."""
+class _Texts:
+    """The part of a run's data that the cache holds as JSON."""
 
-    train: EncodedDataset
-    validation: EncodedDataset | None
-    preview_prompts: tuple[HeldOutPrompt, ...]
+    preview_prompts: tuple[PreviewRequest, ...]
     """Held-out prompts (training rows where none are held out), always the same ones."""
-    final_prompts: tuple[HeldOutPrompt, ...]
+    final_prompts: tuple[PreviewRequest, ...]
     """Prompts of the final evaluation."""
     train_texts: tuple[tuple[str, str], ...]
     """(prompt, golden answer) of each training row."""
     card: DataCard
-    encoder: RowEncoder
     system_prompt: str | None
     file_hashes: dict[str, str]
     """sha256 of each data file."""
+
+
+@dataclass(frozen=True)
+class RunData(_Texts):
+    """What a run trains on, measures on and shows."""
+
+    train: EncodedDataset
+    validation: EncodedDataset | None
+    encoder: RowEncoder
+
+
+_TEXTS = TypeAdapter(_Texts)
+
+
+def prepare_data(
+    section: DataSection,
+    *,
+    encoder: RowEncoder,
+    profile: DataProfile | None = None,
+    system_prompt: str | None = None,
+    is_prompt_configured: bool = False,
+    seed: int = 42,
+    num_preview: int = 0,
+    num_final: int = 0,
+    offline: bool = False,
+) -> RunData:
+    """Read, split and encode the rows of section `data`, or take them from the cache.
+
+    Args:
+        section: files, format, split and policy.
+        encoder: tokenizer, template and max_length.
+        profile: rewrites the rows; None: `plain`, which leaves them as they are.
+        system_prompt: system turn of rows that bring none.
+        is_prompt_configured: the user set it, so that it must have an effect.
+        seed: of the split and of the profile's transform.
+        num_preview: held-out prompts for previews.
+        num_final: held-out prompts for the final evaluation.
+        offline: never ask the hub for a dataset.
+    Raises:
+        DataError: missing file, bad rows under `strict`, or nothing to train.
+        ConfigError: an option that would have no effect on these rows.
+    """
+    sources = find_sources(section.dataset_path, section.weights, offline=offline)
+    held_out: list[Source] = []
+    if section.validation_path is not None:
+        held_out = find_sources(section.validation_path, offline=offline)
+    options: dict[str, Any] = {
+        "profile": profile or get_profile("plain"),
+        "encoder": encoder,
+        "system_prompt": system_prompt,
+        "is_prompt_configured": is_prompt_configured,
+        "seed": seed,
+        "num_preview": num_preview,
+        "num_final": num_final,
+    }
+    hashes = {source.name: source.content_hash() for source in [*sources, *held_out]}
+    entry, note = entry_of(section, hashes, options)
+    if entry is not None:
+        arrays, note = entry.read()
+        if arrays is not None:
+            return _with_note(_from_arrays(arrays, encoder), note)
+    data = encode_data(section, sources, held_out, **options)
+    if entry is not None:
+        # A file that was written to meanwhile must not be kept under its earlier content.
+        is_same = data.file_hashes == hashes
+        changed = "not written: a file changed while read"
+        note = entry.write(_as_arrays(data), note) if is_same else changed
+    return _with_note(data, note)
+
+
+def _with_note(data: RunData, note: str) -> RunData:
+    """The data with what its card says of the cache."""
+    return replace(data, card=replace(data.card, cache=note))
+
+
+def pack_training_rows(data: RunData) -> RunData:
+    """The same data with its training rows packed; a pack goes by its first row's text."""
+    packed = PackedDataset(data.train, data.encoder.max_length)
+    return replace(
+        data,
+        train=packed,
+        train_texts=tuple(data.train_texts[pack[0]] for pack in packed.packs),
+        card=replace(data.card, num_packs=len(packed.packs)),
+    )
+
+
+# ---- reading, splitting and encoding
 
 
 def encode_data(
@@ -66,77 +150,100 @@ def encode_data(
     num_preview: int,
     num_final: int = 0,
 ) -> RunData:
-    """Read the sources and encode every row.
+    """Read the sources and encode every row; the rest is as in `prepare_data`.
 
     Args:
-        section: format, split and policy.
         sources: of the training rows.
         validation_sources: of `data.validation_path`; empty: some training rows are held out.
-        profile: rewrites the rows.
-        encoder: tokenizer, template and max_length.
-        system_prompt: system turn of rows that bring none.
-        is_prompt_configured: the user set it, so that it must have an effect.
-        seed: of the split and of the profile's transform.
-        num_preview: held-out prompts for previews.
-        num_final: held-out prompts for the final evaluation.
-    Raises:
-        DataError: missing file, bad rows under `strict`, or nothing to train.
-        ConfigError: a configured system prompt that no row would use.
     """
     errors = RowErrors(section.on_bad_row, section.max_bad_rows)
-    rows, format_name = read_sources(sources, section, errors, max_rows=section.max_rows)
-    validation_rows, _ = read_sources(validation_sources, section, errors, max_rows=None)
-    rows = read_back(rows, encoder, errors, section.text_markers)
-    validation_rows = read_back(validation_rows, encoder, errors, section.text_markers)
-    check_markers_used([*rows, *validation_rows], section.text_markers)
+    rows, validation_rows, formats = _read(section, sources, validation_sources, encoder, errors)
     _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
     preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
-    encoded = preparer.encode(rows)
-    held_out = preparer.encode(validation_rows)
+    encoded, held_out = preparer.encode(rows), preparer.encode(validation_rows)
     errors.raise_if_strict()
-    train, validation, how = split_rows(section, encoded, held_out, seed)
-    if not train:
-        raise DataError(
-            f"{section.dataset_path}: nothing to train: {len(errors.errors)} rows were rejected "
-            f"({'; '.join(errors.errors[:3])}), {preparer.num_dropped} are longer than "
-            f"hyperparams.max_length={encoder.max_length} and dropped."
-        )
-    trained = trained_groups(validation, train)
-    shared = shared_prompts(section, encoded) if validation else ()
-    leaked = [item for item in validation if item.group in trained]
-    mixed, mix = weigh_rows(sources, train)
-    card = DataCard(
-        dataset_path=section.dataset_path,
-        format=format_name,
-        template=_mask_source(encoder, sum(is_text(row.messages) for row in rows), len(rows)),
-        num_own_system=_num_own_system(rows),
-        num_duplicates=len(encoded) - len({item.key for item in encoded}),
-        num_leaked=len(leaked),
-        leaked_prompts=tuple(dict.fromkeys(item.example.prompt for item in leaked))[:MAX_NAMED],
-        shared_prompts=shared[:MAX_NAMED],
-        num_shared_prompts=len(shared),
-        validation=how,
-        mix=mix,
-        **preparer.counts(encoded, held_out),
-        **_row_counts([*encoded, *held_out]),
-        **_token_counts(mixed, validation),
-        **_thought_fields(section, encoder, [*encoded, *held_out]),
-        sample=marked_text(encoder.tokenizer, mixed[0].example.input_ids, mixed[0].example.labels),
+    sides = _sides(section, sources, encoded, held_out, preparer)
+    _check_thoughts(section, [*encoded, *held_out])
+    card = draw_card(
+        section,
+        rows,
+        sides,
+        formats=formats,
+        encoder=encoder,
+        profile=profile,
+        system_prompt=system_prompt,
+        rejected=errors,
+        dropped=preparer.dropped,
     )
-    prompts = sorted(validation or mixed, key=lambda item: (item.group, item.key))
+    train = [item.example for item in sides.train]
+    validation = [item.example for item in sides.validation]
+    files = [*sources, *validation_sources]
     return RunData(
-        train=EncodedDataset([item.example for item in mixed]),
-        validation=EncodedDataset([item.example for item in validation]) if validation else None,
-        preview_prompts=first_prompts(prompts, num_preview, bool(validation), trained=trained),
-        final_prompts=first_prompts(prompts, num_final, bool(validation), trained=trained),
-        train_texts=tuple((item.example.prompt, item.example.golden_answer) for item in mixed),
+        train=EncodedDataset(train),
+        validation=EncodedDataset(validation) if validation else None,
+        preview_prompts=_prompts(sides, num_preview),
+        final_prompts=_prompts(sides, num_final),
+        train_texts=tuple((example.prompt, example.golden_answer) for example in train),
         card=card,
         encoder=encoder,
         system_prompt=system_prompt,
-        file_hashes={
-            source.name: source.content_hash() for source in [*sources, *validation_sources]
-        },
+        file_hashes={source.name: source.content_hash() for source in files},
     )
+
+
+def _read(
+    section: DataSection,
+    sources: list[Source],
+    validation_sources: list[Source],
+    encoder: RowEncoder,
+    errors: RowErrors,
+) -> tuple[list[Row], list[Row], str]:
+    """Rows to train, rows of the validation files, and the layouts of the former."""
+    rows, formats = read_sources(sources, section, errors, max_rows=section.max_rows)
+    held_out, _ = read_sources(validation_sources, section, errors, max_rows=None)
+    rows = read_back(rows, encoder, errors, section.text_markers)
+    held_out = read_back(held_out, encoder, errors, section.text_markers)
+    check_markers_used([*rows, *held_out], section.text_markers)
+    return rows, held_out, formats
+
+
+def _sides(
+    section: DataSection,
+    sources: list[Source],
+    encoded: list[EncodedRow],
+    held_out: list[EncodedRow],
+    preparer: _Preparer,
+) -> Sides:
+    """Hold rows out and repeat the others.
+
+    Raises:
+        DataError: no row is left to train.
+    """
+    train, validation, how = split_rows(section, encoded, held_out, preparer.seed)
+    if not train:
+        errors = preparer.errors.errors
+        raise DataError(
+            f"{section.dataset_path}: nothing to train: {len(errors)} rows were rejected "
+            f"({'; '.join(errors[:3])}), {len(preparer.dropped)} are longer than "
+            f"hyperparams.max_length={preparer.encoder.max_length} and dropped."
+        )
+    mixed, mix = weigh_rows(sources, train)
+    return Sides(encoded, held_out, mixed, validation, how, mix, trained_groups(validation, train))
+
+
+def _prompts(sides: Sides, count: int) -> tuple[PreviewRequest, ...]:
+    """Prompts of held-out rows, or of training rows where none are held out; always the same."""
+    items = sorted(sides.validation or sides.train, key=lambda item: (item.group, item.key))
+    return first_prompts(items, count, bool(sides.validation), trained=sides.trained_groups)
+
+
+def _check_thoughts(section: DataSection, encoded: list[EncodedRow]) -> None:
+    """Refuse data.train_on_thinking=false where no row has a thought."""
+    if not section.train_on_thinking and not any(item.example.num_thoughts for item in encoded):
+        raise ConfigError(
+            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
+            "in its tokens; remove the option."
+        )
 
 
 def _check_fit(
@@ -144,7 +251,7 @@ def _check_fit(
 ) -> None:
     """Refuse a system prompt or a profile that these rows would ignore."""
     num_text = sum(is_text(row.messages) for row in rows)
-    if is_prompt_configured and rows and _num_own_system(rows) + num_text == len(rows):
+    if is_prompt_configured and rows and num_own_system(rows) + num_text == len(rows):
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
             "which is kept, or is plain text, which has none; remove the system turns or the "
@@ -155,75 +262,6 @@ def _check_fit(
             f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
             "plain text, which has none; use the profile plain, or another data.format."
         )
-
-
-def _num_own_system(rows: list[Row]) -> int:
-    return sum(row.messages[0]["role"] == "system" for row in rows)
-
-
-def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
-    """Fields of the data card that tell what the rows bring beside plain turns."""
-    unused: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
-    for item in kept:
-        unused.update(item.row.notes.unused)
-        for turn in item.row.messages:
-            weight = turn.get("weight", 1.0)
-            weights["untrained" if weight == 0 else "weighted"] += weight != 1
-    return {
-        "num_untrained_turns": weights["untrained"],
-        "num_weighted_turns": weights["weighted"],
-        "num_openings": sum(num_openings(item.row.messages) > 0 for item in kept),
-        "unused_keys": dict(sorted(unused.items())),
-        "num_as_text": sum(item.row.notes.num_as_text for item in kept),
-        "num_rendered": sum(item.row.is_rendered for item in kept),
-    }
-
-
-def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
-    """Fields of the data card that count tokens of what is trained and measured."""
-    examples = [item.example for item in [*train, *validation]]
-    stripped = [example.stripped[0] for example in examples if example.stripped]
-    return {
-        "num_train_rows": len(train),
-        "num_validation_rows": len(validation),
-        "num_tokens": sum(len(item.example.input_ids) for item in train),
-        "num_trained_tokens": sum(item.example.num_trained for item in train),
-        "longest_row": max(len(example.input_ids) for example in examples),
-        "num_truncated": sum(example.is_truncated for example in examples),
-        "num_without_stop": sum(not example.ends_with_stop for example in examples),
-        "num_stripped": len(stripped),
-        "stripped_example": stripped[0] if stripped else "",
-        "num_thoughts": sum(example.num_thoughts for example in examples),
-        "num_opened": sum(example.is_opened for example in examples),
-    }
-
-
-def _thought_fields(
-    section: DataSection, encoder: RowEncoder, encoded: list[EncodedRow]
-) -> dict[str, Any]:
-    """Fields of the data card about thoughts.
-
-    Raises:
-        ConfigError: thoughts are not to be trained, and there are none.
-    """
-    if not section.train_on_thinking and not any(item.example.num_thoughts for item in encoded):
-        raise ConfigError(
-            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
-            "in its tokens; remove the option."
-        )
-    return {
-        "thoughts": encoder.template.thought_words(is_trained=section.train_on_thinking),
-        "opening": encoder.template.opening,
-    }
-
-
-def _mask_source(encoder: RowEncoder, num_text: int, num_rows: int) -> str:
-    """Where the trained tokens are known from, in words."""
-    texts = "every token of plain text, and end-of-text behind it"
-    if num_text == num_rows:
-        return texts
-    return encoder.template.source + (f"; {texts}" if num_text else "")
 
 
 class _Preparer:
@@ -239,7 +277,8 @@ class _Preparer:
     ) -> None:
         self.profile, self.encoder, self.errors = profile, encoder, errors
         self.system_prompt, self.seed = system_prompt, seed
-        self.num_dropped = self.num_dropped_tokens = 0
+        self.dropped: list[int] = []
+        """Length in tokens of each row that is dropped for its length."""
 
     def encode(self, rows: list[Row]) -> list[EncodedRow]:
         usable: list[Row] = []
@@ -255,31 +294,12 @@ class _Preparer:
         results = self.encoder.encode_all(conversations)
         for row, result in zip(usable, results, strict=True):
             if isinstance(result, RowTooLongError):
-                self.num_dropped += 1
-                self.num_dropped_tokens += result.num_tokens
+                self.dropped.append(result.num_tokens)
             elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
                 encoded.append(EncodedRow(row, self._key(row), result, self._group(row)))
         return encoded
-
-    def counts(self, encoded: list[EncodedRow], held_out: list[EncodedRow]) -> dict[str, Any]:
-        """Fields of the data card that tell what became of the rows on their way."""
-        errors, kept = self.errors.errors, [*encoded, *held_out]
-        return {
-            "profile": self.profile.name,
-            "profile_report": self.profile.report(),
-            "system_prompt": self.system_prompt,
-            "num_rows": len(kept) + len(errors) + self.num_dropped,
-            "num_rejected": len(errors),
-            "rejected": dict(self.errors.reasons),
-            "rejected_examples": tuple(errors[:20]),
-            "max_length": self.encoder.max_length,
-            "truncation": self.encoder.truncation,
-            "num_dropped": self.num_dropped,
-            "num_cut_tokens": self.num_dropped_tokens
-            + sum(item.example.num_removed for item in kept),
-        }
 
     def _key(self, row: Row) -> str:
         """The key of the cleaned content: rows that are trained alike go to one side."""
@@ -349,3 +369,31 @@ def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[
     if system_prompt is None or turns[0]["role"] == "system":
         return turns
     return [Message(role="system", content=system_prompt), *turns]
+
+
+# ---- the same as arrays for the cache
+
+
+def _as_arrays(data: RunData) -> Arrays:
+    arrays = {"texts": np.frombuffer(_TEXTS.dump_json(data), dtype=np.uint8)}
+    for name, dataset in (("train", data.train), ("validation", data.validation)):
+        if dataset is not None:
+            arrays |= {f"{name}_{key}": part for key, part in dataset.as_arrays().items()}
+    return arrays
+
+
+def _from_arrays(arrays: Arrays, encoder: RowEncoder) -> RunData:
+    texts = _TEXTS.validate_json(arrays["texts"].tobytes())
+
+    def dataset(name: str) -> EncodedDataset:
+        prefix = f"{name}_"
+        return EncodedDataset.from_arrays(
+            {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+        )
+
+    return RunData(
+        **vars(texts),
+        train=dataset("train"),
+        validation=dataset("validation") if "validation_ids" in arrays else None,
+        encoder=encoder,
+    )

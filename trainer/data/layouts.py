@@ -1,32 +1,37 @@
-"""The layouts of rows that we know: their keys, and how each becomes messages."""
+"""The layouts of rows that we know: which one a row has, its keys, and how it becomes messages."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from trainer.data.content import (
-    CONTENT_KEYS,
-    check_text_row,
-    is_parts,
-    is_text,
-    take,
-    take_list,
-    take_text,
-    take_thought,
-)
 from trainer.data.rows import (
     ROW_FLAGS,
+    TEXT_ROLE,
     BadRowError,
     RowNotes,
     apply_row_flags,
     is_given,
+    is_text,
     settle,
     speaks_of_training,
 )
 from trainer.data.tools import tool_names, tools_of, with_tools
-from trainer.data.turns import check_messages, from_turns, joined_calls, leave_openings
+from trainer.data.turns import (
+    CALL_ROLES,
+    CONTENT_KEYS,
+    check_messages,
+    check_text,
+    from_turns,
+    is_parts,
+    leave_openings,
+    take,
+    take_text,
+    take_thought,
+)
 from trainer.profiles import Message
 
 
@@ -103,44 +108,27 @@ def _check_keys(row: dict[str, Any], known: Format, notes: RowNotes) -> None:
             continue
         if key in REFUSED_KEYS or (key, value) == ("label", False):
             raise BadRowError(
-                f"row has {key!r}, which {REFUSED_KEYS.get(key, NOT_WANTED)}; take it out if the "
+                f"row has {key!r}, which {REFUSED_KEYS.get(key, NOT_WANTED)}; remove it if the "
                 "row is right without it",
                 f"row with {key}",
             )
         if speaks_of_training(key):
             raise BadRowError(
                 f"row has {key!r}, which seems to say what is trained; known flags: "
-                f"{', '.join(sorted(ROW_FLAGS))}. Rename it, or take it out",
+                f"{', '.join(sorted(ROW_FLAGS))}. Rename or remove it",
                 "unknown flag",
             )
         notes.note_unused(key)
 
 
-def _from_messages(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    return _from_list(row, "messages", notes)
-
-
-def _from_sharegpt(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    return _from_list(row, "conversations", notes)
-
-
-def _from_list(row: dict[str, Any], key: str, notes: RowNotes) -> list[Message]:
+def _from_list(key: str, row: dict[str, Any], notes: RowNotes) -> list[Message]:
+    """The turns under `key`."""
     turns = take_list(row, key)
     return joined_calls(_flagged(row, from_turns(turns, key, notes)), turns)
 
 
-def _from_alpaca(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    """`input` is put under `instruction`."""
-    return _from_pair(row, "instruction", "output", "input", notes)
-
-
-def _from_question_answer(row: dict[str, Any], notes: RowNotes) -> list[Message]:
-    """`context` is put under `question`."""
-    return _from_pair(row, "question", "answer", "context", notes)
-
-
 def _from_pair(
-    row: dict[str, Any], asked: str, answered: str, extra: str | None, notes: RowNotes
+    asked: str, answered: str, extra: str | None, row: dict[str, Any], notes: RowNotes
 ) -> list[Message]:
     """Two turns behind those of `history`; what is under `extra` belongs to the question."""
     question = take_text(row, asked, notes)
@@ -169,7 +157,7 @@ def _from_pair(
 def _from_prompt_completion(row: dict[str, Any], notes: RowNotes) -> list[Message]:
     """Both are texts, or both are lists of turns, of which the completion's are trained."""
     if not _is_turns(row.get("prompt")):
-        return _from_pair(row, "prompt", "completion", None, notes)
+        return _from_pair("prompt", "completion", None, row, notes)
     for key in sorted(PAIRS):
         if is_given(row.get(key)):
             raise BadRowError(
@@ -184,14 +172,62 @@ def _from_prompt_completion(row: dict[str, Any], notes: RowNotes) -> list[Messag
     return joined_calls(_flagged(row, messages), turns)
 
 
+def take_list(row: dict[str, Any], key: str) -> list[Any]:
+    """The list under `key`, or its JSON text, as tables hold it.
+
+    Raises:
+        BadRowError: it is neither.
+    """
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(
+                f"{key!r} is text that is not valid JSON ({error})", f"{key} of wrong type"
+            ) from error
+    found: list[Any] = take({**row, key: value} if key in row else row, key, list)
+    return found
+
+
 def _is_turns(value: Any) -> bool:
     """Whether a prompt is a list of turns, and not of the parts of one text."""
     return isinstance(value, list) and not (value and is_parts(value))
 
 
+def joined_calls(messages: list[Message], turns: list[Any]) -> list[Message]:
+    """Calls that files write as turns of their own, one after the other, are one turn.
+
+    Args:
+        turns: what the messages were made of, one for one.
+    """
+    joined: list[Message] = []
+    was_call = False
+    for message, turn in zip(messages, turns, strict=True):
+        is_call = str(turn.get("role") or turn.get("from")).strip().lower() in CALL_ROLES
+        if is_call and was_call and joined[-1].get("weight") == message.get("weight"):
+            joined[-1]["tool_calls"] = [*joined[-1]["tool_calls"], *message["tool_calls"]]
+        else:
+            joined.append(message)
+        was_call = is_call
+    return joined
+
+
 def _from_text(row: dict[str, Any], notes: RowNotes) -> list[Message]:
     text: str = take(row, "text", str)
     return _flagged(row, [check_text_row(text)])
+
+
+def check_text_row(text: str) -> Message:
+    """The turn of a plain text.
+
+    Raises:
+        BadRowError: there is nothing in it to train, or it is text that no tokenizer takes.
+    """
+    if not text.strip():
+        raise BadRowError("the text is empty, so nothing to train", "empty text")
+    check_text(text, "the text")
+    return Message(role=TEXT_ROLE, content=text)
 
 
 def _check_text(row: dict[str, Any], messages: list[Message], notes: RowNotes) -> list[Message]:
@@ -205,8 +241,8 @@ def _check_text(row: dict[str, Any], messages: list[Message], notes: RowNotes) -
     if system.strip() not in turn["content"] or lost:
         what = f"the tools {', '.join(map(repr, lost))}" if lost else "a 'system'"
         raise BadRowError(
-            f"row has {what} beside 'text' that does not say it; plain text has no turns, so put "
-            "it into the text, or write the row as 'messages'",
+            f"row has {what} beside a 'text' that does not contain it; plain text has no turns, so "
+            "put it into the text, or write the row as 'messages'",
             "system or tools beside text",
         )
     return messages
@@ -245,15 +281,15 @@ NOT_WANTED = "marks the answer as one that is not wanted"
 REFUSED_KEYS = {
     **dict.fromkeys(
         sorted((CONTENT_KEYS - {"recipient", "channel"}) | {"function_call"}),
-        "holds content that cannot be trained on here and would be lost",
+        "holds content that is not supported and would be lost",
     ),
     **dict.fromkeys(
         ("assistant_mask", "assistant_masks", "completion_mask"),
-        "says token by token what is trained, which cannot be obeyed",
+        "marks single tokens to train, which is not supported",
     ),
     **dict.fromkeys(
         ("chat_template", "chat_template_kwargs"),
-        "asks for another template than the model's, which cannot be obeyed",
+        "asks for a template other than the model's, which is not supported",
     ),
 }
 """Keys of a row that change what it means and cannot be obeyed -> why; bad rows where given."""
@@ -268,17 +304,20 @@ FORMATS: dict[str, Format] = {
     "messages": Format(
         frozenset({"messages"}),
         frozenset(ALL_ROWS),
-        _from_messages,
+        partial(_from_list, "messages"),
         instead={"conversation": "messages"},
         same=SAME,
     ),
     "sharegpt": Format(
-        frozenset({"conversations"}), frozenset(ALL_ROWS), _from_sharegpt, same=SAME
+        frozenset({"conversations"}),
+        frozenset(ALL_ROWS),
+        partial(_from_list, "conversations"),
+        same=SAME,
     ),
     "question_answer": Format(
         frozenset({"question", "answer"}),
         frozenset({"context", *ALL_ROWS, *PAIRS}),
-        _from_question_answer,
+        partial(_from_pair, "question", "answer", "context"),
         same=SAME,
     ),
     "prompt_completion": Format(
@@ -290,10 +329,93 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(
         frozenset({"instruction", "output"}),
         frozenset({"input", *ALL_ROWS, *PAIRS}),
-        _from_alpaca,
+        partial(_from_pair, "instruction", "output", "input"),
         instead={"response": "output"},
         same={"context": "input", **SAME},
     ),
     "text": Format(frozenset({"text"}), frozenset(ALL_ROWS), _from_text, same=SAME),
 }
 """The layouts by name, in the order in which they are looked for."""
+
+
+# ---- which layout a row has
+
+
+NO_FORMAT = "no known format"
+
+
+def under_format(
+    row: dict[str, Any], columns: Mapping[str, str], known: str | None, *, is_found: bool
+) -> tuple[dict[str, Any], str]:
+    """The row under the keys of its format, and the format's name.
+
+    Args:
+        columns: a format's key -> the file's name for it.
+        known: the file's format; None: this row tells it.
+        is_found: the file's first row told it, not data.format.
+    Raises:
+        BadRowError: the row is of no format, or of another one than its file.
+    """
+    row = _in_usual_spelling(_renamed(row, columns), known)
+    name = known or detect_format(row)
+    _refuse_change(row, name, is_found=is_found)
+    return row, name
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's own keys."""
+    renamed = {key: value for key, value in row.items() if key not in columns}
+    for key, column in columns.items():
+        if column not in row:
+            raise BadRowError(
+                f"row has no {column!r}, which data.columns names for {key!r}; "
+                f"found keys {sorted(row)}",
+                f"no {column}",
+            )
+        renamed.pop(column, None)
+    return renamed | {key: row[column] for key, column in columns.items()}
+
+
+def _in_usual_spelling(row: dict[str, Any], known: str | None) -> dict[str, Any]:
+    """The row with a format's own keys where its keys differ in capitals or outer spaces only."""
+    formats = [FORMATS[known]] if known else list(FORMATS.values())
+    folded = {key.strip().casefold() for key in row}
+    if any(layout.keys <= set(row) for layout in formats) or len(folded) < len(row):
+        return row
+    for layout in formats:
+        if layout.keys <= folded:
+            names = layout.keys | layout.optional
+            usual = {key: key.strip().casefold() for key in row}
+            return {usual[key] if usual[key] in names else key: row[key] for key in row}
+    return row
+
+
+def detect_format(row: dict[str, Any]) -> str:
+    """Name the format of a row by its keys.
+
+    Raises:
+        BadRowError: no format has these keys.
+    """
+    for name, known in FORMATS.items():
+        if known.fits(row):
+            return name
+    wanted = "; ".join(" and ".join(sorted(known.keys)) for known in FORMATS.values())
+    raise BadRowError(
+        f"row has the keys {sorted(row)}; it needs one of: {wanted} "
+        "(data.columns maps other names to these)",
+        NO_FORMAT,
+    )
+
+
+def _refuse_change(row: dict[str, Any], name: str, *, is_found: bool) -> None:
+    """A row of another layout than the file's is named as that, not as a row with holes."""
+    if FORMATS[name].fits(row):
+        return
+    others = [other for other, known in FORMATS.items() if known.fits(row)]
+    if others:
+        why = "as its first row says" if is_found else "as data.format says"
+        raise BadRowError(
+            f"row is of format {others[0]!r}, but the file is {name!r}, {why}; "
+            "put rows of one format into a file",
+            "another format",
+        )

@@ -1,8 +1,8 @@
-"""Files -> raw rows: JSONL, JSON, CSV, TSV, Parquet, any of the text kinds also as .gz.
+"""Files -> rows: JSONL, JSON, CSV, TSV, Parquet, any of the text kinds also as .gz.
 
-A row that cannot be read comes back as a BadRowError value, so that all of them are told at once;
+A row that cannot be read is noted with its place and reason, so that all of them are told at once;
 a file that cannot be read at all, or is no file of rows, is one DataError. What the keys of a row
-mean is in `formats.py`.
+mean is in `layouts.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.data.rows import BadRowError
+from trainer.data.layouts import NO_FORMAT, messages_of, under_format
+from trainer.data.rows import BadRowError, Row, RowErrors, RowNotes
 from trainer.data.tables import parquet_rows, table_rows
 from trainer.data.text_files import explain, open_text, parse, refuse_single_byte, values
 from trainer.errors import DataError
@@ -30,6 +31,76 @@ WRAPPERS = frozenset({"data", "dataset", "examples", "instances", "items", "reco
 
 RawRow = tuple[str, Any]
 """Where the row stands, and its parsed value or what is wrong with it."""
+
+
+def to_rows(
+    raw: Iterable[RawRow],
+    name: str,
+    format_name: str,
+    errors: RowErrors,
+    max_rows: int | None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    first_index: int = 0,
+    source: int = 0,
+) -> tuple[list[Row], str]:
+    """Turn the raw rows of one file into messages.
+
+    Args:
+        raw: as `raw_rows` gives them.
+        name: of the file.
+        format_name: `auto` or one of FORMATS.
+        errors: receives the bad rows.
+        max_rows: read no more than this many rows, bad ones counted.
+        columns: a format's key -> the file's name for it.
+        first_index: index of the first row.
+        source: which of the run's files this is.
+    Returns:
+        The rows in file order and the name of their format.
+    Raises:
+        DataError: the file has no row, or none of a known format.
+    """
+    rows: list[Row] = []
+    strange: list[str] = []
+    known = None if format_name == "auto" else format_name
+    count = 0
+    for index, (where, parsed) in enumerate(raw, start=first_index):
+        if max_rows is not None and count >= max_rows:
+            break
+        count += 1
+        try:
+            if isinstance(parsed, BadRowError):
+                raise parsed
+            is_found = format_name == "auto"
+            row, known = under_format(_as_object(parsed), columns or {}, known, is_found=is_found)
+            notes = RowNotes()
+            rows.append(Row(where, index, messages_of(row, known, notes), source, notes))
+        except BadRowError as error:
+            errors.add(where, str(error), error.reason)
+            if error.reason == NO_FORMAT:
+                strange.append(f"{where}: {error}")
+    if count == 0:
+        raise DataError(f"{name}: the file is empty. Give a file with at least one row.")
+    if known is None and count == len(strange) > 1:
+        raise DataError(
+            f"{strange[0]}. None of the file's {count:,} rows has the keys of a known format."
+        )
+    return rows, known or format_name
+
+
+def _as_object(parsed: Any) -> dict[str, Any]:
+    if not isinstance(parsed, dict):
+        raise BadRowError(
+            f"row is a JSON {type(parsed).__name__}; it must be an object such as "
+            '{"question": "...", "answer": "..."}',
+            "not an object",
+        )
+    return parsed
+
+
+# ---- files -> raw rows
+#
+# A row that cannot be read comes as a BadRowError value.
 
 
 def raw_rows(path: Path) -> Iterator[RawRow]:
@@ -124,7 +195,7 @@ def _json_lines_only(path: Path, rows: Iterator[RawRow]) -> Iterator[RawRow]:
     where, error = bad[0]
     if len(bad) > 1:
         raise DataError(
-            f"{where}: {error}, nor is any other of its {len(bad):,} lines. {_advice(path)}"
+            f"{where}: {error}, nor is any other of the file's {len(bad):,} lines. {_advice(path)}"
         )
     yield where, BadRowError(f"{error}. {_advice(path)}", error.reason)
 
@@ -270,7 +341,7 @@ def _inner_rows(path: Path, whole: dict[str, Any]) -> list[Any] | None:
         )
     if _is_columns(whole):
         raise DataError(
-            f"{path}: holds columns ({', '.join(map(repr, whole))}), and no rows; write one object "
+            f"{path}: holds columns ({', '.join(map(repr, whole))}), not rows; write one object "
             "for each row (pandas: frame.to_json(FILE, orient='records', lines=True))."
         )
     return None

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from trainer.errors import DataError
 from trainer.profiles import Message
 
@@ -46,6 +48,18 @@ class Row:
     """It was text with the chat template's markers, and was read back into these turns."""
 
 
+TEXT_ROLE = "text"
+"""Role of the only turn of such a row; no turn of a conversation can have it."""
+
+MARKED_ROLE = "text with markers"
+"""The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
+
+
+def is_text(messages: list[Message]) -> bool:
+    """Whether a row is plain text and no conversation."""
+    return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
+
+
 @dataclass
 class RowErrors:
     """Rows that could not be used, and why."""
@@ -73,12 +87,12 @@ class RowErrors:
             if self.errors:
                 raise DataError(
                     f"{len(self.errors)} bad rows:{self._shown()}\n"
-                    "Mend them, or set data.on_bad_row=skip to leave them out and count them."
+                    "Fix them, or set data.on_bad_row=skip to leave them out and count them."
                 )
         elif self.max_bad_rows is not None and len(self.errors) > self.max_bad_rows:
             raise DataError(
                 f"{len(self.errors)} bad rows, data.max_bad_rows={self.max_bad_rows}:"
-                f"{self._shown()}\nMend them, or raise data.max_bad_rows."
+                f"{self._shown()}\nFix them, or raise data.max_bad_rows."
             )
 
     def _shown(self) -> str:
@@ -91,7 +105,6 @@ class BadRowError(ValueError):
     """One row is wrong; `reason` is the short name under which it is counted."""
 
     def __init__(self, message: str, reason: str) -> None:
-        """Keep the message for the user and the reason for the count."""
         super().__init__(message)
         self.reason = reason
 
@@ -106,7 +119,6 @@ class RowTooLongError(BadRowError):
     """A row is left out because data.truncation=drop says so; counted, never an error."""
 
     def __init__(self, num_tokens: int) -> None:
-        """Keep the row's length in tokens for the count."""
         super().__init__(f"{num_tokens} tokens, dropped", "longer than max_length")
         self.num_tokens = num_tokens
 
@@ -377,7 +389,7 @@ def _number(value: Any, key: str, where: str) -> float:
 def _not_ours(where: str) -> BadRowError:
     return BadRowError(
         f"{where} asks to be trained, and only the assistant's turns are; set that flag to false "
-        "or take it out",
+        "or remove it",
         "flag on a turn that is not trained",
     )
 
@@ -385,3 +397,30 @@ def _not_ours(where: str) -> BadRowError:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# ---- a prompt to be answered again and again, made of a row or of the user's words
+
+
+class PreviewRequest(BaseModel):
+    """One prompt to be answered: text and, where known, the exact token ids of training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    """The user's turn as text, for people."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """Ids to continue, system prompt and template included: of a row, the prefix of its own ids up
+    to its first trained token. None: the backend renders `prompt`."""
+    golden_answer: str | None = None
+    """What the data says the answer is; None for prompts without one."""
+    golden_token_ids: tuple[int, ...] | None = None
+    """The answer's ids as trained on, behind `prompt_token_ids`; needed for its
+    log-probabilities."""
+    messages: tuple[dict[str, Any], ...] = ()
+    """The whole conversation that is answered, with the tools on one of its turns, for backends
+    that cannot take ids; empty: `prompt` is all there is."""
+    prompt_id: str = ""
+    """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
+    held_out: bool = True
+    """False when the prompt is also trained on, with this answer or another one."""

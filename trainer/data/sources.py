@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import DataSection
-from trainer.data.content import is_text
-from trainer.data.formats import to_rows
 from trainer.data.layouts import FORMATS
-from trainer.data.row_files import SUFFIXES, RawRow, raw_rows
-from trainer.data.rows import Example, Row, RowErrors
+from trainer.data.row_files import SUFFIXES, RawRow, raw_rows, to_rows
+from trainer.data.rows import Example, PreviewRequest, Row, RowErrors, is_text
 from trainer.data.tables import own_values
 from trainer.errors import ConfigError, DataError
 from trainer.models.hub import hub_answers
@@ -212,22 +210,22 @@ class EncodedRow:
 
 
 @dataclass(frozen=True)
-class HeldOutPrompt:
-    """A prompt to be answered again and again, with the answer the data gives."""
+class Sides:
+    """The encoded rows of a run, and which of them are trained on and held out."""
 
-    prompt: str
-    prompt_ids: tuple[int, ...]
-    """The prefix of the row's own ids up to its first trained token."""
-    golden_answer: str
-    prompt_id: str
-    """`validation-12` or `train-3`: source and position in the file."""
-    is_held_out: bool
-    """False when the prompt is also trained on, with this answer or another one."""
-    golden_ids: tuple[int, ...] = ()
-    """The row's trained ids behind that prefix, up to the end of the turn."""
-    messages: tuple[dict[str, Any], ...] = ()
-    """The turns that are answered, for servers that render them; empty for plain text. One of them
-    carries the row's tools."""
+    encoded: list[EncodedRow]
+    """All of the training files, in order."""
+    held_out: list[EncodedRow]
+    """All of the validation files."""
+    train: list[EncodedRow]
+    """As often as data.weights says."""
+    validation: list[EncodedRow]
+    how: str
+    """How rows were held out, in words."""
+    mix: str
+    """How often the rows of each file are trained, in words; empty: once each."""
+    trained_groups: frozenset[str]
+    """Groups of held-out rows whose prompt is trained on too."""
 
 
 def content_key(messages: list[Message], seed: int) -> str:
@@ -245,26 +243,24 @@ def split_rows(
             raise DataError(f"{section.validation_path}: no usable row to validate on.")
         return encoded, held_out, f"all rows of {section.validation_path}"
     if not section.validation_split:
-        return encoded, [], "none (data.validation_split=0); previews use training rows"
+        return encoded, [], "none (data.validation_split=0); previews use training prompts"
     units = _units(section, encoded)
     held_units = _held_units(section, encoded, units)
     validation = [item for item, unit in zip(encoded, units, strict=True) if unit in held_units]
     train = [item for item, unit in zip(encoded, units, strict=True) if unit not in held_units]
     share = f"{section.validation_split:.1%}"
     if len(train) < 2 or len(validation) < 2:
-        return (
-            encoded,
-            [],
-            (
-                f"none: {share} of {len(encoded)} rows leaves fewer than two on a side; previews "
-                "use training rows (data.validation_path or a larger data.validation_split helps)"
-            ),
+        why = (
+            f"none: {share} of {len(encoded)} rows would leave fewer than two for training or for "
+            "validation; previews use training prompts (set data.validation_path, or raise "
+            "data.validation_split)"
         )
+        return encoded, [], why
     return (
         train,
         validation,
-        f"{share} of the rows, by a hash of their prompt and seed {seed}; rows with one prompt "
-        "stand on one side",
+        f"{share} of the rows, chosen by a hash of the prompt and seed {seed}; rows with the same "
+        "prompt stay together",
     )
 
 
@@ -362,7 +358,7 @@ def first_prompts(
     is_held_out: bool,
     *,
     trained: frozenset[str] = frozenset(),
-) -> tuple[HeldOutPrompt, ...]:
+) -> tuple[PreviewRequest, ...]:
     """The first `count` distinct prompts, those that are nowhere trained on before the others.
 
     Args:
@@ -372,7 +368,7 @@ def first_prompts(
         trained: groups of held-out rows that are trained on with another answer.
     """
     source = "validation" if is_held_out else "train"
-    chosen: dict[tuple[int, ...], HeldOutPrompt] = {}
+    chosen: dict[tuple[int, ...], PreviewRequest] = {}
     groups: set[str] = set()
     for item in sorted(items, key=lambda item: item.group in trained):
         if len(chosen) == count:
@@ -380,13 +376,13 @@ def first_prompts(
         ids = tuple(item.example.prompt_ids)
         if ids not in chosen and item.group not in groups:
             groups.add(item.group)
-            chosen[ids] = HeldOutPrompt(
+            chosen[ids] = PreviewRequest(
                 prompt=item.example.prompt,
-                prompt_ids=ids,
+                prompt_token_ids=ids,
                 golden_answer=item.example.golden_answer,
                 prompt_id=f"{source}-{item.row.index}",
-                is_held_out=is_held_out and item.group not in trained,
-                golden_ids=tuple(item.example.golden_ids),
+                held_out=is_held_out and item.group not in trained,
+                golden_token_ids=tuple(item.example.golden_ids) or None,
                 messages=tuple(dict(turn) for turn in item.example.conversation),
             )
     return tuple(chosen.values())

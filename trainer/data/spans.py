@@ -9,16 +9,16 @@ behind all that it says and calls.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
 
+from trainer.data.rendered import Rendered, left_out, lost_thought
 from trainer.data.rows import BadRowError
-from trainer.data.template import MARK, ChatTemplate, TurnMarks, shared_start
+from trainer.data.template import MARK, ChatTemplate, TurnMarks, mark_places, shared_start
 from trainer.data.tools import missing_arguments
-from trainer.data.turns import Rendered, assistant_turns, lost_thought, num_openings
+from trainer.data.turns import assistant_turns, num_openings
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
@@ -48,12 +48,7 @@ class SpanFinder:
     """Finds and proves the trained stretches of rows under one template."""
 
     def __init__(self, template: ChatTemplate, *, train_on_thinking: bool = True) -> None:
-        """Take the template whose ids will be searched.
-
-        Args:
-            template: the model's.
-            train_on_thinking: False: a turn's stretch begins behind its thought.
-        """
+        """Without `train_on_thinking` a turn's stretch begins behind its thought."""
         self.template = template
         self.train_on_thinking = train_on_thinking
 
@@ -78,7 +73,7 @@ class _Search:
         self.template, self.encoding = template, encoding
         self.row, self.text = rendered.row, rendered.text
         self.rendered, self.marks = rendered, rendered.marks
-        self.places = _places(rendered.with_marks)
+        self.places = mark_places(rendered.with_marks)
         self.ids: list[int] = encoding.ids
         self.stripped: list[str] = []
         self.num_thoughts = 0
@@ -109,7 +104,7 @@ class _Search:
                 first = max(first, self._id_at(thought_end))
             taken.append((begin, end))
             ranges.append((first, stop))
-        stripped = (*self._stripped_prompts(taken), *self.stripped)
+        stripped = (*left_out(self.row, self._between(taken)), *self.stripped)
         return Spans(ranges, stripped, self.num_thoughts, self.is_opened, last_prompt)
 
     # ---- where a turn begins
@@ -139,7 +134,7 @@ class _Search:
                 raise BadRowError(
                     "the prompt of the last assistant turn is not a prefix of the whole row under "
                     "the model's chat template, so training and generation would not see the same "
-                    f"tokens: the prompt goes on {tail[length : length + 40]!r}, the row "
+                    f"tokens: the prompt continues {tail[length : length + 40]!r}, the row "
                     f"{rest[length : length + 40]!r}",
                     "template not provable",
                 )
@@ -202,7 +197,7 @@ class _Search:
         )
         if last > limit:
             raise BadRowError(
-                f"the model's chat template writes a part of assistant turn {nth + 1} behind the "
+                f"the model's chat template writes a part of assistant turn {nth + 1} after the "
                 "turns that follow it, so the turn cannot be trained as one",
                 "template reorders turns",
             )
@@ -283,7 +278,7 @@ class _Search:
             if place is None or place > end or not self.text[:place].endswith(name):
                 raise BadRowError(
                     f"assistant turn {nth + 1} calls {name!r}, which the model's chat template "
-                    f"does not write (call {number + 1}); take the calls and their results out, or "
+                    f"does not write (call {number + 1}); remove the calls and their results, or "
                     "choose a template that takes tools",
                     "template without tool calls",
                 )
@@ -299,8 +294,8 @@ class _Search:
 
     def _lost(self, nth: int, content: str, begin: int, end: int) -> BadRowError:
         return BadRowError(
-            f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: it "
-            f"should say {content[:60]!r}, but says {self.text[begin:end][:60]!r}",
+            f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
+            f"expected {content[:60]!r}, found {self.text[begin:end][:60]!r}",
             "template not provable",
         )
 
@@ -319,7 +314,7 @@ class _Search:
         if _squeezed(normalize("NFC", decoded)) != _squeezed(normalize("NFC", text)):
             raise BadRowError(
                 f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
-                f"they should say {text[:60]!r}, but say {decoded[:60]!r}",
+                f"expected {text[:60]!r}, found {decoded[:60]!r}",
                 "template not provable",
             )
 
@@ -363,33 +358,15 @@ class _Search:
             place += 1
         return place
 
-    # ---- the turns of others
-
-    def _stripped_prompts(self, taken: list[tuple[int, int]]) -> list[str]:
-        """Turns of others that are not, whole and in order, in the text between the answers."""
-        between: list[str] = []
-        position = 0
-        for begin, end in taken:
-            between.append(self.text[position:begin])
-            position = end
-        text = "".join(between) + self.text[position:]
-        missing = []
-        answers = assistant_turns(self.row)
-        for index, turn in enumerate(self.row):
-            content = turn["content"].strip()
-            if index in answers or not content:
-                continue
-            at = text.find(content)
-            if at < 0:  # some templates write results as JSON
-                content = json.dumps(content, ensure_ascii=False)[1:-1]
-                at = text.find(content)
-            if at < 0:
-                missing.append(turn["content"].strip())
-            else:  # each character of the text can prove one turn only
-                text = text[:at] + "\0" + text[at + len(content) :]
-        return missing
-
     # ---- positions
+
+    def _between(self, taken: list[tuple[int, int]]) -> str:
+        """The text without the answers."""
+        parts, position = [], 0
+        for begin, end in taken:
+            parts.append(self.text[position:begin])
+            position = end
+        return "".join(parts) + self.text[position:]
 
     def _first_place(self, mark: str | None, start: int) -> int | None:
         places = self.places.get(mark or "", [])
@@ -414,14 +391,6 @@ class _Search:
     def _start_of(self, position: int) -> int:
         start: int = self.encoding.token_to_chars(position)[0]
         return start
-
-
-def _places(with_marks: str) -> dict[str, list[int]]:
-    """Where each mark stands, as positions of the text without marks."""
-    places: dict[str, list[int]] = {}
-    for removed, found in enumerate(MARK.finditer(with_marks)):
-        places.setdefault(found.group(), []).append(found.start() - removed)
-    return places
 
 
 def _whole_markers(a: str, b: str, length: int) -> int:

@@ -108,7 +108,7 @@ def _begin(path: Path, lines: _Lines, kind: str) -> tuple[Any, list[str] | None]
     given = [name for name in names if name]
     if len(set(given)) < len(given):
         raise DataError(
-            f"{path}:{lines.count}: a column name stands twice in the header {given}; "
+            f"{path}:{lines.count}: a column name occurs twice in the header {given}; "
             "rename or remove one."
         )
     if names and not names[0]:
@@ -158,8 +158,8 @@ def _row(header: list[str], cells: list[str]) -> Any:
 def _hint(error: str) -> str:
     if "expected after" in error:
         return (
-            ' (a cell goes on behind its closing quote; a quote within a cell is written twice, "",'
-            r" not \")"
+            " (text follows the closing quote of a cell; a quote within a cell is written twice, "
+            r'"", not \")'
         )
     if "unexpected end" in error:
         return " (a quote is opened and never closed)"

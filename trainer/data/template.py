@@ -60,6 +60,14 @@ def without_marks(text: str) -> str:
     return MARK.sub("", text)
 
 
+def mark_places(with_marks: str) -> dict[str, list[int]]:
+    """Where each mark stands, as positions of the text without marks."""
+    places: dict[str, list[int]] = {}
+    for removed, found in enumerate(MARK.finditer(with_marks)):
+        places.setdefault(found.group(), []).append(found.start() - removed)
+    return places
+
+
 def marked(row: list[Message], *, only_answers: bool) -> tuple[list[Message], list[TurnMarks]]:
     """A copy of the row with a mark behind each text, and the marks turn by turn.
 
@@ -116,7 +124,7 @@ def shared_start(a: str, b: str) -> int:
 # ---- a tokenizer's chat template: turns -> text -> ids, and what it does round the answers
 #
 # The ids are always those of the model's own template, which is also the one saved. What it does is
-# found by rendering small conversations: how it wants turns to be spelled (`dialect.py`), what the
+# found by rendering small conversations: how it wants turns to be spelled (`tools.py`), what the
 # prompt of an answer ends with, and which tokens end an answer.
 
 
@@ -228,16 +236,18 @@ class ChatTemplate:
 
     def thought_words(self, *, is_trained: bool) -> str:
         """What becomes of thoughts, for the data card."""
-        fate = "trained" if is_trained else "read, not trained (data.train_on_thinking=false)"
+        fate = "trained" if is_trained else "context only, no loss (data.train_on_thinking=false)"
         if self.dialect.thought != "content":
             return fate
-        return f"{fate}; written as <think>...</think>, the template has no place of its own"
+        return f"{fate}; written as <think>...</think>, for which the chat template has no form"
 
     def _source(self) -> str:
         origin = getattr(self.tokenizer, "template_origin", None)
-        name = "the model's own template" if origin is None else f"template {origin}"
-        how = "generation markers" if self.has_markers else "answers found by marking their ends"
-        return f"{name} ({how})"
+        name = (
+            "the model's own chat template" if origin is None else f"the chat template ({origin})"
+        )
+        how = "the generation markers" if self.has_markers else "the output"
+        return f"assistant turns, located by {how} of {name}"
 
     def _marked(self, turns: list[Message], **options: Any) -> tuple[str, list[Any]]:
         """The text of marked turns, and the marks."""

@@ -89,7 +89,7 @@ def _recoded(path: Path, content: bytes, encoding: str) -> bytes:
         return content.decode(encoding).encode("utf-8")
     except UnicodeError as error:
         raise DataError(
-            f"{path}: begins as {encoding.upper()} text, but is none ({error}); save it as UTF-8."
+            f"{path}: begins as {encoding.upper()} text, but is not ({error}); save it as UTF-8."
         ) from error
 
 
@@ -111,7 +111,7 @@ def _refuse_binary(path: Path, head: bytes) -> None:
             )
     if sum(map(head.count, CONTROLS)) > max(0.05 * len(head), 8):
         raise DataError(
-            f"{path}: this is a binary file, no text. Give JSONL, JSON, CSV, TSV or Parquet."
+            f"{path}: this is a binary file, not text. Give JSONL, JSON, CSV, TSV or Parquet."
         )
 
 
@@ -174,7 +174,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise BadRowError(
-            f"the key {twice!r} stands twice in one object; take one of them out",
+            f"the key {twice!r} occurs twice in one object; remove one of them",
             "key twice",
         )
     return found
@@ -182,7 +182,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise BadRowError(
-        f"not valid JSON: {name} is no JSON number; write null, or leave the key out", "not JSON"
+        f"not valid JSON: {name} is not a JSON number; write null, or leave the key out", "not JSON"
     )
 
 
@@ -287,19 +287,19 @@ def _hint(text: str, position: int, message: str) -> str:
     begin, rest = text.lstrip(), text[position:].strip()
     before = text[:position].rstrip()
     if text.startswith("\ufeff"):
-        return "a byte order mark stands before the row, as where files were joined; take it out"
+        return "a byte order mark before the row, as in files that were joined; remove it"
     if begin.startswith(("//", "#", "/*")):
-        return "JSON has no comments; take the line out"
+        return "JSON has no comments; remove the line"
     if re.match(r"\[?\s*\{\s*'", begin):
         return "a Python dict in single quotes; write rows by json.dumps(row), not by str(row)"
     if message == "Extra data" and rest == ",":
-        return "a comma stands behind the row; take it off"
+        return "a comma after the row; remove it"
     if message == "Extra data" and rest.startswith(("{", ",")):
         return "several values on one line; put each row on a line of its own"
     if message == "Expecting value" and rest.startswith(",") and before.endswith("}"):
-        return "a comma stands between two rows; take such commas off, or put [ ] round the whole"
+        return "a comma between two rows; remove such commas, or enclose all rows in [ ]"
     if rest.startswith(("]", "}")) and before.endswith(","):
-        return f"a comma stands before the closing {rest[0]!r}; take it out"
+        return f"a comma before the closing {rest[0]!r}; remove it"
     if rest.startswith(("None", "True", "False")):
         return "JSON writes null, true and false"
     if rest.startswith(("\u201c", "\u201d", "\u201e")):

@@ -53,7 +53,7 @@ def _parsed(text: str, where: str, reason: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"{where} is text that is no JSON ({error})", reason) from error
+        raise BadRowError(f"{where} is text that is not valid JSON ({error})", reason) from error
 
 
 def tools_of(messages: list[Message]) -> list[dict[str, Any]] | None:
@@ -79,7 +79,7 @@ def refuse_lost_tools(messages: list[Message], text: str) -> None:
     missing = [name for name in tool_names(tools_of(messages) or []) if name not in text]
     if missing:
         calls = any(turn.get("tool_calls") for turn in messages)
-        what = "take the tools, the calls and their results out" if calls else "take them out"
+        what = "remove the tools, the calls and their results" if calls else "remove them"
         raise BadRowError(
             f"row defines the tools {', '.join(map(repr, missing))}, which the model's chat "
             f"template does not write; {what}, or choose a template that takes tools",
@@ -100,7 +100,7 @@ def check_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
     whole = [_whole_call(call) for call in calls] if is_list else []
     if role != "assistant" or not is_list or not all(tool_names(whole)):
         raise BadRowError(
-            f"{where} has tool_calls that are none; an assistant turn's are a list of "
+            f"{where} has invalid tool_calls; those of an assistant turn are a list of "
             '{"type": "function", "function": {"name": "...", "arguments": {...}}}',
             "broken tool_calls",
         )
@@ -121,7 +121,7 @@ def call_of_function(call: Any, role: str, where: str) -> dict[str, Any]:
         call = _parsed(call, f"{where}.function_call", "broken function_call")
     if role != "assistant" or not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise BadRowError(
-            f"{where} has a function_call that is none; an assistant turn's is "
+            f"{where} has an invalid function_call; that of an assistant turn is "
             '{"name": "...", "arguments": "{...}"}',
             "broken function_call",
         )
@@ -141,7 +141,7 @@ def calls_from_value(value: Any, where: str) -> list[dict[str, Any]]:
     calls = [_with_arguments(call.get("function", call)) for call in calls]
     if not all(isinstance(call.get("name"), str) for call in calls):
         raise BadRowError(
-            f'{where} is no call; it must be JSON like {{"name": "...", "arguments": {{...}}}}',
+            f'{where} is not a call; it must be JSON like {{"name": "...", "arguments": {{...}}}}',
             "broken function_call",
         )
     return [{"type": "function", "function": call} for call in calls]
@@ -217,17 +217,17 @@ def _read(text: str, where: str) -> Any:
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a name stands twice in one object")
+            raise ValueError("a name occurs twice in one object")
         return found
 
     def number(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
-            raise ValueError(f"{digits} is no number that can be written")
+            raise ValueError(f"{digits} is too large a number")
         return value
 
     def constant(name: str) -> float:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     try:
         return json.loads(
@@ -235,8 +235,8 @@ def _read(text: str, where: str) -> Any:
         )
     except (ValueError, RecursionError) as error:
         raise BadRowError(
-            f"{where} is text that is no JSON ({error}): {text[:60]!r}; mend it, or write the "
-            "arguments as an object",
+            f"{where} is text that is not valid JSON ({error}): {text[:60]!r}; correct it, or "
+            "write the arguments as an object",
             "broken arguments",
         ) from error
 

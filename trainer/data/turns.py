@@ -1,20 +1,11 @@
-"""Lists of turns -> messages, checked, and rendered under a chat template."""
+"""Lists of turns in the spellings that people bring -> messages, checked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
 from typing import Any
 
-from trainer.data.content import (
-    CONTENT_KEYS,
-    THOUGHT_KEYS,
-    as_json_text,
-    check_text,
-    is_parts,
-    split_parts,
-    take_text,
-    take_thought,
-)
 from trainer.data.rows import (
     TURN_FLAGS,
     BadRowError,
@@ -23,13 +14,7 @@ from trainer.data.rows import (
     speaks_of_training,
     turn_weight,
 )
-from trainer.data.template import ChatTemplate, TurnMarks, has_marks, marked, without_marks
-from trainer.data.tools import (
-    call_of_function,
-    calls_from_value,
-    check_calls,
-    with_arguments,
-)
+from trainer.data.tools import call_of_function, calls_from_value, check_calls
 from trainer.profiles import Message
 
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
@@ -56,11 +41,24 @@ ROLES = {
 CALL_ROLES = ("function_call", "tool_call")
 """Turns of these are an assistant's calls, written as JSON."""
 
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant turn that hold what it thinks."""
+
 TURN_KEYS = frozenset(
     {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"}
     | {*THOUGHT_KEYS}
 )
-"""Keys of a turn that are used, beside the flags (`flags.TURN_FLAGS`)."""
+"""Keys of a turn that are used, beside the flags (`rows.TURN_FLAGS`)."""
+
+CONTENT_KEYS = frozenset(
+    {"tool_plan", "image", "images", "audio", "audios", "video", "videos", "recipient", "channel"}
+)
+"""Keys of a turn with content that the model would miss: bad rows where they hold anything."""
+
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Kinds of parts that are words -> the key that holds them."""
+
+THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
 
 
 def from_turns(turns: list[Any], name: str, notes: RowNotes) -> list[Message]:
@@ -106,14 +104,14 @@ def _check_keys(turn: dict[str, Any], where: str, name: str, notes: RowNotes) ->
         # Harmony's final channel is what everybody else's answers are.
         if key in CONTENT_KEYS and (key, value) != ("channel", "final"):
             raise BadRowError(
-                f"{where} has {key!r}, content that cannot be trained on here and would be lost; "
-                "take it out, or put it into the turn's text",
+                f"{where} has {key!r}, content that is not supported and would be lost; "
+                "remove it, or put it into the turn's text",
                 f"turn with {key}",
             )
         if speaks_of_training(key):
             raise BadRowError(
                 f"{where} has {key!r}, which seems to say what is trained; known flags: "
-                f"{', '.join(sorted(TURN_FLAGS))}. Rename it, or take it out",
+                f"{', '.join(sorted(TURN_FLAGS))}. Rename or remove it",
                 "unknown flag",
             )
         notes.note_unused(f"{name}[].{key}")
@@ -189,22 +187,141 @@ def _calls(turn: dict[str, Any], role: str, where: str) -> list[dict[str, Any]]:
     return calls
 
 
-def joined_calls(messages: list[Message], turns: list[Any]) -> list[Message]:
-    """Calls that files write as turns of their own, one after the other, are one turn.
+# ---- texts: as they are, as lists of parts, as numbers; thoughts beside them
+
+
+def take(row: dict[str, Any], key: str, kind: type) -> Any:
+    """The value under `key`, which must be there and of this type.
+
+    Raises:
+        BadRowError: it is not.
+    """
+    if key not in row:
+        raise BadRowError(f"row has no {key!r}; found keys {sorted(row)}", f"no {key}")
+    value = row[key]
+    if not isinstance(value, kind):
+        raise BadRowError(
+            f"{key!r} is {type(value).__name__}; it must be {kind.__name__}", f"{key} of wrong type"
+        )
+    return value
+
+
+def take_text(row: dict[str, Any], key: str, notes: RowNotes, where: str = "") -> str:
+    """The text under `key`: as it is, the texts of a list of parts, or a number as JSON text.
+
+    Raises:
+        BadRowError: it is none of these, or a part is no text.
+    """
+    value = row.get(key)
+    if isinstance(value, int | float):  # bool is an int
+        notes.num_as_text += 1
+        return _number_text(value, f"{where}{key}")
+    if value and is_parts(value):
+        words, thoughts = split_parts(value, f"{where}{key}", notes)
+        if not thoughts:
+            return words
+    text: str = take(row, key, str)
+    return text
+
+
+def is_parts(value: Any) -> bool:
+    """Whether a value is a list of content parts; a tool's result may be any JSON."""
+    return isinstance(value, list) and all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in value
+    )
+
+
+def split_parts(parts: list[Any], where: str, notes: RowNotes) -> tuple[str, str]:
+    """The words and the thoughts of a list of content parts, each joined as they follow.
 
     Args:
-        turns: what the messages were made of, one for one.
+        notes: told of keys of parts that are not used.
+    Raises:
+        BadRowError: a part is no text; it is named with its kind.
     """
-    joined: list[Message] = []
-    was_call = False
-    for message, turn in zip(messages, turns, strict=True):
-        is_call = str(turn.get("role") or turn.get("from")).strip().lower() in CALL_ROLES
-        if is_call and was_call and joined[-1].get("weight") == message.get("weight"):
-            joined[-1]["tool_calls"] = [*joined[-1]["tool_calls"], *message["tool_calls"]]
-        else:
-            joined.append(message)
-        was_call = is_call
-    return joined
+    found: dict[bool, str] = {True: "", False: ""}
+    for position, part in enumerate(parts):
+        if isinstance(part, str) and len(parts) == 1:
+            return part, ""
+        at = f"{where}[{position}]"
+        if not isinstance(part, dict):  # several texts may be alternatives, so they are not joined
+            raise BadRowError(
+                f"{at} is {type(part).__name__}; a part of a content is an object such as "
+                '{"type": "text", "text": "..."}',
+                "broken part",
+            )
+        kind = part.get("type") or ("text" if "text" in part else None)
+        is_thought = kind in THOUGHT_PARTS
+        key = {**TEXT_PARTS, **THOUGHT_PARTS}.get(kind) if isinstance(kind, str) else None
+        if key is None:
+            raise BadRowError(
+                f"{at} is a part of type {kind!r}; only parts of text can be trained on, such as "
+                '{"type": "text", "text": "..."}',
+                f"part of type {str(kind)[:40]}",
+            )
+        _check_part(part, key, at, notes)
+        value = part.get(key)
+        if is_thought and isinstance(value, list):
+            value = "".join(split_parts(value, f"{at}.{key}", notes))
+        if not isinstance(value, str):
+            raise BadRowError(
+                f"{at}.{key} is {type(value).__name__}; it must be str", "broken part"
+            )
+        found[is_thought] += value
+    return found[False], found[True]
+
+
+def _check_part(part: dict[str, Any], key: str, where: str, notes: RowNotes) -> None:
+    """Refuse a part of text that brings other content, and count keys without an effect."""
+    for other, value in part.items():
+        if other in ("type", key) or not is_given(value):
+            continue
+        if other in CONTENT_KEYS:
+            raise BadRowError(
+                f"{where} has {other!r}, content that is not supported and would be lost",
+                f"part with {other}",
+            )
+        notes.note_unused(f"content[].{other}")
+
+
+def take_thought(turn: dict[str, Any], where: str, notes: RowNotes) -> str:
+    """What a turn thinks, "" for nothing.
+
+    Raises:
+        BadRowError: it is no text, or is said twice and differently.
+    """
+    thoughts = {}
+    for key in THOUGHT_KEYS:
+        value = turn.get(key)
+        if isinstance(value, list) and value:
+            value = "".join(split_parts(value, f"{where}{key}", notes))
+        if not is_given(value):
+            continue
+        if not isinstance(value, str):
+            raise BadRowError(
+                f"{where}{key} is {type(value).__name__}; a thought must be text", "broken thought"
+            )
+        if value.strip():
+            thoughts[key] = value
+    if len(set(thoughts.values())) > 1:
+        raise BadRowError(
+            f"{where}{' and '.join(thoughts)} differ; a turn has one thought", "two thoughts"
+        )
+    return next(iter(thoughts.values()), "")
+
+
+def as_json_text(value: Any) -> str:
+    """A value as JSON text in one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _number_text(value: float, where: str) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRowError(f"{where} is {value}, which is not a number", "not a number")
+    return as_json_text(value)
+
+
+# ---- what a conversation must have to be trained on
 
 
 def num_openings(messages: list[Message]) -> int:
@@ -230,6 +347,13 @@ def leave_openings(messages: list[Message]) -> list[Message]:
             )
         turn["weight"] = 0.0
     return messages
+
+
+def assistant_turns(row: list[Message]) -> list[int]:
+    """Positions of the assistant's turns that answer something: those behind a user turn."""
+    roles = [turn["role"] for turn in row]
+    first = roles.index("user") if "user" in roles else 0
+    return [index for index, role in enumerate(roles) if role == "assistant" and index > first]
 
 
 def check_messages(messages: list[Message]) -> list[Message]:
@@ -273,87 +397,18 @@ def check_messages(messages: list[Message]) -> list[Message]:
     return messages
 
 
-# ---- a row under a chat template: its text, the same with marks, and the prompts of its answers
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """One row under the template."""
-
-    row: list[Message]
-    text: str
-    with_marks: str
-    """The same text with the marks of `marks` in it."""
-    marks: list[TurnMarks]
-    prompts: list[str]
-    """For each assistant turn the marked turns before it, with the header that asks for it."""
-    is_thinking: bool
-    mask: list[int] | None
-    """1 where the template's own generation markers are."""
-
-
-def assistant_turns(row: list[Message]) -> list[int]:
-    """Positions of the assistant's turns that answer something: those behind a user turn."""
-    roles = [turn["role"] for turn in row]
-    first = roles.index("user") if "user" in roles else 0
-    return [index for index, role in enumerate(roles) if role == "assistant" and index > first]
-
-
-def lost_thought(where: str) -> BadRowError:
-    """The error of a row whose thought the template would lose."""
-    return BadRowError(
-        f"{where} has a thought, which the model's chat template does not write there; take it "
-        "out, or give a template that writes it (model.chat_template)",
-        "template without thoughts",
-    )
-
-
-def thinks(turn: Message) -> bool:
-    """Whether a turn brings a thought, as a key or in its content."""
-    return bool(turn.get("reasoning_content", "").strip()) or "</think>" in turn["content"]
-
-
-def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
-    """A row's text, the same with marks, and its prompts.
+def check_text(text: str, where: str) -> None:
+    """JSON can spell characters that are no text: half of a pair, and NUL.
 
     Raises:
-        BadRowError: the arguments of a call, or the row's thoughts, cannot be given to the
-            template, or its text changes with the marks.
-        TemplateError: the template refuses the row.
+        BadRowError: `where` holds one of them.
     """
-    row = _spelled(template, row)
-    last_user = max((n for n, turn in enumerate(row) if turn["role"] == "user"), default=0)
-    is_thinking = any(thinks(t) for t in row[last_user:] if t["role"] == "assistant")
-    text = template.text(row, thinking=is_thinking)
-    if has_marks(text):
+    if "\0" in text:
+        raise BadRowError(f"{where} contains a NUL character", "NUL in text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
         raise BadRowError(
-            "row holds characters above U+108000 (private use), which stand for no text; "
-            "take them out of the data",
+            f"{where} contains an unpaired surrogate at character {error.start}, which is not text",
             "not text",
-        )
-    for only_answers in (False, True):
-        turns, marks = marked(row, only_answers=only_answers)
-        with_marks = template.text(turns, thinking=is_thinking)
-        if without_marks(with_marks) == text:
-            break
-    else:
-        raise BadRowError(
-            "the model's chat template changes what it writes with the ends of the turns, so "
-            "it cannot be proved which tokens the assistant writes",
-            "template not provable",
-        )
-    prompts = [
-        template.text(turns[:turn], ask=True, thinking=is_thinking) for turn in assistant_turns(row)
-    ]
-    mask = template.marker_mask(row, thinking=is_thinking)
-    return Rendered(row, text, with_marks, marks, prompts, is_thinking, mask)
-
-
-def _spelled(template: ChatTemplate, row: list[Message]) -> list[Message]:
-    """The row with its calls as the template takes them."""
-    dialect = template.dialect
-    row = with_arguments(row, dialect.arguments)
-    for position, turn in enumerate(row):
-        if turn.get("reasoning_content", "").strip() and dialect.thought is None:
-            raise lost_thought(f"turn {position} ({turn['role']})")
-    return row
+        ) from error

@@ -15,7 +15,8 @@ from torch import nn
 
 from trainer.config.schema import LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
-from trainer.models.load import is_adapter_folder, load_model, looks_like_path, read_model_config
+from trainer.models.hub import is_adapter_folder
+from trainer.models.load import load_model, looks_like_path, read_model_config
 from trainer.models.precision import check_mergeable
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 # ---- whether the model hub may be asked, and the one switch that all its clients obey
 #
@@ -119,3 +120,11 @@ def nearest_alias(name: str) -> str | None:
     """The alias that `name` was probably meant to be."""
     near = difflib.get_close_matches(name.lower(), ALIASES, n=1)
     return near[0] if near else None
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (path / ADAPTER_CONFIG).is_file()

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import LockedSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models.chat_template import set_chat_template
-from trainer.models.hub import ALIASES, TINY, hub_answers, nearest_alias, resolve_alias
+from trainer.models.hub import (
+    ALIASES,
+    TINY,
+    hub_answers,
+    is_adapter_folder,
+    nearest_alias,
+    resolve_alias,
+)
 from trainer.models.precision import check_loadable, quantization_of
 
 if TYPE_CHECKING:
@@ -88,7 +95,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     if wrong:
         raise ConfigError(
             f"model.add_tokens names {', '.join(map(repr, wrong))}, which the tokenizer has "
-            "already; leave it out."
+            "already; remove it."
         )
     tokenizer.add_tokens(list(tokens))
 
@@ -139,7 +146,7 @@ def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTraine
     if section.revision is not None and (path == TINY or Path(path).exists()):
         raise ConfigError(
             f"model.revision={section.revision!r} names a version on the model hub, and "
-            f"model.model_path={section.model_path} is no hub id; leave model.revision empty."
+            f"model.model_path={section.model_path} is not a hub id; leave model.revision empty."
         )
     if path == TINY:
         from trainer.models.tiny import load_tiny_tokenizer
@@ -216,11 +223,6 @@ def _forget_quantization(model: Any) -> None:
     model.is_quantized = False  # else the Trainer refuses to train it
     # An adapter cannot name the file as its base: without a name, the run saves the base itself.
     model.config._name_or_path = model.name_or_path = ""
-
-
-def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (path / "adapter_config.json").is_file()
 
 
 def check_is_model(section: ModelSection) -> None:

@@ -13,30 +13,14 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trainer.models.tiny import TINY_TOKENIZER_DIR
-from trainer.models.tiny_tasks import DEMO_SYSTEM_PROMPT, make_tasks
-from trainer.profiles.regime3 import ANS_END, ANS_START
+from trainer.models.chat_template import CHATML
+from trainer.models.tiny import DEMO_SYSTEM_PROMPT, TINY_TOKENIZER_DIR, make_tasks
+from trainer.profiles.profile import ANS_END, ANS_START
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 MAX_VOCAB_SIZE = 512
 """Not reached: the BPE stops by itself when each word of the rows is one token."""
-
-# ChatML. What the assistant writes, its stop included, is marked; the newline behind it is not.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
-        {{- '\\n' -}}
-    {%- else -%}
-        {{- message['content'] + '<|im_end|>\\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,7 +54,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[IM_START],
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHATML,
     )
 
 

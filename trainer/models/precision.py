@@ -61,11 +61,11 @@ def resolve_device(device: str) -> torch.device:
         count = torch.cuda.device_count()
         if (wanted.index or 0) >= count:
             raise ConfigError(
-                f"environment.device={device}: this machine has {count} CUDA devices; "
+                f"device {device!r}: this machine has {count} CUDA devices; "
                 "choose one of them, or cpu."
             )
     if wanted.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"environment.device={device}: not available here; choose cpu or cuda.")
+        raise ConfigError(f"device {device!r}: not available here; choose cpu or cuda.")
     return wanted
 
 

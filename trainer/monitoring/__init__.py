@@ -1,12 +1,13 @@
-"""Status files, terminal views, the Trainer callback, and the names that users import.
+"""What a run writes about itself and reading it back; the Trainer callback; preview backends.
 
 Names are loaded when they are first used: the reader of a status file needs no torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainer import lazy_names
 
 if TYPE_CHECKING:
     from trainer.monitoring.callbacks import LiveMonitorCallback
@@ -14,19 +15,8 @@ if TYPE_CHECKING:
     from trainer.monitoring.status_reader import TrainingStatusReader
     from trainer.monitoring.status_writer import TrainingStatusWriter
     from trainer.preview.base import PreviewBackend, PreviewResult
+    from trainer.preview.http import Remote3090Backend
     from trainer.preview.local import LocalPreviewBackend
-    from trainer.preview.remote import Remote3090Backend
-
-_HOMES = {
-    "TrainingStatusWriter": "status_writer",
-    "TrainingStatusReader": "status_writer",
-    "LiveMonitorCallback": "callbacks",
-    "create_preview_backend": "preview_backend",
-    "PreviewBackend": "preview_backend",
-    "PreviewResult": "preview_backend",
-    "LocalPreviewBackend": "preview_backend",
-    "Remote3090Backend": "preview_backend",
-}
 
 __all__ = [
     "LiveMonitorCallback",
@@ -39,8 +29,15 @@ __all__ = [
     "create_preview_backend",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "trainer.monitoring.callbacks": ["LiveMonitorCallback"],
+        "trainer.monitoring.preview_backend": ["create_preview_backend"],
+        "trainer.monitoring.status_reader": ["TrainingStatusReader"],
+        "trainer.monitoring.status_writer": ["TrainingStatusWriter"],
+        "trainer.preview.base": ["PreviewBackend", "PreviewResult"],
+        "trainer.preview.local": ["LocalPreviewBackend"],
+        "trainer.preview.remote": ["Remote3090Backend"],
+    },
+)

@@ -7,10 +7,9 @@ from typing import Any
 from trainer.config.schema import MonitoringConfig
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
-from trainer.preview.http import read_key
+from trainer.preview.http import Remote3090Backend, server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.openai import OpenAIPreviewBackend
-from trainer.preview.remote import Remote3090Backend
 
 __all__ = [
     "LocalPreviewBackend",
@@ -71,7 +70,7 @@ def _from_config(config: MonitoringConfig) -> dict[str, Any]:
         return {**common, "base_url": config.openai_base_url, "model": config.openai_model}
     return {
         **common,
-        "api_key": read_key(config.remote_3090_key_file),
+        "api_key": server_key(config.remote_3090_key_file),
         "host": config.remote_3090_host,
         "port": config.remote_3090_port,
         "timeout": config.remote_3090_timeout,

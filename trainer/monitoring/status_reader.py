@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 from pydantic import ValidationError
 
 from trainer.errors import OutputError
@@ -120,8 +121,56 @@ METRICS_NAME = "metrics.jsonl"
 
 PREVIEWS_NAME = "previews.jsonl"
 
+MAX_STEP = 2**53
+
 RESUMED = "resumed"
 """`type` of the line after which an earlier process's steps above its `step` no longer count."""
+
+
+def parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
+    """Objects with a whole-number step, and how many lines were none."""
+    if all(line[:1] == b"{" and line[-1:] == b"}" for line in lines):
+        try:  # one call for all of them: twice as fast as one each
+            rows = orjson.loads(b"[" + b",".join(lines) + b"]")
+        except ValueError:
+            rows = []
+        if len(rows) == len(lines) and all(map(_has_step, rows)):
+            return rows, 0
+    kept, num_bad = [], 0
+    for line in lines:
+        try:
+            values = orjson.loads(line)
+        except ValueError:
+            values = None
+        if _has_step(values):
+            kept.append(values)
+        else:
+            num_bad += 1
+    return kept, num_bad
+
+
+def _has_step(values: Any) -> bool:
+    return (
+        type(values) is dict
+        and type(step := values.get("step")) is int
+        and -MAX_STEP <= step <= MAX_STEP
+    )
+
+
+def as_preview(values: dict[str, Any]) -> PreviewResult | int | bool:
+    """The preview of a line, the step of a resumed line, or False for neither."""
+    if values.get("type") == RESUMED:
+        step: int = values["step"]
+        return step
+    try:
+        return PreviewResult.model_validate(values)
+    except ValidationError:
+        return False
+
+
+def limit_of_resume(step: int) -> int:
+    """The highest step that still counts; a start at step 0 makes those of step 0 again too."""
+    return step if step > 0 else -1
 
 
 class TrainingStatusReader:
@@ -184,11 +233,11 @@ class TrainingStatusReader:
             if limits and index >= limits[0][0]:
                 limits.pop(0)
                 continue
-            values = _parse_line(line)
-            if values is None:
+            rows, _ = parse_lines([line])
+            if not rows:
                 self._report(path, f"line {index + 1} is not a JSON object with a step")
-            elif not limits or values["step"] <= limits[0][1]:
-                yield values
+            elif not limits or rows[0]["step"] <= limits[0][1]:
+                yield rows[0]
 
     def _report(self, path: Path, what: str) -> None:
         if path not in self._reported:
@@ -216,16 +265,6 @@ def _parse_status(path: Path, text: str) -> TrainingStatus:
         raise OutputError(f"{path}: not a whole status.json: {error}") from error
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        return None
-    return values
-
-
 def _step_limits(lines: list[bytes]) -> list[tuple[int, int]]:
     """Index of each resumed line, with the highest step that still counts in lines before it."""
     limits: list[tuple[int, int]] = []
@@ -233,10 +272,9 @@ def _step_limits(lines: list[bytes]) -> list[tuple[int, int]]:
     for index in range(len(lines) - 1, -1, -1):
         if RESUMED.encode() not in lines[index]:  # cheap: parse only what may be one
             continue
-        values = _parse_line(lines[index])
-        if values is not None and values.get("type") == RESUMED:
-            # A run that starts again at step 0 makes the previews of step 0 again as well.
-            step = values["step"] if values["step"] > 0 else -1
+        rows, _ = parse_lines([lines[index]])
+        if rows and rows[0].get("type") == RESUMED:
+            step = limit_of_resume(rows[0]["step"])
             limit = step if limit is None else min(step, limit)
             limits.insert(0, (index, limit))
     return limits

@@ -11,32 +11,28 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainer.data.rows import PreviewRequest as PreviewRequest
+
 FinishReason = Literal["stop", "length", "error"]
 
 WeightsProof = Literal["in_process", "verified", "published", "unverified"]
 
 
-class PreviewRequest(BaseModel):
-    """One prompt to be answered: text and, where known, the exact token ids of training."""
+class ServerAnswer(BaseModel):
+    """What a preview server must send for one prompt; unknown fields are left alone, as servers
+    grow."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    prompt: str
-    """The user's turn as text, for people."""
-    prompt_token_ids: tuple[int, ...] | None = None
-    """Ids to continue, system prompt and template included; None: the backend renders `prompt`."""
-    golden_answer: str | None = None
-    """What the data says the answer is; None for prompts without one."""
-    golden_token_ids: tuple[int, ...] | None = None
-    """The answer's ids as trained on, behind `prompt_token_ids`; needed for its
-    log-probabilities."""
-    messages: tuple[dict[str, Any], ...] = ()
-    """The whole conversation that is answered, with the tools on one of its turns, for backends
-    that cannot take ids; empty: `prompt` is all there is."""
-    prompt_id: str = ""
-    """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
-    held_out: bool = True
-    """False when the prompt is also trained on."""
+    text: str
+    tokens_generated: int = 0
+    tokens_per_sec: float | None = None
+    generation_time_sec: float | None = None
+    finish_reason: FinishReason = "stop"
+    weights_id: str | None = None
+    run: str | None = None
+    step: int | None = None
+    raw_text: str | None = None
 
 
 class PreviewResult(BaseModel):

@@ -1,361 +1,37 @@
-"""HTTP with a server that need not be friendly, and the backend that asks one prompt at a time."""
+"""Backends that ask a server for one prompt after the other, and the one for a preview server.
+
+Everything that can go wrong becomes a PreviewResult with an error message, within the time-out;
+nothing a server says is trusted beyond being text. Weights are not sent: an answer is marked with
+whatever identity the server claims, and None (unverified) where it claims none.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import threading
 import time
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import httpx
+from pydantic import ValidationError
 
-from trainer.errors import ConfigError, PreviewError
-from trainer.net import CUT, without_secrets
-from trainer.preview.base import PreviewRequest, PreviewResult
-
-# ---- bounded HTTP exchanges. No torch here
-#
-# Every wait has an end, every answer a size, redirects are not followed, and whatever goes wrong is
-# a PreviewError that says what to expect: away (come back later) or refused (asking again is no
-# use).
+from trainer.errors import PreviewError
+from trainer.exchange import MIN_RETRY_S, AwayError, BoundedClient, TooSlowError
+from trainer.net import KEY_VARIABLE, key_with_scope, read_key_file, url_of
+from trainer.preview.base import PreviewRequest, PreviewResult, ServerAnswer, is_match
 
 
-MAX_ANSWER = 1 << 20
-"""Bytes of an answer that are read, unless a client asks for more; one preview is far smaller."""
-
-CONNECT_TIMEOUT_S = 3.0
-
-IDLE_TIMEOUT_S = 15.0
-"""Longest pause in the middle of an upload."""
-
-MIN_RETRY_S = 0.1
-
-GRACE_S = 0.5
-"""Time behind a deadline in which an exchange may still end by itself, with a better message."""
-
-MIN_SECRET = 4
-"""Shorter passwords are parts of ordinary words, so that cutting them out would garble messages."""
-
-KEY_VARIABLE = "ULTIMATE_TRAINER_KEY"
-
-
-class AwayError(PreviewError):
-    """Nobody is there, or it is too busy: asking again at once would only wait again."""
-
-
-class TooSlowError(AwayError):
-    """It is there, and did not answer in time."""
-
-
-class KeyRefusedError(PreviewError):
-    """The server wants another key."""
-
-
-class RefusedError(PreviewError):
-    """The server answered that it will not; `status` and `code` say why to a program."""
-
-    def __init__(self, message: str, status: int, code: str = "") -> None:
-        """Take the message for people, the HTTP status and the body's short code."""
-        super().__init__(message)
-        self.status, self.code = status, code
-
-
-def read_key(key_file: str | None) -> str | None:
-    """The server's key: from a file, else from the environment, else none.
+def server_key(key_file: str | None) -> str | None:
+    """The key that a run shows to its preview server: of a file, else of the environment.
 
     Raises:
-        ConfigError: the file cannot be read or is empty.
+        ConfigError: the file holds no key.
     """
     if key_file is None:
         return os.environ.get(KEY_VARIABLE)
-    try:
-        lines = Path(key_file).read_text(encoding="ascii").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(
-            f"monitoring.remote_3090_key_file={key_file}: cannot be read ({error}); give the file "
-            "that holds the server's key."
-        ) from error
-    keys = [line.rpartition(":")[2].strip() for line in lines if line.strip()]
-    publish = [line for line in lines if line.strip().startswith("publish:")]
-    if not keys:
-        raise ConfigError(f"monitoring.remote_3090_key_file={key_file}: the file holds no key.")
-    return publish[0].partition(":")[2].strip() if publish else keys[0]
-
-
-class BoundedClient:
-    """Asks one server; `timeout_name` is the option that its time-out messages name."""
-
-    def __init__(
-        self,
-        url: str,
-        key: str | None,
-        *,
-        timeout_s: float,
-        timeout_name: str,
-        max_answer: int = MAX_ANSWER,
-        kind: str = "preview server of this program",
-        key_variable: str = KEY_VARIABLE,
-        trust_env: bool = False,
-    ) -> None:
-        """Take where the server is; nothing is sent yet.
-
-        Args:
-            url: a path and a query are kept with every request, a user name and password too; none
-                of these secrets stands in a message.
-            kind: what the server should be, for messages.
-            key_variable: environment variable that messages name for the key.
-            trust_env: go through the proxies that this shell names.
-        """
-        self.max_answer, self.kind, self.key_variable = max_answer, kind, key_variable
-        self.url, self.timeout_s, self.timeout_name = without_secrets(url), timeout_s, timeout_name
-        parts = urlsplit(url)
-        auth, self._secrets = _login(parts.netloc), [key] if key else []
-        headers = {"Accept-Encoding": "identity"}
-        if key and auth is None:
-            headers["Authorization"] = f"Bearer {key}"
-        path = parts.path.rstrip("/")
-        query = parse_qsl(parts.query, keep_blank_values=True)
-        self._secrets += [value for _, value in query if f"={value}" not in self.url]
-        self._secrets += [auth[1]] if auth else []
-        self._options: dict[str, Any] = {
-            "base_url": urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", "")),
-            "params": query or None,
-            "auth": auth,
-            "headers": headers,
-            "follow_redirects": False,  # a key must not be carried to another place
-            # A proxy of this shell is not meant for the machine under the desk.
-            "trust_env": trust_env,
-        }
-        self._client = httpx.Client(**self._options)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
-    def call(
-        self,
-        method: str,
-        path: str,
-        deadline: float,
-        body: dict[str, Any] | None = None,
-        *,
-        pieces: Iterable[bytes] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> tuple[int, Any]:
-        """Send a request until it is answered or the time is over; busy servers are asked again.
-
-        Args:
-            deadline: of `time.monotonic()`.
-            body: sent as JSON.
-            pieces: raw body instead, with its `content-length` in `headers`; sent once.
-        Returns:
-            Status below 300 and the JSON body.
-        Raises:
-            AwayError: nobody there, too slow or busy for too long.
-            KeyRefusedError, RefusedError, PreviewError: 401/403, other statuses, garbage.
-        """
-        while True:
-            status, answered, data = self._exchange(method, path, deadline, body, pieces, headers)
-            if status not in (429, 503):
-                return status, self._decode(status, data)
-            pause = _retry_after(answered)
-            if pieces is not None or time.monotonic() + pause >= deadline:
-                raise TooSlowError(
-                    f"{self.url} is busy (HTTP {status}) and asks to come back in {pause:g} s, "
-                    f"which is after {self.timeout_name}."
-                )
-            time.sleep(pause)
-
-    def cancel(self, path: str) -> None:
-        """DELETE something that is being given up; whether it works no longer matters."""
-        try:
-            self._client.delete(path, timeout=1.0)
-        except httpx.HTTPError:
-            return  # it is being given up because the server is slow or away: nothing more to do
-
-    def _exchange(
-        self,
-        method: str,
-        path: str,
-        deadline: float,
-        body: dict[str, Any] | None,
-        pieces: Iterable[bytes] | None,
-        headers: dict[str, str] | None,
-    ) -> tuple[int, httpx.Headers, bytes]:
-        """One request, and its answer before the deadline, whatever the server does.
-
-        httpx's own time-outs begin anew with every byte, and looking up a name has none: it is a
-        thread that waits, and it is left behind when the time is over.
-        """
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise self._too_late()
-        sent: dict[str, Any] = {"json": body} if pieces is None else {"content": pieces}
-        client, found = self._client, _Outcome()
-
-        def exchange() -> None:
-            try:
-                options = {"headers": headers, **sent}
-                found.answer = self._answer(client, method, path, deadline, options)
-            except BaseException as error:  # handed to the thread that waits
-                found.error = error
-
-        thread = threading.Thread(target=exchange, name="exchange", daemon=True)
-        thread.start()
-        thread.join(remaining + GRACE_S)
-        if thread.is_alive():
-            self._client = httpx.Client(**self._options)
-            client.close()  # what still waits there ends with its connection
-            raise self._too_late()
-        if found.error is not None:
-            raise found.error
-        assert found.answer is not None, "either an answer or an error"
-        return found.answer
-
-    def _answer(
-        self,
-        client: httpx.Client,
-        method: str,
-        path: str,
-        deadline: float,
-        options: dict[str, Any],
-    ) -> tuple[int, httpx.Headers, bytes]:
-        remaining = max(deadline - time.monotonic(), 0.001)
-        timeout = httpx.Timeout(
-            remaining,
-            connect=min(CONNECT_TIMEOUT_S, remaining),
-            write=min(IDLE_TIMEOUT_S, remaining),
-        )
-        data = bytearray()
-        try:
-            with client.stream(method, path, timeout=timeout, **options) as response:
-                for piece in response.iter_raw():
-                    data += piece
-                    if len(data) > self.max_answer:
-                        raise PreviewError(
-                            f"{self.url} sent more than {self.max_answer} bytes; not read."
-                        )
-                    if time.monotonic() > deadline:  # a read time-out never sees a slow trickle
-                        raise self._too_late()
-                packing = response.headers.get("content-encoding", "identity")
-                content = self._unpacked(bytes(data), packing.strip().lower())
-                return response.status_code, response.headers, content
-        except httpx.ConnectTimeout as error:
-            raise AwayError(self._away_text("no connection in time")) from error
-        except httpx.TimeoutException as error:
-            raise self._too_late() from error
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            raise AwayError(self._away_text(f"{type(error).__name__}: {error}")) from error
-
-    def _unpacked(self, data: bytes, packing: str) -> bytes:
-        """An answer that was compressed although we asked for none; its size has a limit too."""
-        if packing in ("identity", "none", "") or not data:
-            return data
-        if packing not in ("gzip", "x-gzip", "deflate"):
-            raise PreviewError(
-                f"{self.url} answers in {packing[:20]!r}, which was not asked for and is not read."
-            )
-        try:
-            reader = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
-            content = reader.decompress(data, self.max_answer + 1)
-        except zlib.error as error:
-            raise PreviewError(f"{self.url} sent an answer that is no {packing}.") from error
-        if len(content) > self.max_answer:
-            raise PreviewError(f"{self.url} sent more than {self.max_answer} bytes; not read.")
-        return content
-
-    def without_secrets(self, text: str) -> str:
-        """A server's words without the key that it may have repeated in them."""
-        for secret in self._secrets:
-            if len(secret) >= MIN_SECRET:
-                text = text.replace(secret, CUT)
-        return text
-
-    def _decode(self, status: int, data: bytes) -> Any:
-        if 300 <= status < 400:
-            raise PreviewError(
-                f"{self.url} answers with a redirect (HTTP {status}), which is not followed; give "
-                "the server's own host and port."
-            )
-        if status in (401, 403):
-            raise KeyRefusedError(
-                f"{self.url} refuses the key (HTTP {status}); "
-                f"set {self.key_variable} to the server's key."
-            )
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            if status >= 400:  # proxies and frameworks write their own pages
-                raise self._refused(status, data[:2000].decode("utf-8", "replace")) from error
-            raise PreviewError(
-                f"{self.url} answered HTTP {status} with something that is not JSON; "
-                f"is it {_article(self.kind)}?"
-            ) from error
-        if status >= 400:
-            raise self._refused(status, found)
-        return found
-
-    def _refused(self, status: int, found: Any) -> RefusedError:
-        """A status that says no, with the server's reason wherever it put it."""
-        detail, code = found, ""
-        if isinstance(found, dict):
-            code = str(found.get("code", ""))[:100]
-            detail = found.get("detail", found.get("error", found))
-            if isinstance(detail, dict):
-                detail = detail.get("message", detail)
-        words = self.without_secrets(" ".join(re.sub(r"<[^>]*>", " ", str(detail)).split()))[:300]
-        return RefusedError(
-            f"{self.url} refused the request (HTTP {status}): {words or 'no reason given'}",
-            status,
-            code,
-        )
-
-    def _too_late(self) -> TooSlowError:
-        return TooSlowError(
-            f"{self.url} did not answer within {self.timeout_s:g} s ({self.timeout_name})."
-        )
-
-    def _away_text(self, cause: str) -> str:
-        return (
-            f"{self.url} cannot be reached ({self.without_secrets(cause)}); is the {self.kind} "
-            "running there, and does the firewall let it through? Training goes on."
-        )
-
-
-class _Outcome:
-    """What an exchange came to, in the thread that made it."""
-
-    answer: tuple[int, httpx.Headers, bytes] | None = None
-    error: BaseException | None = None
-
-
-def _login(netloc: str) -> tuple[str, str] | None:
-    """User name and password of an address; None where it has none."""
-    user, _, password = netloc.rpartition("@")[0].partition(":")
-    return (unquote(user), unquote(password)) if user or password else None
-
-
-def _article(kind: str) -> str:
-    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
-
-
-def _retry_after(headers: httpx.Headers) -> float:
-    """Seconds of a Retry-After header, within reason; dates and garbage count as one second."""
-    try:
-        wanted = float(headers.get("retry-after", "1"))
-    except ValueError:
-        wanted = 1.0
-    return wanted if wanted == wanted and wanted >= MIN_RETRY_S else MIN_RETRY_S
-
-
-# ---- OneByOneBackend: what backends share that ask a server for one prompt after the other
+    keys = read_key_file(key_file, "monitoring.remote_3090_key_file=")
+    return key_with_scope(keys, "publish")
 
 
 class OneByOneBackend(ABC):
@@ -412,3 +88,114 @@ class OneByOneBackend(ABC):
         Raises:
             PreviewError: with a message for people.
         """
+
+
+LONG_POLL_S = 25
+
+DONE, FAILED = ("done", "completed", "succeeded"), ("failed", "error", "cancelled")
+
+
+class Remote3090Backend(OneByOneBackend):
+    """Asks a preview server at `host:port`."""
+
+    backend_type = "remote_3090"
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int = 8765,
+        timeout: float = 30,
+        model_id: str | None = None,
+        api_key: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        stop: Sequence[str] = (),
+        system_prompt: str | None = None,
+        compare: Callable[[str, str], bool] | None = None,
+    ) -> None:
+        """Take where the server is; nothing is sent yet.
+
+        Args:
+            timeout: seconds for one prompt, waiting, retries and polling included.
+            model_id: model the server is asked for; None: its active one.
+            api_key: None: from the environment variable ULTIMATE_TRAINER_KEY, if set.
+            stop: stop strings of the profile.
+            system_prompt: sent with prompts that come as text.
+            compare: the profile's comparison of an answer with golden.
+        """
+        self.url = url_of(host, port)
+        self.timeout, self.model_id = timeout, model_id
+        self.max_new_tokens, self.temperature, self.stop = max_new_tokens, temperature, tuple(stop)
+        self.system_prompt, self.compare = system_prompt, compare
+        key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+        self._client = BoundedClient(
+            self.url, key, timeout_s=timeout, timeout_name="monitoring.remote_3090_timeout"
+        )
+
+    def _ask(self, request: PreviewRequest, step: int, max_new_tokens: int) -> PreviewResult:
+        started = time.monotonic()
+        deadline = started + self.timeout
+        body: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": self.temperature,
+            "stop": list(self.stop),
+            "model_id": self.model_id,
+        }
+        if request.prompt_token_ids is not None:
+            body["prompt_token_ids"] = list(request.prompt_token_ids)
+        else:
+            body |= {"prompt": request.prompt, "system_prompt": self.system_prompt}
+        status, found = self._client.call("POST", "/generate", deadline, body)
+        if status == httpx.codes.ACCEPTED:
+            found = self._poll(found, deadline)
+        answer = self._parse(found)
+        seconds = answer.generation_time_sec or time.monotonic() - started
+        golden = request.golden_answer
+        return PreviewResult(
+            step=step,
+            prompt=request.prompt,
+            text=answer.text,
+            raw_text=answer.raw_text if answer.raw_text is not None else answer.text,
+            golden_answer=golden,
+            matches=is_match(request, answer.text, self.compare),
+            tokens_generated=answer.tokens_generated,
+            generation_time_sec=seconds,
+            tokens_per_sec=answer.tokens_per_sec or answer.tokens_generated / max(seconds, 1e-9),
+            finish_reason=answer.finish_reason,
+            weights_id=answer.weights_id,
+            backend_type=self.backend_type,
+            prompt_id=request.prompt_id,
+            held_out=request.held_out,
+        )
+
+    def _poll(self, found: Any, deadline: float) -> Any:
+        """Wait for a job; a job that is given up is cancelled."""
+        job_id = found.get("job_id") if isinstance(found, dict) else None
+        if not isinstance(job_id, str) or not job_id.replace("-", "").replace("_", "").isalnum():
+            raise PreviewError(f"{self.url} accepted the prompt but named no usable job_id.")
+        try:
+            while True:
+                wait = max(0, min(LONG_POLL_S, int(deadline - time.monotonic())))
+                _, job = self._client.call("GET", f"/jobs/{job_id}?wait={wait}", deadline)
+                state = job.get("status") if isinstance(job, dict) else None
+                if state in DONE:
+                    return job.get("result", job)
+                if state in FAILED:
+                    reason = str(job.get("error") or job.get("error_message") or state)[:300]
+                    raise PreviewError(f"{self.url}: the job failed: {reason}")
+                time.sleep(min(MIN_RETRY_S, max(deadline - time.monotonic(), 0)))
+        except PreviewError:
+            self._client.cancel(f"/jobs/{job_id}")
+            raise
+
+    def _parse(self, found: Any) -> ServerAnswer:
+        try:
+            return ServerAnswer.model_validate(found)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "the answer"
+            raise PreviewError(
+                f"{self.url} sent an answer of another shape ({field}: {first['msg']}); is it a "
+                "preview server of this program?"
+            ) from error

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from trainer.config.schema import EnvironmentSection, MonitoringConfig
 from trainer.errors import ConfigError, PreviewError
+from trainer.exchange import AwayError, BoundedClient, KeyRefusedError, RefusedError, TooSlowError
 from trainer.models.chat_template import tokenizer_hash
 from trainer.preview.base import (
     PreviewRequest,
@@ -28,14 +29,7 @@ from trainer.preview.base import (
     leak_ids,
     special_texts,
 )
-from trainer.preview.http import (
-    AwayError,
-    BoundedClient,
-    KeyRefusedError,
-    OneByOneBackend,
-    RefusedError,
-    TooSlowError,
-)
+from trainer.preview.http import OneByOneBackend
 from trainer.preview.openai_wire import Answer, read_answer, wire_messages
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from typing import Any
 
 from trainer.errors import ProfileError
 from trainer.profiles.emoji_think import EmojiThinkProfile
-from trainer.profiles.profile import DataProfile, Message, PlainProfile
-from trainer.profiles.regime3 import Regime3Profile
+from trainer.profiles.profile import DataProfile, Message, PlainProfile, Regime3Profile
 
 ENTRY_POINT_GROUP = "trainer.profiles"
 

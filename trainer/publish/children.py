@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,9 +24,49 @@ NICENESS = 5
 
 STOP_TIMEOUT_S = 10.0
 
+KILL_TIMEOUT_S = 5.0
+
 Announce = Callable[[str | None, int | None], None]
 """Told the address and, for a sidecar, the process's number whenever a server is ready; told None
 when it is gone."""
+
+
+def spawn(
+    words: Sequence[str], *, log: Path | None, inherited: Mapping[str, str], **environment: str
+) -> subprocess.Popen[str]:
+    """Start a module of this program as a child with pipes to and from it.
+
+    Not by multiprocessing, which would run the user's script again.
+
+    Args:
+        words: the module, and its command line.
+        log: where its stderr goes; None: nowhere.
+        inherited: environment variables that it gets beside `environment`.
+    """
+    root = str(Path(trainer.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    with open(log or os.devnull, "ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            encoding="utf-8",
+            env={**inherited, "PYTHONPATH": path, **environment},
+            start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
+        )
+
+
+def end(process: subprocess.Popen[str], grace_s: float) -> None:
+    """Close the pipe to a child, by which it ends; end it if it does not. May be called twice."""
+    assert process.stdin is not None, "spawned with a pipe"
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(KILL_TIMEOUT_S)
 
 
 class Worker(Protocol):
@@ -114,34 +154,17 @@ class SidecarWorker:
         if process is None:
             return
         self.announce(None, None)
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
         process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
+        end(process, STOP_TIMEOUT_S)
 
     def _spawn(self) -> None:
-        root = str(Path(trainer.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        environment = {name: v for name, v in os.environ.items() if not name.startswith("TRAINER_")}
-        with open(self.log or os.devnull, "ab") as log:
-            process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={
-                    **environment,
-                    "PYTHONPATH": path,
-                    "OMP_NUM_THREADS": str(self.num_threads),
-                    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to training
-                },
-                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
-            )
+        process = spawn(
+            self._command(),
+            log=self.log,
+            inherited={n: v for n, v in os.environ.items() if not n.startswith("TRAINER_")},
+            OMP_NUM_THREADS=str(self.num_threads),
+            OMP_WAIT_POLICY="PASSIVE",  # a thread that waits leaves its core to training
+        )
         with contextlib.suppress(OSError):  # training comes first where cores are scarce
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
         self._process = process
@@ -150,7 +173,7 @@ class SidecarWorker:
     def _command(self) -> list[str]:
         port = self.url.rsplit(":", 1)[1] if self.url else "0"
         return [
-            *(sys.executable, "-m", "trainer", "serve", "--model", str(self.model_dir)),
+            *("trainer", "serve", "--model", str(self.model_dir)),
             *("--wait-for-weights", "--end-with-stdin", "--keep-weights", "1", "--port", port),
             *("--device", self.device, "--weights-dir", str(self.weights_dir)),
             *("--api-key-file", str(self.key_file)),
@@ -182,8 +205,6 @@ class SidecarWorker:
 
 GRACE_S = 1.0
 
-KILL_TIMEOUT_S = 5.0
-
 
 class PublisherProcess:
     """One process of `trainer.publish.publisher`; it ends when its pipe closes."""
@@ -205,18 +226,12 @@ class PublisherProcess:
             on_end: called in the reading thread once the process is gone.
         """
         self._on_event, self._on_end = on_event, on_end
-        # Not by multiprocessing, which would run the user's script again.
-        root = str(Path(trainer.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        with open(log or os.devnull, "ab") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "trainer.publish.publisher"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-                start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
-            )
+        self._process = spawn(
+            ["trainer.publish.publisher"],
+            log=log,
+            inherited=os.environ,
+            CUDA_VISIBLE_DEVICES="",
+        )
         self.send(setup)
         self._reader = threading.Thread(target=self._read, name="preview-read", daemon=True)
         self._reader.start()
@@ -230,19 +245,12 @@ class PublisherProcess:
         """Write one line; a process that is gone is noticed by the thread that reads from it."""
         assert self._process.stdin is not None, "spawned with a pipe"
         with contextlib.suppress(OSError, ValueError):  # ValueError: closed by `close`
-            self._process.stdin.write(json.dumps(values).encode() + b"\n")
+            self._process.stdin.write(json.dumps(values) + "\n")
             self._process.stdin.flush()
 
     def close(self) -> None:
         """Let it end by itself, then end it; may be called twice."""
-        assert self._process.stdin is not None, "spawned with a pipe"
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(KILL_TIMEOUT_S)
+        end(self._process, GRACE_S)
 
     def join(self, timeout_s: float) -> None:
         """Wait for the reading thread."""

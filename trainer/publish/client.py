@@ -7,8 +7,6 @@ Runs in the publisher process, and once at start in the trainer, to tell a misco
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -19,14 +17,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.errors import ConfigError, PreviewError
-from trainer.preview.http import AwayError, BoundedClient, KeyRefusedError, RefusedError
+from trainer.exchange import AwayError, BoundedClient, KeyRefusedError, RefusedError
+from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import (
     PART_BYTES,
-    AdapterConfig,
     PreviewsRequest,
     PreviewsResult,
     ServerHashes,
-    TensorEntry,
     WeightsManifest,
     WeightsState,
 )
@@ -53,45 +50,6 @@ class ServerInfo(BaseModel):
     tokenizer_hash: str | None = None
     chat_template_hash: str | None = None
     profiles: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A safetensors file and what its manifest needs beside the tensors."""
-
-    path: Path
-    hashes: ServerHashes
-    base: str | None = None
-    """weights_id of the full weights that an adapter builds on."""
-    adapter: AdapterConfig | None = None
-
-    def manifest(self) -> WeightsManifest:
-        """Hash every tensor of the file (about a second per GB)."""
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                tensors = [
-                    _entry(name, header[name], memoryview(view), 8 + length)
-                    for name in sorted(header)
-                ]
-        return WeightsManifest(
-            kind="adapter" if self.adapter is not None else "full",
-            base=self.base,
-            adapter=self.adapter,
-            tensors=tensors,
-            **self.hashes.model_dump(include=set(ServerHashes.model_fields)),
-        )
-
-
-def _entry(name: str, place: dict[str, Any], view: memoryview, start: int) -> TensorEntry:
-    first, last = place["data_offsets"]
-    with view, view[start + first : start + last] as piece:
-        digest = hashlib.sha256(piece).hexdigest()
-    return TensorEntry.model_validate(
-        {"name": name, "dtype": place["dtype"], "shape": place["shape"], "sha256": digest}
-    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import release_memory
 from trainer.preview.scheduler import Finished, OnFinished
 from trainer.publish.children import PublisherProcess, Worker
-from trainer.publish.results import Canary, results_of
+from trainer.publish.identity import Canary, results_of
 from trainer.publish.snapshot import Arena, Snapshotter
 
 

@@ -30,8 +30,9 @@ from typing import IO, Any
 from pydantic import BaseModel, ConfigDict
 
 from trainer.errors import ConfigError, PreviewError
-from trainer.preview.http import AwayError, RefusedError, TooSlowError
-from trainer.publish.client import Transport, WeightFile, WorkerClient
+from trainer.exchange import AwayError, RefusedError, TooSlowError
+from trainer.publish.client import Transport, WorkerClient
+from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import AdapterConfig, PreviewsRequest, PreviewsResult, ServerHashes
 
 FAILURES_TO_OPEN = 3

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from trainer.errors import PreviewError
+from trainer.files import is_alive
 from trainer.publish.identity import DTYPES
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -242,5 +242,5 @@ def _remove_abandoned(parent: Path) -> None:
     for path in parent.glob(f"{FOLDER_PREFIX}*-*"):
         number = path.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
         is_ours = number.isdigit() and path.stat().st_uid == os.getuid()
-        if is_ours and not psutil.pid_exists(int(number)):
+        if is_ours and not is_alive(int(number)):
             shutil.rmtree(path, ignore_errors=True)

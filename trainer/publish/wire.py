@@ -7,7 +7,7 @@ a body that the other side can read.
 from __future__ import annotations
 
 import datetime as dt
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from trainer.files import canonical_hash
-from trainer.preview.base import FinishReason, PreviewResult
+from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult
 
 PART_BYTES = 16 << 20
 """Bytes of a part; only the last part of an upload is shorter."""
@@ -231,6 +231,25 @@ class PreviewPrompt(Body):
     """Ids of the golden answer as trained on; needed for its log-probabilities."""
     prompt_id: Annotated[str, StringConstraints(max_length=200)] = ""
     held_out: bool = True
+
+    @staticmethod
+    def values_of(request: PreviewRequest) -> dict[str, Any]:
+        """A request with its ids as JSON values; the server, which gets them, checks the limits."""
+        return {
+            "prompt": request.prompt,
+            "prompt_token_ids": list(request.prompt_token_ids or ()),
+            "golden_answer": request.golden_answer,
+            "golden_token_ids": list(request.golden_token_ids or ()) or None,
+            "prompt_id": request.prompt_id,
+            "held_out": request.held_out,
+        }
+
+    def request(self) -> PreviewRequest:
+        """What a backend is asked; golden ids are left out, as the server scores them itself."""
+        return PreviewRequest(
+            **self.model_dump(exclude={"golden_token_ids", "prompt_token_ids"}),
+            prompt_token_ids=tuple(self.prompt_token_ids),
+        )
 
 
 class PreviewsRequest(Body):

@@ -15,9 +15,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 from pydantic import BaseModel
 
 from trainer import __version__
+from trainer.guard import Guard
 from trainer.profiles import known_profiles
 from trainer.publish.wire import GenerateRequest, GenerateResult, ModelState, RegisterModel
-from trainer.server.auth import Guard
+from trainer.server.auth import KeyDoor, guarded
 from trainer.server.completions import add_openai_routes
 from trainer.server.inference_process import EngineProcess
 from trainer.server.job import Job
@@ -160,7 +161,7 @@ def create_app(
     add_openai_routes(app, service)
     add_metrics_route(app, service.queue)
     names = frozenset({host.lower(), socket.gethostname().lower(), "localhost"})
-    return Guard(app, keys=keys, hosts=names)
+    return guarded(KeyDoor(app, keys), names)
 
 
 def _add_status_routes(app: FastAPI, service: Service) -> None:

@@ -1,17 +1,14 @@
-"""Who may ask what: keys, scopes, Host and Origin, and the size of a body. No routes here."""
+"""Who may ask what of the preview server: keys, scopes, and the size of a body. No routes here."""
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from trainer.errors import ConfigError
+from trainer.guard import Guard, Receive, Refusal, Scope, Send, answer, is_same_secret
 from trainer.publish.wire import MAX_BODY
 from trainer.server.problems import problem_body
 
@@ -25,60 +22,9 @@ MAX_HELD = 64 << 20
 SMALL_BODY = 256 << 10
 """A body up to this size is not counted: it is taken while others are large."""
 
-SCOPES = ("generate", "publish")
-
-MIN_KEY = 16
-
 OPEN_PATHS = frozenset({"/health"})
 
 PUBLISH_PREFIXES = ("/weights", "/models/set_active", "/models/register")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a listener on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def read_keys(path: Path | None, host: str) -> dict[str, str]:
-    """Read the key file: one key for both scopes, or lines `generate: KEY`, `publish: KEY`.
-
-    Returns:
-        Keys with their scope; `publish` may generate too. Empty: no key is asked for.
-    Raises:
-        ConfigError: unreadable, empty or short, or no key for a non-loopback bind.
-    """
-    if path is None:
-        if not is_loopback(host):
-            raise ConfigError(
-                f"--host {host} is reachable from other machines and no key is set; give "
-                "--api-key-file FILE (one line of at least 16 characters, mode 600), or keep "
-                "--host 127.0.0.1 and use an ssh tunnel."
-            )
-        return {}
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines()]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--api-key-file {path}: cannot be read ({error}).") from error
-    keys: dict[str, str] = {}
-    for line in filter(None, lines):
-        scope, colon, key = line.partition(":")
-        scope, key = (scope.strip(), key.strip()) if colon else ("publish", line)
-        if scope not in SCOPES:
-            raise ConfigError(f"--api-key-file {path}: scope {scope!r} is not generate or publish.")
-        if len(key) < MIN_KEY:
-            raise ConfigError(
-                f"--api-key-file {path}: a key has {len(key)} characters, at least {MIN_KEY} are "
-                "needed; make one with `openssl rand -hex 32`."
-            )
-        keys[key] = scope
-    if not keys:
-        raise ConfigError(f"--api-key-file {path}: the file holds no key.")
-    return keys
 
 
 def scope_of(path: str) -> str | None:
@@ -90,57 +36,48 @@ def scope_of(path: str) -> str | None:
 
 
 @dataclass
-class Guard:
-    """ASGI middleware: nothing reaches a route that this has not let through."""
+class KeyDoor:
+    """Checks key and length, then counts the body while it streams."""
 
     app: Any
     keys: dict[str, str] = field(default_factory=dict)
-    hosts: frozenset[str] = frozenset()
     max_body: int = MAX_BODY
     max_json: int = MAX_JSON
     max_held: int = MAX_HELD
     held: int = field(default=0, init=False)
     """Bytes of large bodies that are held now."""
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Check Host, Origin, key and length, then count the body while it streams."""
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
+    async def __call__(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send
+    ) -> None:
+        """Answer, or pass on."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
             return
-        names = [name.decode("latin-1") for name, _ in scope["headers"]]
-        values = [value.decode("latin-1") for _, value in scope["headers"]]
-        headers = dict(zip(names, values, strict=True))
-        refusal = self._refusal(scope["path"], headers)
-        if names.count("host") > 1 or names.count("authorization") > 1:
-            refusal = 421, "host", "a Host or Authorization header that comes twice"
+        path = scope["path"]
+        refusal = self.refusal(path, headers)
         if refusal is not None:
-            await _answer(send, scope["path"], *refusal)
+            await refuse(scope, send, refusal)
             return
-        body = _Body(self, self.longest(scope["path"]), is_kept=not _is_part(scope["path"]))
+        body = _Body(self, self.longest(path), is_kept=not _is_part(path))
         try:
             await self.app(scope, body.counted(receive), send)
         finally:
             self.held -= body.counts
 
-    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str, str] | None:
-        host = _host_name(headers.get("host", ""))
-        if not (host in self.hosts or is_loopback(host) or _is_address(host)):
-            return 421, "host", "this Host is not served here"
-        origin = headers.get("origin")
-        if origin is not None and origin != f"http://{headers.get('host')}":
-            return 403, "origin", "requests from other web pages are refused"
+    def refusal(self, path: str, headers: dict[str, str]) -> Refusal | None:
+        """Why this request is not let in, by its key and its length; None where it is."""
         needed = scope_of(path)
         if needed is not None and self.keys:
             held = self._scope_held(headers.get("authorization", ""))
             if held is None:
-                return 401, "key", "a key is needed: Authorization: Bearer KEY"
+                return Refusal(401, "key", "a key is needed: Authorization: Bearer KEY")
             if needed == "publish" and held != "publish":
-                return 403, "scope", "this key may generate, not publish"
+                return Refusal(403, "scope", "this key may generate, not publish")
         length = headers.get("content-length", "0")
         most = self.longest(path)
         if not length.isdigit() or int(length) > most:
-            return 413, "too_large", f"a body may have at most {most} bytes"
+            return Refusal(413, "too_large", f"a body may have at most {most} bytes")
         return None
 
     def longest(self, path: str) -> int:
@@ -151,7 +88,7 @@ class Guard:
         kind, _, given = header.partition(" ")
         held = None
         for key, scope in self.keys.items():  # all of them, so that the time says nothing
-            if hmac.compare_digest(given.encode(), key.encode()) and kind.lower() == "bearer":
+            if is_same_secret(given, key) and kind.lower() == "bearer":
                 held = scope
         return held
 
@@ -160,14 +97,14 @@ class Guard:
 class _Body:
     """The bytes of one request's body."""
 
-    guard: Guard
+    door: KeyDoor
     most: int
     """Its longest length."""
     is_kept: bool
     """False where it is written to a file as it comes."""
     seen: int = 0
     counts: int = 0
-    """How much of `Guard.held` it is."""
+    """How much of `KeyDoor.held` it is."""
 
     def counted(self, receive: Any) -> Any:
         """`receive`, refusing what is too much for one body or for all together."""
@@ -187,41 +124,35 @@ class _Body:
             raise HTTPException(413, limit, {"Connection": "close"})
         if not (self.is_kept and self.seen > SMALL_BODY):
             return
-        if self.guard.held and self.guard.held - self.counts + self.seen > self.guard.max_held:
+        if self.door.held and self.door.held - self.counts + self.seen > self.door.max_held:
             raise HTTPException(
                 503,
                 "too many large bodies at once",
                 {"Connection": "close", "Retry-After": "5"},
             )
-        self.guard.held += self.seen - self.counts
+        self.door.held += self.seen - self.counts
         self.counts = self.seen
+
+
+def guarded(door: KeyDoor, hosts: frozenset[str] = frozenset()) -> Guard:
+    """The server's routes behind their guard.
+
+    Args:
+        hosts: names in the Host header that are answered, besides addresses.
+    """
+    return Guard(door, hosts=hosts, refuse=refuse, takes_addresses=True)
+
+
+async def refuse(scope: Scope, send: Send, refusal: Refusal) -> None:
+    """Say no in the shape of all errors of this server."""
+    body = problem_body(scope["path"], refusal.status, refusal.detail, refusal.code)
+    headers = [(b"content-type", b"application/json")]
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if refusal.status == 413:
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
+    await answer(send, refusal.status, json.dumps(body).encode(), headers)
 
 
 def _is_part(path: str) -> bool:
     return path.startswith("/weights/") and "/parts/" in path
-
-
-def _host_name(header: str) -> str:
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].lower()
-
-
-def _is_address(host: str) -> bool:
-    """An address cannot be rebound to another machine, a name can."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-async def _answer(send: Any, path: str, status: int, code: str, detail: str) -> None:
-    body = json.dumps(problem_body(path, status, detail, code)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if status == 413:
-        headers.append((b"connection", b"close"))  # the rest of the body is not read
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

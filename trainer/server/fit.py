@@ -5,9 +5,9 @@ Nothing has been sent then, and nothing is built.
 
 from __future__ import annotations
 
+from trainer.publish.weight_file import num_bytes
 from trainer.publish.wire import TensorEntry, WeightsManifest
 from trainer.server.problems import WeightsRefusedError
-from trainer.server.safetensors_file import num_bytes
 
 FLOATS = {"F32", "F16", "BF16"}
 """Dtypes that an fp32 model holds without loss."""

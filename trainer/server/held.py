@@ -21,10 +21,9 @@ from trainer.config.schema import ModelSection
 from trainer.errors import TrainerError
 from trainer.models.adapters import load_merged, tokenizer_section
 from trainer.models.chat_template import fix_date
-from trainer.models.hub import resolve_alias
+from trainer.models.hub import is_adapter_folder, resolve_alias
 from trainer.models.load import (
     check_vocabulary,
-    is_adapter_folder,
     load_model,
     load_tokenizer,
     read_model_config,

@@ -130,13 +130,7 @@ class Engine:
         backend.settings = dataclasses.replace(backend.settings, stop_strings=stops)
         for row in request.prompts:
             self._check_ids([*row.prompt_token_ids, *(row.golden_token_ids or ())])
-        asked = [
-            PreviewRequest(
-                **row.model_dump(exclude={"golden_token_ids", "prompt_token_ids"}),
-                prompt_token_ids=tuple(row.prompt_token_ids),
-            )
-            for row in request.prompts
-        ]
+        asked = [row.request() for row in request.prompts]
         results = backend.preview_batch(asked, request.step)
         self.watch.check()
         scores = [

@@ -1,6 +1,6 @@
 """Weight sets: uploads on their way in, committed sets, and the names that they go by.
 
-A set is one safetensors file; `safetensors_file` compares it with its manifest. No torch here.
+A set is one safetensors file, compared with its manifest (publish/weight_file.py). No torch here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.publish.weight_file import MAX_HEADER, BadFileError, check_file, num_bytes
 from trainer.publish.wire import PART_BYTES, WeightsManifest, WeightsOffer
 from trainer.server.fit import check_fit
 from trainer.server.problems import WeightsRefusedError
-from trainer.server.safetensors_file import MAX_HEADER, check_file, num_bytes
 from trainer.server.upload import Upload, no_room
 
 MAX_UPLOADS = 4
@@ -231,7 +231,7 @@ class WeightStore:
                 raise WeightsRefusedError(409, "parts_missing", f"parts missing: {sorted(missing)}")
             if not upload.is_stored:
                 os.truncate(upload.path, upload.size)
-                check_file(upload.path, upload.offer.manifest)
+                _check(upload.path, upload.offer.manifest)
                 os.replace(upload.path, kept)
                 upload.is_stored = True  # a second try finds it, if the engine dies on the first
         except OSError as error:
@@ -243,7 +243,7 @@ class WeightStore:
         path = self.weights_dir / f"{upload.weights_id}.safetensors"
         if path.is_symlink() or not path.is_file():
             raise WeightsRefusedError(409, "no_file", f"{path.name} is not in --weights-dir")
-        check_file(path, upload.offer.manifest)
+        _check(path, upload.offer.manifest)
         return path
 
     def is_same_day(self, offer: WeightsOffer, weights_id: str) -> bool:
@@ -302,3 +302,10 @@ class WeightStore:
 
     def _kept_path(self, weights_id: str) -> Path:
         return self.folder / f"{weights_id}.safetensors"
+
+
+def _check(path: Path, manifest: WeightsManifest) -> None:
+    try:
+        check_file(path, manifest)
+    except BadFileError as error:
+        raise WeightsRefusedError(422, error.code, str(error), error.bad) from error

@@ -1,11 +1,13 @@
-"""The figures of a run as (label, value) pairs, and its alerts: what to look at now."""
+"""What a run was and is, as (label, value) pairs, and its alerts: what to look at now."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -258,3 +260,54 @@ def _file_alerts(reader: RunReader) -> list[Alert]:
             Alert("warning", f"{reader.num_bad_lines} unreadable lines in the run's files left out")
         )
     return found
+
+
+# ---- what run.json says of the data and the machine
+
+
+def card_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The data card's lines as the run recorded them; empty where there is no card.
+
+    Versions that recorded no lines left the values only: these are shown under their own names.
+    """
+    lines = _pairs(manifest.get("data_card_lines"))
+    if lines:
+        return [(str(label), str(value)) for label, value in lines]
+    card = manifest.get("data_card")
+    if not isinstance(card, Mapping):
+        return []
+    return [
+        (str(key).replace("_", " "), value if isinstance(value, str) else json.dumps(value))
+        for key, value in card.items()
+        if value not in (None, "", [], {}) and key not in ("sample", "row_lines")
+    ]
+
+
+def card_sample(manifest: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """The first training row as (text, is trained) stretches."""
+    card = manifest.get("data_card")
+    stretches = _pairs(card.get("sample") if isinstance(card, Mapping) else None)
+    return [(str(text), bool(is_trained)) for text, is_trained in stretches]
+
+
+def environment_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Precision, device, machine and versions as (label, value) lines."""
+    environment = manifest.get("environment")
+    found = {key: manifest.get(key) for key in ("precision", "device")}
+    rows: list[tuple[str, str]] = []
+    for key, value in (
+        found | dict(environment if isinstance(environment, Mapping) else {})
+    ).items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        if value is not None:
+            rows.append((str(key).replace("_", " "), str(value)))
+    return rows
+
+
+def _pairs(found: Any) -> list[list[Any]]:
+    """The members of a list from a file that are lists of two."""
+    items = found if isinstance(found, list) else []
+    return [item for item in items if isinstance(item, list) and len(item) == 2]

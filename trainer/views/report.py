@@ -1,10 +1,13 @@
-"""write_report: a run as one HTML file that needs no network, no script and no other file.
+"""The report: one HTML file of a run, and the observer that writes it at the run's end.
 
-Every text of a run goes through autoescaped templates; nothing is marked as safe here.
+The file needs no network, no script and no other file. Every text of a run goes through autoescaped
+templates; nothing is marked as safe here.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from trainer import __version__
 from trainer.files import replace_file
+from trainer.monitoring.events import Event, RunStarted
 from trainer.preview.base import PreviewResult
-from trainer.views.card import card_rows, card_sample, environment_rows
-from trainer.views.facts import alerts_of, report_figures
+from trainer.views.facts import (
+    alerts_of,
+    card_rows,
+    card_sample,
+    environment_rows,
+    report_figures,
+)
 from trainer.views.metrics import (
     SMOOTHING_SHARE,
     Chart,
@@ -27,7 +34,7 @@ from trainer.views.metrics import (
     is_spread_wide,
     make_chart,
 )
-from trainer.views.run_reader import RunReader, config_rows
+from trainer.views.run_reader import MANIFEST_NAME, ORIGINS_NAME, RunReader, config_rows
 from trainer.views.timeline import (
     MARK_WORDS,
     Piece,
@@ -119,6 +126,9 @@ def render_report(reader: RunReader) -> str:
 
 
 def _template() -> Any:
+    # Nothing else of a run needs it, and importing it takes a while.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("trainer.views"),
         autoescape=True,
@@ -213,3 +223,57 @@ def _hashes(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _traceback(reader: RunReader) -> str:
     summary = reader.status.summary if reader.status is not None else {}
     return str(summary.get("traceback") or "")
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecords:
+    """An observer: where config values came from at the start, the report at the end."""
+
+    def __init__(self, origins: Mapping[str, str], *, is_report: bool) -> None:
+        """Take what to write.
+
+        Args:
+            origins: dotted config key -> where its value came from; empty: not written.
+            is_report: whether `finish` writes the report.
+        """
+        self._origins, self._is_report = dict(origins), is_report
+        self._has_begun = False
+
+    def on_event(self, event: Event) -> None:
+        """Write config.origins.json when the first step is about to be made."""
+        if not isinstance(event, RunStarted):
+            return
+        self._has_begun = True
+        if self._origins:
+            text = json.dumps(self._origins, indent=2) + "\n"
+            replace_file(Path(event.output_dir) / ORIGINS_NAME, text)
+
+    def close(self) -> None:
+        """Nothing to let go of: the report is written after the run, by `finish`."""
+
+    def finish(self, folder: Path) -> Path | None:
+        """Write the report of a run that is over; None when there is none. Never raises.
+
+        A run that was refused wrote nothing: what is in the folder is another one's.
+        """
+        if not self._is_report or not self._has_begun or not (folder / MANIFEST_NAME).is_file():
+            return None
+        try:
+            # jinja2 is needed by nothing else of a run.
+
+            reader = RunReader(folder)
+            reader.poll()
+            write_report(reader, folder / REPORT_NAME)
+        except Exception as error:
+            logger.warning(
+                "%s: the report could not be written (%s: %s); the run is not touched by that. "
+                "Try `trainer report %s`.",
+                folder,
+                type(error).__name__,
+                error,
+                folder,
+            )
+            return None
+        return folder / REPORT_NAME

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal, TextIO
 
 from trainer.errors import ConfigError
+from trainer.files import SafeStream
 from trainer.monitoring.events import (
     TRAINING,
     CardShown,
@@ -26,7 +27,6 @@ from trainer.monitoring.events import (
     plain_values,
     printable,
 )
-from trainer.views.safe_stream import SafeStream
 from trainer.views.words import (
     ANSWER_CHARS,
     NOTICE_CHARS,
@@ -125,9 +125,8 @@ class _Display:
         """The closing line of a run that started; reasons are the command line's to print."""
         if self.started is None:
             return
-        folder = self.started.output_dir
         elapsed = self.clock() - self.began
-        self.stream.line(closing_words(event, self.step, self.evaluation, elapsed, folder))
+        self.stream.line(closing_words(event, self.started, self.step, self.evaluation, elapsed))
 
     def close(self) -> None:
         """Flush; the stream belongs to somebody else."""

@@ -1,6 +1,7 @@
-"""RichDisplay: one live view of a run for people at a terminal.
+"""The live terminal view: what it looks like at this moment, and when it is drawn.
 
-It owns when something is shown; what the view looks like is in terminal_view.py.
+`LiveView` has no output; it is drawn by rich's refresh thread while events arrive, so every field
+of it is replaced as a whole. `RichDisplay` owns when something is shown.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO, cast
 
-from rich.console import Console, Group
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from trainer.files import SafeStream
 from trainer.monitoring.events import (
+    TRAINING,
     CardShown,
     CheckpointSaved,
     EvaluationDone,
@@ -29,15 +35,280 @@ from trainer.monitoring.events import (
     StepDone,
     printable,
 )
-from trainer.views.safe_stream import SafeStream
-from trainer.views.terminal_view import LONG_PHASE_S, STATE_STYLES, LiveView
+from trainer.monitoring.status_schema import SHORT_WINDOW, MatchHistory
+from trainer.preview.base import PreviewResult
 from trainer.views.words import (
     checkpoint_words,
     closing_words,
     duration_words,
+    is_silent,
+    mark_of,
+    match_words,
+    metric_pairs,
+    non_finite_words,
     notice_words,
+    remarks_of,
     start_words,
+    working_words,
 )
+
+LONG_PHASE_S = 2.0
+"""A phase longer than this shows a spinner and its time."""
+
+SIDE_BY_SIDE_WIDTH = 100
+"""From this many columns golden and generated stand in two columns."""
+
+HEADER_ROWS = 5
+
+MAX_TEXT_ROWS = 4
+
+STATE_STYLES = {
+    "loading": "bold cyan",
+    "training": "bold cyan",
+    "saving": "bold cyan",
+    "completed": "bold green",
+    "stopped": "bold yellow",
+    "failed": "bold red",
+}
+
+_MATCH_STYLES = {"=": "green", "x": "red", ".": "yellow", "!": "bold red"}
+
+
+class LiveView:
+    """The newest facts of a run, and how they are drawn."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Take the clock, in seconds that only go forward."""
+        self._clock = clock
+        self.started: RunStarted | None = None
+        self.phase: PhaseChanged | None = None
+        self.step: StepDone | None = None
+        self.evaluation: EvaluationDone | None = None
+        self.previews: PreviewsDone | None = None
+        self.end: RunEnded | None = None
+        self._history = MatchHistory()
+        self._phase_at = self._step_at = clock()
+
+    def set_phase(self, event: PhaseChanged) -> None:
+        """A phase begins; training itself is the absence of any other."""
+        self._phase_at = self._clock()
+        if event.text == TRAINING:
+            self._step_at, self.phase = self._phase_at, None
+        else:
+            self.phase = event
+
+    def set_step(self, event: StepDone) -> None:
+        """A step was made: whatever phase there was is over."""
+        self._step_at = self._clock()
+        self.step, self.phase = event, None
+
+    def set_previews(self, event: PreviewsDone) -> None:
+        """New answers to the same prompts; older ones stay where there are none."""
+        if event.is_superseded:
+            return
+        self._history.add(event.results)
+        self.previews = event
+
+    def set_end(self, event: RunEnded) -> None:
+        """The run is over; the view no longer moves."""
+        self.end, self.phase = event, None
+
+    def phase_elapsed_s(self) -> float:
+        """Seconds since the phase began."""
+        return self._clock() - self._phase_at
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Headline, bar, figures and previews, never higher than the terminal."""
+        yield self._headline(console, options.ascii_only)
+        if self.step is not None:
+            yield self._bar(self.step, options.max_width)
+            yield _one_line(_figures(self.step, self.evaluation))
+        if self.previews is not None:
+            yield Text()
+            yield _one_line(self._preview_title(self.previews))
+            rows = console.size.height - HEADER_ROWS - 1
+            yield from preview_lines(self.previews.results, options.max_width, rows)
+
+    def _headline(self, console: Console, is_ascii: bool) -> Text:
+        state = self.phase.state if self.phase else "training"
+        state = self.end.state if self.end else state
+        is_late = self.end is None and self.phase is None and self._is_silent()
+        line = Text(style="bold yellow" if is_late else STATE_STYLES[state])
+        if self._is_spinning():
+            spinner = Spinner("line" if is_ascii else "dots")
+            frame = spinner.render(console.get_time())
+            line.append(f"{frame} ")
+        return _one_line(line.append(self._headline_words(state)))
+
+    def _is_spinning(self) -> bool:
+        if self.end is not None:
+            return False
+        return self.phase is None or self.phase_elapsed_s() >= LONG_PHASE_S
+
+    def _headline_words(self, state: str) -> str:
+        step = self.step
+        if self.phase is not None:
+            elapsed = self.phase_elapsed_s()
+            waited = f", {duration_words(elapsed)}" if elapsed >= LONG_PHASE_S else ""
+            return printable(self.phase.text, 200) + waited
+        if step is None:
+            return state
+        if self.end is not None:
+            error_type, reason = self.end.error_type, self.end.error_message
+            non_finite = non_finite_words(error_type, reason)
+            return non_finite or f"{state}, step {step.step} of {step.total_steps}"
+        waited_s = self._clock() - self._step_at
+        return working_words(
+            state,
+            step.step,
+            step.total_steps,
+            step.eta_s,
+            waited_s=waited_s,
+            step_time_s=step.step_time_s,
+        )
+
+    def _is_silent(self) -> bool:
+        step = self.step
+        return step is not None and is_silent(
+            TRAINING, self._clock() - self._step_at, step.step_time_s
+        )
+
+    def _bar(self, step: StepDone, width: int) -> Table:
+        share = f"{100 * step.step // max(1, step.total_steps):d} %"
+        tail = Text(f"{share:>5}")
+        bar = ProgressBar(step.total_steps, step.step, width=max(10, width - len(tail) - 1))
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(bar, tail)
+        return grid
+
+    def _preview_title(self, previews: PreviewsDone) -> Text:
+        title = Text("previews by the weights of ")
+        title.append(f"step {previews.step}", style="bold")
+        title.append(f": {match_words(previews.results)}")
+        counts = self._history.counts(SHORT_WINDOW)
+        if counts is not None and counts[1] > sum(
+            result.matches is not None for result in previews.results
+        ):
+            trend = self._history.trend()
+            share = f"{100 * counts[0] / counts[1]:.0f} %"
+            title.append(f"; of the last {counts[1]}: {share}", style="dim")
+            title.append(f", {trend}" if trend else "", style="dim")
+        return title
+
+
+def preview_lines(results: tuple[PreviewResult, ...], width: int, rows: int) -> list[Text]:
+    """Golden beside (or above) generated, for as many prompts as there is room for.
+
+    Args:
+        width: columns of the terminal.
+        rows: most lines to return.
+    """
+    is_wide = width >= SIDE_BY_SIDE_WIDTH
+    heading = _columns(Text("golden", "dim"), Text("generated", "dim"), width) if is_wide else []
+    rows -= len(heading)
+    for text_rows in range(MAX_TEXT_ROWS, 0, -1):  # long answers get more lines while they fit
+        blocks = [_block(result, width, text_rows, is_wide) for result in results]
+        num_lines = sum(map(len, blocks))
+        if num_lines <= rows:
+            gap = [Text()] if num_lines + len(blocks) - 1 <= rows else []
+            return [*heading, *[line for block in blocks for line in [*gap, *block]][len(gap) :]]
+    shown = 0
+    while shown < len(blocks) and sum(map(len, blocks[: shown + 1])) <= rows - 1:
+        shown += 1
+    more = Text(f"and {len(blocks) - shown} more prompts in previews.jsonl", style="dim")
+    lines = [line for block in blocks[:shown] for line in block]
+    return [*heading, *lines, _one_line(more)] if rows > 0 else []
+
+
+def _block(result: PreviewResult, width: int, text_rows: int, is_wide: bool) -> list[Text]:
+    """One prompt: mark and prompt on a line, then golden and generated."""
+    mark, remarks = mark_of(result), remarks_of(result)
+    title = Text.assemble((f"{mark} ", "bold " + _MATCH_STYLES[mark]))
+    title.append(printable(result.prompt, max(10, width - 4 - len(remarks))), style="dim")
+    title.append(f"  {remarks}" if remarks else "", style="yellow")
+    column = max(8, (width - 5) // 2 if is_wide else width - 13)
+    said = result.text if result.ok else (result.error_message or "")
+    generated = _fit(said, column * text_rows)
+    golden = None
+    if result.golden_answer is not None:
+        golden = _fit(result.golden_answer, column * text_rows)
+    left = _rows(Text(golden or ""), column, text_rows) if golden is not None else []
+    right = _rows(_styled(generated, golden, mark), column, text_rows)
+    if not is_wide or golden is None:
+        label = "generated" if result.ok else "failed"
+        return [_one_line(title), *_labelled("golden", left), *_labelled(label, right)]
+    lines = []
+    for index in range(max(len(left), len(right))):
+        pair = [rows[index] if index < len(rows) else Text() for rows in (left, right)]
+        lines += _columns(pair[0], pair[1], width)
+    return [_one_line(title), *lines]
+
+
+def _columns(golden: Text, generated: Text, width: int) -> list[Text]:
+    """One line of the two columns."""
+    golden.truncate((width - 5) // 2, pad=True)
+    line = Text("  ").append_text(golden).append(" | ", style="dim")
+    return [_one_line(line.append_text(generated))]
+
+
+def _styled(generated: str, golden: str | None, mark: str) -> Text:
+    """The answer in the colour of its mark; a wrong one from where it leaves the golden answer."""
+    start = 0
+    if mark == "x" and golden is not None:
+        pairs = zip(generated, golden, strict=False)
+        longer = len(golden) if len(generated) > len(golden) else 0
+        start = next((i for i, (one, other) in enumerate(pairs) if one != other), longer)
+    text = Text(generated)
+    text.stylize(_MATCH_STYLES[mark], start)
+    return text
+
+
+def _labelled(label: str, rows: list[Text]) -> list[Text]:
+    lines = []
+    for index, row in enumerate(rows):
+        line = Text(f"  {label if index == 0 else '':<9}  ", style="dim")
+        lines.append(_one_line(line.append_text(_not_dim(row))))
+    return lines
+
+
+def _not_dim(text: Text) -> Text:
+    """The text in its own colours behind a dim label."""
+    text.style = "not dim"
+    return text
+
+
+def _fit(text: str, cells: int) -> str:
+    """The text made printable and cut to a number of terminal cells (wide characters take two)."""
+    limit = cells
+    shown = printable(text, limit)
+    while cell_len(shown) > cells and limit > 1:
+        limit = max(1, limit * cells // cell_len(shown))
+        shorter = printable(text, limit)
+        if len(shorter) >= len(shown):
+            break
+        shown = shorter
+    return shown
+
+
+def _rows(text: Text, width: int, most: int) -> list[Text]:
+    """Cut a line into rows of at most `width` cells."""
+    offsets, end = [], 0
+    for piece in chop_cells(text.plain, width):
+        end += len(piece)
+        offsets.append(end)
+    return list(text.divide(offsets[:-1]))[:most] or [Text()]
+
+
+def _figures(step: StepDone, evaluation: EvaluationDone | None) -> Text:
+    pairs = [pair for pair in metric_pairs(step, evaluation) if pair[0] != "grad"]  # 80 columns
+    figures = [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in pairs]
+    return Text("   ").join(figures)
+
+
+def _one_line(text: Text) -> Text:
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
 
 REFRESH_PER_S = 4
 
@@ -149,8 +420,8 @@ class RichDisplay:
         view.set_end(event)
         self.close()
         if view.started is not None:
-            folder, elapsed = view.started.output_dir, self.clock() - self._began
-            words = closing_words(event, view.step, view.evaluation, elapsed, folder)
+            elapsed = self.clock() - self._began
+            words = closing_words(event, view.started, view.step, view.evaluation, elapsed)
             self._print(words, STATE_STYLES.get(event.state, ""))
         self._view, self._began = LiveView(self.clock), self.clock()
 

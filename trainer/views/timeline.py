@@ -230,7 +230,7 @@ def facts_of(result: PreviewResult) -> list[str]:
     facts.append(f"{where}, {proof[result.weights]}")
     if result.received_step is not None:
         behind = result.received_step - result.step
-        facts.append(f"{behind} steps behind" if behind > 0 else "not behind")
+        facts.append(f"{max(behind, 0)} steps behind training")
     if result.visible_s is not None:
         facts.append(f"seen after {result.visible_s:.1f} s")
     return facts

@@ -22,16 +22,18 @@ from trainer.monitoring.events import (
     RunStarted,
     StepDone,
 )
-from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME, RESUMED, LineTail
-from trainer.monitoring.status_schema import TrainingStatus
-from trainer.preview.base import PreviewResult
-from trainer.views.run_reader import (
-    STEP_DONE,
-    RunReader,
+from trainer.monitoring.status_reader import (
+    METRICS_NAME,
+    PREVIEWS_NAME,
+    RESUMED,
+    LineTail,
     as_preview,
     limit_of_resume,
     parse_lines,
 )
+from trainer.monitoring.status_schema import TrainingStatus
+from trainer.preview.base import PreviewResult
+from trainer.views.run_reader import STEP_DONE, RunReader
 from trainer.views.timeline import PreviewBook
 
 POLL_S = 0.5

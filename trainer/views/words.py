@@ -120,22 +120,26 @@ def preview_failure_words(summary: Mapping[str, Any]) -> str | None:
 
 def closing_words(
     event: RunEnded,
+    started: RunStarted,
     step: StepDone | None,
     evaluation: EvaluationDone | None,
     elapsed_s: float,
-    output_dir: str | None,
 ) -> str:
-    """The run in one line, such as `completed, step 1000 of 1000, loss 0.12, 3 min, outputs`."""
-    of_total = f" of {step.total_steps}" if step is not None else ""
+    """The run in one line, such as `completed, step 1000 of 1000, loss 0.12, 3 min, outputs`.
+
+    Args:
+        elapsed_s: seconds of this process; a resumed run says from which step on.
+    """
+    of_total = f" of {started.total_steps}" if started.total_steps else ""
     non_finite = non_finite_words(event.error_type, event.error_message)
     parts = [non_finite or f"{event.state}, step {event.step}{of_total}"]
     if step is not None:
         parts.append(f"loss {step.train_loss:.4f}")
     if evaluation is not None:
         parts.append(f"val loss {evaluation.val_loss:.4f}")
-    parts.append(duration_words(elapsed_s))
-    if output_dir is not None:
-        parts.append(f"folder {printable(output_dir, 200)}")
+    since = f" since step {started.start_step}" if started.start_step else ""
+    parts.append(duration_words(elapsed_s) + since)
+    parts.append(f"folder {printable(started.output_dir, 200)}")
     failure = preview_failure_words(event.summary)
     if failure is not None:
         parts.append(failure)

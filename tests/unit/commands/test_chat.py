@@ -18,8 +18,8 @@ from trainer.preview.local import LocalPreviewBackend
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--max-new-tokens", "0"], "'0' is not a whole number from 1 up"),
-        (["--temperature", "-1"], "'-1' is not a number from 0 up"),
+        (["--max-new-tokens", "0"], "'0' is not a whole number (1 or more)"),
+        (["--temperature", "-1"], "'-1' is not a number (0 or more)"),
         (["--temperature", "nan"], "'nan' is not a number"),
         (["--seed", "x"], "'x' is not a whole number"),
     ],

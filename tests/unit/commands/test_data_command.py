@@ -23,7 +23,7 @@ def test_inspect_prints_the_card_and_rows_with_the_answer_marked_and_writes_no_r
     words = ["--model", "tiny", "--rows", "2", "--data.validation_split", "0.25"]
     assert main(["data", "inspect", str(path), *words]) == 0
     text = capsys.readouterr().out
-    assert "6 train, 2 validation of 8" in text
+    assert "6 training, 2 validation, of 8 read" in text
     assert text.count("[a") == 4
     assert "training row 2" in text
     assert "validation row 2" in text

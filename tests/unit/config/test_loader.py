@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import trainer.config.schema
 from trainer.config import ConfigLoader, TrainerConfig, resolve
-from trainer.config.flags import parse_flags
+from trainer.config.flags import config_fields, parse_flags
 from trainer.errors import ConfigError
+from trainer.net import CUT
 
 FILES = {
     "run.json": '{"hyperparams": {"batch_size": 2, "learning_rate": 1e-5}} // comment',
@@ -103,6 +108,89 @@ def test_a_mistake_in_a_file_is_named(content: str, expected: str, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"run\.json") as caught:
         load(path)
     assert expected in str(caught.value)
+
+
+CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
+    ({"hyperparams.warmup_steps": 1.5}, {"hyperparams.warmup_steps"}),
+    (
+        {"hyperparams.warmup_steps": 50, "hyperparams.max_steps": 10},
+        {"hyperparams.warmup_steps", "hyperparams.max_steps"},
+    ),
+    (
+        {"data.shuffle": False, "data.group_by_length": True},
+        {"data.shuffle", "data.group_by_length"},
+    ),
+    ({"data.max_bad_rows": 3}, {"data.max_bad_rows", "data.on_bad_row"}),
+    (
+        {"data.enable_packing": True, "data.shuffle": False, "data.group_by_length": False},
+        {"data.enable_packing", "data.shuffle"},
+    ),
+    (
+        {"monitoring.preview_backend": "remote_3090"},
+        {"monitoring.preview_backend", "monitoring.remote_3090_host"},
+    ),
+    (
+        {"monitoring.preview_backend": "openai"},
+        {"monitoring.preview_backend", "monitoring.openai_base_url"},
+    ),
+    (
+        {
+            "monitoring.preview_backend": "openai",
+            "monitoring.openai_base_url": f"http://{CUT}@127.0.0.1/v1",
+        },
+        {"monitoring.openai_base_url"},
+    ),
+    (
+        {
+            "monitoring.preview_backend": "openai",
+            "monitoring.openai_base_url": "http://127.0.0.1/v1",
+            "monitoring.preview_golden_logprobs": True,
+        },
+        {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
+    ),
+    (
+        {"model.add_tokens": ["r", "alpha", "name"], "hyperparams.training_mode": "lora"},
+        {"model.add_tokens", "hyperparams.training_mode"},
+    ),
+    (
+        {"hyperparams.early_stopping_patience": 2, "monitoring.micro_eval_interval": 0},
+        {"hyperparams.early_stopping_patience", "monitoring.micro_eval_interval"},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("values", "taking_part"),
+    CROSS_FIELD_MISTAKES,
+    ids=[" ".join(values) for values, _ in CROSS_FIELD_MISTAKES],
+)
+def test_a_rule_over_several_options_names_where_those_were_set_and_no_others(
+    values: dict[str, Any], taking_part: set[str], tmp_path: Path
+) -> None:
+    """Every option is set somewhere, so that each could be blamed: `lora.r` for any r in a text."""
+    nested: dict[str, dict[str, Any]] = {}
+    for key, field in config_fields().items():
+        nested.setdefault(field.section, {})[field.name] = values.get(key, field.default)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(nested))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    [told] = str(caught.value).splitlines()
+    rule, _, where = told.partition(" Set here: ")
+    assert set(re.findall(r"(\S+) from file", where)) == taking_part
+    assert all(key.split(".")[1] in rule for key in taking_part)
+
+
+def test_options_that_are_defaults_are_not_said_to_be_set() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {}, "--data.max_bad_rows", "3", "--lora.r", "4")
+    assert str(caught.value).endswith("Set here: data.max_bad_rows from flag --data.max_bad_rows.")
+
+
+def test_every_rule_over_several_options_is_tested() -> None:
+    source = inspect.getsource(trainer.config.schema)
+    assert source.count("raise CombinationError(") == len(CROSS_FIELD_MISTAKES)
+    assert "raise ValueError" not in source
 
 
 @pytest.mark.parametrize("name", ["TRAINER_NOPE", "TRAINER_HYPERPARAMS__BATCHSIZE"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.core import fs_ops
+from trainer import files
 from trainer.core.checkpoint import (
     MANIFEST,
     clean_staging,
@@ -36,7 +36,7 @@ FILES = (
 
 def write_state(folder: Path, mark: str = "x") -> None:
     for name in FILES:
-        fs_ops.write_text(folder / name, f"{name} {mark} " * 20)
+        files.write_text(folder / name, f"{name} {mark} " * 20)
 
 
 def save(root: Path, step: int, keep: int = 10, **options: object) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.config.schema import Hyperparams
-from trainer.core.arguments import RateSchedule, check_schedule, rate_factor, warmup_length
+from trainer.core.optim import RateSchedule, check_schedule, rate_factor, warmup_length
 from trainer.core.training import check_weights_moved
 from trainer.errors import ConfigError, NonFiniteError
 

@@ -13,11 +13,10 @@ import pytest
 
 from trainer.config.schema import DataSection
 from trainer.data import cache as cache_module
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.profiles import DataProfile, get_profile
-from trainer.profiles.regime3 import Regime3Profile
+from trainer.profiles.profile import Regime3Profile
 
 Prepare = Callable[..., RunData]
 

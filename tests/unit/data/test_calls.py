@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import read_rows
+from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import IGNORE_INDEX, BadRowError, RowErrors
 from trainer.data.tools import missing_arguments, parsed_arguments
 
@@ -92,11 +92,11 @@ def test_no_arguments_are_an_empty_object(make_tokenizer: Callable[..., Any], no
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ('{"a": 1', "no JSON"),
-        ("{'a': 1}", "no JSON"),
-        ('{"a": 1, "a": 2}', "stands twice"),
-        ('{"a": 1e999}', "no number"),
-        ('{"a": NaN}', "NaN is no JSON"),
+        ('{"a": 1', "not valid JSON"),
+        ("{'a': 1}", "not valid JSON"),
+        ('{"a": 1, "a": 2}', "occurs twice"),
+        ('{"a": 1e999}', "too large a number"),
+        ('{"a": NaN}', "NaN is not JSON"),
         ("[1, 2]", "a JSON list"),
         ('"Oslo"', "a JSON str"),
         (["Oslo"], "a JSON list"),
@@ -134,7 +134,7 @@ def test_a_function_call_of_sharegpt_is_spelled_alike(
         {"from": "function_call", "value": json.dumps(value)},
     ]
     path = write_rows([{"conversations": turns}])
-    [row], _ = read_rows(path, "auto", RowErrors("strict"), None)
+    [row], _ = to_rows(raw_rows(path), str(path), "auto", RowErrors("strict"), None)
     tokenizer = make_tokenizer(shipped("qwen2_5"))
     text = trained_text(tokenizer, RowEncoder(tokenizer, 512).encode(row.messages).labels)
     assert '"arguments": {"city": "Oslo", "n": 1.0}}' in text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import to_rows
+from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, get_profile
 
@@ -73,7 +72,7 @@ def test_fewer_than_two_held_out_rows_means_none_and_says_so(
     assert data.card.num_validation_rows == num_held_out
     assert len(data.train) == count - num_held_out
     assert data.card.validation.startswith("none") == (num_held_out == 0)
-    assert all(prompt.is_held_out == (num_held_out > 0) for prompt in data.preview_prompts)
+    assert all(prompt.held_out == (num_held_out > 0) for prompt in data.preview_prompts)
 
 
 class Emptying(DataProfile):

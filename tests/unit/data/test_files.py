@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.data import row_files
-from trainer.data.formats import read_rows
+from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import Row, RowErrors
 from trainer.errors import DataError
 
@@ -22,7 +22,7 @@ GOOD = json.dumps(ROWS[0]).encode()
 
 def read(path: Path, policy: str = "strict") -> tuple[list[Row], RowErrors]:
     errors = RowErrors(policy)
-    rows, _ = read_rows(path, "auto", errors, None)
+    rows, _ = to_rows(raw_rows(path), str(path), "auto", errors, None)
     return rows, errors
 
 
@@ -170,7 +170,7 @@ def test_a_csv_file_with_an_open_quote_or_twin_columns_is_one_error(tmp_path: Pa
     with pytest.raises(DataError, match="not valid CSV"):
         read(path)
     path.write_text("question,question\nq,a\n")
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         read(path)
 
 

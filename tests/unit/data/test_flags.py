@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import to_rows
+from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
 
 FLAGS = ["train", "trainable", "training", "loss", "loss_mask", "weight"]
@@ -126,7 +126,7 @@ BROKEN = {
     "unknown of a row": ({**messages({}), "mask_history": True}, "'mask_history', which seems"),
     "another unknown": ({"question": "q", "answer": "a", "Loss_scale": 2}, "'Loss_scale'"),
     "a row's words": ({**messages({}), "train": "split"}, "row: 'train' says what is trained"),
-    "by token": ({**messages({}), "assistant_masks": [0, 1]}, "token by token"),
+    "by token": ({**messages({}), "assistant_masks": [0, 1]}, "marks single tokens"),
 }
 
 

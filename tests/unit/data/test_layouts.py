@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.schema import DataSection
-from trainer.data.content import CONTENT_KEYS
-from trainer.data.formats import read_rows, to_rows
 from trainer.data.layouts import FORMATS, REFUSED_KEYS
+from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import TURN_FLAGS, Row, RowErrors
 from trainer.data.sources import find_sources, read_sources
-from trainer.data.turns import ROLES, TURN_KEYS
+from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
 from trainer.errors import ConfigError
 
 
@@ -27,7 +26,7 @@ def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 def read(path: Path, name: str = "auto", **options: Any) -> tuple[list[Row], str, RowErrors]:
     errors = RowErrors("strict")
-    rows, found = read_rows(path, name, errors, None, **options)
+    rows, found = to_rows(raw_rows(path), str(path), name, errors, None, **options)
     return rows, found, errors
 
 
@@ -81,11 +80,11 @@ REFUSED = {
         {"conversations": [{"from": "human", "value": "a"}], "tools": "[1]"},
         "'tools' must be a list of objects",
     ),
-    "tools that are no JSON": ({"messages": [USER, ASSISTANT], "tools": "{"}, "no JSON"),
+    "tools that are no JSON": ({"messages": [USER, ASSISTANT], "tools": "{"}, "not valid JSON"),
     "a tool without a name": ({"messages": [USER, ASSISTANT], "tools": [{}]}, "name its function"),
     "a call that is none": (
         {"conversations": [{"from": "function_call", "value": '{"arguments": 1}'}]},
-        "conversations[0].value is no call",
+        "conversations[0].value is not a call",
     ),
     "two systems": (
         {"system": "S", "conversations": [{"from": "system", "value": "T"}]},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.formats import read_rows
+from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import RowErrors
 from trainer.errors import DataError
 
@@ -25,7 +25,7 @@ def read(path: Path, content: str | bytes) -> tuple[list[tuple[str, str]], list[
     """(question, answer) of the rows, and what is wrong with the others."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     errors = RowErrors("strict")
-    rows, _ = read_rows(path, "auto", errors, None)
+    rows, _ = to_rows(raw_rows(path), str(path), "auto", errors, None)
     return [
         (row.messages[0]["content"], row.messages[-1]["content"]) for row in rows
     ], errors.errors
@@ -115,9 +115,9 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
     ),
     "latin-1 array": ("d.json", PRETTY.replace("\u20ac", "e").encode("latin-1"), "single-byte"),
     "packed latin-1": ("d.csv.gz", gzip.compress(TABLE.encode("cp1252")), "single-byte"),
-    "commas behind lines": ("d.jsonl", LINES.replace("}\n", "},\n"), "comma stands between"),
-    "commas between objects": ("d.json", OBJECTS.replace("}\n", "},\n"), "comma stands between"),
-    "trailing comma": ("d.json", PRETTY[:-2] + ",\n]", "comma stands before the closing ']'"),
+    "commas behind lines": ("d.jsonl", LINES.replace("}\n", "},\n"), "a comma between"),
+    "commas between objects": ("d.json", OBJECTS.replace("}\n", "},\n"), "a comma between"),
+    "trailing comma": ("d.json", PRETTY[:-2] + ",\n]", "comma before the closing ']'"),
     "trailing comma in objects": ("d.json", PRETTY.replace('"\n  }', '",\n  }'), "closing '}'"),
     "cut array": ("d.json", PRETTY[:-30], "cut off"),
     "Python dicts": ("d.jsonl", "\n".join(map(repr, ROWS)), "single quotes"),
@@ -165,19 +165,19 @@ BAD_ROWS: dict[str, tuple[str, str | bytes, str, str]] = {
         "d.jsonl",
         f'{GOOD}\n{{"question": "q", "answer": "a", "answer": "b"}}',
         ":2",
-        "'answer' stands twice",
+        "'answer' occurs twice",
     ),
     "key of a turn twice": (
         "d.jsonl",
         '{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n' + GOOD,
         ":1",
-        "'content' stands twice",
+        "'content' occurs twice",
     ),
     "key twice in an array": (
         "d.json",
         f'[{GOOD}, {{"question": "q", "question": "q"}}]',
         "[1]",
-        "'question' stands twice",
+        "'question' occurs twice",
     ),
     "NaN": (
         "d.jsonl",
@@ -213,7 +213,7 @@ BAD_ROWS: dict[str, tuple[str, str | bytes, str, str]] = {
         ":1",
         "cut off",
     ),
-    "comma behind one line": ("d.jsonl", f"{GOOD}\n{GOOD},\n{GOOD}", ":2", "a comma stands behind"),
+    "comma behind one line": ("d.jsonl", f"{GOOD}\n{GOOD},\n{GOOD}", ":2", "a comma after the row"),
     "one line in cp1252": (
         "d.jsonl",
         f"{GOOD}\n{GOOD}".encode().replace(b'"q"', b'"gr\xfcn"', 1),

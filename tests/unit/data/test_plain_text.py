@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.data.content import TEXT_ROLE, prompt_border
-from trainer.data.dataset import RunData
-from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
-from trainer.data.rows import IGNORE_INDEX, BadRowError
+from trainer.data.dataset import RunData, prepare_data
+from trainer.data.encode import RowEncoder, prompt_border
+from trainer.data.rows import IGNORE_INDEX, TEXT_ROLE, BadRowError
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import Message, get_profile
 
@@ -111,7 +109,7 @@ def test_rows_with_the_key_text_are_found_and_said_on_the_card(
     path = write_rows([{"text": FOX, "id": 1}, {"text": "the dog"}])
     card = prepared(path, tokenizer).card
     assert card.format == "text"
-    assert card.template == "every token of plain text, and end-of-text behind it"
+    assert card.template == "every token of plain text and its end-of-text token"
     assert card.num_trained_tokens == card.num_tokens - 2
     assert prepared(path, tokenizer, data={"format": "text"}).card.format == "text"
 
@@ -123,7 +121,10 @@ def test_text_and_turns_may_stand_in_two_files(
     two = write_rows([{"question": "q", "answer": "a"}], "two.jsonl")
     data = prepared(Path(f"{one},{two}"), tokenizer)
     assert data.card.format == "text, question_answer"
-    assert "generation markers); every token of plain text" in data.card.template
+    assert (
+        "generation markers of the model's own chat template; every token of plain text"
+        in data.card.template
+    )
     assert data.train[0]["labels"][1:].min() >= 0
     assert data.train[1]["labels"].min() == IGNORE_INDEX
 

@@ -10,10 +10,10 @@ import pytest
 
 from tests.trust.oracle import FAMILIES
 from trainer.config.schema import DataSection
-from trainer.data.dataset import RunData
+from trainer.data.card import card_lines
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import TemplateReader
-from trainer.data.prepare import prepare_data
+from trainer.data.rendered import TemplateReader
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import get_profile
 
@@ -56,7 +56,7 @@ def test_text_with_the_templates_markers_is_trained_as_its_conversation(
     assert trained(data) == "brown fox<|im_end|>"
     assert data.train_texts == (("the quick", "brown fox"),)
     assert data.card.num_rendered == 1
-    assert dict(data.card.as_json()["row_lines"])["rendered text"].startswith("1 rows of text")
+    assert dict(card_lines(data.card))["rendered text"].startswith("1 texts")
 
 
 def test_turns_from_text_are_turns_in_every_way(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import to_rows
 from trainer.data.layouts import FORMATS
+from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -72,8 +72,8 @@ def test_a_system_prompt_beside_an_equal_system_turn_is_one_and_beside_another_a
 def test_text_must_say_what_stands_beside_it() -> None:
     assert turns({"text": "S: be brief", "system": "be brief"})[0]["role"] == "text"
     assert turns({"text": "call weather", "tools": [TOOL]})[0]["content"] == "call weather"
-    assert "a 'system' beside 'text'" in refusal({"text": "words", "system": "be brief"})
-    assert "the tools 'weather' beside 'text'" in refusal({"text": "words", "functions": [TOOL]})
+    assert "a 'system' beside a 'text'" in refusal({"text": "words", "system": "be brief"})
+    assert "the tools 'weather' beside a 'text'" in refusal({"text": "words", "functions": [TOOL]})
 
 
 def test_context_goes_under_the_question_where_the_layout_is_known() -> None:
@@ -110,7 +110,7 @@ def test_content_that_the_model_would_miss_is_a_bad_row(layout: str, key: str) -
         if list_key in PLAIN[layout] and isinstance(PLAIN[layout][list_key], list):
             *first, last = PLAIN[layout][list_key]
             row = {**PLAIN[layout], list_key: [*first, {**last, key: "x"}]}
-            assert f"has {key!r}, content that cannot be trained on" in refusal(row)
+            assert f"has {key!r}, content that is not supported" in refusal(row)
 
 
 CHANGED = {
@@ -190,5 +190,7 @@ def test_keys_without_an_effect_are_counted_and_refuse_no_row(row: dict[str, Any
 def test_lists_may_be_json_text_as_tables_hold_them() -> None:
     for key in ("messages", "conversations", "conversation"):
         assert turns({key: json.dumps([U, A]), "tools": "[]"}) == [U, A]
-    assert "'messages' is text that is no JSON" in refusal({"messages": "[{'role': 'user'}]"})
+    assert "'messages' is text that is not valid JSON" in refusal(
+        {"messages": "[{'role': 'user'}]"}
+    )
     assert "'messages' is str" in refusal({"messages": "hello"})

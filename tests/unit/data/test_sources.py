@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.data.rows import RowErrors
 from trainer.data.sources import Source, find_sources, read_sources
 from trainer.errors import ConfigError, DataError

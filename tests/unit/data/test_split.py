@@ -11,9 +11,8 @@ import pytest
 from trainer.config.schema import DataSection
 from trainer.data import dataset
 from trainer.data.card import card_lines
-from trainer.data.dataset import RunData
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.profiles import get_profile
 
 Rows = list[dict[str, Any]]
@@ -110,7 +109,7 @@ def check_sides(prepare: Callable[..., RunData], tokenizer: Any, case: str) -> N
     assert not held & trained
     wanted = section.get("validation_split", 0.1) * len(rows)
     assert abs(len(data.validation) - wanted) <= wanted / 4
-    assert all(prompt.is_held_out for prompt in data.preview_prompts)
+    assert all(prompt.held_out for prompt in data.preview_prompts)
     assert len(data.preview_prompts) == len(held)
     assert data.card.num_leaked == 0
 
@@ -143,8 +142,8 @@ def test_a_prompt_that_most_rows_share_is_split_by_answers_and_named(
     assert len(data.validation) == 10
     assert data.card.shared_prompts == ((95, "write a poem"),)
     lines = dict(card_lines(data.card))
-    assert lines["shared"].startswith("95 rows share one prompt, 'write a poem'")
-    flags = {prompt.prompt: prompt.is_held_out for prompt in data.preview_prompts}
+    assert lines["shared"].startswith("95 rows have the same prompt, 'write a poem'")
+    flags = {prompt.prompt: prompt.held_out for prompt in data.preview_prompts}
     assert flags.pop("write a poem") is False
     assert all(flags.values())
     assert data.card.num_leaked == 10 - len(flags)
@@ -153,12 +152,10 @@ def test_a_prompt_that_most_rows_share_is_split_by_answers_and_named(
 
 def test_prompts_that_are_nowhere_trained_are_shown_first(prepare: Callable[..., RunData]) -> None:
     data = prepare(popular(200))
-    shown = [prompt.is_held_out for prompt in data.preview_prompts]
+    shown = [prompt.held_out for prompt in data.preview_prompts]
     assert shown == sorted(shown, reverse=True)
     assert shown[0]
-    assert [p.is_held_out for p in prepare(popular(200), num_preview=3).preview_prompts] == [
-        True
-    ] * 3
+    assert [p.held_out for p in prepare(popular(200), num_preview=3).preview_prompts] == [True] * 3
 
 
 def test_prompts_of_a_validation_file_that_are_trained_too_are_named_and_not_called_held_out(
@@ -166,7 +163,7 @@ def test_prompts_of_a_validation_file_that_are_trained_too_are_named_and_not_cal
 ) -> None:
     own = [{"question": "question 1?", "answer": "another"}, {"question": "new", "answer": "x"}]
     data = prepare(several_answers(20, 2), validation_path=str(write_rows(own, "val.jsonl")))
-    assert {p.prompt: p.is_held_out for p in data.preview_prompts} == {
+    assert {p.prompt: p.held_out for p in data.preview_prompts} == {
         "question 1?": False,
         "new": True,
     }
@@ -204,5 +201,5 @@ def test_texts_are_parted_by_their_own_content(prepare: Callable[..., RunData]) 
     rows = [{"text": f"the same beginning of every text {n} {n}"} for n in range(60)]
     data = prepare([*rows, *rows])
     assert len(data.validation) == 12
-    assert all(prompt.is_held_out for prompt in data.preview_prompts)
+    assert all(prompt.held_out for prompt in data.preview_prompts)
     assert data.card.shared_prompts == ()

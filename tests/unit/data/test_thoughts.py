@@ -11,8 +11,8 @@ import pytest
 
 from trainer.config.schema import DataSection
 from trainer.data.card import card_lines
+from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.data.rows import IGNORE_INDEX, BadRowError
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import get_profile
@@ -67,7 +67,7 @@ def test_a_template_without_a_place_for_thoughts_has_them_in_the_answer(
     encoder = RowEncoder(tokenizer, 512)
     assert encoder.encode(THINKS).input_ids == encoder.encode(THINKS_INSIDE).input_ids
     words = lines_of(prepare(tokenizer, [THINKS]))["thoughts"]
-    assert words.startswith("of 1 answers: trained; written as <think>...</think>")
+    assert words.startswith("1 answers have one: trained; written as <think>...</think>")
 
 
 @pytest.mark.parametrize("row", [THINKS, THINKS_INSIDE])
@@ -81,7 +81,7 @@ def test_an_untrained_thought_is_read_and_belongs_to_the_prompt(
     assert "five and seven" in trained_text(tokenizer, whole.encode(row).labels)
     assert trained_text(tokenizer, cut.encode(row).labels) == "twelve<|im_end|>"
     assert tokenizer.decode(cut.encode(row).prompt_ids).endswith("five and seven\n</think>\n\n")
-    assert "not trained" in lines_of(prepare(tokenizer, [row], trained=False))["thoughts"]
+    assert "context only, no loss" in lines_of(prepare(tokenizer, [row], trained=False))["thoughts"]
 
 
 def test_leaving_thoughts_untrained_where_there_are_none_is_an_error(
@@ -105,8 +105,8 @@ def test_thoughts_of_earlier_turns_are_named_on_the_card(
     tokenizer = make_tokenizer(shipped("qwen3"))
     later = [{**THINKS[1], "content": "done", "reasoning_content": "a last thought"}]
     lines = lines_of(prepare(tokenizer, [[*THINKS, THINKS[0], *later]]))
-    assert "leaves out text of 1 rows: 'five and seven'" in lines["stripped"]
-    assert lines["thoughts"] == "of 1 answers: trained"
+    assert "leaves out text of 1 rows, such as 'five and seven'" in lines["stripped"]
+    assert lines["thoughts"] == "1 answers have one: trained"
 
 
 def test_the_card_says_what_a_server_will_add_to_the_prompt(
@@ -115,11 +115,11 @@ def test_the_card_says_what_a_server_will_add_to_the_prompt(
     row = [THINKS[0], {"role": "assistant", "content": "twelve"}]
     tokenizer = make_tokenizer(shipped("deepseek_r1_distill"))
     data = prepare(tokenizer, [row, row])
-    assert "a server will add '<think>\\n'" in lines_of(data)["prompt"]
+    assert "ends prompts with '<think>\\n', which a server will add" in lines_of(data)["prompt"]
     assert "2 rows" in lines_of(data)["prompt"]
     [prompt] = data.preview_prompts
     [ids] = [data.train[0]["input_ids"].tolist()]
-    assert list(prompt.prompt_ids) == ids[: len(prompt.prompt_ids)]
+    assert list(prompt.prompt_token_ids) == ids[: len(prompt.prompt_token_ids)]
     assert "prompt" not in lines_of(prepare(make_tokenizer(shipped("qwen3")), [row]))
 
 

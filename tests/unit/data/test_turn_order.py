@@ -9,7 +9,7 @@ import pytest
 from tests.trust.oracle import FAMILIES
 from tests.trust.test_shipped_templates import tokenizer_with
 from trainer.data.encode import RowEncoder
-from trainer.data.formats import to_rows
+from trainer.data.row_files import to_rows
 from trainer.data.rows import IGNORE_INDEX, BadRowError, Example, RowErrors
 
 GREETED: dict[str, Any] = {

@@ -14,10 +14,9 @@ import pytest
 import transformers.utils.chat_template_utils as chat_templates
 
 from trainer.config.schema import DataSection
-from trainer.core.model_folder import FinishedRun, open_run
-from trainer.data.dataset import RunData
+from trainer.core.finished import FinishedRun, open_run
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.data.template import ChatTemplate
 from trainer.models import chat_template
 from trainer.models.chat_template import date_options, fix_date, is_dated, printed_dates

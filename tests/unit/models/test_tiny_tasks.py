@@ -14,17 +14,18 @@ import pytest
 
 from trainer.errors import ConfigError, OutputError
 from trainer.models.make_tiny_tokenizer import save_tokenizer
-from trainer.models.tiny import TINY_TOKENIZER_DIR, load_tiny_tokenizer
-from trainer.models.tiny_tasks import (
+from trainer.models.tiny import (
     DEMO_SYSTEM_PROMPT,
     OPERATIONS,
+    TINY_TOKENIZER_DIR,
     DemoData,
     Task,
+    load_tiny_tokenizer,
     make_tasks,
     operation_of,
     write_demo_data,
 )
-from trainer.profiles.regime3 import wrap_answer
+from trainer.profiles.profile import wrap_answer
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -77,7 +78,7 @@ def test_rows_are_spread_evenly_and_held_out_ones_are_all_different(tmp_path: Pa
 def test_the_same_seed_writes_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; "
-        "from trainer.models.tiny_tasks import write_demo_data; "
+        "from trainer.models.tiny import write_demo_data; "
         "write_demo_data(Path(sys.argv[1]), num_train_rows=500, seed=3)"
     )
     for name, hash_seed in (("a", "1"), ("b", "2")):

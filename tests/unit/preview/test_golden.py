@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.core.previews import held_out_requests
+from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.prepare import prepare_data
 from trainer.data.rows import golden_text
 from trainer.preview import base, local
 from trainer.preview.base import PreviewRequest, PreviewResult, is_match
@@ -177,7 +176,7 @@ def test_previews_ask_with_the_whole_conversation_also_from_the_cache(
             seed=0,
             num_preview=1,
         )
-        [request] = held_out_requests(data.preview_prompts)
+        [request] = data.preview_prompts
         assert [turn["role"] for turn in request.messages] == ["system", "user"]
         assert request.messages[0]["content"] == "Be terse."
         assert request.messages[1]["tools"] == tools

@@ -1,188 +1,219 @@
-"""One exchange has an end and a size, whatever the server does with bytes, headers and time."""
+"""The client of a preview server: every failure is a result, in time, and says what to do."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import socket
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from trainer.errors import ConfigError, PreviewError
-from trainer.preview.base import PreviewRequest
-from trainer.preview.http import BoundedClient, RefusedError, TooSlowError
-from trainer.preview.openai import OpenAIPreviewBackend
+from trainer.monitoring.preview_backend import create_preview_backend
+from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
+from trainer.preview.http import Remote3090Backend
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-Answer = Callable[[socket.socket, bytes], None]
+Handle = Callable[[BaseHTTPRequestHandler], None]
 
 
 @pytest.fixture
-def raw() -> Iterator[Callable[[Answer], str]]:
-    """A function that starts a server on the level of bytes, and returns its address."""
-    listeners: list[socket.socket] = []
+def serve() -> Iterator[Callable[[Handle], int]]:
+    """A function that starts a real HTTP server on loopback and returns its port."""
+    servers: list[ThreadingHTTPServer] = []
 
-    def start(answer: Answer) -> str:
-        listener = socket.create_server(("127.0.0.1", 0))
-        listeners.append(listener)
+    def start(handle: Handle) -> int:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                length = int(self.headers.get("content-length", 0))
+                self.body = json.loads(self.rfile.read(length) or b"null")
+                handle(self)
 
-        def serve(connection: socket.socket) -> None:
-            try:
-                answer(connection, connection.recv(65536))
-            except OSError:
-                pass  # the client went away, as it should
-            finally:
-                connection.close()
+            do_GET = do_DELETE = do_POST  # noqa: N815
 
-        def listen() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+            def log_message(self, *_: Any) -> None: ...
 
-        threading.Thread(target=listen, daemon=True).start()
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return int(server.server_address[1])
 
     yield start
-    for listener in listeners:
-        listener.close()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
-def whole(body: bytes, *headers: bytes) -> bytes:
-    lines = b"".join(header + b"\r\n" for header in headers)
-    return OK + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body
-
-
-def client(url: str, **options: Any) -> BoundedClient:
-    return BoundedClient(url, None, timeout_s=1.0, timeout_name="time-out", **options)
-
-
-def drip_status(connection: socket.socket, _: bytes) -> None:
-    for byte in b"HTTP/1.1 200 OK\r\n" * 1000:
-        connection.sendall(bytes([byte]))
-        time.sleep(0.2)
-
-
-def drip_header(connection: socket.socket, _: bytes) -> None:
-    connection.sendall(OK + b"X-A: ")
-    while True:
-        connection.sendall(b"a")
-        time.sleep(0.2)
-
-
-def drip_headers(connection: socket.socket, _: bytes) -> None:
-    connection.sendall(OK)
-    while True:
-        connection.sendall(b"X-A: b\r\n")
-        time.sleep(0.2)
-
-
-def drip_body(connection: socket.socket, _: bytes) -> None:
-    connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n")
-    while True:
-        connection.sendall(b"1\r\n \r\n")
-        time.sleep(0.2)
-
-
-def say_nothing(connection: socket.socket, _: bytes) -> None:
-    time.sleep(60)
-
-
-@pytest.mark.parametrize("fault", [drip_status, drip_header, drip_headers, drip_body, say_nothing])
-def test_every_kind_of_slowness_ends_with_the_deadline_and_the_next_one_is_asked(
-    raw: Callable[[Answer], str], fault: Answer
+def reply(
+    handler: Any, body: Any, status: int = 200, headers: dict[str, str] | None = None
 ) -> None:
-    is_slow = [True]
-
-    def answer(connection: socket.socket, asked: bytes) -> None:
-        if is_slow.pop() if is_slow else False:
-            fault(connection, asked)
-        connection.sendall(whole(b'{"a": 1}'))
-
-    made = client(raw(answer))
-    with pytest.raises(TooSlowError, match="did not answer within 1 s"):
-        made.call("GET", "/x", time.monotonic() + 1.0)
-    assert made.call("GET", "/x", time.monotonic() + 20.0) == (200, {"a": 1})
-    made.close()
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    handler.send_response(status)
+    for name, value in {"content-length": str(len(data)), **(headers or {})}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(data)
 
 
-def test_a_drip_at_the_start_does_not_hold_training_up(
-    raw: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
+def ask(port: int, **options: Any) -> PreviewResult:
+    backend = Remote3090Backend(host="127.0.0.1", port=port, **{"timeout": 2, **options})
+    try:
+        return backend.preview("hi", "hello", 7, max_new_tokens=5)
+    finally:
+        backend.close()
+
+
+def test_an_answer_becomes_a_result(serve: Callable[[Handle], int]) -> None:
+    seen: dict[str, Any] = {}
+
+    def handle(handler: Any) -> None:
+        seen.update(handler.body, auth=handler.headers["authorization"], path=handler.path)
+        reply(handler, {"text": "hello", "tokens_generated": 3, "generation_time_sec": 0.5})
+
+    result = ask(
+        serve(handle), api_key="k1", stop=("##",), compare=lambda a, b: a == b, model_id="m"
+    )
+    assert (result.text, result.step, result.matches) == ("hello", 7, True)
+    assert (result.tokens_generated, result.tokens_per_sec) == (3, 6.0)
+    assert result.weights_id is None  # unverified: the server did not say
+    assert (seen["path"], seen["prompt"], seen["max_new_tokens"]) == ("/generate", "hi", 5)
+    assert (seen["auth"], seen["stop"], seen["model_id"]) == ("Bearer k1", ["##"], "m")
+
+
+def test_exact_ids_are_sent_as_ids(serve: Callable[[Handle], int]) -> None:
+    seen: list[Any] = []
+
+    def handle(handler: Any) -> None:
+        seen.append(handler.body)
+        reply(handler, {"text": "x", "weights_id": "abc"})
+
+    backend = Remote3090Backend(host="127.0.0.1", port=serve(handle))
+    request = PreviewRequest(prompt="shown", prompt_token_ids=(4, 5), prompt_id="validation-1")
+    [result] = backend.preview_batch([request], 3)
+    assert seen[0]["prompt_token_ids"] == [4, 5]
+    assert "prompt" not in seen[0]
+    assert (result.weights_id, result.prompt_id) == ("abc", "validation-1")
+    backend.close()
+
+
+def test_a_job_is_polled_until_it_is_done(serve: Callable[[Handle], int]) -> None:
+    polls: list[str] = []
+
+    def handle(handler: Any) -> None:
+        if handler.command == "POST":
+            return reply(handler, {"job_id": "j-1", "status": "queued"}, 202)
+        polls.append(handler.path)
+        state = {"status": "running"}
+        if len(polls) > 2:
+            state = {"status": "done", "result": {"text": "late"}}  # type: ignore[dict-item]
+        return reply(handler, state)
+
+    assert ask(serve(handle)).text == "late"
+    assert len(polls) == 3
+    assert polls[0].startswith("/jobs/j-1?wait=")
+
+
+def test_a_job_that_never_ends_is_given_up_in_time_and_cancelled(
+    serve: Callable[[Handle], int],
 ) -> None:
-    monkeypatch.setattr("trainer.preview.openai.START_TIMEOUT_S", 0.5)
-    backend = OpenAIPreviewBackend(base_url=f"{raw(drip_header)}/v1", timeout=0.5)
-    with pytest.raises(TooSlowError):
-        backend.check()
-    [result] = backend.preview_batch([PreviewRequest(prompt="hi")], 1)
-    assert "did not answer" in (result.error_message or "")
+    deleted = threading.Event()
+
+    def handle(handler: Any) -> None:
+        if handler.command == "POST":
+            return reply(handler, {"job_id": "j1"}, 202)
+        if handler.command == "DELETE":
+            deleted.set()
+        return reply(handler, {"status": "running"})
+
+    result = ask(serve(handle), timeout=0.5)
+    assert "did not answer within 0.5 s" in (result.error_message or "")
+    assert deleted.wait(5)
 
 
-def test_no_packing_is_asked_for(raw: Callable[[Answer], str]) -> None:
-    seen: list[bytes] = []
+def test_a_busy_server_is_asked_again_when_it_says_so(serve: Callable[[Handle], int]) -> None:
+    calls: list[float] = []
 
-    def answer(connection: socket.socket, asked: bytes) -> None:
-        seen.append(asked.lower())
-        connection.sendall(whole(b"{}"))
+    def handle(handler: Any) -> None:
+        calls.append(time.monotonic())
+        if len(calls) == 1:
+            return reply(handler, {}, 503, {"retry-after": "0.3"})
+        return reply(handler, {"text": "ok"})
 
-    client(raw(answer)).call("GET", "/x", time.monotonic() + 20.0)
-    assert b"accept-encoding: identity\r\n" in seen[0]
+    assert ask(serve(handle), timeout=10).text == "ok"
+    assert calls[1] - calls[0] >= 0.3
 
 
-@pytest.mark.parametrize(
-    ("name", "packed"),
-    [(b"gzip", gzip.compress(b'{"a": 1}')), (b"deflate", zlib.compress(b'{"a": 1}'))],
-    ids=["gzip", "deflate"],  # packed bytes hold the time
-)
-def test_an_answer_that_is_packed_all_the_same_is_read(
-    raw: Callable[[Answer], str], name: bytes, packed: bytes
+CASES: dict[str, tuple[Handle, str]] = {
+    "garbage": (lambda h: reply(h, b"<html>"), "not JSON"),
+    "wrong schema": (lambda h: reply(h, {"answer": "x"}), "another shape"),
+    "wrong type": (lambda h: reply(h, {"text": 5}), "another shape"),
+    "a list": (lambda h: reply(h, [1]), "another shape"),
+    "deep nesting": (lambda h: reply(h, b"[" * 100_000), "not JSON"),
+    "wrong key": (lambda h: reply(h, {}, 401), "ULTIMATE_TRAINER_KEY"),
+    "refused": (lambda h: reply(h, {"detail": "other tokenizer"}, 422), "other tokenizer"),
+    "server error": (lambda h: reply(h, {"detail": "boom"}, 500), "boom"),
+    "redirect": (lambda h: reply(h, b"", 307, {"location": "http://127.0.0.1:1/"}), "redirect"),
+    "too busy": (lambda h: reply(h, {}, 429, {"retry-after": "3600"}), "busy"),
+    "no job id": (lambda h: reply(h, {"job_id": "../../etc"}, 202), "no usable job_id"),
+    "large": (lambda h: reply(h, b'"' + b"x" * (2 << 20) + b'"'), "more than 1048576 bytes"),
+    "hangs up": (lambda h: h.connection.close(), "cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_failure_is_a_result_that_says_what_to_do(
+    serve: Callable[[Handle], int], case: str
 ) -> None:
-    url = raw(lambda connection, _: connection.sendall(whole(packed, b"Content-Encoding: " + name)))
-    assert client(url).call("GET", "/x", time.monotonic() + 20.0) == (200, {"a": 1})
+    handle, words = CASES[case]
+    result = ask(serve(handle))
+    assert not result.ok
+    assert words in (result.error_message or "")
+    assert (result.text, result.finish_reason, result.golden_answer) == ("", "error", "hello")
 
 
-@pytest.mark.parametrize(
-    ("body", "header", "words"),
-    [
-        (
-            gzip.compress(b" " * 3_000_000, mtime=0),
-            b"Content-Encoding: gzip",
-            "more than 1048576 bytes",
-        ),
-        (b"{}", b"Content-Encoding: gzip", "is no gzip"),
-        (b"{}", b"Content-Encoding: br", "'br', which was not asked for"),
-        (b"x" * 2_000_000, b"X-A: b", "more than 1048576 bytes"),
-    ],
-)
-def test_what_cannot_be_read_is_an_error_of_bounded_size(
-    raw: Callable[[Answer], str], body: bytes, header: bytes, words: str
+@pytest.mark.parametrize("trickle", [False, True], ids=["silent", "trickles"])
+def test_a_server_that_never_finishes_is_given_up_in_time(
+    serve: Callable[[Handle], int], trickle: bool
 ) -> None:
-    url = raw(lambda connection, _: connection.sendall(whole(body, header)))
-    with pytest.raises(PreviewError, match=words):
-        client(url).call("GET", "/x", time.monotonic() + 20.0)
+    def handle(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("content-length", "100000")
+        handler.end_headers()
+        for _ in range(100):
+            time.sleep(0.1)
+            if trickle:
+                handler.wfile.write(b" ")
+
+    started = time.monotonic()
+    result = ask(serve(handle), timeout=0.6)
+    assert "did not answer within" in (result.error_message or "")
+    assert time.monotonic() - started < 8
 
 
-def test_a_page_instead_of_a_reason_is_a_refusal_with_its_status(
-    raw: Callable[[Answer], str],
+def test_a_dead_server_is_asked_once_for_a_whole_batch() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    backend = create_preview_backend("remote_3090", host="127.0.0.1", port=port)
+    assert isinstance(backend, PreviewBackend)
+    results = backend.preview_batch([PreviewRequest(prompt=str(n)) for n in range(3)], 1)
+    assert [result.prompt for result in results] == ["0", "1", "2"]
+    assert all("cannot be reached" in (result.error_message or "") for result in results)
+    backend.close()
+
+
+def test_the_key_comes_from_the_environment(
+    serve: Callable[[Handle], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = b"<html><body><h1>502 Bad Gateway</h1></body></html>"
-    answer = b"HTTP/1.1 502 Bad\r\nContent-Length: %d\r\n\r\n" % len(page) + page
-    url = raw(lambda connection, _: connection.sendall(answer))
-    with pytest.raises(RefusedError, match="502 Bad Gateway") as caught:
-        client(url).call("GET", "/x", time.monotonic() + 20.0)
-    assert caught.value.status == 502
+    seen: list[str] = []
 
+    def handle(handler: Any) -> None:
+        seen.append(handler.headers["authorization"])
+        reply(handler, {"text": "x"})
 
-@pytest.mark.parametrize("body", [b"not json", json.dumps([1]).encode(), b'{"data": [1]}'])
-def test_a_list_of_models_that_is_none_stops_the_start(
-    raw: Callable[[Answer], str], body: bytes
-) -> None:
-    url = raw(lambda connection, _: connection.sendall(whole(body)))
-    with pytest.raises(ConfigError, match="OpenAI-compatible"):
-        OpenAIPreviewBackend(base_url=f"{url}/v1").check()
+    monkeypatch.setenv("ULTIMATE_TRAINER_KEY", "from-env")
+    ask(serve(handle))
+    assert seen == ["Bearer from-env"]

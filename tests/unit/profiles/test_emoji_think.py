@@ -12,7 +12,7 @@ import torch
 from trainer.errors import ProfileError
 from trainer.preview.generate import GenerationSettings, generate
 from trainer.profiles import get_profile
-from trainer.profiles.logits import StopPush, ThinkPenalty, vocabulary_texts
+from trainer.profiles.emoji_think import StopPush, ThinkPenalty, vocabulary_texts
 
 THINK, STOP = "\N{THINKING FACE}", "\N{OCTAGONAL SIGN}"
 ONE_EACH = {"think_emoji": [THINK], "stop_emoji": [STOP]}

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.errors import ProfileError
 from trainer.profiles import DataProfile, get_profile, known_profiles
-from trainer.profiles.regime3 import wrap_answer
+from trainer.profiles.profile import wrap_answer
 
 S, E = "<<ANS_START>>", "<<ANS_END>>"
 

@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 
 from trainer.preview.base import PreviewRequest
 from trainer.preview.neutral import as_received, golden_logprobs
-from trainer.publish import results
-from trainer.publish.results import CANARY_TOKENS, NOISE_FP32, Canary, canary_rows
+from trainer.publish import identity
+from trainer.publish.identity import CANARY_TOKENS, NOISE_FP32, Canary, canary_rows
 
 NUM_CANARIES = 48
 Pair = tuple[list[int], list[int]]
@@ -229,7 +229,7 @@ def test_mutant_canary_tolerance_for_the_whole_sum_is_killed(
     # 0.02 nats a token, whatever the number of tokens: what was allowed in bf16 once.
     worker = worker_of(in_training)
     one_step(in_training)
-    monkeypatch.setattr(results.math, "sqrt", lambda n: 0.02 * n / NOISE_FP32)
+    monkeypatch.setattr(identity.math, "sqrt", lambda n: 0.02 * n / NOISE_FP32)
     assert num_verified(in_training, worker, long_pair()) == 1
 
 

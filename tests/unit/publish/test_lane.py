@@ -12,8 +12,8 @@ import torch
 
 from trainer.preview.base import PreviewRequest
 from trainer.preview.scheduler import Finished
+from trainer.publish.identity import Canary
 from trainer.publish.lane import PublishedPreviews
-from trainer.publish.results import Canary
 from trainer.publish.snapshot import Snapshotter
 
 REQUESTS = [PreviewRequest(prompt="a"), PreviewRequest(prompt="b")]

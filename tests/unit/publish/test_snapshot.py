@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from trainer.errors import PreviewError
 from trainer.publish import snapshot
-from trainer.publish.client import WeightFile
 from trainer.publish.identity import canonical_tensors, model_manifest
 from trainer.publish.snapshot import FOLDER_PREFIX, Snapshotter, arena_folder
+from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import ServerHashes
 
 CPU = torch.device("cpu")

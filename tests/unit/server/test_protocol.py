@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from trainer.server import protocol
-from trainer.server.auth import Guard
+from trainer.server.auth import KeyDoor, guarded
 
 OK = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
@@ -42,7 +42,11 @@ def port() -> Iterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(512)
         config = uvicorn.Config(
-            Guard(app), http=protocol.BoundedProtocol, ws="none", lifespan="off", log_level="error"
+            guarded(KeyDoor(app)),
+            http=protocol.BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            log_level="error",
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -187,7 +191,8 @@ def test_requests_one_behind_the_other_on_one_connection_are_answered(port: int)
 
 def test_large_bodies_share_a_budget_and_small_ones_are_taken_beside_them() -> None:
     """What is held is given back, however a request ends."""
-    guard = Guard(app, max_held=1 << 20)
+    door = KeyDoor(app, max_held=1 << 20)
+    guard = guarded(door)
 
     async def once(sizes: list[int]) -> list[Any]:
         async def ask(size: int) -> Any:
@@ -213,7 +218,7 @@ def test_large_bodies_share_a_budget_and_small_ones_are_taken_beside_them() -> N
         return await asyncio.gather(*map(ask, sizes))
 
     assert asyncio.run(once([900_000, 900_000, 10_000])).count(503) == 1
-    assert guard.held == 0
+    assert door.held == 0
     assert asyncio.run(once([900_000, 10_000])) == [200, 200]
 
 
@@ -230,5 +235,5 @@ def test_large_bodies_share_a_budget_and_small_ones_are_taken_beside_them() -> N
 )
 def test_only_parts_of_weights_may_be_long(path: str, size: int, status: int | None) -> None:
     headers = {"host": "127.0.0.1", "content-length": str(size)}
-    refusal = Guard(app)._refusal(path, headers)
-    assert (refusal[0] if refusal is not None else None) == status
+    refusal = KeyDoor(app).refusal(path, headers)
+    assert (refusal.status if refusal is not None else None) == status

@@ -78,7 +78,7 @@ def ask(guard: Any, method: str, path: str, headers: dict[str, str]) -> int:
 
 
 def test_the_table_here_names_every_route_of_the_app(guard: Any) -> None:
-    assert routes(guard.app) == set(SCOPES), "give a new route its scope here, and test it"
+    assert routes(guard.door.app) == set(SCOPES), "give a new route its scope here, and test it"
 
 
 @pytest.mark.parametrize("path", SCOPES)
@@ -122,7 +122,7 @@ def test_two_authorization_or_host_headers_are_refused(guard: Any) -> None:
 
 @pytest.mark.parametrize("path", ["/boom", "/v1/boom"])
 def test_an_unforeseen_error_tells_a_client_nothing(guard: Any, path: str) -> None:
-    @guard.app.get(path)
+    @guard.door.app.get(path)
     async def boom() -> None:
         raise RuntimeError("/root/secret.py broke")
 

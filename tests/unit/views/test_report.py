@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from trainer.cli import main
-from trainer.commands.records import RunRecords
 from trainer.monitoring.status_reader import TrainingStatusReader
 from trainer.views.metrics import short_number
-from trainer.views.report import render_report
+from trainer.views.report import RunRecords, render_report
 
 MakeRun = Callable[..., Any]
+OLD_RUN = Path(__file__).parents[2] / "data" / "run_before_semantics" / "run"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 913 * 917 }}"
 
 
@@ -91,6 +91,7 @@ def test_hostile_text_is_text_everywhere(made_up_run: MakeRun, tmp_path: Path) -
         json.dumps(
             {
                 "data_card": card,
+                "data_card_lines": [[HOSTILE, HOSTILE], HOSTILE, [HOSTILE]],
                 "config": {HOSTILE: {HOSTILE: HOSTILE}},
                 "environment": {HOSTILE: HOSTILE},
                 "data_files_sha256": {HOSTILE: HOSTILE},
@@ -109,6 +110,25 @@ def test_hostile_text_is_text_everywhere(made_up_run: MakeRun, tmp_path: Path) -
     assert found.text.count(HOSTILE) >= 12
     assert "837221" not in found.text
     assert html.escape("<img src=x onerror=alert(3)>") in page
+
+
+def test_a_run_whose_card_has_no_recorded_lines_is_shown_by_the_recorded_values(
+    made_up_run: MakeRun,
+) -> None:
+    run = made_up_run()
+    manifest = json.loads((OLD_RUN / "run.json").read_text())
+    assert "data_card_lines" not in manifest
+    (run.folder / "run.json").write_text(json.dumps(manifest))
+    text = Elements(render_report(run.read())).text
+    for label, value in (
+        ("num train rows", "19"),
+        ("num validation rows", "5"),
+        ("num dropped", "0"),
+        ("is stop trained", "true"),
+        ("validation", "20.0% of the rows, by content hash and seed 42"),
+    ):
+        assert f"\n{label}{value}\n" in text
+    assert "what is 0 plus 0?" in text  # the sample row
 
 
 def test_it_asks_for_nothing_from_outside(made_up_run: MakeRun) -> None:

@@ -236,3 +236,40 @@ def kill(folder: Path) -> None:
     ended.wait()
     path = folder / "status.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pid": ended.pid}))
+
+
+def test_every_reader_counts_the_same_lines_of_a_run_that_was_resumed(tmp_path: Path) -> None:
+    """The run's own reader and the page's: one rule for lines that a resume made void."""
+
+    def step(number: Any, loss: float) -> dict[str, Any]:
+        return {"type": "StepDone", "step": number, "train_loss": loss, "total_steps": 9}
+
+    lines: list[Any] = [
+        *(step(number, 1.0) for number in range(1, 7)),
+        {"type": "resumed", "step": True},  # none of ours: a line of a run has a whole number
+        {"type": "resumed", "step": 2**60},
+        {"type": "resumed", "step": 4},
+        *(step(number, 2.0) for number in (5, 6, 7)),
+        step(True, 9.0),
+        {"type": "resumed", "step": 6},
+        step(7, 3.0),
+    ]
+    preview = {"prompt": "p", "text": "t", "golden_answer": "t", "backend_type": "local"}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [
+        {**preview, "step": 0},
+        {**preview, "step": 5},
+        {"type": "resumed", "step": 0},
+        {**preview, "step": 0, "text": "again"},
+    ]
+    (tmp_path / "previews.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers))
+    (tmp_path / "run.json").write_text("{}")
+    own, page = TrainingStatusReader(tmp_path), RunReader(tmp_path)
+    page.poll()
+    counted = [(row["step"], row["train_loss"]) for row in own.metrics()]
+    assert counted == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0), (7, 3.0)]
+    columns = (page.metrics.steps, page.metrics.columns["train_loss"])
+    assert list(zip(*map(list, columns), strict=True)) == counted
+    assert [(one.step, one.text) for one in own.previews()] == [(0, "again")]
+    of_page = [one for at in page.previews.steps for one in page.previews.of_step(at)]
+    assert [(one.step, one.text) for one in of_page] == [(0, "again")]

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from trainer.errors import ConfigError
+from trainer.files import SafeStream
 from trainer.monitoring.events import CheckpointSaved, Notice, PhaseChanged, RowShown, RunEnded
-from trainer.views.safe_stream import SafeStream
 from trainer.views.terminal import PlainDisplay, create_display
 from trainer.views.terminal_rich import RichDisplay
 
@@ -75,7 +75,7 @@ def test_plain_tells_the_whole_story(started, step_done, evaluated):
         "validation at step 41: loss 2.0000 (training 1.5000, gap +0.5000), 40 rows, 0.5 s",
         "checkpoint of step 41: outputs/checkpoints/step-00000041, 0.2 s",
         "warning: a row was cut",
-        "failed, step 41 of 100, loss 2.5000, val loss 2.0000, 0.0 s, folder outputs",
+        "failed, step 41 of 100, loss 2.5000, val loss 2.0000, 0.0 s since step 40, folder outputs",
     ]
 
 
@@ -148,6 +148,11 @@ def test_json_has_one_strict_object_per_event(started, step_done, previews):
     ]
     assert (found[1]["grad_norm"], found[1]["non_finite"]) == (None, {"grad_norm": "nan"})
     assert [result["matches"] for result in found[2]["results"]] == [True, None]
+
+
+def test_the_closing_line_of_a_resumed_run_has_its_total_and_counts_its_time_from_there(started):
+    text = shown("quiet", started(start_step=60), RunEnded(state="completed", step=100))
+    assert text == "completed, step 100 of 100, 0.0 s since step 60, folder outputs\n"
 
 
 def test_quiet_says_warnings_and_the_end(started, step_done, previews, evaluated):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from trainer.monitoring.events import EvaluationDone, PhaseChanged, RunEnded
 from trainer.views.terminal import create_display
-from trainer.views.terminal_view import LiveView, preview_lines
+from trainer.views.terminal_rich import LiveView, preview_lines
 
 
 class Clock:

@@ -129,7 +129,11 @@ def test_facts_name_flags_backend_proof_and_delay() -> None:
         )
     )
     assert facts[:2] == ["also trained on", "never stopped"]
-    assert facts[-3:] == ["by sidecar, weights verified", "3 steps behind", "seen after 1.2 s"]
+    assert facts[-3:] == [
+        "by sidecar, weights verified",
+        "3 steps behind training",
+        "seen after 1.2 s",
+    ]
 
 
 def test_the_grid_shows_first_and_last_step_whatever_fits() -> None:

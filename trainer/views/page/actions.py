@@ -10,10 +10,10 @@ from nicegui import ui
 
 from trainer.errors import PreviewError
 from trainer.monitoring.control import COMMAND_WORDS, ControlWriter
+from trainer.preview.base import ServerAnswer
 from trainer.views.page.elements import answer, box, confirm, text
 from trainer.views.page.worker_link import (
     WORKER_NAME,
-    Reply,
     absence_words,
     ask_worker,
     find_worker,
@@ -68,7 +68,7 @@ class AskBox:
         finally:
             self._button.set_enabled(True)
 
-    def _whose(self, reply: Reply) -> str:
+    def _whose(self, reply: ServerAnswer) -> str:
         weights = f"weights {reply.weights_id[:12]}" if reply.weights_id else "unnamed weights"
         if reply.step is None:
             return f"Answered by {weights}; the worker does not say of which step."
@@ -76,7 +76,7 @@ class AskBox:
         words = f"Answered by the weights of step {reply.step} ({weights})"
         return f"{words}; training is at step {now}." if now != reply.step else f"{words}."
 
-    def _show(self, words: str, reply: Reply | None) -> None:
+    def _show(self, words: str, reply: ServerAnswer | None) -> None:
         self._said.clear()
         with self._said:
             text("p", words, "dim")

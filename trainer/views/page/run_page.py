@@ -7,8 +7,15 @@ from typing import Any
 
 from nicegui import ui
 
-from trainer.views.card import card_rows, card_sample, environment_rows
-from trainer.views.facts import Alert, alerts_of, live_figures, report_figures
+from trainer.views.facts import (
+    Alert,
+    alerts_of,
+    card_rows,
+    card_sample,
+    environment_rows,
+    live_figures,
+    report_figures,
+)
 from trainer.views.metrics import SMOOTHING_SHARE, is_spread_wide
 from trainer.views.page.actions import ActBox, AskBox
 from trainer.views.page.charts import loss_chart, match_chart, metric_chart

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import FastAPI
 from nicegui import Client, ui
 
-from trainer.guard import Gate
+from trainer.guard import Guard
 from trainer.views.page.compare_page import ComparePage
 from trainer.views.page.elements import open_page, text
 from trainer.views.page.list_page import ListPage
+from trainer.views.page.login import guarded_page
 from trainer.views.page.run_page import RunPage
 from trainer.views.page.store import PageOptions, RunStore
 
@@ -28,8 +29,8 @@ RECONNECT_S = 20.0
 
 def create_app(
     store: RunStore, options: PageOptions, *, hosts: frozenset[str], key: str | None
-) -> Gate:
-    """The pages behind their gate.
+) -> Guard:
+    """The pages behind their guard.
 
     Args:
         store: the runs.
@@ -47,7 +48,7 @@ def create_app(
         reconnect_timeout=RECONNECT_S,
         show_welcome_message=False,
     )
-    return Gate(app, hosts=hosts, key=key)
+    return guarded_page(app, hosts=hosts, key=key)
 
 
 def _reading(

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
-import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.errors import PreviewError
-from trainer.files import read_json_object, read_regular_file
-from trainer.net import is_loopback, is_own_key_file
-from trainer.preview.http import CONNECT_TIMEOUT_S, KEY_VARIABLE, MAX_ANSWER
+from trainer.errors import ConfigError, PreviewError
+from trainer.exchange import BoundedClient
+from trainer.files import is_alive, read_json_object
+from trainer.net import (
+    KEY_VARIABLE,
+    is_loopback,
+    is_own_key_file,
+    key_with_scope,
+    read_key_file,
+)
+from trainer.preview.base import ServerAnswer
 from trainer.views.run_reader import RunReader
 
 WORKER_NAME = "worker.json"
@@ -29,8 +35,6 @@ WORKER_NAME = "worker.json"
 FINAL_MODEL = "final_model"
 
 TIMEOUT_S = 120.0
-
-MAX_KEY_BYTES = 4096
 
 
 class Worker(BaseModel):
@@ -44,19 +48,6 @@ class Worker(BaseModel):
     model_id: str | None = None
     system_prompt: str | None = None
     pid: int | None = None
-
-
-class Reply(BaseModel):
-    """What the worker answered."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    text: str
-    tokens_generated: int = 0
-    finish_reason: str = "stop"
-    weights_id: str | None = None
-    run: str | None = None
-    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerStat
                 f"({worker.key_file}); give the server's key in {KEY_VARIABLE} to ask it",
             )
         worker = worker.model_copy(update={"key_file": None})
-    if is_loopback(host) and worker.pid is not None and not psutil.pid_exists(worker.pid):
+    if is_loopback(host) and worker.pid is not None and not is_alive(worker.pid):
         return WorkerState(None, "the run's worker has ended")
     return WorkerState(worker)
 
@@ -126,7 +117,7 @@ def absence_words(reader: RunReader) -> str:
 
 def ask_worker(
     worker: Worker, prompt: str, *, max_new_tokens: int = 256, temperature: float = 0.0
-) -> Reply:
+) -> ServerAnswer:
     """Ask one prompt; blocks until it is answered.
 
     Raises:
@@ -140,59 +131,35 @@ def ask_worker(
     }
     if worker.model_id is not None:
         body["model_id"] = worker.model_id
-    key = _key_of(worker)
-    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    client = BoundedClient(
+        worker.url,
+        _key_of(worker),
+        timeout_s=TIMEOUT_S,
+        timeout_name="the page's own limit",
+        is_patient=False,
+    )
     try:
-        # No redirects: the key must not be carried elsewhere. No proxy of this shell either.
-        with (
-            httpx.Client(
-                headers=headers,
-                follow_redirects=False,
-                trust_env=False,
-                timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            ) as client,
-            client.stream("POST", f"{worker.url.rstrip('/')}/generate", json=body) as response,
-        ):
-            data = b""
-            for piece in response.iter_raw():
-                data += piece
-                if len(data) > MAX_ANSWER:
-                    raise PreviewError(f"{worker.url} sent more than {MAX_ANSWER} bytes; not read.")
-            return _parse(worker, response, data)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        deadline = time.monotonic() + TIMEOUT_S
+        status, found = client.call("POST", "/generate", deadline, body)
+        return ServerAnswer.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
         raise PreviewError(
-            f"{worker.url} did not answer ({type(error).__name__}: {error}). Does the worker run?"
+            f"{worker.url}: HTTP {status}, but no answer to a prompt ({first['msg']})"
         ) from error
-
-
-def _parse(worker: Worker, response: httpx.Response, data: bytes) -> Reply:
-    if response.status_code in (429, 503):
-        raise PreviewError("the worker is busy; ask again in a moment.")
-    if response.status_code in (401, 403):
-        raise PreviewError(
-            f"{worker.url} refused the key; give the run's own in {KEY_VARIABLE} or its key file."
-        )
-    try:
-        if response.status_code != httpx.codes.OK:
-            raise ValueError(data[:300].decode("utf-8", "replace"))
-        return Reply.model_validate_json(data)
-    except ValueError as error:  # a ValidationError is one
-        raise PreviewError(f"{worker.url}: HTTP {response.status_code}: {error}") from error
+    finally:
+        client.close()
 
 
 def _key_of(worker: Worker) -> str | None:
-    """The key: of the file (one line, or `generate: KEY`), else of the environment."""
+    """The key that may generate: of the run's file, else of the environment.
+
+    Raises:
+        PreviewError: the file holds no key.
+    """
     if worker.key_file is None:
         return os.environ.get(KEY_VARIABLE)
-    data = read_regular_file(Path(worker.key_file), MAX_KEY_BYTES)
-    if data is None:
-        raise PreviewError(f"the worker's key file {worker.key_file} cannot be read.")
-    lines = [line.strip() for line in data.decode("ascii", "replace").splitlines() if line.strip()]
-    for line in lines:
-        scope, colon, key = line.partition(":")
-        if colon and scope.strip() == "generate":
-            return key.strip()
-    if len(lines) == 1:
-        # Whatever else lies at that path (a private key, a config file) is not sent anywhere.
-        return lines[0].removeprefix("publish:").strip()
-    raise PreviewError(f"{worker.key_file} is not a key file: one line, or `generate: KEY`.")
+    try:
+        return key_with_scope(read_key_file(worker.key_file, "the worker's key file "), "generate")
+    except ConfigError as error:
+        raise PreviewError(str(error)) from error

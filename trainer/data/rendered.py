@@ -1,26 +1,133 @@
-"""Rows -> messages: which layout a file has, and its bad rows with file:line.
-
-Reading is in `row_files.py`, the layouts are in `layouts.py`.
-"""
+"""Rows under a chat template: their text with marks in it, and texts read back into turns."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trainer.data.content import MARKED_ROLE, is_text
-from trainer.data.layouts import FORMATS, Format, messages_of
-from trainer.data.row_files import RawRow, raw_rows
-from trainer.data.rows import MAX_ERRORS_SHOWN, BadRowError, Row, RowErrors, RowNotes, settle
-from trainer.data.turns import check_messages, leave_openings, num_openings
-from trainer.errors import ConfigError, DataError, TemplateError
+from trainer.data.rows import (
+    MARKED_ROLE,
+    BadRowError,
+    Row,
+    RowErrors,
+    is_text,
+    settle,
+)
+from trainer.data.template import ChatTemplate, TurnMarks, has_marks, marked, without_marks
+from trainer.data.tools import with_arguments
+from trainer.data.turns import (
+    assistant_turns,
+    check_messages,
+    leave_openings,
+    num_openings,
+)
+from trainer.errors import ConfigError, TemplateError
 from trainer.profiles import Message
 
 if TYPE_CHECKING:
     from trainer.data.encode import RowEncoder
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row under the template."""
+
+    row: list[Message]
+    text: str
+    with_marks: str
+    """The same text with the marks of `marks` in it."""
+    marks: list[TurnMarks]
+    prompts: list[str]
+    """For each assistant turn the marked turns before it, with the header that asks for it."""
+    is_thinking: bool
+    mask: list[int] | None
+    """1 where the template's own generation markers are."""
+
+
+def lost_thought(where: str) -> BadRowError:
+    """The error of a row whose thought the template would lose."""
+    return BadRowError(
+        f"{where} has a thought, which the model's chat template does not write there; "
+        "remove it, or give a template that writes it (model.chat_template)",
+        "template without thoughts",
+    )
+
+
+def thinks(turn: Message) -> bool:
+    """Whether a turn brings a thought, as a key or in its content."""
+    return bool(turn.get("reasoning_content", "").strip()) or "</think>" in turn["content"]
+
+
+def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
+    """A row's text, the same with marks, and its prompts.
+
+    Raises:
+        BadRowError: the arguments of a call, or the row's thoughts, cannot be given to the
+            template, or its text changes with the marks.
+        TemplateError: the template refuses the row.
+    """
+    row = _spelled(template, row)
+    last_user = max((n for n, turn in enumerate(row) if turn["role"] == "user"), default=0)
+    is_thinking = any(thinks(t) for t in row[last_user:] if t["role"] == "assistant")
+    text = template.text(row, thinking=is_thinking)
+    if has_marks(text):
+        raise BadRowError(
+            "row holds characters above U+108000 (private use), which are used internally; "
+            "remove them from the data",
+            "not text",
+        )
+    for only_answers in (False, True):
+        turns, marks = marked(row, only_answers=only_answers)
+        with_marks = template.text(turns, thinking=is_thinking)
+        if without_marks(with_marks) == text:
+            break
+    else:
+        raise BadRowError(
+            "the model's chat template changes what it writes with the ends of the turns, so "
+            "it cannot be proved which tokens the assistant writes",
+            "template not provable",
+        )
+    prompts = [
+        template.text(turns[:turn], ask=True, thinking=is_thinking) for turn in assistant_turns(row)
+    ]
+    mask = template.marker_mask(row, thinking=is_thinking)
+    return Rendered(row, text, with_marks, marks, prompts, is_thinking, mask)
+
+
+def left_out(row: list[Message], text: str) -> list[str]:
+    """What the turns that are no answers say and a template does not write.
+
+    Args:
+        row: the turns.
+        text: the rendered row without its answers; it must hold them whole and in order.
+    """
+    missing = []
+    answers = assistant_turns(row)
+    for index, turn in enumerate(row):
+        content = turn["content"].strip()
+        if index in answers or not content:
+            continue
+        at = text.find(content)
+        if at < 0:  # some templates write results as JSON
+            content = json.dumps(content, ensure_ascii=False)[1:-1]
+            at = text.find(content)
+        if at < 0:
+            missing.append(turn["content"].strip())
+        else:  # each character of the text can prove one turn only
+            text = text[:at] + "\0" + text[at + len(content) :]
+    return missing
+
+
+def _spelled(template: ChatTemplate, row: list[Message]) -> list[Message]:
+    """The row with its calls as the template takes them."""
+    dialect = template.dialect
+    row = with_arguments(row, dialect.arguments)
+    for position, turn in enumerate(row):
+        if turn.get("reasoning_content", "").strip() and dialect.thought is None:
+            raise lost_thought(f"turn {position} ({turn['role']})")
+    return row
 
 
 # ---- text that a chat template wrote, read back into the turns it was made from
@@ -80,7 +187,7 @@ def check_markers_used(rows: list[Row], text_markers: str) -> None:
     if text_markers == "tokens" and not any(row.messages[0]["role"] == MARKED_ROLE for row in rows):
         raise ConfigError(
             "data.text_markers=tokens is set, but no row of format 'text' holds a control token "
-            "of this model; leave the option out."
+            "of this model; remove the option."
         )
 
 
@@ -238,172 +345,3 @@ class TemplateReader:
 
 def _words(turns: list[Message] | None) -> list[tuple[str, str]]:
     return [(turn["role"], turn["content"].strip()) for turn in turns or []]
-
-
-# ---- rows -> messages: which layout a file has, and its bad rows with file:line
-#
-# Reading is in `files.py`, the layouts are in `layouts.py`.
-
-
-__all__ = [
-    "FORMATS",
-    "MAX_ERRORS_SHOWN",
-    "BadRowError",
-    "Format",
-    "Row",
-    "RowErrors",
-    "check_messages",
-    "detect_format",
-    "read_rows",
-    "to_rows",
-]
-
-NO_FORMAT = "no known format"
-
-
-def read_rows(
-    path: Path,
-    format_name: str,
-    errors: RowErrors,
-    max_rows: int | None,
-    *,
-    columns: Mapping[str, str] | None = None,
-    first_index: int = 0,
-    source: int = 0,
-) -> tuple[list[Row], str]:
-    """Read one file.
-
-    Args:
-        path: of a kind that `files.py` reads.
-        format_name: `auto` or one of FORMATS.
-        errors: receives the bad rows.
-        max_rows: read no more than this many rows, bad ones counted.
-        columns: a format's key -> the file's name for it.
-        first_index: index of the first row.
-        source: which of the run's files this is.
-    Returns:
-        The rows in file order and the name of their format.
-    Raises:
-        DataError: the file is missing, empty or damaged.
-    """
-    return to_rows(
-        raw_rows(path),
-        str(path),
-        format_name,
-        errors,
-        max_rows,
-        columns=columns,
-        first_index=first_index,
-        source=source,
-    )
-
-
-def to_rows(
-    raw: Iterable[RawRow],
-    name: str,
-    format_name: str,
-    errors: RowErrors,
-    max_rows: int | None,
-    *,
-    columns: Mapping[str, str] | None = None,
-    first_index: int = 0,
-    source: int = 0,
-) -> tuple[list[Row], str]:
-    """Turn raw rows of the file called `name` into messages; the rest is as in `read_rows`."""
-    rows: list[Row] = []
-    strange: list[str] = []
-    known = None if format_name == "auto" else format_name
-    count = 0
-    for index, (where, parsed) in enumerate(raw, start=first_index):
-        if max_rows is not None and count >= max_rows:
-            break
-        count += 1
-        try:
-            if isinstance(parsed, BadRowError):
-                raise parsed
-            row = _renamed(_as_object(parsed), columns or {})
-            row = _in_usual_spelling(row, known)
-            known = known or detect_format(row)
-            _refuse_change(row, known, is_found=format_name == "auto")
-            notes = RowNotes()
-            rows.append(Row(where, index, messages_of(row, known, notes), source, notes))
-        except BadRowError as error:
-            errors.add(where, str(error), error.reason)
-            if error.reason == NO_FORMAT:
-                strange.append(f"{where}: {error}")
-    if count == 0:
-        raise DataError(f"{name}: the file is empty. Give a file with at least one row.")
-    if known is None and count == len(strange) > 1:
-        raise DataError(
-            f"{strange[0]}. None of the file's {count:,} rows has the keys of a known format."
-        )
-    return rows, known or format_name
-
-
-def _as_object(parsed: Any) -> dict[str, Any]:
-    if not isinstance(parsed, dict):
-        raise BadRowError(
-            f"row is a JSON {type(parsed).__name__}; it must be an object such as "
-            '{"question": "...", "answer": "..."}',
-            "not an object",
-        )
-    return parsed
-
-
-def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under the format's own keys."""
-    renamed = {key: value for key, value in row.items() if key not in columns}
-    for key, column in columns.items():
-        if column not in row:
-            raise BadRowError(
-                f"row has no {column!r}, which data.columns names for {key!r}; "
-                f"found keys {sorted(row)}",
-                f"no {column}",
-            )
-        renamed.pop(column, None)
-    return renamed | {key: row[column] for key, column in columns.items()}
-
-
-def _in_usual_spelling(row: dict[str, Any], known: str | None) -> dict[str, Any]:
-    """The row with a format's own keys where its keys differ in capitals or outer spaces only."""
-    formats = [FORMATS[known]] if known else list(FORMATS.values())
-    folded = {key.strip().casefold() for key in row}
-    if any(layout.keys <= set(row) for layout in formats) or len(folded) < len(row):
-        return row
-    for layout in formats:
-        if layout.keys <= folded:
-            names = layout.keys | layout.optional
-            usual = {key: key.strip().casefold() for key in row}
-            return {usual[key] if usual[key] in names else key: row[key] for key in row}
-    return row
-
-
-def detect_format(row: dict[str, Any]) -> str:
-    """Name the format of a row by its keys.
-
-    Raises:
-        BadRowError: no format has these keys.
-    """
-    for name, known in FORMATS.items():
-        if known.fits(row):
-            return name
-    wanted = "; ".join(" and ".join(sorted(known.keys)) for known in FORMATS.values())
-    raise BadRowError(
-        f"row has the keys {sorted(row)}; it needs one of: {wanted} "
-        "(data.columns maps other names to these)",
-        NO_FORMAT,
-    )
-
-
-def _refuse_change(row: dict[str, Any], name: str, *, is_found: bool) -> None:
-    """A row of another layout than the file's is named as that, not as a row with holes."""
-    if FORMATS[name].fits(row):
-        return
-    others = [other for other, known in FORMATS.items() if known.fits(row)]
-    if others:
-        why = "as its first row says" if is_found else "as data.format says"
-        raise BadRowError(
-            f"row is of format {others[0]!r}, but the file is {name!r}, {why}; "
-            "put rows of one format into a file",
-            "another format",
-        )

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.publish.identity import Canary, results_of
 from trainer.publish.publisher import FAILURES_TO_OPEN, MAX_OPEN_PAUSE_S, Breaker
-from trainer.publish.results import Canary, results_of
 
 REQUEST = PreviewRequest(
     prompt="2+2?",

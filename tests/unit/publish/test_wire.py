@@ -1,0 +1,40 @@
+"""The forms of a prompt: a row's request, and the same on the wire, to the letter."""
+
+from __future__ import annotations
+
+import json
+
+from trainer.preview.base import PreviewRequest
+from trainer.publish.wire import PreviewPrompt
+
+ASKED = PreviewRequest(
+    prompt="2+2?",
+    prompt_token_ids=(5, 6, 7),
+    golden_answer="4",
+    golden_token_ids=(8, 2),
+    messages=({"role": "user", "content": "2+2?"},),
+    prompt_id="validation-3",
+    held_out=False,
+)
+ON_THE_WIRE = (
+    '{"prompt": "2+2?", "prompt_token_ids": [5, 6, 7], "golden_answer": "4", '
+    '"golden_token_ids": [8, 2], "prompt_id": "validation-3", "held_out": false}'
+)
+
+
+def test_a_prompt_travels_by_the_names_that_servers_know() -> None:
+    assert json.dumps(PreviewPrompt.values_of(ASKED)) == ON_THE_WIRE
+    assert PreviewPrompt.model_validate_json(ON_THE_WIRE).model_dump_json() == ON_THE_WIRE.replace(
+        ": ", ":"
+    ).replace(", ", ",")
+
+
+def test_a_prompt_without_a_golden_answer_travels_without_one() -> None:
+    values = PreviewPrompt.values_of(PreviewRequest(prompt="hi", prompt_token_ids=(5,)))
+    assert values["golden_answer"] is values["golden_token_ids"] is None
+    assert PreviewPrompt.model_validate(values).held_out
+
+
+def test_the_server_asks_its_backend_the_same_and_scores_golden_ids_itself() -> None:
+    asked = PreviewPrompt.model_validate(PreviewPrompt.values_of(ASKED)).request()
+    assert asked == ASKED.model_copy(update={"golden_token_ids": None, "messages": ()})

@@ -1,0 +1,222 @@
+"""FinishedRun: the weights that a run left behind, opened by chat, export and serve.
+
+A run, one of its checkpoints, or a folder that holds a model or an adapter and no run. Finding them
+needs no torch, which takes seconds to load: a wrong folder or step is told before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from trainer.config.loader import explain
+from trainer.config.schema import ModelSection, TrainerConfig
+from trainer.core.checkpoint import (
+    MANIFEST,
+    find_checkpoint,
+    find_latest_checkpoint,
+    verify_checkpoint,
+)
+from trainer.core.run_folder import RunFolder
+from trainer.errors import CheckpointError, ConfigError, OutputError, ResumeError
+from trainer.files import require_folder
+from trainer.models.hub import is_adapter_folder
+from trainer.profiles import DataProfile, get_profile
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Weights, and what is known of the run that made them."""
+
+    folder: Path
+    """Of the run; of the weights where they belong to none."""
+    config: TrainerConfig
+    system_prompt: str | None
+    model_dir: Path
+    note: str
+    """Which weights these are, in words."""
+    base: str | None = None
+    """Where the adapter's base is now, if the user says so."""
+    is_checkpoint: bool = False
+    """Files of training lie beside the weights, which are in its own dtypes."""
+    date: dt.date | None = None
+    """The day of the run, in its system prompt and in what its chat template prints."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the weights are an adapter's."""
+        return is_adapter_folder(self.model_dir)
+
+    def profile(self) -> DataProfile:
+        """The profile the run was trained with."""
+        return get_profile(self.config.profile.name, dict(self.config.profile.options))
+
+    def dtype(self) -> torch.dtype:
+        """What the run computed in; without a run what the model is saved in."""
+        import torch
+
+        from trainer.models.precision import DTYPES
+
+        precision = self.config.hyperparams.fp_precision
+        if precision is not None:
+            return DTYPES[precision]
+        found = getattr(self.model_config(), "dtype", None)
+        return next((dtype for dtype in DTYPES.values() if dtype == found), torch.float32)
+
+    def model_config(self) -> Any:
+        """The model config, of an adapter its base's; no weights are read."""
+        from trainer.models.adapters import read_base_config
+        from trainer.models.load import read_model_config
+
+        trust = self.config.model.trust_remote_code
+        if self.is_adapter:
+            return read_base_config(self.model_dir, trust_remote_code=trust, base=self.base)
+        path = str(self.model_dir.resolve())
+        return read_model_config(ModelSection(model_path=path, trust_remote_code=trust))
+
+    def load(self, dtype: Any = None, device: torch.device | None = None) -> tuple[Any, Any]:
+        """Model (in `dtype`, fp32 if None) and tokenizer; `device` is for quantized weights."""
+        from transformers.utils.logging import disable_progress_bar
+
+        from trainer.models.adapters import load_finished_model, tokenizer_section
+        from trainer.models.chat_template import fix_date
+        from trainer.models.load import load_tokenizer
+
+        disable_progress_bar()  # the caller shows that something is going on
+        trust = self.config.model.trust_remote_code
+        section = ModelSection(model_path=str(self.model_dir.resolve()), trust_remote_code=trust)
+        tokenizer = load_tokenizer(tokenizer_section(section, self.base))
+        model = load_finished_model(
+            self.model_dir,
+            dtype=dtype,
+            trust_remote_code=trust,
+            base=self.base,
+            device=device,
+        )
+        # The weights learned to answer under the date of their run.
+        fix_date(tokenizer, self.date)
+        return model, tokenizer
+
+
+def open_run(path: Path, *, step: str | None = None, base: str | None = None) -> FinishedRun:
+    """Find the weights of a run, and what it was.
+
+    Args:
+        path: folder of a run, of one of its checkpoints, or of a model or adapter.
+        step: a number or `best`: that checkpoint of the run; None: the final model, else the
+            newest verified checkpoint.
+        base: where an adapter's base is now.
+    Raises:
+        OutputError: there are no such weights.
+        ConfigError: `step` beside a folder that is one checkpoint or model already.
+    """
+    if (path / RunFolder.RUN_JSON).is_file():
+        model_dir, note, is_checkpoint = _weights_of(path, step)
+        record = _read_json(path / RunFolder.RUN_JSON)
+        return _finished(path, record, model_dir, note, base, is_checkpoint)
+    if step is not None:
+        raise ConfigError(
+            f"--step {step}: {path} is not the folder of a run (no {RunFolder.RUN_JSON} in it), so "
+            "it has no steps to choose from; give the folder that was --output of `trainer train`."
+        )
+    if (path / MANIFEST).is_file():
+        return _open_checkpoint(path, base)
+    if is_adapter_folder(path) or (path / MODEL_CONFIG).is_file():
+        run = path.resolve().parent
+        if (run / RunFolder.RUN_JSON).is_file():  # RUN/final_model, RUN/merged_model
+            record = _read_json(run / RunFolder.RUN_JSON)
+            return _finished(path.parent, record, path, f"model in {path.name}", base, False)
+        note = "adapter" if is_adapter_folder(path) else "model"
+        return FinishedRun(path, TrainerConfig(), None, path, f"{note} in {path}", base)
+    advice = "give the folder of a run (--output of `trainer train`), a checkpoint or a model."
+    require_folder(path, advice)
+    raise OutputError(
+        f"{path}: holds no run (no {RunFolder.RUN_JSON}), no checkpoint and no model; {advice}"
+    )
+
+
+def _weights_of(run: Path, step: str | None) -> tuple[Path, str, bool]:
+    """Folder of the wanted weights, in words which they are, whether it is a checkpoint."""
+    root = run / RunFolder.CHECKPOINTS
+    if step is None:
+        if (run / RunFolder.FINAL_MODEL).is_dir():
+            return run / RunFolder.FINAL_MODEL, "final model", False
+        try:
+            path, found, _ = find_latest_checkpoint(root)
+        except ResumeError as error:
+            raise OutputError(
+                f"{run}: the run has no final model and no whole checkpoint; it must be trained "
+                "first."
+            ) from error
+        return path, f"checkpoint of step {found.step}; the run has no final model", True
+    chosen = find_checkpoint(run, step)
+    return chosen.path, f"checkpoint of step {chosen.step}, {chosen.why}", True
+
+
+def _verify(path: Path) -> int:
+    try:
+        return verify_checkpoint(path).step
+    except CheckpointError as error:
+        raise OutputError(f"{error} Choose another checkpoint.") from error
+
+
+def _open_checkpoint(path: Path, base: str | None) -> FinishedRun:
+    """A checkpoint by its own folder, wherever that is; its run is asked where it is there."""
+    path = path.resolve()
+    note, run = f"checkpoint of step {_verify(path)}", path.parents[1]
+    if (run / RunFolder.RUN_JSON).is_file():
+        return _finished(run, _read_json(run / RunFolder.RUN_JSON), path, note, base, True)
+    metadata = _read_json(path / MANIFEST)["metadata"]
+    found = _finished(path, {**metadata, "system_prompt": None}, path, note, base, True)
+    date, prompt = found.date or dt.date.today(), found.config.profile.system_prompt
+    if prompt is not None:
+        prompt = prompt.replace("{date}", date.isoformat())
+    else:
+        prompt = found.profile().system_prompt(date=date)
+    return dataclasses.replace(found, system_prompt=prompt)
+
+
+def _finished(
+    folder: Path,
+    record: dict[str, Any],
+    model_dir: Path,
+    note: str,
+    base: str | None,
+    is_checkpoint: bool,
+) -> FinishedRun:
+    """A run by its record: `run.json`, or a checkpoint's manifest."""
+    try:
+        config = TrainerConfig.model_validate(record["config"])
+        prompt = record["system_prompt"]
+        date = dt.date.fromisoformat(record["date"]) if record.get("date") else None
+    except ValidationError as error:
+        raise _unusable(folder, explain(error).replace("\n", " ")) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unusable(folder, f"{type(error).__name__}: {error}") from error
+    return FinishedRun(folder, config, prompt, model_dir, note, base, is_checkpoint, date)
+
+
+def _unusable(folder: Path, reason: str) -> OutputError:
+    return OutputError(
+        f"{folder}: the record of the run cannot be used ({reason}); it was written by another "
+        "version of this program."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}).") from error
+    return found
