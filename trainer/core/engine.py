@@ -244,13 +244,13 @@ class TrainerEngine:
     def _load_model_and_tokenizer(self, config: TrainerConfig) -> tuple[Any, Any]:
         """The model in its load dtype, with adapters in LoRA mode, and the tokenizer."""
         with self._part(config) as stages:
-            prepared = _with_config(stages.recorded, config, is_own=stages.is_of(config))
+            prepared = stages.under(config, stages.recorded)
             return load_for_training(prepared, stages.job), prepared.tokenizer
 
     def _build_callbacks(self, config: TrainerConfig) -> list[Any]:
         """The live monitor with its preview scheduler, and TensorBoard."""
         with self._part(config) as stages:
-            prepared = _with_config(stages.prepared, config, is_own=stages.is_of(config))
+            prepared = stages.under(config, stages.prepared)
             return assemble_callbacks(stages.job, prepared, stages.loaded)
 
     def _create_trainer(
@@ -258,8 +258,7 @@ class TrainerEngine:
     ) -> SupervisedTrainer:
         """HF's Trainer with our loss, order, optimizer and checkpoints."""
         with self._part(config) as stages:
-            prepared = dataclasses.replace(stages.prepared, data=datasets)
-            prepared = _with_config(prepared, config, is_own=stages.is_of(config))
+            prepared = stages.under(config, dataclasses.replace(stages.prepared, data=datasets))
             return assemble_trainer(
                 stages.job,
                 prepared,
@@ -271,7 +270,7 @@ class TrainerEngine:
     def _execute_training(self, trainer: SupervisedTrainer, config: TrainerConfig) -> None:
         """The training loop, and the last previews that are made elsewhere."""
         with self._part(config) as stages:
-            prepared = _with_config(stages.prepared, config, is_own=stages.is_of(config))
+            prepared = stages.under(config, stages.prepared)
             execute_training(stages.job, prepared, trainer)
 
     # ---- helpers whose names users know
@@ -322,6 +321,15 @@ class _Stages:
         made = vars(self).get("prepared")
         return made is not None and config == made.config
 
+    def under(self, config: TrainerConfig, prepared: Prepared) -> Prepared:
+        """The same run with the config, and the rows, that a replaced step has handed on."""
+        if self.is_of(config):
+            config = self.prepared.config
+        if config == self.prepared.config and prepared.data is self.prepared.data:
+            return prepared
+        total = num_steps(config, prepared.data)
+        return dataclasses.replace(prepared, config=config, num_steps=total)
+
     @cached_property
     def prepared(self) -> Prepared:
         """The run before its weights; nothing is recorded yet."""
@@ -330,18 +338,8 @@ class _Stages:
     @cached_property
     def recorded(self) -> Prepared:
         """The same, once it is on disk."""
-        prepared = self.prepared
-        self.job.record(prepared)
-        if self.job.folder is not None:
-            monitoring = prepared.config.monitoring
-            self._engine.status_writer.attach(
-                run_dir=self.job.folder.path,
-                context_window=prepared.config.hyperparams.max_length,
-                model_name=prepared.config.model.model_path,
-                max_output_tokens=monitoring.max_output_tokens,
-                status_update_interval=monitoring.status_update_interval,
-            )
-        return prepared
+        self.job.record(self.prepared, self._engine.status_writer)
+        return self.prepared
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -360,13 +358,3 @@ class _Stages:
         return self._engine._create_trainer(
             self.prepared.config, self.loaded.model, self.prepared.data, self.callbacks
         )
-
-
-def _with_config(prepared: Prepared, config: TrainerConfig, *, is_own: bool) -> Prepared:
-    """The same run under the config that a replaced step has handed on.
-
-    Args:
-        is_own: `config` is the run's, perhaps as it was before it was resolved.
-    """
-    config = prepared.config if is_own else config
-    return dataclasses.replace(prepared, config=config, num_steps=num_steps(config, prepared.data))

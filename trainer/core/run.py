@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -41,6 +42,7 @@ from trainer.models.hub import hub_setting
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.callbacks import LiveMonitorCallback, Observers
 from trainer.monitoring.events import Observer, RunEnded
+from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.profiles import DataProfile
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,10 @@ class StopRequest:
             yield
         finally:
             self._may_abort = False
+
+    def settle(self) -> None:
+        """The work is done and its result stands: signals that come now are too late to abort."""
+        self._may_abort = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: remember the first signal, abort at the second or outside a step."""
@@ -308,7 +314,9 @@ class Job:
         self.folder: RunFolder | None = None
         """None on other processes than the main one, and for what is not recorded."""
         self.is_recorded = False
-        """run.json of the folder is this run's."""
+        """Files of this run are in the folder, or being written."""
+        self._attach: Callable[[], None] | None = None
+        """Lets status.json be written into the folder; None once that is so."""
         self.resumed_from: ResumePoint | None = None
         self.checkpoint: Path | None = None
         """The newest that this process wrote."""
@@ -355,15 +363,26 @@ class Job:
         """Close everything; never raises. Without a result nobody is told of an end."""
         self._closing.close()
 
-    def record(self, prepared: Prepared) -> None:
-        """Write config.resolved.json and run.json: from here on the run is on disk.
+    def record(self, prepared: Prepared, status_writer: TrainingStatusWriter) -> None:
+        """Write status.json, config.resolved.json and run.json: from here on the run is on disk.
 
         Raises:
             OutputError: the disk is full.
         """
         if self.folder is None:
             return
+        monitoring = prepared.config.monitoring
+        self._attach = partial(
+            status_writer.attach,
+            run_dir=self.folder.path,
+            context_window=prepared.config.hyperparams.max_length,
+            model_name=prepared.config.model.model_path,
+            max_output_tokens=monitoring.max_output_tokens,
+            status_update_interval=monitoring.status_update_interval,
+        )
         self.is_recorded = True
+        self._attach()
+        self._attach = None
         data, resolved = prepared.data, resolved_config(prepared.config)
         self.folder.write_json(self.folder.config_resolved, resolved)
         self.folder.write_json(
@@ -396,6 +415,8 @@ class Job:
                 logger.error("%s: could not be closed (%s: %s)", name, type(error).__name__, words)
 
     def _tell_end(self) -> None:
+        if self.is_recorded and self._attach is not None:  # a signal came just before it
+            self._attach()
         if self.result is not None:
             self.observers.emit(
                 RunEnded(
@@ -416,7 +437,8 @@ class Job:
             folder.discard_if_empty()
             return
         is_refused = result.exit_code == EXIT_USER_INPUT or result.summary["ended_by"] == GIVEN_UP
-        if is_refused and not self.step and self.resumed_from is None:
+        is_half = not folder.run_json.exists()  # stopped while it was being recorded
+        if (is_refused or is_half) and not self.step and self.resumed_from is None:
             folder.discard_unstarted_run()
         else:
             ending = {"exit_code": result.exit_code, "summary": result.summary}
@@ -434,13 +456,14 @@ class Job:
         """The result of a run that reached its end, or was asked by its control file to end."""
         is_over = self.monitor is not None and self.monitor.early_stopping.is_over
         is_early = is_over and self.trainer is not None and self.step < self.trainer.state.max_steps
-        ended_by = "control" if self.stop.is_set else "early_stopping" if is_early else "steps"
+        who = self.stop.asked_by  # a signal that comes by now is too late
+        ended_by = "control" if who else "early_stopping" if is_early else "steps"
         message = None
-        if self.stop.is_set:
-            message = f"by {self.stop.by} after step {self.step}; its model is saved"
+        if who:
+            message = f"by {who} after step {self.step}; its model is saved"
             message += self._how_to_continue()
         return self._result(
-            "stopped" if self.stop.is_set else "completed",
+            "stopped" if who else "completed",
             {"final_evaluation": final_evaluation, "ended_by": ended_by},
             success=True,
             exit_code=EXIT_COMPLETED,

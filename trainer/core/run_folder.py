@@ -38,7 +38,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: IO[str] | None, *, is_new: bool) -> None:
         """Use `create`, which checks."""
         self.path, self._lock, self._is_new = path, lock, is_new
-        self._added = [name for name in SHARED_NAMES if not (path / name).exists()]
+        self._added: list[str] = []
         self.notices: list[str] = []
 
     @classmethod
@@ -55,12 +55,14 @@ class RunFolder:
         cls._check_content(path, resume=resume)
         is_new = not path.exists()
         folder = cls(path, None, is_new=is_new)
-        folder._take_lock()
-        try:  # again, now that nobody else can: a run may have come and gone meanwhile
+        try:
+            folder._take_lock()
+            # Again, now that nobody else can: a run may have come and gone meanwhile.
             cls._check_content(path, resume=resume)
-        except (OutputError, ResumeError):
+        except BaseException:
             folder.close()
             raise
+        folder._added = [name for name in SHARED_NAMES if not (path / name).exists()]
         return folder
 
     @classmethod
