@@ -18,7 +18,7 @@ from trainer.cli import main
 from trainer.core.finished import open_run
 from trainer.errors import ConfigError, ModelError, OutputError
 from trainer.models.adapters import load_finished_model, load_merged
-from trainer.server.held import HeldModel
+from trainer.server.held_model import HeldModel
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 QUIET = {"inference_interval": 0, "micro_eval_interval": 2}

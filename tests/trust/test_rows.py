@@ -67,7 +67,7 @@ def check_one_bos(path: Path) -> None:
             assert ids.count(tokenizer.bos_token_id) == 1
     rows = [data.validation[i]["input_ids"].tolist() for i in range(len(data.validation))]
     for held in data.preview_prompts:
-        assert tuple(backend.render(held.prompt)) == held.prompt_ids
+        assert tuple(backend.render(held.prompt)) == held.prompt_token_ids
         assert any(tuple(row[: len(held.prompt_ids)]) == held.prompt_ids for row in rows)
 
 

@@ -19,11 +19,11 @@ from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.models.hub import is_adapter_folder
 from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
+from trainer.server.bounded_http import BoundedProtocol
 from trainer.server.inference_process import EngineProcess
-from trainer.server.jobs import REQUEST_TIMEOUT_S
-from trainer.server.private_folder import PrivateFolder
-from trainer.server.protocol import BoundedProtocol
-from trainer.server.weights import KEPT_SETS
+from trainer.server.job_queue import REQUEST_TIMEOUT_S
+from trainer.server.upload import PrivateFolder
+from trainer.server.weight_store import KEPT_SETS
 
 MAX_TIMEOUT_S = 1_000_000
 

@@ -24,7 +24,7 @@ from trainer.server.completion_schema import (
     TextCompletion,
     Usage,
 )
-from trainer.server.job import Job
+from trainer.server.job_book import Job
 from trainer.server.problems import documented, problem_body
 from trainer.server.service import Service, client_of, result_of
 

@@ -30,7 +30,7 @@ from trainer.publish.wire import (
     PreviewsRequest,
     PreviewsResult,
 )
-from trainer.server.held import HeldModel, RefusedError
+from trainer.server.held_model import HeldModel, RefusedError
 from trainer.server.token_watch import JobCancelledError, TokenWatch, beat
 
 MAX_SEED = 2**53

@@ -17,10 +17,10 @@ from trainer.errors import ModelError
 from trainer.models.hub import TINY, resolve_alias
 from trainer.publish.wire import ModelState, WeightsManifest
 from trainer.server.inference_process import EngineProcess
-from trainer.server.job import Job, KeyReusedError
-from trainer.server.jobs import REQUEST_TIMEOUT_S, JobQueue, QueueFullError
+from trainer.server.job_book import Job, KeyReusedError
+from trainer.server.job_queue import REQUEST_TIMEOUT_S, JobQueue, QueueFullError
 from trainer.server.problems import WeightsRefusedError
-from trainer.server.weights import WeightStore
+from trainer.server.weight_store import WeightStore
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from trainer.errors import ModelError
-from trainer.server.fair import FairQueue
 from trainer.server.inference_process import EngineDiedError, EngineProcess
-from trainer.server.job import Job, JobBook, body_digest
+from trainer.server.job_book import FairQueue, Job, JobBook, body_digest
 
 logger = logging.getLogger(__name__)
 
