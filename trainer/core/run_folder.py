@@ -14,8 +14,7 @@ from typing import IO, Any
 
 from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
-from trainer.files import CHECKPOINTS_NAME, replace_file
-from trainer.models.adapters import SAVED_BASE
+from trainer.files import CHECKPOINTS_NAME, SAVED_BASE, replace_file
 from trainer.monitoring.events import plain_values
 
 LOCK = ".lock"
