@@ -587,3 +587,23 @@ def test_each_run_with_workers_hears_of_one_that_dies(
         assert signal.getsignal(signal.SIGCHLD) is before
     assert len(heard) == 4
     assert all(callable(handler) for handler in heard)
+
+
+@pytest.mark.parametrize("how", ["run", "alone"])
+def test_the_device_that_accelerate_is_told_is_that_of_this_job_only(
+    how: str, config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = engine_module.build_training_arguments
+
+    def of_a_second_gpu(*args: Any, **options: Any) -> Any:
+        found = build(*args, **options)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cuda:1"  # as where environment.device is cuda:1
+        return found
+
+    monkeypatch.setattr(engine_module, "build_training_arguments", of_a_second_gpu)
+    before = settings()
+    if how == "run":
+        assert TrainerEngine().run_job(config("out")).success
+    else:
+        TrainerEngine()._build_training_arguments(config("out"))
+    assert settings() == before

@@ -38,6 +38,7 @@ from trainer.core.run import (
     TrainingResult,
     ignore_dead_workers,
     is_main_process,
+    process_settings,
     stop_on_signals,
 )
 from trainer.core.training import (
@@ -298,12 +299,17 @@ class TrainerEngine:
         config = resolve(config)
         device = resolve_device(config.environment.device)
         config, name = fill_precision(config, device)
-        return build_training_arguments(
-            config,
-            precision=resolve_precision(name, config.hyperparams.training_mode, device),
-            device=device,
-            run_dir=Path(config.output.output_dir),
-        )
+        put_back = process_settings()  # the device that accelerate is told
+        try:
+            return build_training_arguments(
+                config,
+                precision=resolve_precision(name, config.hyperparams.training_mode, device),
+                device=device,
+                run_dir=Path(config.output.output_dir),
+            )
+        finally:
+            if self._job is None:  # a job puts it back itself, after its Trainer
+                put_back()
 
 
 class _Stages:
