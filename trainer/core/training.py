@@ -400,5 +400,6 @@ def finish_training(
         dtype=prepared.precision.compute_dtype,
         stop_ids=data.encoder.template.stop_ids,
         use_cache=loaded.use_cache,
+        when_written=job.stop.settle,
     )
     return job.ended(path, evaluation)

@@ -38,6 +38,6 @@ __getattr__ = lazy_names(
         "trainer.monitoring.status_writer": ["TrainingStatusWriter"],
         "trainer.preview.base": ["PreviewBackend", "PreviewResult"],
         "trainer.preview.local": ["LocalPreviewBackend"],
-        "trainer.preview.remote": ["Remote3090Backend"],
+        "trainer.preview.http": ["Remote3090Backend"],
     },
 )

@@ -29,6 +29,7 @@ from trainer.monitoring.events import (
     PhaseChanged,
     PreviewsDone,
     RowShown,
+    RunEnded,
     RunState,
     StepDone,
 )
@@ -71,10 +72,12 @@ class Observers:
         self.emit(Notice(text=text, level=level))
 
     def _tell(self, event: Event) -> None:
+        # At the end not even an interrupt in one of them keeps the others from hearing of it.
+        caught = BaseException if isinstance(event, RunEnded) else Exception
         for observer in self._observers:
             try:
                 observer.on_event(event)
-            except Exception as error:
+            except caught as error:
                 self._report(observer, f"failed on {type(event).__name__}", error)
 
     def close(self) -> None:
@@ -82,10 +85,10 @@ class Observers:
         for observer in self._observers:
             try:
                 observer.close()
-            except Exception as error:
+            except BaseException as error:
                 self._report(observer, "could not be closed", error)
 
-    def _report(self, observer: Observer, what: str, error: Exception) -> None:
+    def _report(self, observer: Observer, what: str, error: BaseException) -> None:
         """Say once per observer that it failed; a full disk needs no traceback."""
         if id(observer) in self._failed:
             return
