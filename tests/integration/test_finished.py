@@ -152,7 +152,7 @@ def test_serve_takes_a_step_of_a_run_and_answers_what_chat_says(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["RUN", "--model", "tiny"], "both say what to serve"),
+        (["RUN", "--model", "tiny"], "each name a model"),
         (["--model", "tiny", "--step", "2"], "give it as RUN"),
         (["--model", "tiny", "--base", "x"], "give it as RUN"),
         (["RUN", "--step", "5"], "step 5 has no checkpoint"),
