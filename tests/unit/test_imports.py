@@ -137,7 +137,6 @@ def test_a_circle_is_found() -> None:
 
 
 NOT_IMPORTED = {
-    "accelerate": "what transformers' Trainer runs on",
     "tensorboard": "what transformers' Trainer writes report_to=tensorboard with",
     "httptools": "uvicorn's HTTP parser",
     "uvloop": "uvicorn's event loop",

@@ -40,9 +40,10 @@ from trainer.errors import (
 )
 from trainer.models.hub import hub_setting
 from trainer.models.precision import ResolvedPrecision
-from trainer.monitoring.callbacks import LiveMonitorCallback, Observers
-from trainer.monitoring.events import Observer, RunEnded
+from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
+from trainer.monitoring.events import Observer, Observers, RunEnded
 from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.preview.scheduler import PreviewScheduler
 from trainer.profiles import DataProfile
 
 logger = logging.getLogger(__name__)
@@ -339,6 +340,18 @@ class Job:
         """Optimizer steps done."""
         return int(self.trainer.state.global_step) if self.trainer is not None else 0
 
+    @property
+    def scheduler(self) -> PreviewScheduler | None:
+        """Who has previews made; None before it is built and where there are none."""
+        previews = self.monitor.previews if self.monitor is not None else None
+        return previews.scheduler if previews is not None else None
+
+    @property
+    def stopping(self) -> EarlyStopping | None:
+        """What early stopping knows; None before it is built."""
+        evaluation = self.monitor.evaluation if self.monitor is not None else None
+        return evaluation.stopping if evaluation is not None else None
+
     def on_close(self, name: str, close: Callable[[], Any]) -> None:
         """Have something closed at the end, before whatever is open already.
 
@@ -454,7 +467,7 @@ class Job:
         self, model_path: Path | None, final_evaluation: dict[str, Any] | None
     ) -> TrainingResult:
         """The result of a run that reached its end, or was asked by its control file to end."""
-        is_over = self.monitor is not None and self.monitor.early_stopping.is_over
+        is_over = self.stopping is not None and self.stopping.is_over
         is_early = is_over and self.trainer is not None and self.step < self.trainer.state.max_steps
         who = self.stop.asked_by  # a signal that comes by now is too late
         ended_by = "control" if who else "early_stopping" if is_early else "steps"
@@ -504,6 +517,7 @@ class Job:
         **options: Any,
     ) -> TrainingResult:
         trainer = self.trainer
+        evaluation = self.monitor.evaluation if self.monitor is not None else None
         return TrainingResult(
             state=state,
             success=success,
@@ -512,7 +526,7 @@ class Job:
             or (self.resumed_from.path if self.resumed_from is not None else None),
             global_step=self.step,
             train_loss=trainer.last_step.train_loss if trainer and trainer.last_step else None,
-            val_loss=self.monitor.last_val_loss if self.monitor else None,
+            val_loss=evaluation.last_loss if evaluation else None,
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
                 "previews": self._preview_counts(),
@@ -524,10 +538,10 @@ class Job:
         )
 
     def _preview_counts(self) -> dict[str, Any] | None:
-        if self.monitor is None or self.monitor.scheduler is None:
+        if self.scheduler is None:
             return None
         try:
-            return self.monitor.scheduler.summary()
+            return self.scheduler.summary()
         except StoppedError:
             raise
         except BaseException as error:  # a run ends without figures rather than not at all
