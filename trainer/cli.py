@@ -27,10 +27,10 @@ from trainer.errors import (
 )
 
 COMMANDS = {
-    "demo": "a tiny model learns in about a minute; nothing is downloaded",
+    "demo": "train a tiny model in about a minute; nothing is downloaded",
     "train": "fine-tune a model: --dataset data.jsonl --model qwen3 --output outputs",
-    "monitor": "the live page of a run or of a folder of runs: trainer monitor outputs",
-    "watch": "show a run that goes on elsewhere in this terminal: trainer watch outputs",
+    "monitor": "serve the live page of a run or of a folder of runs: trainer monitor outputs",
+    "watch": "show a run of another process in this terminal: trainer watch outputs",
     "report": "write a run as one offline HTML file: trainer report outputs",
     "chat": "talk to the model of a finished run: trainer chat outputs",
     "serve": "answer prompts over HTTP: trainer serve --model qwen3 --port 8765",
@@ -38,7 +38,7 @@ COMMANDS = {
     "data": "inspect rows and their trained tokens; show or clear the cache",
     "models": "list the short names of models",
     "config": "show, explain, check or start a config file",
-    "doctor": "print what this machine has and can do",
+    "doctor": "print the hardware, versions and optional packages of this machine",
 }
 
 

@@ -28,6 +28,9 @@ from trainer.errors import OutputError
 
 CHECKPOINTS_NAME = "checkpoints"
 
+SAVED_BASE = "base_model"
+"""Folder in a run's folder, for the base of an adapter that is on no disk and no hub."""
+
 STEP_NAME = re.compile(r"^step-(\d{8})$")
 
 BLOCK = 64 * 1024

@@ -51,12 +51,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """A function that opens a URL; afterwards: no script error, no alert, nothing off loopback."""
+    """A function that opens a URL; afterwards: no script error, no alert, nothing off loopback.
+
+    `at_start` is JavaScript that runs before any of the page's own.
+    """
     contexts, wrong = [], []
 
-    def open_url(url: str, *, wait_for: str = "body", **options: Any) -> Any:
+    def open_url(url: str, *, wait_for: str = "body", at_start: str = "", **options: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
+        if at_start:
+            context.add_init_script(at_start)
         context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(f"script error: {error}"))

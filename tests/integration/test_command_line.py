@@ -123,7 +123,7 @@ def test_chat_answers_lines_of_standard_input(cli: Callable[..., Any], finished:
 def test_chat_with_a_folder_that_is_no_run_says_so(cli: Callable[..., Any]) -> None:
     done = cli("chat", ".")
     assert done.returncode == 2
-    assert "no run folder" in done.stderr
+    assert "holds no run" in done.stderr
 
 
 @pytest.mark.slow

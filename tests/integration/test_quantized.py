@@ -19,7 +19,7 @@ from trainer.core.merging import export_merged
 from trainer.errors import ModelError
 from trainer.models.load import read_model_config
 from trainer.models.precision import check_trainable, quantization_of
-from trainer.server.held import HeldModel
+from trainer.server.held_model import HeldModel
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from tests.integration.serving import Server, running_server
 from tests.integration.test_server_weights import model_of, put
 from trainer.publish.wire import WeightsManifest
-from trainer.server.private_folder import PREFIX
+from trainer.server.upload import PREFIX
 
 pytestmark = pytest.mark.slow
 PUBLISH, GENERATE = "p" * 20, "g" * 20

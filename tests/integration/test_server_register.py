@@ -57,7 +57,7 @@ def test_a_model_that_does_not_load_leaves_the_server_waiting(
 ) -> None:
     answer = client.post("/models/register", json={"model": "nobody/nothing"})
     assert answer.status_code == 422
-    assert "nobody/nothing does not load" in answer.json()["detail"]
+    assert "nobody/nothing cannot be loaded" in answer.json()["detail"]
     assert "/" not in answer.json()["detail"].replace("nobody/nothing", "")
     assert "nobody/nothing" in server.log()
     assert client.get("/ready").status_code == 503

@@ -67,8 +67,10 @@ def check_one_bos(path: Path) -> None:
             assert ids.count(tokenizer.bos_token_id) == 1
     rows = [data.validation[i]["input_ids"].tolist() for i in range(len(data.validation))]
     for held in data.preview_prompts:
-        assert tuple(backend.render(held.prompt)) == held.prompt_ids
-        assert any(tuple(row[: len(held.prompt_ids)]) == held.prompt_ids for row in rows)
+        assert tuple(backend.render(held.prompt)) == held.prompt_token_ids
+        assert any(
+            tuple(row[: len(held.prompt_token_ids)]) == held.prompt_token_ids for row in rows
+        )
 
 
 def test_n10_one_bos_in_training_evaluation_and_preview(qa_file: Path) -> None:

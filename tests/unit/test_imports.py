@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,6 @@ def test_a_circle_is_found() -> None:
 
 
 NOT_IMPORTED = {
-    "accelerate": "what transformers' Trainer runs on",
     "tensorboard": "what transformers' Trainer writes report_to=tensorboard with",
     "httptools": "uvicorn's HTTP parser",
     "uvloop": "uvicorn's event loop",
@@ -202,3 +202,29 @@ def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+SAME_NAMES = {
+    "report": {"commands", "views"},  # `trainer report`, and the report that it writes
+    "watch": {"commands", "views"},  # `trainer watch`, and how a run is watched
+}
+"""Modules of one name in several rooms: the command, and the thing that it shows."""
+
+
+def rooms_by_name(names: Iterable[str]) -> dict[str, set[str]]:
+    """Name -> the rooms that have a module of it, for names that more than one has."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        *room, stem = name.split(".")[1:]
+        found.setdefault(stem, set()).add(".".join(room))
+    return {stem: rooms for stem, rooms in found.items() if len(rooms) > 1}
+
+
+def test_modules_of_one_name_are_two_sides_of_one_thing() -> None:
+    modules = [module_name(path) for path in PACKAGE.rglob("*.py") if not path.stem.startswith("_")]
+    assert rooms_by_name(modules) == SAME_NAMES
+
+
+def test_a_name_that_two_rooms_use_is_found() -> None:
+    names = ["trainer.a.card", "trainer.b.card", "trainer.b.page.card", "trainer.b.run"]
+    assert rooms_by_name(names) == {"card": {"a", "b", "b.page"}}

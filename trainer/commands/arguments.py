@@ -148,8 +148,8 @@ def add_weights_flags(parser: argparse.ArgumentParser, *, is_run_optional: bool 
         "--step",
         type=step_of_run,
         metavar="N|best",
-        help="the checkpoint of this step [the final model, else the newest checkpoint]",
+        help="checkpoint of this step [the final model, else the newest checkpoint]",
     )
     parser.add_argument(
-        "--base", metavar="FOLDER", help="where the adapter's base model is now, if it was moved"
+        "--base", metavar="FOLDER", help="the adapter's base model, if it was moved"
     )

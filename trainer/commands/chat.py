@@ -99,7 +99,7 @@ def _answer(backend: LocalPreviewBackend, turns: list[Message], text: str) -> Pr
     limit = backend.settings.max_length
     if limit is not None and len(ids) >= limit:
         request = PreviewRequest(prompt=text, prompt_token_ids=ids)
-        full = f"{len(ids)} tokens so far, and the model's context is {limit}; /reset starts anew"
+        full = f"{len(ids)} tokens so far, and the model's context is {limit}; /reset clears them"
         return PreviewResult.failed(request, 0, full, backend.backend_type)
     return backend.preview_batch([PreviewRequest(prompt=text, prompt_token_ids=ids)], 0)[0]
 

@@ -75,13 +75,13 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=whole_number(1), default=STEPS, help=f"optimizer steps [{STEPS}]"
     )
     parser.add_argument(
-        "--seed", type=whole_number(0, MAX_SEED), default=0, help="of data and weights [0]"
+        "--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of data and weights [0]"
     )
     parser.add_argument(
         "--preview-backend",
         choices=("local", "sidecar"),
         default="local",
-        help="who answers while it trains: this process, or one of its own beside it [local]",
+        help="where previews are generated: in this process or in a second one [local]",
     )
     parser.add_argument(
         "--display",
@@ -139,9 +139,9 @@ def _make_folder(wanted: Path) -> Path:
             continue
         except OSError as error:
             raise OutputError(
-                f"{folder}: cannot be made ({error.strerror}); choose another --output."
+                f"{folder}: cannot be created ({error.strerror}); choose another --output."
             ) from error
-    raise OutputError(f"{wanted}: a thousand demo runs are there; remove some.")
+    raise OutputError(f"{wanted}: there are a thousand demo runs already; remove some.")
 
 
 def _report(console: Console, folder: Path, data: DemoData, result: TrainingResult) -> None:

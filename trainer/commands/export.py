@@ -24,7 +24,9 @@ def run(argv: list[str]) -> int:
     console = Console()
     finished = open_run(Path(words.run), step=words.step, base=words.base)
     if finished.base is not None and not (words.merge and finished.is_adapter):
-        raise ConfigError("--base is the base of an adapter that is merged: give it with --merge.")
+        raise ConfigError(
+            "--base applies only to an adapter that is merged; add --merge, or leave --base out."
+        )
     is_merged = words.merge and finished.is_adapter
     default = MERGED if is_merged else EXPORTED
     target = Path(words.output) if words.output else finished.folder / default
@@ -41,7 +43,7 @@ def run(argv: list[str]) -> int:
     if is_merged:
         console.print(words_of_check, highlight=False)
     elif words.merge:
-        console.print("this run trained all weights: there is nothing to merge")
+        console.print("the run trained all weights; there is no adapter to merge")
     kind = "merged model" if is_merged else "adapter" if finished.is_adapter else "model"
     console.print(f"{kind} written to {target} (from the {finished.note})", highlight=False)
     return 0

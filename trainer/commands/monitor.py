@@ -83,25 +83,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=port, default=8080, help="0 picks a free one [8080]")
     parser.add_argument(
-        "--key-file", type=Path, help="file with the key that the page asks for (other --host)"
+        "--key-file",
+        type=Path,
+        help="file with the key of the page; required for a non-loopback --host",
     )
     parser.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="name under which the page may be opened besides this machine's own; again for more",
+        help="another host name under which the page may be opened; may be repeated",
     )
     parser.add_argument(
         "--allow-control",
         action="store_true",
-        help="let the page act on runs: preview now, save, stop, mark as best",
+        help="allow the page to control runs: preview now, save, stop, mark as best",
     )
     parser.add_argument(
         "--allow-worker",
         action="append",
         default=[],
         metavar="HOST",
-        help="another machine whose worker may be asked; again for more",
+        help="another machine whose worker may be queried; may be repeated",
     )
     return parser

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from trainer.commands.arguments import parse, run_folder
 from trainer.errors import OutputError
+from trainer.files import read_json_object
 from trainer.views.report import REPORT_NAME, write_report
-from trainer.views.run_reader import RunReader
+from trainer.views.run_reader import MANIFEST_NAME, RunReader
 
 
 def run(argv: list[str]) -> int:
@@ -17,7 +18,7 @@ def run(argv: list[str]) -> int:
     folder = run_folder(words.run)
     reader = RunReader(folder)
     reader.poll()
-    if reader.status is None and not reader.manifest:
+    if reader.status is None and read_json_object(folder / MANIFEST_NAME) is None:
         raise OutputError(reader.words())
     path = Path(words.output) if words.output else folder / REPORT_NAME
     try:

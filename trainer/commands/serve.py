@@ -19,11 +19,11 @@ from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.models.hub import is_adapter_folder
 from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
+from trainer.server.bounded_http import BoundedProtocol
 from trainer.server.inference_process import EngineProcess
-from trainer.server.jobs import REQUEST_TIMEOUT_S
-from trainer.server.private_folder import PrivateFolder
-from trainer.server.protocol import BoundedProtocol
-from trainer.server.weights import KEPT_SETS
+from trainer.server.job_queue import REQUEST_TIMEOUT_S
+from trainer.server.upload import PrivateFolder
+from trainer.server.weight_store import KEPT_SETS
 
 MAX_TIMEOUT_S = 1_000_000
 
@@ -37,10 +37,10 @@ def run(argv: list[str]) -> int:
         remember_key_file(words.api_key_file)
     weights_dir: Path | None = words.weights_dir
     if weights_dir is not None and not weights_dir.is_dir():
-        raise ConfigError(f"--weights-dir {weights_dir}: there is no such folder; create it first.")
+        raise ConfigError(f"--weights-dir {weights_dir}: no such folder; create it first.")
     if words.wait_for_weights and words.model is None:
         raise ConfigError(
-            "--wait-for-weights takes architecture and tokenizer from a model; give --model too."
+            "--wait-for-weights needs --model, which gives architecture and tokenizer."
         )
     listener = listen(words.host, words.port, "server")
     engine = EngineProcess(
@@ -99,7 +99,9 @@ def _find_weights(words: argparse.Namespace) -> str | None:
         OutputError: the run has no such weights.
     """
     if words.run is not None and words.model is not None:
-        raise ConfigError(f"RUN ({words.run}) and --model {words.model} both say what to serve.")
+        raise ConfigError(
+            f"RUN ({words.run}) and --model {words.model} each name a model; give one of them."
+        )
     asked = words.run
     if asked is None and words.model is not None:  # it may be an alias or a hub id too
         folder = Path(words.model)
@@ -108,7 +110,7 @@ def _find_weights(words: argparse.Namespace) -> str | None:
     if asked is None:
         if words.step is not None or words.base is not None:
             raise ConfigError(
-                "--step and --base say more of the folder of a run or adapter; give it as RUN."
+                "--step and --base need the folder of a run or adapter; give it as RUN."
             )
         return None
     found = open_run(Path(asked), step=words.step, base=words.base)
@@ -133,8 +135,8 @@ def _store() -> PrivateFolder:
         return PrivateFolder()
     except OSError as error:
         raise ConfigError(
-            f"no folder for uploads can be made in {tempfile.gettempdir()} "
-            f"({error.strerror or error}); set TMPDIR to one with room."
+            f"the folder for uploads cannot be created in {tempfile.gettempdir()} "
+            f"({error.strerror or error}); set TMPDIR to a folder with free space."
         ) from error
 
 
@@ -159,33 +161,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_weights_flags(parser, is_run_optional=True)
     parser.add_argument(
-        "--model", help="alias, hub id or folder; without it, the server waits to be told which"
+        "--model",
+        help="alias, hub id or folder; without it, the server waits for a client to name one",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--api-key-file", type=Path, help="needed for a non-loopback --host")
     parser.add_argument(
-        "--weights-dir", type=Path, help="folder a trainer on this machine writes weights into"
+        "--api-key-file",
+        type=Path,
+        help="file with the keys of clients; required for a non-loopback --host",
+    )
+    parser.add_argument(
+        "--weights-dir",
+        type=Path,
+        help="folder into which a trainer on this machine writes weights",
     )
     parser.add_argument(
         "--wait-for-weights",
         action="store_true",
-        help="take architecture and tokenizer from --model, and the weights from a trainer",
+        help="load architecture and tokenizer from --model; a trainer sends the weights",
     )
     parser.add_argument(
         "--keep-weights",
         type=whole_number(1),
         default=KEPT_SETS,
         metavar="N",
-        help="sets kept for a return",
+        help="number of weight sets kept for switching back",
     )
     parser.add_argument(
         "--request-timeout",
         type=whole_number(1, MAX_TIMEOUT_S),
         default=int(REQUEST_TIMEOUT_S),
         metavar="S",
-        help="seconds that one request may take of the engine",
+        help="longest time of one request in the engine, in seconds",
     )
     parser.add_argument(
         "--end-with-stdin", action="store_true", help="end when standard input closes"

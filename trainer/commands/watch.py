@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
             is_once=words.once,
         )
     except KeyboardInterrupt:
-        print("detached; the run goes on")
+        print("detached; the run continues")
         return EXIT_COMPLETED
 
 
@@ -50,5 +50,5 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="the terminal view [auto]",
     )
-    parser.add_argument("--once", action="store_true", help="show where it stands, and end")
+    parser.add_argument("--once", action="store_true", help="print the current state and exit")
     return parser

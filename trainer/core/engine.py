@@ -27,6 +27,7 @@ from trainer.core.preparation import (
     encode_rows,
     fit_to_model,
     load_for_training,
+    num_steps,
     open_run_folder,
 )
 from trainer.core.run import (
@@ -37,6 +38,7 @@ from trainer.core.run import (
     TrainingResult,
     ignore_dead_workers,
     is_main_process,
+    process_settings,
     stop_on_signals,
 )
 from trainer.core.training import (
@@ -90,15 +92,18 @@ class TrainerEngine:
         stop = StopRequest()
         with stop_on_signals(stop):
             stages = self._stages(config)
-            job = stages.job
+            if stages.job.step:  # its trainer was run by hand: that run is over
+                self.close()
+                stages = self._stages(config)
+            job, stages.is_busy = stages.job, True
             job.stop = stop
             try:
                 with stop.work():
                     self._execute_training(stages.trainer, stages.prepared.config)
                     result = finish_training(job, stages.prepared, stages.loaded, stages.trainer)
             except BaseException as error:  # a signal's StoppedError, and what libraries raise
-                ignore_dead_workers()
                 result = job.failed(error)
+            ignore_dead_workers()
             self._open = self._job = None
             job.end(result)
         return result
@@ -111,42 +116,53 @@ class TrainerEngine:
         Raises:
             TrainerError: a user's mistake; nothing was written.
         """
-        with self._given_up_on_error():
-            return self._stages(config).recorded.data
+        with self._part(config) as stages:
+            return stages.recorded.data
 
     def load_model(self, config: TrainerConfig) -> tuple[Any, Any]:
         """Model and tokenizer."""
-        with self._given_up_on_error():
-            stages = self._stages(config)
+        with self._part(config) as stages:
             return stages.loaded.model, stages.prepared.tokenizer
 
     def build_callbacks(self, config: TrainerConfig) -> list[Any]:
         """Live monitor and trackers."""
-        with self._given_up_on_error():
-            return self._stages(config).callbacks
+        with self._part(config) as stages:
+            return stages.callbacks
 
     def create_trainer(self, config: TrainerConfig) -> SupervisedTrainer:
         """The Trainer, ready to run."""
-        with self._given_up_on_error():
-            return self._stages(config).trainer
+        with self._part(config) as stages:
+            return stages.trainer
 
     def close(self) -> None:
         """Give up what the parts above have opened; the folder is left as if nothing had been."""
         if self._open is not None:
-            self._open.job.close()
+            self._open.job.give_up()
         self._open = self._job = None
 
     @contextlib.contextmanager
-    def _given_up_on_error(self) -> Iterator[None]:
+    def _part(self, config: TrainerConfig) -> Iterator[_Stages]:
+        """The stages of a config, for one part of a run; if it fails, so has the run."""
+        stages = self._stages(config)
+        if stages.is_busy:  # called by a part, or by `run_job`, whose failure it is
+            yield stages
+            return
+        stages.is_busy = True
         try:
-            yield
-        except BaseException:
-            self.close()
+            yield stages
+        except BaseException as error:
+            self._open = self._job = None
+            stages.job.end(stages.job.failed(error))
             raise
+        finally:
+            stages.is_busy = False
 
     def _stages(self, config: TrainerConfig) -> _Stages:
-        """What was made for this config and is still open, or a beginning."""
-        if self._open is None or not self._open.is_of(config):
+        """What was made for this config and is still open, or a beginning.
+
+        While a run is at work it is that run's, whatever a replaced step has made of its config.
+        """
+        if self._open is None or not (self._open.is_busy or self._open.is_of(config)):
             self.close()
             observers = [self.status_writer, *self._extra_observers] if is_main_process() else []
             self._open = _Stages(self, config, Job(config, observers))
@@ -158,9 +174,12 @@ class TrainerEngine:
     def dry_run(self, config: TrainerConfig) -> DryRun:
         """Everything before the weights: checks, encoding, sums; writes config.resolved.json.
 
+        What was begun in parts is given up: it may hold the folder.
+
         Raises:
             TrainerError: what would also stop the run.
         """
+        self.close()
         with self._dropped_job(config) as job, stop_on_signals(job.stop), job.stop.work():
             return finish_dry_run(self._prepare(config, job), job.folder)
 
@@ -193,7 +212,7 @@ class TrainerEngine:
         if has_folder:
             open_run_folder(job, config)
         data = self._prepare_dataset(config, profile, tokenizer)
-        num_steps, changes = check_against_rows(config, data, job.resumed_from)
+        total, changes = check_against_rows(config, data, job.resumed_from)
         for change in changes:
             job.observers.notice(f"changed since the checkpoint: {change}", "warning")
         lines = tuple(card_lines(data.card))
@@ -207,7 +226,7 @@ class TrainerEngine:
             date=job.date,
             resume=job.resumed_from,
             data=data,
-            num_steps=num_steps,
+            num_steps=total,
             changes=changes,
         )
 
@@ -225,32 +244,35 @@ class TrainerEngine:
 
     def _load_model_and_tokenizer(self, config: TrainerConfig) -> tuple[Any, Any]:
         """The model in its load dtype, with adapters in LoRA mode, and the tokenizer."""
-        stages = self._stages(config)
-        model = load_for_training(stages.recorded, stages.job)
-        return model, stages.prepared.tokenizer
+        with self._part(config) as stages:
+            prepared = stages.under(config, stages.recorded)
+            return load_for_training(prepared, stages.job), prepared.tokenizer
 
     def _build_callbacks(self, config: TrainerConfig) -> list[Any]:
         """The live monitor with its preview scheduler, and TensorBoard."""
-        stages = self._stages(config)
-        return assemble_callbacks(stages.job, stages.prepared, stages.loaded)
+        with self._part(config) as stages:
+            prepared = stages.under(config, stages.prepared)
+            return assemble_callbacks(stages.job, prepared, stages.loaded)
 
     def _create_trainer(
         self, config: TrainerConfig, model: Any, datasets: RunData, callbacks: list[Any]
     ) -> SupervisedTrainer:
         """HF's Trainer with our loss, order, optimizer and checkpoints."""
-        stages = self._stages(config)
-        return assemble_trainer(
-            stages.job,
-            dataclasses.replace(stages.prepared, data=datasets),
-            model,
-            arguments=self._build_training_arguments(stages.prepared.config),
-            callbacks=callbacks,
-        )
+        with self._part(config) as stages:
+            prepared = stages.under(config, dataclasses.replace(stages.prepared, data=datasets))
+            return assemble_trainer(
+                stages.job,
+                prepared,
+                model,
+                arguments=self._build_training_arguments(prepared.config),
+                callbacks=callbacks,
+            )
 
     def _execute_training(self, trainer: SupervisedTrainer, config: TrainerConfig) -> None:
         """The training loop, and the last previews that are made elsewhere."""
-        stages = self._stages(config)
-        execute_training(stages.job, stages.prepared, trainer)
+        with self._part(config) as stages:
+            prepared = stages.under(config, stages.prepared)
+            execute_training(stages.job, prepared, trainer)
 
     # ---- helpers whose names users know
 
@@ -277,12 +299,17 @@ class TrainerEngine:
         config = resolve(config)
         device = resolve_device(config.environment.device)
         config, name = fill_precision(config, device)
-        return build_training_arguments(
-            config,
-            precision=resolve_precision(name, config.hyperparams.training_mode, device),
-            device=device,
-            run_dir=Path(config.output.output_dir),
-        )
+        put_back = process_settings()  # the device that accelerate is told
+        try:
+            return build_training_arguments(
+                config,
+                precision=resolve_precision(name, config.hyperparams.training_mode, device),
+                device=device,
+                run_dir=Path(config.output.output_dir),
+            )
+        finally:
+            if self._job is None:  # a job puts it back itself, after its Trainer
+                put_back()
 
 
 class _Stages:
@@ -290,6 +317,8 @@ class _Stages:
 
     def __init__(self, engine: TrainerEngine, config: TrainerConfig, job: Job) -> None:
         self._engine, self._asked, self.job = engine, config, job
+        self.is_busy = False
+        """A part of the run is being made; steps that it calls are its own."""
 
     def is_of(self, config: TrainerConfig) -> bool:
         """Whether this is the run of `config`, as it was asked for or as it was resolved."""
@@ -297,6 +326,15 @@ class _Stages:
             return True
         made = vars(self).get("prepared")
         return made is not None and config == made.config
+
+    def under(self, config: TrainerConfig, prepared: Prepared) -> Prepared:
+        """The same run with the config, and the rows, that a replaced step has handed on."""
+        if self.is_of(config):
+            config = self.prepared.config
+        if config == self.prepared.config and prepared.data is self.prepared.data:
+            return prepared
+        total = num_steps(config, prepared.data)
+        return dataclasses.replace(prepared, config=config, num_steps=total)
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -306,18 +344,8 @@ class _Stages:
     @cached_property
     def recorded(self) -> Prepared:
         """The same, once it is on disk."""
-        prepared = self.prepared
-        self.job.record(prepared)
-        if self.job.folder is not None:
-            monitoring = prepared.config.monitoring
-            self._engine.status_writer.attach(
-                run_dir=self.job.folder.path,
-                context_window=prepared.config.hyperparams.max_length,
-                model_name=prepared.config.model.model_path,
-                max_output_tokens=monitoring.max_output_tokens,
-                status_update_interval=monitoring.status_update_interval,
-            )
-        return prepared
+        self.job.record(self.prepared, self._engine.status_writer)
+        return self.prepared
 
     @cached_property
     def loaded(self) -> LoadedModel:

@@ -12,7 +12,6 @@ import math
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
 from trainer.models.adapters import save_adapter
 from trainer.models.precision import ResolvedPrecision
+from trainer.monitoring.step_report import StepRecord
 
 OWN_TRACKERS = {"tensorboard", "none"}
 """Not for HF to start: TensorBoard's callback is ours, with previews in the same file."""
@@ -102,17 +102,6 @@ MAX_OVERFLOWS_IN_A_ROW = 20
 TRAINER_STATE_FILE = "trainer_state.json"
 
 
-@dataclass
-class StepRecord:
-    """What one optimizer step did, as plain numbers."""
-
-    train_loss: float = 0.0
-    grad_norm: float = 0.0
-    learning_rate: float = 0.0
-    num_tokens: int = 0
-    num_trained_tokens: int = 0
-
-
 class SupervisedTrainer(Trainer):  # type: ignore[misc]
     """Trains on supervised positions and never steps on a non-finite loss or gradient."""
 
@@ -124,6 +113,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         order: EpochOrder,
         save_checkpoint: Callable[[int, Callable[[Path], None]], None],
         run_state: Callable[[], dict[str, Any]],
+        note_step: Callable[[StepRecord], None] = lambda record: None,
         use_own_forward: bool = False,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -134,6 +124,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             order: the order of training rows.
             save_checkpoint: called with the step and a function that writes the state's files.
             run_state: the monitoring state that a resume needs, as JSON values.
+            note_step: told the figures of each step, before HF's callbacks hear of its end.
             tokenizer: saved beside the weights of each checkpoint.
             use_own_forward: compute the loss by the model's own forward instead of ours.
         """
@@ -148,7 +139,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self.num_overflows = 0
         self._overflows_in_a_row = 0
         self._save_with = save_checkpoint
-        self._run_state = run_state
+        self._run_state, self._note_step = run_state, note_step
         self._sums: torch.Tensor | None = None
 
     def compute_loss(
@@ -211,6 +202,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             loss, value, self._get_learning_rate(), int(tokens), int(trained)
         )
         self._guard(loss, value)
+        self._note_step(self.last_step)
         return norm
 
     def _guard(self, loss: float, grad_norm: float) -> None:

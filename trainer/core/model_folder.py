@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,18 @@ def save_final_model(
     dtype: torch.dtype,
     stop_ids: frozenset[int],
     use_cache: bool,
+    when_written: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write model (or adapter) and tokenizer to `folder`, in place of an earlier one.
 
-    Args: as of `write_model`.
+    Args: as of `write_model`, and:
+        when_written: called once the files are whole, before they take the folder's name.
     Raises:
         OutputError: the folder cannot be written.
     """
     with staged(folder, advice=f"{FAILED} {KEPT}") as staging:
         write_model(model, tokenizer, staging, dtype=dtype, stop_ids=stop_ids, use_cache=use_cache)
+        when_written()
     return folder
 
 

@@ -49,7 +49,7 @@ from trainer.models.precision import (
     resolve_device,
     resolve_precision,
 )
-from trainer.monitoring.callbacks import Observers
+from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.profiles import DataProfile
 

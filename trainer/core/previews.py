@@ -31,6 +31,7 @@ from trainer.files import replace_file
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
+from trainer.monitoring.callbacks import deliver_previews
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
@@ -38,7 +39,7 @@ from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.neutral import SentAs, as_received, golden_logprobs
 from trainer.preview.openai import OpenAIPreviewBackend
-from trainer.preview.scheduler import Deliver, Lane, PreviewScheduler
+from trainer.preview.scheduler import Lane, PreviewScheduler
 from trainer.profiles import DataProfile, Message, known_profiles
 from trainer.publish.children import Announce, RemoteWorker, SidecarWorker, Worker
 from trainer.publish.client import WorkerClient
@@ -365,9 +366,7 @@ def local_backend(prepared: Prepared, model: Any) -> LocalPreviewBackend:
     return backend
 
 
-def build_scheduler(
-    job: Job, prepared: Prepared, model: Any, deliver: Deliver
-) -> PreviewScheduler | None:
+def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewScheduler | None:
     """The configured backend with the run's fixed prompts; None where previews are off."""
     monitoring = prepared.config.monitoring
     if not monitoring.inference_interval:
@@ -397,7 +396,10 @@ def build_scheduler(
         publishing = PublishingRun(prepared, model, job.folder, job.observers.notice)
         backend = build_published(publishing, requests, local)
     return PreviewScheduler(
-        backend, requests, interval=monitoring.inference_interval, deliver=deliver
+        backend,
+        requests,
+        interval=monitoring.inference_interval,
+        deliver=deliver_previews(job.observers),
     )
 
 

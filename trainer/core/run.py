@@ -13,11 +13,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
+from torch.utils.data._utils import signal_handling
 from transformers.utils import logging as transformers_logging
 
 from trainer.config.schema import TrainerConfig
@@ -36,10 +38,12 @@ from trainer.errors import (
     StoppedError,
     TrainerError,
 )
-from trainer.models.hub import hub_setting_kept
+from trainer.models.hub import hub_setting
 from trainer.models.precision import ResolvedPrecision
-from trainer.monitoring.callbacks import LiveMonitorCallback, Observers
-from trainer.monitoring.events import Observer, RunEnded
+from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
+from trainer.monitoring.events import Observer, Observers, RunEnded
+from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.preview.scheduler import PreviewScheduler
 from trainer.profiles import DataProfile
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,9 @@ logger = logging.getLogger(__name__)
 before_closing: Callable[[str], None] | None = None
 """Called with the name of each step of closing before it is made; None in normal use. A test sets
 it to send a signal or to raise, and so reaches every state in which closing can be disturbed."""
+
+GIVEN_UP = "given_up"
+"""`ended_by` of a run that was begun in parts and not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +80,9 @@ class TrainingResult:
     stopped by a signal."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures and counts: previews, final evaluation, times; `ended_by`: steps, early_stopping,
-    control, a signal's name such as SIGINT, or error; `error_type` after a failure. `previews`
-    holds `asked`, `done`, `failed`, `verified` and more; its `all_failed` is true where the run has
-    not shown a single answer, whatever `success` says."""
+    control, a signal's name such as SIGINT, given_up, or error; `error_type` after a failure.
+    `previews` holds `asked`, `done`, `failed`, `verified` and more; its `all_failed` is true where
+    the run has not shown a single answer, whatever `success` says."""
 
 
 # ---- Ctrl-C, SIGTERM, SIGHUP: the first asks for a stop at the end of the step, a second aborts
@@ -145,6 +152,10 @@ class StopRequest:
         finally:
             self._may_abort = False
 
+    def settle(self) -> None:
+        """The work is done and its result stands: signals that come now are too late to abort."""
+        self._may_abort = False
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: remember the first signal, abort at the second or outside a step."""
         is_second = self.is_signalled
@@ -169,42 +180,74 @@ def stop_on_signals(request: StopRequest) -> Iterator[None]:
     before: dict[signal.Signals, Any] = {
         number: signal.signal(number, request.handle)
         for number in EXIT_CODES
-        if signal.getsignal(number) is not signal.SIG_IGN
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)  # None: not Python's to give back
     }
-    # torch sets one for the workers of a DataLoader, for good.
-    before[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
+    child_handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _set_child_handler(child_handler)
+        _give_back(before)
+
+
+def _give_back(handlers: dict[signal.Signals, Any]) -> None:
+    """Set each; one that is back may raise at once, and the run is over without its help."""
+    left = dict(handlers)
+    while left:
+        with contextlib.suppress(BaseException):
+            for number in list(left):
+                signal.signal(number, left[number])
+                del left[number]
 
 
 def ignore_dead_workers() -> None:
-    """Take away torch's handler of SIGCHLD, for a run that has failed already.
+    """Take away torch's handler of SIGCHLD, for a run that is over.
 
     Where a DataLoader worker was killed it raises again for every child that ends, out of whatever
     is being done: writing how the run ended, for instance.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _set_child_handler(signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def process_settings_kept() -> Iterator[None]:
-    """Put back what a run sets in its process: environment, threads, progress bars, hub."""
-    environment, num_threads = dict(os.environ), torch.get_num_threads()
+def _set_child_handler(handler: Any) -> None:
+    """Set the handler of SIGCHLD, and let the next DataLoader with workers set torch's again."""
+    if signal.getsignal(signal.SIGCHLD) is not handler:
+        signal.signal(signal.SIGCHLD, handler)
+        # Private, but torch sets its handler once in the life of a process.
+        signal_handling._SIGCHLD_handler_set = False
+
+
+VARIABLES = ("ACCELERATE_", "FSDP_", "PYTORCH_ENABLE_MPS_FALLBACK")
+"""How the variables are called that this program, transformers and accelerate set for a run."""
+
+
+def process_settings() -> Callable[[], None]:
+    """A function that puts back what a run sets in its process, as it is now.
+
+    Environment variables, threads, transformers' progress bars and log level, the hub's switch.
+    Random states stay where the seeds of a run have brought them.
+    """
+    put_hub_back = hub_setting()
+    environment, num_threads = _variables(), torch.get_num_threads()
     had_bars = transformers_logging.is_progress_bar_enabled()
-    try:
-        with hub_setting_kept():
-            yield
-    finally:
-        for name in os.environ.keys() - environment.keys():
+    verbosity = transformers_logging.get_verbosity()
+
+    def put_back() -> None:
+        put_hub_back()
+        for name in _variables().keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
         torch.set_num_threads(num_threads)
+        transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()
+
+    return put_back
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
 
 
 # ---- what a run is prepared with
@@ -272,7 +315,9 @@ class Job:
         self.folder: RunFolder | None = None
         """None on other processes than the main one, and for what is not recorded."""
         self.is_recorded = False
-        """run.json of the folder is this run's."""
+        """Files of this run are in the folder, or being written."""
+        self._attach: Callable[[], None] | None = None
+        """Lets status.json be written into the folder; None once that is so."""
         self.resumed_from: ResumePoint | None = None
         self.checkpoint: Path | None = None
         """The newest that this process wrote."""
@@ -282,11 +327,9 @@ class Job:
         """HF's Trainer, once it is made."""
         self.result: TrainingResult | None = None
         self._closing = contextlib.ExitStack()
-        settings = contextlib.ExitStack()
-        settings.enter_context(process_settings_kept())
         # In the order of opening: run.json is written after every observer has told the end, and
         # nobody else may take the folder before that.
-        self.on_close("settings of the process", settings.close)
+        self.on_close("settings of the process", process_settings())
         self.on_close("lock of the run folder", self._release_folder)
         self.on_close("run.json", self._leave_folder)
         self.on_close("observers", self.observers.close)
@@ -296,6 +339,18 @@ class Job:
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.trainer.state.global_step) if self.trainer is not None else 0
+
+    @property
+    def scheduler(self) -> PreviewScheduler | None:
+        """Who has previews made; None before it is built and where there are none."""
+        previews = self.monitor.previews if self.monitor is not None else None
+        return previews.scheduler if previews is not None else None
+
+    @property
+    def stopping(self) -> EarlyStopping | None:
+        """What early stopping knows; None before it is built."""
+        evaluation = self.monitor.evaluation if self.monitor is not None else None
+        return evaluation.stopping if evaluation is not None else None
 
     def on_close(self, name: str, close: Callable[[], Any]) -> None:
         """Have something closed at the end, before whatever is open already.
@@ -311,19 +366,36 @@ class Job:
         self.result = result
         self.close()
 
+    def give_up(self) -> None:
+        """End a run that somebody began in parts and does not want any more."""
+        when = f"after step {self.step}" if self.step else "before its first step"
+        more = {"ended_by": GIVEN_UP}
+        self.end(self._result("stopped", more, error_message=f"given up {when}"))
+
     def close(self) -> None:
-        """Close everything; never raises. Without a result the run was given up before a step."""
+        """Close everything; never raises. Without a result nobody is told of an end."""
         self._closing.close()
 
-    def record(self, prepared: Prepared) -> None:
-        """Write config.resolved.json and run.json: from here on the run is on disk.
+    def record(self, prepared: Prepared, status_writer: TrainingStatusWriter) -> None:
+        """Write status.json, config.resolved.json and run.json: from here on the run is on disk.
 
         Raises:
             OutputError: the disk is full.
         """
         if self.folder is None:
             return
+        monitoring = prepared.config.monitoring
+        self._attach = partial(
+            status_writer.attach,
+            run_dir=self.folder.path,
+            context_window=prepared.config.hyperparams.max_length,
+            model_name=prepared.config.model.model_path,
+            max_output_tokens=monitoring.max_output_tokens,
+            status_update_interval=monitoring.status_update_interval,
+        )
         self.is_recorded = True
+        self._attach()
+        self._attach = None
         data, resolved = prepared.data, resolved_config(prepared.config)
         self.folder.write_json(self.folder.config_resolved, resolved)
         self.folder.write_json(
@@ -352,9 +424,12 @@ class Job:
             try:
                 step()
             except BaseException as error:  # what is still open must be closed as well
-                logger.error("%s: could not be closed (%s: %s)", name, type(error).__name__, error)
+                words = _words_of(error)
+                logger.error("%s: could not be closed (%s: %s)", name, type(error).__name__, words)
 
     def _tell_end(self) -> None:
+        if self.is_recorded and self._attach is not None:  # a signal came just before it
+            self._attach()
         if self.result is not None:
             self.observers.emit(
                 RunEnded(
@@ -367,17 +442,17 @@ class Job:
             )
 
     def _leave_folder(self) -> None:
-        """run.json says how it ended; a refused run leaves a folder as it was."""
+        """run.json says how it ended; who was refused or gave up leaves a folder as it was."""
         folder, result = self.folder, self.result
         if folder is None:
             return
-        is_refused = result is None or (result.exit_code == EXIT_USER_INPUT and not self.step)
-        if not self.is_recorded:  # what is there, if anything, is an earlier run's
+        if result is None or not self.is_recorded:  # what is there is an earlier run's, if anything
             folder.discard_if_empty()
-        elif is_refused and self.resumed_from is None:
+            return
+        is_refused = result.exit_code == EXIT_USER_INPUT or result.summary["ended_by"] == GIVEN_UP
+        is_half = not folder.run_json.exists()  # stopped while it was being recorded
+        if (is_refused or is_half) and not self.step and self.resumed_from is None:
             folder.discard_unstarted_run()
-        elif result is None:
-            folder.update_json(folder.run_json, {"state": "stopped"})
         else:
             ending = {"exit_code": result.exit_code, "summary": result.summary}
             folder.update_json(folder.run_json, {"state": result.state, **ending})
@@ -392,15 +467,16 @@ class Job:
         self, model_path: Path | None, final_evaluation: dict[str, Any] | None
     ) -> TrainingResult:
         """The result of a run that reached its end, or was asked by its control file to end."""
-        is_over = self.monitor is not None and self.monitor.early_stopping.is_over
+        is_over = self.stopping is not None and self.stopping.is_over
         is_early = is_over and self.trainer is not None and self.step < self.trainer.state.max_steps
-        ended_by = "control" if self.stop.is_set else "early_stopping" if is_early else "steps"
+        who = self.stop.asked_by  # a signal that comes by now is too late
+        ended_by = "control" if who else "early_stopping" if is_early else "steps"
         message = None
-        if self.stop.is_set:
-            message = f"by {self.stop.by} after step {self.step}; its model is saved"
+        if who:
+            message = f"by {who} after step {self.step}; its model is saved"
             message += self._how_to_continue()
         return self._result(
-            "stopped" if self.stop.is_set else "completed",
+            "stopped" if who else "completed",
             {"final_evaluation": final_evaluation, "ended_by": ended_by},
             success=True,
             exit_code=EXIT_COMPLETED,
@@ -417,11 +493,14 @@ class Job:
     def failed(self, error: BaseException) -> TrainingResult:
         """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""
         more: dict[str, Any] = {"error_type": type(error).__name__, "ended_by": "error"}
+        if isinstance(error, KeyboardInterrupt):  # not from our handler: a script has its own
+            self.stop.signal = self.stop.signal or signal.SIGINT
+            error = StoppedError(f"by {self.stop.by}", exit_code=self.stop.exit_code)
         if isinstance(error, StoppedError):
             message = str(error) + self._how_to_continue()
             more["ended_by"] = self.stop.by
             return self._result("stopped", more, exit_code=error.exit_code, error_message=message)
-        message = str(error) or type(error).__name__
+        message = _words_of(error) or type(error).__name__
         if isinstance(error, TrainerError):
             return self._result("failed", more, exit_code=error.exit_code, error_message=message)
         more["traceback"] = "".join(traceback.format_exception(error))
@@ -438,6 +517,7 @@ class Job:
         **options: Any,
     ) -> TrainingResult:
         trainer = self.trainer
+        evaluation = self.monitor.evaluation if self.monitor is not None else None
         return TrainingResult(
             state=state,
             success=success,
@@ -446,7 +526,7 @@ class Job:
             or (self.resumed_from.path if self.resumed_from is not None else None),
             global_step=self.step,
             train_loss=trainer.last_step.train_loss if trainer and trainer.last_step else None,
-            val_loss=self.monitor.last_val_loss if self.monitor else None,
+            val_loss=evaluation.last_loss if evaluation else None,
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
                 "previews": self._preview_counts(),
@@ -458,9 +538,23 @@ class Job:
         )
 
     def _preview_counts(self) -> dict[str, Any] | None:
-        if self.monitor is None or self.monitor.scheduler is None:
+        if self.scheduler is None:
             return None
-        return self.monitor.scheduler.summary()
+        try:
+            return self.scheduler.summary()
+        except StoppedError:
+            raise
+        except BaseException as error:  # a run ends without figures rather than not at all
+            logger.error("previews: no figures (%s: %s)", type(error).__name__, _words_of(error))
+            return None
+
+
+def _words_of(error: BaseException) -> str:
+    """The message of any exception, also of one that fails to say it."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"its message cannot be had ({type(another).__name__})"
 
 
 def is_main_process() -> bool:

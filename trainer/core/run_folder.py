@@ -14,12 +14,15 @@ from typing import IO, Any
 
 from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
-from trainer.files import CHECKPOINTS_NAME, replace_file
+from trainer.files import CHECKPOINTS_NAME, SAVED_BASE, replace_file
 from trainer.monitoring.events import plain_values
 
 LOCK = ".lock"
 
 OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
+
+SHARED_NAMES = ("config.resolved.json", "logs", SAVED_BASE)
+"""What a run writes too, and a folder may have had before it: of a dry run, or of the user."""
 
 
 class RunFolder:
@@ -34,6 +37,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: IO[str] | None, *, is_new: bool) -> None:
         """Use `create`, which checks."""
         self.path, self._lock, self._is_new = path, lock, is_new
+        self._added: list[str] = []
         self.notices: list[str] = []
 
     @classmethod
@@ -50,12 +54,14 @@ class RunFolder:
         cls._check_content(path, resume=resume)
         is_new = not path.exists()
         folder = cls(path, None, is_new=is_new)
-        folder._take_lock()
-        try:  # again, now that nobody else can: a run may have come and gone meanwhile
+        try:
+            folder._take_lock()
+            # Again, now that nobody else can: a run may have come and gone meanwhile.
             cls._check_content(path, resume=resume)
-        except (OutputError, ResumeError):
+        except BaseException:
             folder.close()
             raise
+        folder._added = [name for name in SHARED_NAMES if not (path / name).exists()]
         return folder
 
     @classmethod
@@ -186,16 +192,16 @@ class RunFolder:
     def discard_unstarted_run(self) -> None:
         """Remove what a run wrote that the user's input stopped before its first step.
 
-        Only names that `create` found free; a folder that was there before keeps its other files.
+        Only names that were free before; a folder that was there before keeps its other files.
         """
         if (self.path / self.CHECKPOINTS).exists():
             return
-        for name in OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
         if self._is_new:
             shutil.rmtree(self.path)
-        else:
-            self.discard_if_empty()
+            return
+        for path in (self.path / name for name in (*OWN_FILES, *self._added)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.discard_if_empty()
 
     def close(self) -> None:
         """Let the folder go; may be called twice."""

@@ -36,9 +36,16 @@ from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError, NonFiniteError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.models.load import embedding_rows, harmless_pad_id
-from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
+from trainer.monitoring.callbacks import (
+    Commands,
+    EarlyStopping,
+    LiveMonitorCallback,
+    MicroEvaluation,
+    Previews,
+)
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
+from trainer.monitoring.step_report import StepReport
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.scheduler import PreviewScheduler
@@ -120,25 +127,34 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         ConfigError: a preview backend that is misconfigured.
     """
     config, data = prepared.config, prepared.data
-    order = epoch_order(config, data)
-    notice = job.observers.notice
-    monitor = LiveMonitorCallback(
-        config.monitoring,
-        observers=job.observers,
-        evaluate=build_evaluator(prepared, _pad_id(prepared, loaded.model)),
-        early_stopping=_early_stopping(prepared),
+    order, observers = epoch_order(config, data), job.observers
+    scheduler = build_scheduler(job, prepared, loaded.model) if is_main_process() else None
+    if scheduler is not None:
+        job.on_close("previews", scheduler.close)
+    job.monitor = LiveMonitorCallback(
+        observers,
+        report=StepReport(
+            observers,
+            row_interval=config.monitoring.prompt_snapshot_interval,
+            row_of_step=lambda step: data.train_texts[order.first_row_of_step(step)],
+        ),
+        commands=Commands(
+            ControlFile(job.folder.path, observers.notice) if job.folder is not None else None,
+            is_stop_requested=lambda: job.stop.is_signalled,
+            request_stop=lambda: job.stop.ask("the control file"),
+        ),
+        evaluation=MicroEvaluation(
+            build_evaluator(prepared, _pad_id(prepared, loaded.model)),
+            observers,
+            interval=config.monitoring.micro_eval_interval,
+            stopping=_early_stopping(prepared),
+        ),
+        previews=Previews(scheduler, observers, max_tokens=config.monitoring.preview_max_tokens)
+        if scheduler is not None
+        else None,
         checkpoint_interval=config.output.checkpoint_interval,
-        is_stop_requested=lambda: job.stop.is_signalled,
-        request_stop=lambda: job.stop.ask("the control file"),
-        control=ControlFile(job.folder.path, notice) if job.folder is not None else None,
-        row_of_step=lambda step: data.train_texts[order.first_row_of_step(step)],
     )
-    job.monitor = monitor
-    if is_main_process():
-        monitor.scheduler = build_scheduler(job, prepared, loaded.model, monitor.deliver_previews)
-        if monitor.scheduler is not None:
-            job.on_close("previews", monitor.scheduler.close)
-    callbacks: list[Any] = [monitor]
+    callbacks: list[Any] = [job.monitor]
     if "tensorboard" in config.monitoring.report_to and job.folder is not None:
         callback, tracker = tensorboard_callback(
             job.folder.logs_dir, start_step=prepared.start_step
@@ -172,6 +188,7 @@ def assemble_trainer(
     Raises:
         ConfigError: sharded weights, or a model that cannot be trained as asked.
     """
+    assert job.monitor is not None, "assemble_callbacks comes first"
     config, data = prepared.config, prepared.data
     packs = data.train if isinstance(data.train, PackedDataset) else None
     pad_id = _pad_id(prepared, model)
@@ -188,6 +205,7 @@ def assemble_trainer(
         order=epoch_order(config, data),
         save_checkpoint=_checkpoint_saver(job, prepared),
         run_state=lambda: _run_state(job),
+        note_step=job.monitor.report.note,
         tokenizer=prepared.tokenizer,
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -195,14 +213,11 @@ def assemble_trainer(
             "this run was started under FSDP or DeepSpeed, whose sharded weights this version "
             "cannot save; start it with plain torchrun (DDP)."
         )
-    scheduler = job.monitor.scheduler if job.monitor is not None else None
-    if scheduler is not None and isinstance(scheduler.lane, PublishedPreviews):
-        scheduler.lane.snapshotter.guard(trainer.optimizer)
+    if job.scheduler is not None and isinstance(job.scheduler.lane, PublishedPreviews):
+        job.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
     job.trainer = memory.trainer = trainer
-    if job.monitor is not None:
-        job.monitor.trainer = trainer
     if packs is not None:
         _check_packing(trainer)
     trainer.use_own_forward = not is_loss_equal(
@@ -263,8 +278,8 @@ def _checkpoint_saver(
 
 def _run_state(job: Job) -> dict[str, Any]:
     """What a checkpoint keeps of the run beside HF's own state."""
-    assert job.monitor is not None, "built before training"
-    return {"early_stopping": job.monitor.early_stopping.state()}
+    assert job.stopping is not None, "built before training"
+    return {"early_stopping": job.stopping.state()}
 
 
 # ---- the loop and its end
@@ -277,7 +292,7 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         TrainerError: a non-finite loss or gradient, and what else ends a run.
     """
     resume = prepared.resume
-    scheduler = job.monitor.scheduler if job.monitor is not None else None
+    scheduler = job.scheduler
     _announce(job, prepared, trainer)
     started = time.perf_counter()
     job.durations_s["launch_to_training"] = started - job.started
@@ -309,7 +324,8 @@ def _leave_newer_behind(job: Job, resume: ResumePoint, folder: RunFolder) -> Non
             "them no more",
             "warning",
         )
-    file = job.monitor.control_file if job.monitor is not None else None
+    commands = job.monitor.commands if job.monitor is not None else None
+    file = commands.file if commands is not None else None
     if file is not None and file.marked_step > resume.step:
         job.observers.notice(f"step {file.marked_step} is no longer marked as best", "warning")
         file.unmark()
@@ -335,8 +351,7 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
 
 def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
     """Whether the run had reached its end; HF's loop would make one step more."""
-    monitor = job.monitor
-    return resume.step >= total or (monitor is not None and monitor.early_stopping.is_over)
+    return resume.step >= total or (job.stopping is not None and job.stopping.is_over)
 
 
 def _drain_previews(job: Job, scheduler: PreviewScheduler, timeout_s: float) -> None:
@@ -400,5 +415,6 @@ def finish_training(
         dtype=prepared.precision.compute_dtype,
         stop_ids=data.encoder.template.stop_ids,
         use_cache=loaded.use_cache,
+        when_written=job.stop.settle,
     )
     return job.ended(path, evaluation)

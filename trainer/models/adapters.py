@@ -15,6 +15,7 @@ from torch import nn
 
 from trainer.config.schema import LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
+from trainer.files import SAVED_BASE as SAVED_BASE
 from trainer.models.hub import is_adapter_folder
 from trainer.models.load import load_model, looks_like_path, read_model_config
 from trainer.models.precision import check_mergeable
@@ -217,9 +218,6 @@ def _settle_tie(model: Any) -> None:
 # Beside PEFT's files lies `base.json`: the name of the base and short hashes of its weights, by
 # which a base that was moved or changed meanwhile is known again.
 
-
-SAVED_BASE = "base_model"
-"""Folder in a run's folder, for the base of an adapter that is on no disk and no hub."""
 
 BASE_RECORD = "base.json"
 

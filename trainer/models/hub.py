@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +56,20 @@ def go_offline() -> None:
     _set_flags(True)
 
 
-@contextlib.contextmanager
-def hub_setting_kept() -> Iterator[None]:
-    """Undo `go_offline` at the end of a block, for programs that run more than one job."""
+def hub_setting() -> Callable[[], None]:
+    """A function that undoes `go_offline`, for programs that run more than one job."""
     before = os.environ.get(VARIABLE)
-    try:
-        yield
-    finally:
-        if before is None and os.environ.pop(VARIABLE, None) is not None:
-            _set_flags(hub_is_offline())
+
+    def put_back() -> None:
+        if os.environ.get(VARIABLE) == before:
+            return
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+        _set_flags(hub_is_offline())
+
+    return put_back
 
 
 def _set_flags(is_offline: bool) -> None:

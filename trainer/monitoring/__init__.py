@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from trainer import lazy_names
 
 if TYPE_CHECKING:
-    from trainer.monitoring.callbacks import LiveMonitorCallback
+    from trainer.monitoring.callbacks import LiveMonitorCallback, Previews, deliver_previews
+    from trainer.monitoring.events import Observers
     from trainer.monitoring.preview_backend import create_preview_backend
     from trainer.monitoring.status_reader import TrainingStatusReader
     from trainer.monitoring.status_writer import TrainingStatusWriter
@@ -21,23 +22,27 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveMonitorCallback",
     "LocalPreviewBackend",
+    "Observers",
     "PreviewBackend",
     "PreviewResult",
+    "Previews",
     "Remote3090Backend",
     "TrainingStatusReader",
     "TrainingStatusWriter",
     "create_preview_backend",
+    "deliver_previews",
 ]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "trainer.monitoring.callbacks": ["LiveMonitorCallback"],
+        "trainer.monitoring.callbacks": ["LiveMonitorCallback", "Previews", "deliver_previews"],
+        "trainer.monitoring.events": ["Observers"],
         "trainer.monitoring.preview_backend": ["create_preview_backend"],
         "trainer.monitoring.status_reader": ["TrainingStatusReader"],
         "trainer.monitoring.status_writer": ["TrainingStatusWriter"],
         "trainer.preview.base": ["PreviewBackend", "PreviewResult"],
         "trainer.preview.local": ["LocalPreviewBackend"],
-        "trainer.preview.remote": ["Remote3090Backend"],
+        "trainer.preview.http": ["Remote3090Backend"],
     },
 )

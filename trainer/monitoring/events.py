@@ -6,15 +6,19 @@ An observer has one method, `on_event(event)`. No torch and no file access here.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import threading
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
 from trainer.preview.base import PreviewResult
+
+logger = logging.getLogger(__name__)
 
 
 def plain_values(value: Any, odd: dict[str, str] | None = None, where: str = "") -> Any:
@@ -61,6 +65,9 @@ def json_line(values: Mapping[str, Any]) -> str:
 
 # ---- what a run tells its observers (status file, terminal, trackers): plain frozen values
 
+
+TRAINING = "training"
+"""The phase in which steps are made; every other one says in words what keeps it from a step."""
 
 RunState = Literal["loading", "training", "saving", "completed", "stopped", "failed"]
 
@@ -223,6 +230,70 @@ class Observer(Protocol):
         ...
 
 
+class Observers:
+    """Sends each event to every observer; one that fails is reported and goes on being told.
+
+    Previews made elsewhere arrive in a thread of their own: one event is told at a time.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        """Take the observers in the order in which they are told."""
+        self._observers = list(observers)
+        self._failed: set[int] = set()
+        self._lock = threading.RLock()
+
+    def add(self, observer: Observer) -> None:
+        """Tell one more from now on."""
+        self._observers.append(observer)
+
+    def emit(self, event: Event) -> None:
+        """Tell everybody; never raises."""
+        with self._lock:
+            self._tell(event)
+
+    def phase(self, state: RunState, text: str) -> None:
+        """Tell everybody what happens now."""
+        self.emit(PhaseChanged(state=state, text=text))
+
+    def pause(self, text: str) -> None:
+        """Tell everybody what keeps training from the next step, or that it goes on."""
+        self.emit(PhaseChanged(state="training", text=text, is_pause=True))
+
+    def notice(self, text: str, level: Literal["info", "warning", "error"] = "info") -> None:
+        """Tell everybody something they should know."""
+        self.emit(Notice(text=text, level=level))
+
+    def _tell(self, event: Event) -> None:
+        # At the end not even an interrupt in one of them keeps the others from hearing of it.
+        caught = BaseException if isinstance(event, RunEnded) else Exception
+        for observer in self._observers:
+            try:
+                observer.on_event(event)
+            except caught as error:
+                self._report(observer, f"failed on {type(event).__name__}", error)
+
+    def close(self) -> None:
+        """Close everybody; never raises."""
+        for observer in self._observers:
+            try:
+                observer.close()
+            except BaseException as error:
+                self._report(observer, "could not be closed", error)
+
+    def _report(self, observer: Observer, what: str, error: BaseException) -> None:
+        """Say once per observer that it failed; a full disk needs no traceback."""
+        if id(observer) in self._failed:
+            return
+        self._failed.add(id(observer))
+        logger.error(
+            "%s %s (%s); training goes on, its output may have gaps",
+            type(observer).__name__,
+            what,
+            error,
+            exc_info=not isinstance(error, OSError),
+        )
+
+
 ELISION = " ... "
 
 _NAMES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -259,7 +330,3 @@ def _shown(char: str) -> str:
     if char == " " or category in ("Zs", "Co", "Cn"):  # unassigned: new emoji
         return char
     return _NAMES.get(char) or char.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-TRAINING = "training"
-"""The phase in which steps are made; every other one says in words what keeps it from a step."""

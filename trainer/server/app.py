@@ -21,12 +21,17 @@ from trainer.publish.wire import GenerateRequest, GenerateResult, ModelState, Re
 from trainer.server.auth import KeyDoor, guarded
 from trainer.server.completions import add_openai_routes
 from trainer.server.inference_process import EngineProcess
-from trainer.server.job import Job
-from trainer.server.jobs import REQUEST_TIMEOUT_S, JobQueue
-from trainer.server.preview_routes import add_active_route, add_preview_routes, add_weight_routes
+from trainer.server.job_book import Job
+from trainer.server.job_queue import REQUEST_TIMEOUT_S, JobQueue
+from trainer.server.preview_routes import (
+    add_active_route,
+    add_preview_routes,
+    add_upload_routes,
+    add_weight_routes,
+)
 from trainer.server.problems import add_problem_handlers, documented
 from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service, client_of
-from trainer.server.weights import KEPT_SETS, WeightStore
+from trainer.server.weight_store import KEPT_SETS, WeightStore
 
 
 def add_metrics_route(app: FastAPI, queue: JobQueue) -> None:
@@ -156,6 +161,7 @@ def create_app(
     _add_status_routes(app, service)
     _add_generate_routes(app, service)
     add_weight_routes(app, service)
+    add_upload_routes(app, service)
     add_active_route(app, service)
     add_preview_routes(app, service)
     add_openai_routes(app, service)

@@ -73,7 +73,7 @@ class KeyDoor:
             if held is None:
                 return Refusal(401, "key", "a key is needed: Authorization: Bearer KEY")
             if needed == "publish" and held != "publish":
-                return Refusal(403, "scope", "this key may generate, not publish")
+                return Refusal(403, "scope", "this key has the scope generate; publish is required")
         length = headers.get("content-length", "0")
         most = self.longest(path)
         if not length.isdigit() or int(length) > most:
@@ -127,7 +127,7 @@ class _Body:
         if self.door.held and self.door.held - self.counts + self.seen > self.door.max_held:
             raise HTTPException(
                 503,
-                "too many large bodies at once",
+                "too many large requests at once",
                 {"Connection": "close", "Retry-After": "5"},
             )
         self.door.held += self.seen - self.counts

@@ -107,7 +107,7 @@ class OpenAIRequest(Body):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
+            raise ValueError("stream_options needs stream: true")
         return self
 
     @property

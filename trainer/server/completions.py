@@ -24,7 +24,7 @@ from trainer.server.completion_schema import (
     TextCompletion,
     Usage,
 )
-from trainer.server.job import Job
+from trainer.server.job_book import Job
 from trainer.server.problems import documented, problem_body
 from trainer.server.service import Service, client_of, result_of
 
@@ -196,7 +196,7 @@ class _Stream:
             whole = _cut(one["text"], self.body.stops)
             if not whole.startswith(sent.text[: sent.length]):
                 logger.error("a streamed text is not the beginning of the whole one; not completed")
-                yield self._error(500, "the text cannot be completed; ask without stream")
+                yield self._error(500, "the end of the text cannot be streamed; ask without stream")
                 return
             for event in self._begin(number, sent):
                 yield event

@@ -31,7 +31,7 @@ from trainer.publish.wire import (
     PreviewsRequest,
     PreviewsResult,
 )
-from trainer.server.held import HeldModel, RefusedError
+from trainer.server.held_model import HeldModel, RefusedError
 from trainer.server.inference_process import SharedNumbers
 from trainer.server.token_watch import JobCancelledError, TokenWatch, beat
 
@@ -186,7 +186,7 @@ class Engine:
             raise RefusedError(f"token id {max(ids)} is not below the model's {rows} rows")
         longest = context_length(self.held.model.config)
         if longest is not None and len(ids) >= longest:
-            raise RefusedError(f"{len(ids)} tokens leave no room in a context of {longest}")
+            raise RefusedError(f"{len(ids)} tokens fill the context of {longest} tokens")
 
     def _answer(
         self, backend: LocalPreviewBackend, asked: PreviewRequest, prompt_tokens: int
@@ -195,7 +195,7 @@ class Engine:
         found = backend.preview_batch([asked], 0)[0]
         if found.error_message is not None:
             # The backend has logged it whole; a client gets no paths and no inner workings.
-            raise RefusedError("generation failed; the server's log says more", 500)
+            raise RefusedError("generation failed; details are in the server's log", 500)
         return GenerateResult(
             text=found.text,
             raw_text=found.raw_text,
@@ -289,7 +289,11 @@ def _handle(engine: Engine, head: dict[str, Any], body: Any) -> Reply:
     except Exception:
         # The weights are as they were: no reason to die, and nothing of it is the client's to see.
         logger.exception("a %s request failed", operation)
-        return {"ok": False, "status": 500, "error": "internal error; the server's log says more"}
+        return {
+            "ok": False,
+            "status": 500,
+            "error": "internal error; details are in the server's log",
+        }
     return {"ok": True, "result": found}
 
 

@@ -23,6 +23,7 @@ from trainer.publish.wire import (
 from trainer.server.problems import WeightsRefusedError, documented
 from trainer.server.service import IdempotencyKey, Service, client_of
 from trainer.server.upload import Upload
+from trainer.server.weight_store import WeightStore
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
 
@@ -44,20 +45,8 @@ class PreviewBatches(BaseModel):
 
 
 def add_weight_routes(app: FastAPI, service: Service) -> None:
-    """Offer, parts, state, commit."""
+    """Offer a weight set, ask for its state, drop it."""
     queue, store = service.queue, service.store
-
-    def state(upload: Upload) -> WeightsState:
-        held = store.holds(upload.weights_id)
-        return WeightsState(
-            upload_id=upload.id,
-            weights_id=upload.weights_id,
-            have=[entry.name for entry in upload.offer.manifest.tensors] if held else [],
-            parts=sorted(upload.parts),
-        )
-
-    def finished(upload_id: str, weights_id: str) -> WeightsState:
-        return WeightsState(upload_id=upload_id, weights_id=weights_id, committed=True)
 
     @app.post(
         "/weights", responses={**documented(409, 422, 429, 503), 200: {"links": UPLOAD_LINKS}}
@@ -66,18 +55,20 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
         weights_id = store.check(body)
         is_active = weights_id == queue.active["weights_id"]
         if not (is_active and store.is_same_day(body, weights_id)):
-            return state(store.offer(body, weights_id))
+            return _state(store, store.offer(body, weights_id))
         # Equal weights: nothing is sent, only the step moves.
         queue.active = store.name(body.run, body.step, weights_id)
         upload_id = secrets.token_hex(16)
         store.finish(upload_id, weights_id)
-        return finished(upload_id, weights_id)
+        return _finished(upload_id, weights_id)
 
     @app.get("/weights/{upload_id}", responses=documented(404, 422), operation_id="weights_state")
     @app.head("/weights/{upload_id}", include_in_schema=False)
     async def upload_state(upload_id: UploadId) -> WeightsState:
         known = store.finished.get(upload_id)
-        return state(store.find(upload_id)) if known is None else finished(upload_id, known)
+        return (
+            _state(store, store.find(upload_id)) if known is None else _finished(upload_id, known)
+        )
 
     @app.delete(
         "/weights/{upload_id}",
@@ -90,6 +81,11 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
         if upload.is_sealed:
             raise WeightsRefusedError(409, "committing", "this upload is being committed")
         store.drop(upload)
+
+
+def add_upload_routes(app: FastAPI, service: Service) -> None:
+    """Send the parts of an offer, and commit it."""
+    store = service.store
 
     @app.put(
         "/weights/{upload_id}/parts/{number}",
@@ -110,7 +106,7 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
     ) -> WeightsState:
         upload = store.find(upload_id)
         await upload.put(number, x_part_sha256, request.stream())
-        return state(upload)
+        return _state(store, upload)
 
     @app.post(
         "/weights/{upload_id}/commit",
@@ -119,24 +115,43 @@ def add_weight_routes(app: FastAPI, service: Service) -> None:
     )
     async def commit(upload_id: UploadId) -> WeightsState:
         known = store.finished.get(upload_id)
-        if known is not None and known in store.loads:
-            return finished(upload_id, known)  # the answer to the first commit was lost
-        upload = store.find(upload_id)
-        upload.seal()
-        try:
-            path = await asyncio.to_thread(store.verify, upload)
-            body = store.load_body(upload, path)
-            await service.load(body, upload.tag)
-        except (WeightsRefusedError, HTTPException) as error:
-            status = error.status if isinstance(error, WeightsRefusedError) else error.status_code
-            if status == 422:
-                store.failed(upload)
-            raise
-        finally:
-            upload.is_sealed = False  # to be sent or committed again
-            upload.touch()
-        store.committed(upload, body)
-        return finished(upload_id, upload.weights_id)
+        if known is None or known not in store.loads:  # else the first answer was lost
+            known = await _commit(service, store.find(upload_id))
+        return _finished(upload_id, known)
+
+
+async def _commit(service: Service, upload: Upload) -> str:
+    """Verify an upload and load it into the engine; gives its weights_id."""
+    store = service.store
+    upload.seal()
+    try:
+        path = await asyncio.to_thread(store.verify, upload)
+        body = store.load_body(upload, path)
+        await service.load(body, upload.tag)
+    except (WeightsRefusedError, HTTPException) as error:
+        status = error.status if isinstance(error, WeightsRefusedError) else error.status_code
+        if status == 422:
+            store.failed(upload)
+        raise
+    finally:
+        upload.is_sealed = False  # to be sent or committed again
+        upload.touch()
+    store.committed(upload, body)
+    return upload.weights_id
+
+
+def _state(store: WeightStore, upload: Upload) -> WeightsState:
+    held = store.holds(upload.weights_id)
+    return WeightsState(
+        upload_id=upload.id,
+        weights_id=upload.weights_id,
+        have=[entry.name for entry in upload.offer.manifest.tensors] if held else [],
+        parts=sorted(upload.parts),
+    )
+
+
+def _finished(upload_id: str, weights_id: str) -> WeightsState:
+    return WeightsState(upload_id=upload_id, weights_id=weights_id, committed=True)
 
 
 def add_active_route(app: FastAPI, service: Service) -> None:
@@ -146,7 +161,9 @@ def add_active_route(app: FastAPI, service: Service) -> None:
     async def set_active(body: SetActive) -> ModelState:
         known = service.store.loads.get(body.weights_id)
         if known is None:
-            raise HTTPException(404, "these weights are not kept; publish them again")
+            raise HTTPException(
+                404, "this server no longer keeps these weights; publish them again"
+            )
         await service.load(known, service.store.tags[body.weights_id])
         return service.state()
 
@@ -188,7 +205,7 @@ def add_preview_routes(app: FastAPI, service: Service) -> None:
         tag = service.store.tag(body.weights_id, body.run, body.step)
         if tag is None:
             raise WeightsRefusedError(
-                409, "not_active", "these weights are not held here; publish them first"
+                409, "not_active", "this server does not hold these weights; publish them first"
             )
         # Run and step are those under which the weights were published, whatever a client says.
         # Weights that nobody published have none: the answer is the client's alone, not listed.

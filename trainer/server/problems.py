@@ -137,7 +137,7 @@ def add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return answer(request, 500, "internal error; the server's log says more", "internal")
+        return answer(request, 500, "internal error; details are in the server's log", "internal")
 
 
 def _said(item: dict[str, Any]) -> str:

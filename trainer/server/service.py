@@ -17,10 +17,10 @@ from trainer.errors import ModelError
 from trainer.models.hub import TINY, resolve_alias
 from trainer.publish.wire import ModelState, WeightsManifest
 from trainer.server.inference_process import EngineProcess
-from trainer.server.job import Job, KeyReusedError
-from trainer.server.jobs import REQUEST_TIMEOUT_S, JobQueue, QueueFullError
+from trainer.server.job_book import Job, KeyReusedError
+from trainer.server.job_queue import REQUEST_TIMEOUT_S, JobQueue, QueueFullError
 from trainer.server.problems import WeightsRefusedError
-from trainer.server.weights import WeightStore
+from trainer.server.weight_store import WeightStore
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Service:
             return
         if self.model_id is not None or self.is_loading:
             held = self.model_id or "another one, which is being loaded"
-            raise HTTPException(409, f"this server has a model already: {held}")
+            raise HTTPException(409, f"this server already has a model: {held}")
         path = resolve_alias(name)
         if path != TINY and ("/" not in path or _is_path(path)):
             raise HTTPException(
@@ -106,11 +106,12 @@ class Service:
             await asyncio.shield(asyncio.to_thread(self.engine.start))
             self._take_model()
         except ModelError as error:
-            logger.error("%s was registered and does not load: %s", name, error)
+            logger.error("%s was registered and cannot be loaded: %s", name, error)
             self.engine.model_path = None
             self.engine.stop()
             raise HTTPException(
-                422, f"{name} does not load; the server's log says why. Is the hub reachable?"
+                422,
+                f"{name} cannot be loaded; see the server's log. Is the hub reachable?",
             ) from error
         finally:
             self.is_loading = False
@@ -150,7 +151,7 @@ class Service:
         try:
             return self.queue.submit(operation, body, key, **more)
         except KeyReusedError:
-            raise HTTPException(422, "this Idempotency-Key named another request") from None
+            raise HTTPException(422, "this Idempotency-Key was used for another request") from None
         except QueueFullError:
             raise HTTPException(429, "the queue is full", RETRY_AFTER) from None
 

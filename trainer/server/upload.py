@@ -1,9 +1,12 @@
-"""One upload: parts that arrive in any order, each at its place in a private file. No torch."""
+"""One upload, and the private folder that a server keeps uploads in. No torch."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +21,7 @@ BROKEN_S = 30.0
 
 @dataclass
 class Upload:
-    """One offer and the parts of it that have arrived."""
+    """One offer and its parts, which arrive in any order, each at its place in a file."""
 
     id: str
     offer: WeightsOffer
@@ -83,9 +86,11 @@ class Upload:
         """
         start = number * PART_BYTES
         if self.offer.transport != "http" or start >= self.limit:
-            raise WeightsRefusedError(422, "bad_part", f"this upload takes no part {number}")
+            raise WeightsRefusedError(422, "bad_part", f"this upload has no part {number}")
         if self.is_stored:
-            raise WeightsRefusedError(409, "committing", "this upload is whole; commit it")
+            raise WeightsRefusedError(
+                409, "committing", "all parts of this upload have arrived; commit it"
+            )
         self.parts.discard(number)
         self.used_at, epoch = self.clock(), self.epoch
         self.writers += 1
@@ -96,10 +101,12 @@ class Upload:
         finally:
             self.writers -= 1
         if self.epoch != epoch:
-            raise WeightsRefusedError(409, "started_over", "this upload began again; send it again")
+            raise WeightsRefusedError(
+                409, "started_over", "this upload was restarted; send its parts again"
+            )
         if found.hexdigest() != digest:
             raise WeightsRefusedError(
-                422, "bad_part_hash", f"part {number} does not have the hash that came with it"
+                422, "bad_part_hash", f"part {number} does not match its hash (X-Part-Sha256)"
             )
         self.parts.add(number)
         self.size = max(self.size, start + length)
@@ -145,3 +152,62 @@ def _write_all(descriptor: int, piece: bytes, offset: int) -> None:
 def no_room(what: str, error: OSError) -> WeightsRefusedError:
     """The answer where the disk is full or refuses."""
     return WeightsRefusedError(507, "no_room", f"{what} cannot be stored ({error.strerror})")
+
+
+# ---- the folder where uploads and committed sets of one server lie, and what killed ones left
+
+
+PREFIX = "trainer-serve-"
+
+LOCK = "lock"
+
+
+class PrivateFolder:
+    """A folder (mode 700) that is this server's while it runs: its lock file is held.
+
+    A server that was killed leaves its folder behind with a lock that nobody holds; the next one
+    removes it.
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        """Remove what is left of killed servers, and make a folder of our own.
+
+        Args:
+            parent: None: the system's folder for temporary files.
+        Raises:
+            OSError: no folder can be made there.
+        """
+        parent = parent or Path(tempfile.gettempdir())
+        remove_abandoned(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def remove(self) -> None:
+        """Remove the folder; the lock is held until nothing is left."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def remove_abandoned(parent: Path) -> list[Path]:
+    """Remove folders of servers that no longer run; gives them."""
+    return [path for path in sorted(parent.glob(f"{PREFIX}*")) if _remove_if_abandoned(path)]
+
+
+def _remove_if_abandoned(path: Path) -> bool:
+    try:
+        state = path.lstat()
+        if path.is_symlink() or not path.is_dir() or state.st_uid != os.getuid():
+            return False  # whoever else may write to a folder for all made it
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False  # gone by now, or just being made: it has no lock file yet
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False  # its server runs
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        return True
+    finally:
+        os.close(lock)

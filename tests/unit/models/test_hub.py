@@ -8,7 +8,7 @@ import socket
 import pytest
 from huggingface_hub import constants
 
-from trainer.models.hub import go_offline, hub_answers, hub_is_offline, hub_setting_kept
+from trainer.models.hub import go_offline, hub_answers, hub_is_offline, hub_setting
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +25,24 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_and_then_left_alone(
     with socket.socket() as closed:  # a port that nobody listens on
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        with hub_setting_kept():
-            assert not hub_answers()
-            assert not hub_answers()
-            assert constants.HF_HUB_OFFLINE
-            assert os.environ["HF_HUB_OFFLINE"] == "1"
+        put_back = hub_setting()
+        assert not hub_answers()
+        assert not hub_answers()
+        assert constants.HF_HUB_OFFLINE
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+        put_back()
     assert caplog.text.count("does not answer") == 1
     assert not constants.HF_HUB_OFFLINE
     assert "HF_HUB_OFFLINE" not in os.environ
 
 
-def test_a_setting_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with hub_setting_kept():
-        go_offline()
-    assert hub_is_offline()
+@pytest.mark.parametrize(("value", "is_offline"), [("1", True), ("0", False)])
+def test_a_setting_of_the_user_stays(
+    value: str, is_offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    put_back = hub_setting()
+    go_offline()
+    put_back()
+    assert hub_is_offline() is is_offline
+    assert os.environ["HF_HUB_OFFLINE"] == value

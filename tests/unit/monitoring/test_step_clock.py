@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.monitoring.callbacks import StepClock
+from trainer.monitoring.step_report import StepClock
 
 
 def test_pauses_between_steps_are_part_of_a_steps_time() -> None:

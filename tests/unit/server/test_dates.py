@@ -14,9 +14,9 @@ from trainer.models.chat_template import fix_date
 from trainer.preview.local import LocalPreviewBackend
 from trainer.publish.identity import canonical_tensors, model_manifest
 from trainer.publish.wire import WeightsManifest, WeightsOffer
-from trainer.server.held import HeldModel
+from trainer.server.held_model import HeldModel
 from trainer.server.inference import _load
-from trainer.server.weights import WeightStore
+from trainer.server.weight_store import WeightStore
 
 DATED = (
     "Today: {{ strftime_now('%d %b %Y') }}\n{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -132,4 +132,4 @@ def test_an_unforeseen_error_tells_a_client_nothing(guard: Any, path: str) -> No
     assert "Traceback" not in answer.text
     body = answer.json()
     said = body["error"]["message"] if path.startswith("/v1") else body["detail"]
-    assert said == "internal error; the server's log says more"
+    assert said == "internal error; details are in the server's log"

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from trainer.publish.weight_file import BadFileError, check_file
 from trainer.publish.wire import WeightsManifest, WeightsOffer
-from trainer.server.private_folder import PREFIX, PrivateFolder, remove_abandoned
 from trainer.server.problems import WeightsRefusedError
-from trainer.server.upload import Upload
-from trainer.server.weights import MAX_UPLOADS, WeightStore
+from trainer.server.upload import PREFIX, PrivateFolder, Upload, remove_abandoned
+from trainer.server.weight_store import MAX_UPLOADS, WeightStore
 
 DATA = bytes(range(16))
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import uvicorn
 
-from trainer.server import protocol
+from trainer.server import bounded_http
 from trainer.server.auth import KeyDoor, guarded
 
 OK = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -43,7 +43,7 @@ def port() -> Iterator[int]:
         listener.listen(512)
         config = uvicorn.Config(
             guarded(KeyDoor(app)),
-            http=protocol.BoundedProtocol,
+            http=bounded_http.BoundedProtocol,
             ws="none",
             lifespan="off",
             log_level="error",
@@ -112,9 +112,9 @@ def test_nothing_without_end_is_read_to_the_end(port: int, what: str) -> None:
 
 
 def test_a_head_just_below_the_limit_is_read(port: int) -> None:
-    big = b"X-A: " + b"a" * (protocol.MAX_HEAD - 200) + b"\r\n"
+    big = b"X-A: " + b"a" * (bounded_http.MAX_HEAD - 200) + b"\r\n"
     assert ask(port, OK[:-2] + big + b"\r\n").startswith(b"HTTP/1.1 200")
-    over = b"X-A: " + b"a" * protocol.MAX_HEAD + b"\r\n"
+    over = b"X-A: " + b"a" * bounded_http.MAX_HEAD + b"\r\n"
     answer = ask(port, OK[:-2] + over + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 431")
     assert b"application/json" in answer
@@ -124,7 +124,7 @@ def test_a_head_just_below_the_limit_is_read(port: int) -> None:
 def test_a_head_that_does_not_come_ends_the_connection(
     port: int, monkeypatch: pytest.MonkeyPatch, data: bytes
 ) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(bounded_http, "HEAD_TIMEOUT_S", 0.3)
     answer = ask(port, data)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 408")
 
@@ -132,7 +132,7 @@ def test_a_head_that_does_not_come_ends_the_connection(
 def test_a_head_that_comes_byte_by_byte_has_the_same_time(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(bounded_http, "HEAD_TIMEOUT_S", 0.4)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         sent = 0
         with contextlib.suppress(ConnectionError, BrokenPipeError):
@@ -151,14 +151,14 @@ def test_a_head_that_comes_byte_by_byte_has_the_same_time(
 def test_a_body_that_stops_coming_ends_the_connection(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "BODY_IDLE_S", 0.3)
+    monkeypatch.setattr(bounded_http, "BODY_IDLE_S", 0.3)
     assert ask(port, HEAD + b"Content-Length: 100\r\n\r\nabc") in (b"", b"reset")
     assert is_well(port)
 
 
 def test_a_slow_answer_is_waited_for(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(protocol, "BODY_IDLE_S", 0.2)
+    monkeypatch.setattr(bounded_http, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(bounded_http, "BODY_IDLE_S", 0.2)
     answer = ask(port, HEAD.replace(b"/x", b"/slow") + b"Content-Length: 2\r\n\r\nab")
     assert answer.startswith(b"HTTP/1.1 200")
 
@@ -166,7 +166,7 @@ def test_a_slow_answer_is_waited_for(port: int, monkeypatch: pytest.MonkeyPatch)
 def test_connections_that_ask_nothing_make_room_for_one_that_does(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(bounded_http, "MAX_CONNECTIONS", 20)
     files = psutil.Process().num_fds()
     with contextlib.ExitStack() as stack:
         for _ in range(100):

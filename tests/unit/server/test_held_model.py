@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
 from trainer.publish.identity import adapter_tensors, canonical_tensors, tensor_hash
 from trainer.publish.wire import AdapterConfig
-from trainer.server.held import HeldModel, RefusedError, _with_adapter
+from trainer.server.held_model import HeldModel, RefusedError, _with_adapter
 
 GATE = "model.layers.0.mlp.gate_proj"
 ID = "a" * 64

@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from trainer.errors import ModelError
-from trainer.server.fair import FairQueue
 from trainer.server.inference_process import EngineDiedError, EngineProcess
-from trainer.server.job import Job, JobBook, body_digest
+from trainer.server.job_book import FairQueue, Job, JobBook, body_digest
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ class JobQueue:
                 await self._run_one(job)
             except Exception:  # this loop must go on whatever a job does
                 logger.exception("a %s job failed in the queue", job.operation)
-                self._end(job, "failed", 500, "internal error; the server's log says more")
+                self._end(job, "failed", 500, "internal error; details are in the server's log")
             self._running = None
             self._queue.charge(kind, client, asyncio.get_running_loop().time() - began)
 
@@ -295,7 +294,11 @@ class JobQueue:
         """Put kept weights into the engine."""
         kept = self.find_weights(weights_id)
         if kept is None:
-            return {"ok": False, "status": 409, "error": "these weights are no longer kept here"}
+            return {
+                "ok": False,
+                "status": 409,
+                "error": "this server no longer keeps these weights",
+            }
         body = json.dumps(kept).encode()
         reply, _ = await self._ask(self.engine.new_id(), "load_weights", body)
         if reply["ok"]:
@@ -327,11 +330,11 @@ class JobQueue:
                 reply = await self._load(wanted)
                 if not reply["ok"]:
                     # Others must not answer in their place.
-                    logger.error("the active weights do not load again: %s", reply["error"])
+                    logger.error("the active weights could not be loaded again: %s", reply["error"])
                     self.active = dict(NO_WEIGHTS)
             self.is_ready, self._is_broken = True, False
         except (ModelError, EngineDiedError) as error:
-            logger.error("the engine could not be started again, trying later: %s", error)
+            logger.error("the engine could not be restarted; next attempt later: %s", error)
             self._is_broken, self._is_up = True, False
 
     async def watch(self) -> None:
@@ -353,7 +356,7 @@ class JobQueue:
             silent = silent + 1 if seen == beats else 0
             beats, missing = seen, 0
             if silent >= SILENT_POLLS:
-                logger.error("the engine process gives no sign of life; ending it")
+                logger.error("the engine process does not respond; stopping it")
                 self.is_ready, silent = False, 0
                 self.engine.kill()
             else:
@@ -368,6 +371,6 @@ class JobQueue:
             self._running.is_late = True
             self.engine.cancel(self._running.message_id)
         if seconds > self._limit_s + GIVE_UP_S:
-            logger.error("the engine does not stop answering; ending it")
+            logger.error("the engine does not react to a cancellation; stopping it")
             self.is_ready = False
             self.engine.kill()

@@ -184,12 +184,14 @@ class HeldModel:
 
     def _original(self, weights_id: str) -> Change:
         if weights_id != self.original_id:
-            raise RefusedError("these weights are not held here", 409)
+            raise RefusedError("this server does not hold these weights", 409)
         try:
             fresh = canonical_tensors(self._load(False))
         except (TrainerError, OSError) as error:
-            logger.warning("the model does not load again: %s", error)
-            raise RefusedError("the model that the server began with is gone", 409) from error
+            logger.warning("the model could not be loaded again: %s", error)
+            raise RefusedError(
+                "the model that the server was started with is no longer there", 409
+            ) from error
 
         def change() -> None:
             self._take_off()
@@ -240,7 +242,7 @@ def _check_adapter(path: str, outline: Any, adapter: AdapterConfig) -> None:
             wrapped = _with_adapter(outline, adapter)
     except Exception as error:  # peft's own words: it raises ValueError, TypeError and others
         words = " ".join(str(error).split())[:200]
-        raise RefusedError(f"the adapter cannot be put on these modules: {words}") from error
+        raise RefusedError(f"the adapter cannot be applied to these modules: {words}") from error
     _compare(path, {name: tuple(value.shape) for name, value in adapter_tensors(wrapped).items()})
 
 
@@ -267,7 +269,7 @@ def _present(path: str) -> str:
         RefusedError: it is not.
     """
     if not Path(path).is_file():
-        raise RefusedError("the file of these weights is gone; publish them again", 409)
+        raise RefusedError("the file of these weights no longer exists; publish them again", 409)
     return path
 
 
@@ -281,10 +283,10 @@ def _compare(path: str, shapes: dict[str, tuple[int, ...]]) -> None:
         found = set(file.keys())
         if found != set(shapes):
             odd = sorted(found ^ set(shapes))
-            raise RefusedError(f"the file's tensors are not the model's: {odd[0][:200]!r}")
+            raise RefusedError(f"the file's tensors differ from the model's: {odd[0][:200]!r}")
         for name, shape in shapes.items():
             if tuple(file.get_slice(name).get_shape()) != shape:
-                raise RefusedError(f"{name} has another shape than the model's")
+                raise RefusedError(f"{name} differs in shape from the model's")
 
 
 def _copy(path: str, targets: dict[str, torch.Tensor]) -> None:

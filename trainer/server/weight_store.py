@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.publish.weight_file import MAX_HEADER, BadFileError, check_file, num_bytes
-from trainer.publish.wire import PART_BYTES, WeightsManifest, WeightsOffer
-from trainer.server.fit import check_fit
+from trainer.publish.wire import PART_BYTES, TensorEntry, WeightsManifest, WeightsOffer
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.upload import Upload, no_room
 
@@ -118,11 +117,13 @@ class WeightStore:
         """
         if self.expected is None:
             raise WeightsRefusedError(
-                503, "no_model", "no model yet; name one with POST /models/register"
+                503, "no_model", "no model is loaded; name one with POST /models/register"
             )
         if offer.manifest.kind == "adapter" and offer.manifest.base not in self.loads:
             raise WeightsRefusedError(
-                409, "base_missing", "the adapter's base weights are not here; publish them first"
+                409,
+                "base_missing",
+                "this server does not hold the adapter's base weights; publish them first",
             )
         check_fit(offer.manifest, self.expected)
         if offer.transport == "dir" and self.weights_dir is None:
@@ -309,3 +310,102 @@ def _check(path: Path, manifest: WeightsManifest) -> None:
         check_file(path, manifest)
     except BadFileError as error:
         raise WeightsRefusedError(422, error.code, str(error), error.bad) from error
+
+
+# ---- whether an offered manifest fits the loaded model: names, shapes and sizes
+#
+# Nothing has been sent then, and nothing is built.
+
+
+FLOATS = {"F32", "F16", "BF16"}
+"""Dtypes that an fp32 model holds without loss."""
+
+RANK_AXIS = {
+    ".lora_A.weight": 0,
+    ".lora_B.weight": 1,
+    ".lora_embedding_A": 0,
+    ".lora_embedding_B": 1,
+}
+"""Where the rank stands in the shape of each kind of adapter tensor."""
+
+
+def check_fit(manifest: WeightsManifest, expected: WeightsManifest) -> None:
+    """Compare an offer with the loaded model; the base of an adapter is the store's to know.
+
+    Raises:
+        WeightsRefusedError: another architecture or tokenizer, or other tensors.
+    """
+    for name, code in (
+        ("config_hash", "other_architecture"),
+        ("tokenizer_hash", "other_tokenizer"),
+        ("chat_template_hash", "other_chat_template"),
+    ):
+        if getattr(manifest, name) != getattr(expected, name):
+            raise WeightsRefusedError(
+                409,
+                code,
+                f"{name} differs from the loaded model's; start the server with the base "
+                "model of the run (trainer serve --model ...)",
+            )
+    if manifest.kind == "adapter":
+        _check_adapter(manifest, expected)
+        return
+    mine = {entry.name: entry for entry in expected.tensors}
+    bad = sorted(
+        {entry.name for entry in manifest.tensors if not _fits(entry, mine.get(entry.name))}
+        | (set(mine) - {entry.name for entry in manifest.tensors})
+    )
+    if bad:
+        raise WeightsRefusedError(
+            422, "tensors_differ", "tensors are missing or of another shape or dtype", bad
+        )
+
+
+def _fits(entry: TensorEntry, mine: TensorEntry | None) -> bool:
+    if mine is None or entry.shape != mine.shape:
+        return False
+    return entry.dtype == mine.dtype or {entry.dtype, mine.dtype} <= FLOATS
+
+
+def _check_adapter(manifest: WeightsManifest, expected: WeightsManifest) -> None:
+    """An adapter must be as large as its manifest says: rank, modules and tensors agree.
+
+    Every detail is compared in the engine, on a model without memory; this is what keeps a
+    manifest of a few bytes from asking for gigabytes there.
+    """
+    adapter = manifest.adapter
+    assert adapter is not None, "the manifest's own check"
+    if sum(map(num_bytes, manifest.tensors)) > sum(map(num_bytes, expected.tensors)):
+        raise WeightsRefusedError(413, "too_large", "the adapter is larger than its model")
+    bad = [entry.name for entry in manifest.tensors if not _is_of_rank(entry, adapter.r)]
+    if bad:
+        raise WeightsRefusedError(
+            422,
+            "tensors_differ",
+            f"tensors do not match an adapter of rank r={adapter.r}; offer the rank that the "
+            "adapter was trained with",
+            bad,
+        )
+    # Targets are full names; `base_model.model.` stands before them.
+    places = {entry.name.partition(".lora_")[0] for entry in manifest.tensors}
+    without = [
+        target
+        for target in adapter.target_modules
+        if not any(place == target or place.endswith("." + target) for place in places)
+    ]
+    if without:
+        raise WeightsRefusedError(
+            422,
+            "tensors_differ",
+            "the manifest has no tensors for some target_modules",
+            without[:100],
+        )
+
+
+def _is_of_rank(entry: TensorEntry, rank: int) -> bool:
+    if entry.dtype not in FLOATS:
+        return False
+    for ending, axis in RANK_AXIS.items():
+        if entry.name.endswith(ending):
+            return len(entry.shape) == 2 and entry.shape[axis] == rank
+    return ".modules_to_save." in entry.name and ".lora_" not in entry.name

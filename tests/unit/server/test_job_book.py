@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from trainer.server.fair import SAVED_S, FairQueue
+from trainer.server.job_book import SAVED_S, FairQueue
 
 
 def served(queue: FairQueue[int], seconds: dict[str, float], rounds: int) -> Counter[str]:

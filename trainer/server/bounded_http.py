@@ -77,7 +77,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         elif self._is_in_head and not self._head_bytes:
             self.transport.close()  # it never asked for anything
         else:
-            self._refuse(408, "the request did not come in time")
+            self._refuse(408, "the request was not received in time")
 
     # ---- what comes in
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from trainer.server import jobs
+from trainer.server import job_queue
 from trainer.server.inference_process import EngineDiedError
-from trainer.server.job import KEPT_BYTES, Job, JobBook, KeyReusedError
-from trainer.server.jobs import JobQueue, QueueFullError
+from trainer.server.job_book import KEPT_BYTES, Job, JobBook, KeyReusedError
+from trainer.server.job_queue import JobQueue, QueueFullError
 
 OLD, NEW = "a" * 64, "b" * 64
 LOAD = json.dumps({"weights_id": NEW}).encode()
@@ -198,7 +198,7 @@ def test_the_last_of_two_waiting_clients_ends_a_job_and_not_the_first(
             if key is not None:  # and whoever comes now gets a job of his own
                 assert queue.submit("chat", b"{}", key) is not job
 
-    monkeypatch.setattr(jobs, "KEYED_GRACE_S", 0.05)
+    monkeypatch.setattr(job_queue, "KEYED_GRACE_S", 0.05)
     run(work(None))
     run(work("key"))
 
@@ -235,7 +235,7 @@ def test_what_takes_too_long_is_given_up_and_the_next_one_is_answered(engine: Fa
 def test_an_engine_without_a_sign_of_life_is_replaced(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "WATCH_S", 0.02)
+    monkeypatch.setattr(job_queue, "WATCH_S", 0.02)
 
     async def work() -> None:
         engine.hold = threading.Event()
