@@ -358,3 +358,32 @@ class SafeStream(io.TextIOBase):
         except (OSError, ValueError) as error:  # ValueError: closed by its owner
             self._is_broken = True
             logger.warning("the terminal output broke off (%s); training goes on", error)
+
+
+# ---- whole folders
+
+
+FAILED = "free some space or choose another folder."
+
+
+@contextlib.contextmanager
+def staged(folder: Path, *, advice: str = FAILED) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end of the block, or leaves no trace.
+
+    Raises:
+        OutputError: it cannot be written; the message ends with `advice`.
+    """
+    staging = folder.with_name(f".tmp-{folder.name}")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
+        if folder.exists():  # of the interrupted run that this one resumed
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OutputError(f"{folder}: cannot save the model ({error}); {advice}") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

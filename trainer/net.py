@@ -1,11 +1,14 @@
-"""Addresses and keys: what is this machine, where to listen, what of a secret may be shown."""
+"""Addresses and keys: this machine, where to listen, what of a secret is shown; the model hub."""
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
@@ -206,3 +209,74 @@ def _known() -> list[str]:
         return _list_file().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError):
         return []
+
+
+# ---- whether the model hub may be asked, and the one switch that all its clients obey
+#
+# `local_files_only` alone is not enough: PEFT and `datasets` ask the hub on ways of their own, and
+# each of them tries for a minute where there is no network.
+
+
+HUB_TIMEOUT_S = 5.0
+
+HUB_VARIABLE = "HF_HUB_OFFLINE"
+
+
+def hub_is_offline() -> bool:
+    """True when the user's environment forbids asking the model hub."""
+    return any(
+        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+        for name in (HUB_VARIABLE, "TRANSFORMERS_OFFLINE")
+    )
+
+
+def hub_answers() -> bool:
+    """Whether the hub may be asked and can be reached; if not, no client asks it any more."""
+    if hub_is_offline():
+        return False
+    # Both take part of a second to import, and a model folder needs neither.
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except httpx.TransportError as error:
+        logger.warning(
+            "the model hub %s does not answer (%s); using what is cached", constants.ENDPOINT, error
+        )
+        go_offline()
+        return False
+    return True
+
+
+def go_offline() -> None:
+    """Keep every client of the hub in this process from asking it."""
+    os.environ[HUB_VARIABLE] = "1"
+    _set_hub_flags(True)
+
+
+def hub_setting() -> Callable[[], None]:
+    """A function that undoes `go_offline`, for programs that run more than one job."""
+    before = os.environ.get(HUB_VARIABLE)
+
+    def put_back() -> None:
+        if os.environ.get(HUB_VARIABLE) == before:
+            return
+        if before is None:
+            del os.environ[HUB_VARIABLE]
+        else:
+            os.environ[HUB_VARIABLE] = before
+        _set_hub_flags(hub_is_offline())
+
+    return put_back
+
+
+def _set_hub_flags(is_offline: bool) -> None:
+    """The libraries read the variable once, when they are imported."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = is_offline
+    config = sys.modules.get("datasets.config")
+    if config is not None:
+        config.HF_HUB_OFFLINE = is_offline  # type: ignore[attr-defined]
+        config.HF_DATASETS_OFFLINE = is_offline  # type: ignore[attr-defined]

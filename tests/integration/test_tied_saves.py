@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainer.core import model_folder
 from trainer.core.merging import export_merged
-from trainer.core.model_folder import save_final_model
+from trainer.core.training import save_final_model
+from trainer.models import precision
 from trainer.models.precision import DTYPES
 
 SMALL: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_mutant_n22_tensors_cast_one_by_one_is_killed(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        model_folder, "cast_state", lambda state, dtype: {k: v.to(dtype) for k, v in state.items()}
+        precision, "cast_state", lambda state, dtype: {k: v.to(dtype) for k, v in state.items()}
     )
     with pytest.raises(AssertionError):
         check_saved_once("gemma3_text", tokenizer, tmp_path)
@@ -103,7 +103,7 @@ def test_mutant_n22_tensors_cast_one_by_one_is_killed(
 def test_tensors_that_share_no_memory_stay_apart() -> None:
     state = {"a": torch.zeros(2), "b": torch.zeros(2), "n": torch.zeros(2, dtype=torch.int64)}
     state |= {"view": state["a"][:1], "same": state["a"]}
-    cast = model_folder.cast_state(state, torch.bfloat16)
+    cast = precision.cast_state(state, torch.bfloat16)
     assert cast["same"] is cast["a"]
     assert len({id(cast[name]) for name in ("a", "b", "view")}) == 3
     assert cast["n"].dtype == torch.int64

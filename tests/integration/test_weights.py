@@ -11,7 +11,7 @@ import torch
 
 from trainer.core import TrainerEngine
 from trainer.core.loss import supervised_loss
-from trainer.core.model_folder import save_final_model
+from trainer.core.training import save_final_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [40, 30, 20, 10, 9, 8, 7, 6]])
 

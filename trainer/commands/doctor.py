@@ -100,7 +100,7 @@ def _hub() -> str:
     import httpx
     from huggingface_hub import constants
 
-    from trainer.models.hub import HUB_TIMEOUT_S, hub_is_offline
+    from trainer.net import HUB_TIMEOUT_S, hub_is_offline
 
     if hub_is_offline():
         return "not asked: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"

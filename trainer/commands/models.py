@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.commands.arguments import parse
-from trainer.models.hub import ALIASES
+from trainer.models import ALIASES
 
 
 def run(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from trainer.commands.arguments import add_weights_flags, parse, port, whole_num
 from trainer.core.finished import open_run
 from trainer.core.run_folder import RunFolder
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
-from trainer.models.hub import is_adapter_folder
+from trainer.models import is_adapter_folder
 from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
 from trainer.server.bounded_http import BoundedProtocol

@@ -26,7 +26,7 @@ from trainer.core.checkpoint import (
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError, OutputError, ResumeError
 from trainer.files import require_folder
-from trainer.models.hub import is_adapter_folder
+from trainer.models import is_adapter_folder
 from trainer.profiles import DataProfile, get_profile
 
 if TYPE_CHECKING:

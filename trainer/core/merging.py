@@ -16,10 +16,15 @@ from typing import Any
 import torch
 
 from trainer.core.finished import FinishedRun
-from trainer.core.model_folder import staged, write_model
 from trainer.data.template import ChatTemplate
 from trainer.errors import OutputError
-from trainer.models.adapters import has_true_tie, load_finished_model, merge_adapter
+from trainer.files import staged
+from trainer.models.adapters import (
+    has_true_tie,
+    load_finished_model,
+    merge_adapter,
+    write_model,
+)
 from trainer.models.load import check_vocabulary, embedding_rows
 from trainer.models.precision import check_mergeable
 

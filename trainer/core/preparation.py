@@ -30,7 +30,6 @@ from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError
 from trainer.models.adapters import SAVED_BASE, add_lora, describe_base
 from trainer.models.chat_template import fix_date
-from trainer.models.hub import go_offline
 from trainer.models.load import (
     check_is_model,
     check_locked,
@@ -51,6 +50,7 @@ from trainer.models.precision import (
 )
 from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
+from trainer.net import go_offline
 from trainer.profiles import DataProfile
 
 DEFAULT_MAX_LENGTH = 2048

@@ -38,11 +38,11 @@ from trainer.errors import (
     StoppedError,
     TrainerError,
 )
-from trainer.models.hub import hub_setting
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
 from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.net import hub_setting
 from trainer.preview.scheduler import PreviewScheduler
 from trainer.profiles import DataProfile
 

@@ -24,7 +24,6 @@ from trainer.core.checks import (
 )
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import loss_share, supervised_loss
-from trainer.core.model_folder import save_final_model
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler, final_evaluation
@@ -34,7 +33,8 @@ from trainer.core.run_folder import RunFolder
 from trainer.data.batches import EncodedDataset, PackedDataset, PadCollator, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError, NonFiniteError, StoppedError
-from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
+from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
+from trainer.models.adapters import write_model
 from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import (
     Commands,
@@ -418,3 +418,29 @@ def finish_training(
         when_written=job.stop.settle,
     )
     return job.ended(path, evaluation)
+
+
+KEPT = "The newest checkpoint holds the trained weights: --resume saves them again."
+
+
+def save_final_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    stop_ids: frozenset[int],
+    use_cache: bool,
+    when_written: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write model (or adapter) and tokenizer to `folder`, in place of an earlier one.
+
+    Args: as of `write_model`, and:
+        when_written: called once the files are whole, before they take the folder's name.
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with staged(folder, advice=f"{FAILED} {KEPT}") as staging:
+        write_model(model, tokenizer, staging, dtype=dtype, stop_ids=stop_ids, use_cache=use_cache)
+        when_written()
+    return folder

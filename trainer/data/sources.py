@@ -19,7 +19,7 @@ from trainer.data.row_files import SUFFIXES, RawRow, raw_rows, to_rows
 from trainer.data.rows import Example, PreviewRequest, Row, RowErrors, is_text
 from trainer.data.tables import own_values
 from trainer.errors import ConfigError, DataError
-from trainer.models.hub import hub_answers
+from trainer.net import hub_answers
 from trainer.profiles import Message
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")

@@ -1,7 +1,14 @@
-"""Models and tokenizers by name, adapters, the built-in `tiny`; names are loaded on first use."""
+"""Models and tokenizers by name, adapters, the built-in `tiny`; torch comes with what needs it.
+
+The short names for what people fine-tune at home stand here.
+"""
 
 from __future__ import annotations
 
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import lazy_names
@@ -21,3 +28,47 @@ __getattr__ = lazy_names(
         "trainer.models.tiny": ["write_demo_data"],
     },
 )
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name and what it stands for."""
+
+    path: str
+    """Hub id; `tiny` is built in."""
+    size: str
+    note: str
+
+
+TINY = "tiny"
+
+ALIASES: dict[str, Alias] = {
+    TINY: Alias("tiny", "0.8M", "built in, untrained; for trying things without a download"),
+    "qwen3": Alias("Qwen/Qwen3-0.6B", "0.6B", "the usual first choice for one GPU"),
+    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", "0.6B", ""),
+    "qwen3-1.7b": Alias("Qwen/Qwen3-1.7B", "1.7B", ""),
+    "qwen3-4b": Alias("Qwen/Qwen3-4B", "4B", "lora on 24 GB"),
+    "qwen3-8b": Alias("Qwen/Qwen3-8B", "8B", "lora on 24 GB with short rows"),
+    "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B-Instruct", "0.5B", ""),
+    "qwen2.5-1.5b": Alias("Qwen/Qwen2.5-1.5B-Instruct", "1.5B", ""),
+}
+
+
+def resolve_alias(name: str) -> str:
+    """The hub id or path that `name` stands for; a name that is no alias stands for itself."""
+    alias = ALIASES.get(name.lower())
+    return alias.path if alias else os.path.expanduser(name)
+
+
+def nearest_alias(name: str) -> str | None:
+    """The alias that `name` was probably meant to be."""
+    near = difflib.get_close_matches(name.lower(), ALIASES, n=1)
+    return near[0] if near else None
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (path / ADAPTER_CONFIG).is_file()

@@ -16,9 +16,10 @@ from torch import nn
 from trainer.config.schema import LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.files import SAVED_BASE as SAVED_BASE
-from trainer.models.hub import is_adapter_folder
+from trainer.files import library_errors
+from trainer.models import is_adapter_folder
 from trainer.models.load import load_model, looks_like_path, read_model_config
-from trainer.models.precision import check_mergeable
+from trainer.models.precision import check_mergeable, save_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -414,3 +415,28 @@ def _put_on(model: Any, folder: Path) -> Any:
             f"{folder}: this adapter does not fit {model.config._name_or_path}, which must be the "
             f"model it was trained on; give that one: --base FOLDER_OR_HUB_ID. Cause: {cause}"
         ) from error
+
+
+def write_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    stop_ids: frozenset[int],
+    use_cache: bool,
+) -> None:
+    """Write model (or adapter) and tokenizer.
+
+    Args:
+        model: the unwrapped model; its own weights are not changed.
+        dtype, stop_ids, use_cache: as of `save_full`; adapters stay fp32.
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with library_errors():
+        if hasattr(model, "peft_config"):
+            save_adapter(model, folder)
+        else:
+            save_full(model, folder, dtype, stop_ids, use_cache)
+        tokenizer.save_pretrained(folder)

@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LockedSection, ModelSection
 from trainer.errors import ConfigError, ModelError
+from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
-from trainer.models.hub import (
-    ALIASES,
-    TINY,
-    hub_answers,
-    is_adapter_folder,
-    nearest_alias,
-    resolve_alias,
-)
 from trainer.models.precision import check_loadable, quantization_of
+from trainer.net import hub_answers
 
 if TYPE_CHECKING:
     import torch

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -284,3 +286,55 @@ def check_mergeable(config: Any, name: str) -> None:
 def place(model: Any, device: Any) -> Any:
     """The model on a device; quantized weights were loaded where they are to stay."""
     return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+# ---- saving in it
+
+
+def save_full(
+    model: Any, folder: Path, dtype: torch.dtype, stop_ids: frozenset[int], use_cache: bool
+) -> None:
+    """save_pretrained with weights cast on the way and a config that says so.
+
+    Args:
+        model: its own weights are not changed.
+        dtype: floating-point weights are saved in it.
+        stop_ids: become the model's end-of-text ids, so that generation elsewhere stops too.
+        use_cache: value for the saved config (training turns it off).
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    weights = cast_state(model.state_dict(), dtype)
+    config, generation = model.config, model.generation_config
+    before = config.use_cache, generation.eos_token_id
+    named = generation.eos_token_id
+    named = set(named if isinstance(named, list) else [named]) - {None}
+    try:
+        config.use_cache = use_cache
+        generation.eos_token_id = sorted(named | stop_ids)
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        config.use_cache, generation.eos_token_id = before
+    # save_pretrained writes the dtype of the model in memory, not that of the weights it was given.
+    path = folder / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def cast_state(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating tensors in another dtype; names that share one tensor share its copy too.
+
+    save_pretrained tells tied weights by their memory: cast one by one, a tied head is saved twice.
+    """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    cast = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            cast[name] = tensor
+            continue
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.data_ptr() == 0 or key not in copies:  # no memory: nothing to share
+            copies[key] = tensor.to(dtype)
+        cast[name] = copies[key]
+    return cast

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import Header, HTTPException, Request
 
 from trainer.errors import ModelError
-from trainer.models.hub import TINY, resolve_alias
+from trainer.models import TINY, resolve_alias
 from trainer.publish.wire import ModelState, WeightsManifest
 from trainer.server.inference_process import EngineProcess
 from trainer.server.job_book import Job, KeyReusedError

@@ -11,8 +11,8 @@ import torch
 
 from trainer.config.schema import LockedSection, LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
+from trainer.models import ALIASES, nearest_alias, resolve_alias
 from trainer.models.adapters import add_lora
-from trainer.models.hub import ALIASES, nearest_alias, resolve_alias
 from trainer.models.load import (
     check_locked,
     check_vocabulary,

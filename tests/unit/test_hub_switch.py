@@ -8,7 +8,7 @@ import socket
 import pytest
 from huggingface_hub import constants
 
-from trainer.models.hub import go_offline, hub_answers, hub_is_offline, hub_setting
+from trainer.net import go_offline, hub_answers, hub_is_offline, hub_setting
 
 
 @pytest.fixture(autouse=True)
