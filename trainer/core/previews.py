@@ -341,6 +341,9 @@ def _write_base(base: Snapshotter, folder: Path) -> Path:
 # ---- the schedule, whoever answers, and the final evaluation
 
 
+PUBLISHED = ("sidecar", "remote_3090")
+"""Backends that get this run's weights; others have weights of their own."""
+
 PROMPTS_AT_ONCE = 50
 """Batch of the final evaluation; previews are one batch of their own."""
 
@@ -391,10 +394,12 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
             "server has, not with this run's: they are marked unverified",
             "warning",
         )
-    elif monitoring.preview_backend != "local":
+    elif monitoring.preview_backend in PUBLISHED:
         assert job.folder is not None, "previews are the main process's"
         publishing = PublishingRun(prepared, model, job.folder, job.observers.notice)
         backend = build_published(publishing, requests, local)
+    elif monitoring.preview_backend != "local":
+        backend = create_preview_backend(monitoring)
     return PreviewScheduler(
         backend,
         requests,
