@@ -17,7 +17,7 @@ def test_preview_prompt_ids_are_the_prefix_of_the_rows_training_ids(
     assert data.validation is not None
     rows = [data.validation[i]["input_ids"].tolist() for i in range(len(data.validation))]
     monitor, *_ = engine.build_callbacks(config)
-    requests = monitor.scheduler.requests
+    requests = monitor.previews.scheduler.requests
     assert len(requests) == config.monitoring.num_eval_samples
     for request in requests:
         ids = list(request.prompt_token_ids or ())

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.config import create_default_config
-from trainer.core import TrainerEngine, model_folder
+from trainer.core import TrainerEngine
 
 MARKERS = ("<<ANS_START>>", "<<ANS_END>>")
 
@@ -153,9 +153,8 @@ def test_mutant_n23_head_not_saved_is_killed(
     folder_of: Callable[[bool], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import trainer.core.training as training
 
-    save = model_folder.save_final_model
+    save = training.save_final_model
 
     def without_head(model: Any, *args: Any, **named: Any) -> Any:
         state = model.state_dict()
