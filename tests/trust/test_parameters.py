@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.config import create_default_config
-from trainer.core import TrainerEngine
+from trainer.core import TrainerEngine, training
 
 MARKERS = ("<<ANS_START>>", "<<ANS_END>>")
 
