@@ -9,7 +9,7 @@ import pytest
 from trainer.errors import ConfigError
 from trainer.net import is_loopback, key_with_scope, keys_of_listener, read_key_file
 from trainer.preview.http import server_key
-from trainer.views.page.worker_link import Worker, _key_of
+from trainer.views.page.worker_link import WorkerAddress, _key_of
 
 KEY, OTHER = "k" * 16, "o" * 16
 
@@ -82,7 +82,7 @@ def test_server_trainer_and_page_read_the_same_key(tmp_path: Path, text: str) ->
     of_server = keys_of_listener(path, "0.0.0.0", "--api-key-file")
     assert of_server[KEY] == "publish"
     assert server_key(str(path)) == KEY
-    may_generate = _key_of(Worker(url="http://127.0.0.1:1", key_file=str(path)))
+    may_generate = _key_of(WorkerAddress(url="http://127.0.0.1:1", key_file=str(path)))
     assert may_generate == (OTHER if OTHER in text else KEY)
     assert may_generate in of_server
     assert key_with_scope(of_server, "publish") == KEY

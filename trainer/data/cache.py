@@ -233,7 +233,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, re.Pattern):
         return [value.pattern, value.flags]
     if hasattr(value, "backend_tokenizer"):
-        return tokenizer_hash(value)
+        return tokenizer_key(value)
     if isinstance(value, DataProfile):
         return describe_profile(value)
     if isinstance(value, BaseModel):
@@ -255,7 +255,7 @@ def _describe_own(value: Any) -> Any:
     raise NotCacheableError(f"a {type(value).__module__}.{type(value).__qualname__}")
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_key(tokenizer: Any) -> str:
     """sha256 of the tokenizer's rules, its template and its special tokens.
 
     Raises:

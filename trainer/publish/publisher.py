@@ -59,13 +59,13 @@ AGAIN = (
 quicker, or bytes were damaged on the way."""
 
 
-class Message(BaseModel):
+class PublisherMessage(BaseModel):
     """What the trainer says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Setup(Message):
+class Setup(PublisherMessage):
     """The first line: where the server is, and what is the same for every step."""
 
     url: str
@@ -88,7 +88,7 @@ class Setup(Message):
     """A PreviewsRequest without run, step and weights_id."""
 
 
-class Give(Message):
+class Give(PublisherMessage):
     """One snapshot to be shown."""
 
     step: int

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 Change = Callable[[], None]
 
 
-class RefusedError(Exception):
+class UnanswerableError(Exception):
     """The request cannot be answered by this model; the caller gets `status`."""
 
     def __init__(self, message: str, status: int = 422) -> None:
@@ -125,15 +125,15 @@ class HeldModel:
             adapter: the file holds these adapters, on the full weights `base_id`.
             base_path: file of those, where they may have to be loaded first.
         Raises:
-            RefusedError: the tensors are not the model's, or something is gone; nothing changed.
+            UnanswerableError: not the model's tensors, or something is gone; nothing changed.
         """
         try:
             changes = self._prepare(path, weights_id, adapter, base_id, base_path)
-        except RefusedError:
+        except UnanswerableError:
             raise
         except Exception as error:  # a file can be wrong in any way, and nothing is changed yet
             logger.warning("weights %s are refused", weights_id[:12], exc_info=True)
-            raise RefusedError(
+            raise UnanswerableError(
                 f"these weights cannot be loaded ({type(error).__name__}); the server's log says "
                 "more"
             ) from error
@@ -155,12 +155,12 @@ class HeldModel:
         if adapter is None:
             return [self._full(path, weights_id)]
         if path is None:
-            raise RefusedError("an adapter comes in a file")
+            raise UnanswerableError("an adapter comes in a file")
         _check_adapter(_present(path), self._outline(), adapter)
         changes = []
         if self.base_id != base_id:
             if base_id is None:
-                raise RefusedError("an adapter names its base")
+                raise UnanswerableError("an adapter names its base")
             changes.append(self._full(base_path, base_id))
         return [*changes, lambda: self._put_adapter(path, adapter)]
 
@@ -184,12 +184,12 @@ class HeldModel:
 
     def _original(self, weights_id: str) -> Change:
         if weights_id != self.original_id:
-            raise RefusedError("this server does not hold these weights", 409)
+            raise UnanswerableError("this server does not hold these weights", 409)
         try:
             fresh = canonical_tensors(self._load(False))
         except (TrainerError, OSError) as error:
             logger.warning("the model could not be loaded again: %s", error)
-            raise RefusedError(
+            raise UnanswerableError(
                 "the model that the server was started with is no longer there", 409
             ) from error
 
@@ -228,21 +228,23 @@ def _check_adapter(path: str, outline: Any, adapter: AdapterConfig) -> None:
     """Build the adapters on a model without memory, and compare them with a file.
 
     Raises:
-        RefusedError: they cannot be built, or the file holds others.
+        UnanswerableError: they cannot be built, or the file holds others.
     """
     names = {name for name, _ in outline.named_modules()}
     for name in (*adapter.target_modules, *adapter.modules_to_save):
         if not any(one == name or one.endswith("." + name) for one in names):
-            raise RefusedError(f"the model has no module {name!r}")
+            raise UnanswerableError(f"the model has no module {name!r}")
     missing = [name for name in adapter.target_modules if name not in names]
     if missing:
-        raise RefusedError(f"the model has no module {missing[0]!r}")
+        raise UnanswerableError(f"the model has no module {missing[0]!r}")
     try:
         with torch.device("meta"):
             wrapped = _with_adapter(outline, adapter)
     except Exception as error:  # peft's own words: it raises ValueError, TypeError and others
         words = " ".join(str(error).split())[:200]
-        raise RefusedError(f"the adapter cannot be applied to these modules: {words}") from error
+        raise UnanswerableError(
+            f"the adapter cannot be applied to these modules: {words}"
+        ) from error
     _compare(path, {name: tuple(value.shape) for name, value in adapter_tensors(wrapped).items()})
 
 
@@ -266,10 +268,12 @@ def _present(path: str) -> str:
     """A path whose file is there.
 
     Raises:
-        RefusedError: it is not.
+        UnanswerableError: it is not.
     """
     if not Path(path).is_file():
-        raise RefusedError("the file of these weights no longer exists; publish them again", 409)
+        raise UnanswerableError(
+            "the file of these weights no longer exists; publish them again", 409
+        )
     return path
 
 
@@ -277,16 +281,16 @@ def _compare(path: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compare names and shapes of a file with those that are needed.
 
     Raises:
-        RefusedError: they differ.
+        UnanswerableError: they differ.
     """
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
         if found != set(shapes):
             odd = sorted(found ^ set(shapes))
-            raise RefusedError(f"the file's tensors differ from the model's: {odd[0][:200]!r}")
+            raise UnanswerableError(f"the file's tensors differ from the model's: {odd[0][:200]!r}")
         for name, shape in shapes.items():
             if tuple(file.get_slice(name).get_shape()) != shape:
-                raise RefusedError(f"{name} differs in shape from the model's")
+                raise UnanswerableError(f"{name} differs in shape from the model's")
 
 
 def _copy(path: str, targets: dict[str, torch.Tensor]) -> None:

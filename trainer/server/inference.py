@@ -31,7 +31,7 @@ from trainer.publish.wire import (
     PreviewsRequest,
     PreviewsResult,
 )
-from trainer.server.held_model import HeldModel, RefusedError
+from trainer.server.held_model import HeldModel, UnanswerableError
 from trainer.server.inference_process import SharedNumbers
 from trainer.server.token_watch import JobCancelledError, TokenWatch, beat
 
@@ -61,10 +61,10 @@ class Engine:
         """Of the weights that answer now.
 
         Raises:
-            RefusedError: none were sent yet.
+            UnanswerableError: none were sent yet.
         """
         if self.held.weights_id is None:
-            raise RefusedError("waiting for the first weights of a trainer", 503)
+            raise UnanswerableError("waiting for the first weights of a trainer", 503)
         return self.held.weights_id
 
     # ---- generation
@@ -106,7 +106,7 @@ class Engine:
             ids = backend.render_turns(messages)
         except Exception as error:  # the template's own words
             words = " ".join(str(error).split())[:200]
-            raise RefusedError(f"the chat template refuses these turns: {words}") from error
+            raise UnanswerableError(f"the chat template refuses these turns: {words}") from error
         asked = GenerateRequest.model_validate({**request, "prompt_token_ids": ids})
         return self.generate(asked, samples)
 
@@ -119,7 +119,9 @@ class Engine:
     def previews(self, request: PreviewsRequest) -> PreviewsResult:
         """Answer a batch, all with the weights that it names."""
         if request.weights_id != self.held.weights_id:
-            raise RefusedError("these weights are not the active ones; publish them first", 409)
+            raise UnanswerableError(
+                "these weights are not the active ones; publish them first", 409
+            )
         backend = self._backend(
             request.profile,
             request.profile_options,
@@ -175,18 +177,18 @@ class Engine:
 
     def _render(self, backend: LocalPreviewBackend, request: GenerateRequest) -> list[int]:
         if not self.held.tokenizer.chat_template:
-            raise RefusedError("the model has no chat template; send prompt_token_ids")
+            raise UnanswerableError("the model has no chat template; send prompt_token_ids")
         return backend.render(request.prompt or "")
 
     def _check_ids(self, ids: list[int]) -> None:
         rows = self.held.model.get_input_embeddings().weight.shape[0]
         if not ids:
-            raise RefusedError("the prompt has no token")
+            raise UnanswerableError("the prompt has no token")
         if max(ids) >= rows:
-            raise RefusedError(f"token id {max(ids)} is not below the model's {rows} rows")
+            raise UnanswerableError(f"token id {max(ids)} is not below the model's {rows} rows")
         longest = context_length(self.held.model.config)
         if longest is not None and len(ids) >= longest:
-            raise RefusedError(f"{len(ids)} tokens fill the context of {longest} tokens")
+            raise UnanswerableError(f"{len(ids)} tokens fill the context of {longest} tokens")
 
     def _answer(
         self, backend: LocalPreviewBackend, asked: PreviewRequest, prompt_tokens: int
@@ -195,7 +197,7 @@ class Engine:
         found = backend.preview_batch([asked], 0)[0]
         if found.error_message is not None:
             # The backend has logged it whole; a client gets no paths and no inner workings.
-            raise RefusedError("generation failed; details are in the server's log", 500)
+            raise UnanswerableError("generation failed; details are in the server's log", 500)
         return GenerateResult(
             text=found.text,
             raw_text=found.raw_text,
@@ -282,7 +284,7 @@ def _handle(engine: Engine, head: dict[str, Any], body: Any) -> Reply:
             )
     except JobCancelledError:
         return {"ok": False, "status": 499, "error": "cancelled"}
-    except RefusedError as error:
+    except UnanswerableError as error:
         return {"ok": False, "status": error.status, "error": str(error)}
     except (TrainerError, ValueError) as error:
         return {"ok": False, "status": 422, "error": " ".join(str(error).split())[:300]}
@@ -307,7 +309,7 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
             base_id=body.get("base_id"),
             base_path=body.get("base_path"),
         )
-    except RefusedError as error:
+    except UnanswerableError as error:
         # Raised before the first copy. Anything later ends this process, on purpose: half a
         # weight set must never answer.
         return {"ok": False, "status": error.status, "error": str(error)}

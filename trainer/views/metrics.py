@@ -198,7 +198,7 @@ SMOOTHING_SHARE = 0.025
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationPoint:
     """A loss on held-out rows."""
 
     step: int
@@ -218,7 +218,7 @@ class MetricsTable:
         """Forget everything."""
         self.steps = array("q")
         self.columns: dict[str, array[float]] = {name: array("d") for name in COLUMNS}
-        self.evaluations: list[Evaluation] = []
+        self.evaluations: list[EvaluationPoint] = []
         self.non_finite: dict[int, str] = {}
         """Step -> what was not finite in it, such as `train_loss nan`; the first hundred."""
         self._is_sorted = True
@@ -239,7 +239,7 @@ class MetricsTable:
             self._note_non_finite(row)
         elif kind == "EvaluationDone":
             losses = (_number(row.get("val_loss")), _number(row.get("train_loss")))
-            self.evaluations.append(Evaluation(step, *losses))
+            self.evaluations.append(EvaluationPoint(step, *losses))
 
     def add_steps(self, rows: list[dict[str, Any]]) -> None:
         """Take many StepDone lines at once: the same as `add` on each, several times faster."""

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
 from trainer.publish.identity import adapter_tensors, canonical_tensors, tensor_hash
 from trainer.publish.wire import AdapterConfig
-from trainer.server.held_model import HeldModel, RefusedError, _with_adapter
+from trainer.server.held_model import HeldModel, UnanswerableError, _with_adapter
 
 GATE = "model.layers.0.mlp.gate_proj"
 ID = "a" * 64
@@ -65,7 +65,7 @@ def test_an_adapter_that_is_none_of_this_model_is_refused_and_changes_nothing(
 ) -> None:
     before = state_of(held)
     path = odd_file(tmp_path / "x", x=(16,))
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(UnanswerableError) as refused:
         held.load_weights(str(path), ID, adapter=config, base_id=held.base_id)
     assert refused.value.status == 422
     assert state_of(held) == before
@@ -87,7 +87,7 @@ def test_a_rank_that_the_file_does_not_have_allocates_nothing(
     path = odd_file(tmp_path / "x", x=(16,))
     wanted = adapter(sorted(targets), r=4096)
     for _ in range(3):
-        with pytest.raises(RefusedError):
+        with pytest.raises(UnanswerableError):
             held.load_weights(str(path), ID, adapter=wanted, base_id=held.base_id)
     assert psutil.Process().memory_info().rss - before < 20 << 20
 
@@ -107,7 +107,7 @@ def test_an_adapter_is_put_on_and_taken_off_again(held: HeldModel, tmp_path: Pat
     )
     assert set(found) == set(wanted)
     odd = odd_file(tmp_path / "x", x=(1,))
-    with pytest.raises(RefusedError):
+    with pytest.raises(UnanswerableError):
         held.load_weights(str(odd), "b" * 64, adapter=adapter(["lm_head"]), base_id=base_id)
     assert held.weights_id == ID, "the adapter that was there answers on"
     assert {n: tensor_hash(v) for n, v in adapter_tensors(held.model).items()} == found
@@ -127,9 +127,9 @@ def test_a_full_set_of_other_tensors_is_refused_and_changes_nothing(
     else:
         tensors.pop(next(iter(tensors)))
     save_file(tensors, tmp_path / "x")
-    with pytest.raises(RefusedError):
+    with pytest.raises(UnanswerableError):
         held.load_weights(str(tmp_path / "x"), ID)
     (tmp_path / "y").write_bytes(b"no safetensors at all")
-    with pytest.raises(RefusedError):
+    with pytest.raises(UnanswerableError):
         held.load_weights(str(tmp_path / "y"), ID)
     assert state_of(held) == before

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import PreviewError
-from trainer.views.page.worker_link import Worker, absence_words, ask_worker, find_worker
+from trainer.views.page.worker_link import WorkerAddress, absence_words, ask_worker, find_worker
 
 KEY = "0123456789abcdef"
 
@@ -29,8 +29,8 @@ class Place(HTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
-    def worker(self) -> Worker:
-        return Worker(url=f"http://127.0.0.1:{self.server_port}")
+    def worker(self) -> WorkerAddress:
+        return WorkerAddress(url=f"http://127.0.0.1:{self.server_port}")
 
 
 class Handler(BaseHTTPRequestHandler):

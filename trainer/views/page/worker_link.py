@@ -37,7 +37,7 @@ FINAL_MODEL = "final_model"
 TIMEOUT_S = 120.0
 
 
-class Worker(BaseModel):
+class WorkerAddress(BaseModel):
     """What a run says of its worker."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -54,7 +54,7 @@ class Worker(BaseModel):
 class WorkerState:
     """The worker, or why there is none to ask."""
 
-    worker: Worker | None
+    worker: WorkerAddress | None
     reason: str = ""
 
 
@@ -68,7 +68,7 @@ def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerStat
     if not path.is_file():
         return WorkerState(None, "the run names no preview server")
     try:
-        worker = Worker.model_validate(read_json_object(path))
+        worker = WorkerAddress.model_validate(read_json_object(path))
         parts = urlsplit(worker.url)
         host, port = parts.hostname or "", parts.port
     except (ValidationError, ValueError):
@@ -116,7 +116,7 @@ def absence_words(reader: RunReader) -> str:
 
 
 def ask_worker(
-    worker: Worker, prompt: str, *, max_new_tokens: int = 256, temperature: float = 0.0
+    worker: WorkerAddress, prompt: str, *, max_new_tokens: int = 256, temperature: float = 0.0
 ) -> ServerAnswer:
     """Ask one prompt; blocks until it is answered.
 
@@ -151,7 +151,7 @@ def ask_worker(
         client.close()
 
 
-def _key_of(worker: Worker) -> str | None:
+def _key_of(worker: WorkerAddress) -> str | None:
     """The key that may generate: of the run's file, else of the environment.
 
     Raises:
