@@ -76,9 +76,9 @@ def test_what_does_not_fit_is_refused_before_a_step_and_leaves_no_files(
     shapes, steps = [], []
     loss = checks.supervised_loss
 
-    def out_of_memory(model: Any, unwrapped: Any, batch: Any, *rest: Any) -> Any:
+    def out_of_memory(model: Any, unwrapped: Any, batch: Any, **options: Any) -> Any:
         shapes.append(tuple(batch["input_ids"].shape))
-        loss(model, unwrapped, batch, *rest).backward()
+        loss(model, unwrapped, batch, **options).backward()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(checks, "supervised_loss", out_of_memory)
@@ -97,9 +97,9 @@ def test_the_probe_is_the_largest_batch_of_any_epoch(
     probed, trained = [], []
     loss, compute = checks.supervised_loss, SupervisedTrainer.compute_loss
 
-    def note(model: Any, unwrapped: Any, batch: Any, *rest: Any) -> Any:
+    def note(model: Any, unwrapped: Any, batch: Any, **options: Any) -> Any:
         probed.append(batch["input_ids"].numel())
-        return loss(model, unwrapped, batch, *rest)
+        return loss(model, unwrapped, batch, **options)
 
     def noted(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
         trained.append(inputs["input_ids"].numel())

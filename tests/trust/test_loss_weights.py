@@ -117,7 +117,7 @@ def test_mutant_n3_weighted_mean_per_micro_batch_is_killed(
 ) -> None:
     plain = hf_trainer.supervised_loss
 
-    def mean(model: Any, unwrapped: Any, batch: Any, num_items: Any = None) -> Any:
+    def mean(model: Any, unwrapped: Any, batch: Any, num_items: Any = None, **more: Any) -> Any:
         rows_of_the_step = 8
         return plain(model, unwrapped, batch) * len(batch["labels"]) / rows_of_the_step
 

@@ -138,7 +138,7 @@ def test_n3_five_steps_with_a_partial_last_one_are_the_same_however_they_are_cut
 def test_mutant_n3_mean_per_micro_batch_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = hf_trainer.supervised_loss
 
-    def mean(model: Any, unwrapped: Any, batch: Any, num_items: Any = None) -> Any:
+    def mean(model: Any, unwrapped: Any, batch: Any, num_items: Any = None, **more: Any) -> Any:
         share = (batch["labels"][:, 1:] != -100).sum().clamp(min=1)
         rows_of_the_step = 8
         return plain(model, unwrapped, batch, share) * len(batch["labels"]) / rows_of_the_step
@@ -241,7 +241,7 @@ def test_mutant_n14_mean_of_means_is_killed(monkeypatch: pytest.MonkeyPatch) -> 
 
     tokens = sum(sum(label != -100 for label in labels[1:]) for _, labels in ragged_rows(13))
 
-    def mean(model: Any, unwrapped: Any, batch: Any, num_items: Any = None) -> Any:
+    def mean(model: Any, unwrapped: Any, batch: Any, num_items: Any = None, **more: Any) -> Any:
         return plain(model, unwrapped, batch) * tokens * len(batch["labels"]) / 13
 
     monkeypatch.setattr(training, "supervised_loss", mean)

@@ -14,8 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import (
     RELATIVE_TOLERANCE,
+    Tiling,
     compare_with_own_loss,
     full_loss,
+    prove_tiling,
     shifted_targets,
     supervised_logits,
     supervised_loss,
@@ -74,6 +76,12 @@ def is_loss_equal(
         )
     notice(f"{words}, so its own forward is used (right, but slower)", "warning")
     return False
+
+
+def tiling_of(model: Any, rows: EncodedDataset, dtype: torch.dtype) -> Tiling | None:
+    """`prove_tiling` on a part of one row; the caller sets eval, autocast and no_grad."""
+    batch = PadCollator(0)([telling_part(rows)])
+    return prove_tiling(model, on_device(batch, next(model.parameters()).device), dtype)
 
 
 def telling_part(rows: EncodedDataset) -> dict[str, Any]:
@@ -286,7 +294,8 @@ def _pass_over(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) ->
         if trainer.use_own_forward:
             loss = full_loss(model, inputs)
         else:
-            loss = supervised_loss(model, trainer.accelerator.unwrap_model(model), inputs)
+            unwrapped = trainer.accelerator.unwrap_model(model)
+            loss = supervised_loss(model, unwrapped, inputs, tiling=trainer.tiling)
     trainer.accelerator.backward(loss)
     model.zero_grad()
     del room  # held until here

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.config.schema import TrainerConfig
+from trainer.core.loss import TILE_LOGITS
 from trainer.core.run import Prepared
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.data.dataset import RunData
@@ -29,6 +30,9 @@ ADAMW_BYTES = {"adamw": 8, "adamw_8bit": 2}
 
 MUON_BYTES = 4
 """Muon keeps one fp32 momentum for matrices; AdamW's part (embeddings, norms) has its own two."""
+
+LOGIT_BYTES = 12.3
+"""Peak bytes of one logit in a step: itself, its softmax and its gradient, as measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,9 @@ def _activation_bytes(
         kept = layers * hidden + per_token  # layer inputs, and one layer at a time in full
     else:
         kept = layers * per_token
-    logits = tokens * getattr(text, "vocab_size", 0) * (size + 4)  # at most: all positions trained
-    return int(tokens * kept * size + logits)
+    # At most: all positions trained. More than a tile of them are never there at once.
+    logits = min(tokens * getattr(text, "vocab_size", 0), TILE_LOGITS)
+    return int(tokens * kept * size + logits * LOGIT_BYTES)
 
 
 def _size(num_bytes: int) -> str:

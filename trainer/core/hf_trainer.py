@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import RUN_STATE_FILE
-from trainer.core.loss import full_loss, loss_share, supervised_loss
+from trainer.core.loss import Tiling, full_loss, loss_share, supervised_loss
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
@@ -134,6 +134,8 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self._loss_shifts_labels = True
         self.order = order
         self.use_own_forward = use_own_forward
+        self.tiling: Tiling | None = None
+        """How logits may be made in tiles, once that is proved."""
         self._tokenizer = tokenizer
         self.last_step: StepRecord | None = None
         self.num_overflows = 0
@@ -157,7 +159,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             loss = full_loss(model, inputs, num_items_in_batch)
         else:
             unwrapped = self.accelerator.unwrap_model(model)
-            loss = supervised_loss(model, unwrapped, inputs, num_items_in_batch)
+            loss = supervised_loss(model, unwrapped, inputs, num_items_in_batch, tiling=self.tiling)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes, the count is summed over them.
             loss = loss * self.accelerator.num_processes

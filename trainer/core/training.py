@@ -21,9 +21,10 @@ from trainer.core.checks import (
     is_loss_equal,
     pack_collator,
     takes_borders,
+    tiling_of,
 )
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.loss import loss_share, supervised_loss
+from trainer.core.loss import Tiling, loss_share, supervised_loss
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler, final_evaluation
@@ -76,12 +77,15 @@ class Evaluator:
         max_rows: int,
         batch_size: int,
         autocast_dtype: torch.dtype | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Choose the first `max_rows` rows, and batch rows of like length together."""
         chosen = sorted(range(min(len(dataset), max_rows)), key=lambda i: dataset.lengths[i])
         self.dataset, self.collate = dataset, collate
         self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype, self._dtype = autocast_dtype, dtype
+        self._tiling: Tiling | None = None
+        self._is_proved = False
 
     def __call__(self, model: Any) -> Evaluation:
         """Evaluate the unwrapped model; its mode and all random states are put back."""
@@ -89,14 +93,20 @@ class Evaluator:
         total = share = torch.zeros((), dtype=torch.float64)
         tokens = rows = 0
         with undisturbed(model), self._autocast(device):
+            if not self._is_proved:
+                self._tiling = tiling_of(model, self.dataset, self._dtype)
+                self._is_proved = True
             for indices in self.batches:
                 batch = self.collate([self.dataset[i] for i in indices])
                 tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
                 rows += len(indices)
                 share = share + loss_share(batch)
                 batch = on_device(batch, device)
-                total = total + supervised_loss(model, model, batch, 1).double().cpu()
+                total = total + self._sum(model, batch)
         return Evaluation(float(total) / (float(share) or 1.0), rows, tokens)
+
+    def _sum(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return supervised_loss(model, model, batch, 1, tiling=self._tiling).double().cpu()
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -114,6 +124,7 @@ def build_evaluator(prepared: Prepared, pad_id: int) -> Evaluator | None:
         max_rows=prepared.config.monitoring.micro_eval_rows,
         batch_size=prepared.config.hyperparams.batch_size,
         autocast_dtype=prepared.precision.autocast_dtype,
+        dtype=prepared.precision.compute_dtype,
     )
 
 
@@ -220,12 +231,17 @@ def assemble_trainer(
     job.trainer = memory.trainer = trainer
     if packs is not None:
         _check_packing(trainer)
+    rows, dtype = packs.rows if packs else data.train, prepared.precision.compute_dtype
     trainer.use_own_forward = not is_loss_equal(
-        trainer,
-        packs.rows if packs else data.train,
-        dtype=prepared.precision.compute_dtype,
-        notice=job.observers.notice,
+        trainer, rows, dtype=dtype, notice=job.observers.notice
     )
+    with undisturbed(trainer.model), trainer.accelerator.autocast():
+        trainer.tiling = tiling_of(trainer.model, rows, dtype)
+    if trainer.tiling is None and not trainer.use_own_forward:
+        job.observers.notice(
+            "what this model does to its logits behind the head is not known here, so that the "
+            "logits of a whole batch are held at once; a smaller batch_size takes less memory"
+        )
     forget_peak_memory(trainer.args.device)
     return trainer
 

@@ -1,0 +1,167 @@
+"""The head in tiles: loss and gradients of all logits at once, and less memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.unit.core.test_loss import gradients, ragged_batch
+from trainer.core import loss
+from trainer.core.loss import PostHead, Tiling, find_post_head, prove_tiling, supervised_loss
+from trainer.data.batches import LOSS_WEIGHTS
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+MINI = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+MINI.update({"v_head_dim": 16, "head_dim": 8, "num_key_value_heads": 2})
+FAMILIES: dict[str, tuple[dict[str, Any], PostHead]] = {
+    "Qwen3": ({}, PostHead()),
+    "Llama": ({"tie_word_embeddings": True}, PostHead()),
+    "Gemma2": ({"final_logit_softcapping": 3.0}, PostHead(cap=3.0)),
+    "Cohere": ({"logit_scale": 0.25}, PostHead(0.25)),
+    "Granite": ({"logits_scaling": 8.0}, PostHead(1 / 8)),
+    "HyperCLOVAX": ({"logits_scaling": 4.0}, PostHead(4.0)),
+    "MiniCPM3": ({"dim_model_base": 16, **MINI}, PostHead()),
+}
+
+
+def model_of(family: str) -> Any:
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{family}Config")
+    config = config_class(**{**SIZES, **FAMILIES[family][0]})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # logits of a size where a cap shows
+            parameter.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_a_family_does_behind_its_head_is_found(family: str) -> None:
+    found = find_post_head(model_of(family), ragged_batch())
+    expected = FAMILIES[family][1]
+    assert found is not None
+    assert found.scale == pytest.approx(expected.scale)
+    assert found.cap == expected.cap
+
+
+def check_tiles(model: Any, post: PostHead | None, *, weighted: bool = False) -> None:
+    batch = ragged_batch()
+    if weighted:
+        drawn = torch.Generator().manual_seed(3)
+        batch[LOSS_WEIGHTS] = torch.rand(batch["labels"].shape, generator=drawn)
+    assert post is not None
+    plain = supervised_loss(model, model, batch)
+    plain_grad = gradients(model, plain)
+    calls = []
+    head = loss.head_of(model)
+    hook = head.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    tiled = supervised_loss(model, model, batch, tiling=Tiling(post, 7))
+    hook.remove()
+    assert max(calls[1:]) == 7
+    assert len(calls) > 5
+    tiled_grad = gradients(model, tiled)
+    assert tiled.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert (tiled_grad - plain_grad).norm() <= 1e-5 * plain_grad.norm()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["tokens", "weights"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_in_tiles_are_those_of_all_logits(family: str, weighted: bool) -> None:
+    check_tiles(model_of(family), FAMILIES[family][1], weighted=weighted)
+
+
+def test_mutant_a_cap_that_is_left_out_is_killed() -> None:
+    with pytest.raises(AssertionError):
+        check_tiles(model_of("Gemma2"), PostHead())
+
+
+def test_mutant_a_scale_the_wrong_way_round_is_killed() -> None:
+    with pytest.raises(AssertionError):
+        check_tiles(model_of("Granite"), PostHead(8.0))
+
+
+@torch.no_grad()
+def test_a_model_that_does_something_else_behind_its_head_is_not_tiled() -> None:
+    model = model_of("Qwen3")
+    forward = model.forward
+
+    def shifted(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        output.logits = output.logits + torch.arange(128)
+        return output
+
+    model.forward = shifted
+    assert find_post_head(model, ragged_batch()) is None
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from trainer.core import loss
+from transformers import Qwen3Config, Qwen3ForCausalLM
+torch.set_num_threads(1)
+config = Qwen3Config(vocab_size=32768, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                     num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+model = Qwen3ForCausalLM(config)
+ids = torch.randint(3, 32768, (1, 1024))
+tiling = loss.Tiling(loss.PostHead(), 64) if sys.argv[1] == "tiled" else None
+def high_water():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0])
+Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is forgotten
+before = high_water()
+loss.supervised_loss(model, model, {"input_ids": ids, "labels": ids}, tiling=tiling).backward()
+print((high_water() - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_tiles_take_less_than_half_of_the_memory_of_all_logits() -> None:
+    def peak_mib(arm: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, arm], capture_output=True, text=True, check=True
+        )
+        return float(done.stdout)
+
+    whole, tiled = peak_mib("whole"), peak_mib("tiled")
+    print(f"peak of one step over the model: {whole:.0f} MiB at once, {tiled:.0f} MiB in tiles")
+    assert whole > 32768 * 1024 * 4 / 2**20  # all logits, once
+    assert tiled < whole / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_tiles_are_proved_in_the_dtype_of_the_run(family: str, dtype: torch.dtype) -> None:
+    model = model_of(family).to(dtype)
+    found = prove_tiling(model, ragged_batch(), dtype)
+    assert found is not None
+    assert found.post.scale == pytest.approx(FAMILIES[family][1].scale)
+    assert found.post.cap == FAMILIES[family][1].cap
+    assert found.length == loss.TILE_LOGITS // 128
+
+
+@torch.no_grad()
+def test_a_cap_is_found_by_logits_that_are_too_small_to_show_it() -> None:
+    model = model_of("Gemma2").bfloat16()
+    for parameter in model.parameters():
+        parameter.mul_(0.01)
+    found = find_post_head(model, ragged_batch())
+    assert found is not None
+    assert found.cap == 3.0
