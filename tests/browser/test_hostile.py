@@ -88,7 +88,7 @@ def test_the_page_shows_hostile_text_as_text(
     shown = page.locator(".page").inner_text()
     assert shown.count("<script>alert('ran')</script>") >= 8
     assert page.locator(".page :is(script, img, [onload], [onerror])").count() == 0
-    assert "worker.json is not what a run writes" in shown or "no usable address" in shown
+    assert "worker.json is not a valid worker file" in shown or "no usable address" in shown
 
 
 def test_the_report_of_a_hostile_run_shows_it_as_text(

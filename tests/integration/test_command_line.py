@@ -42,7 +42,7 @@ def test_gsm8k_trains_to_the_end_with_previews_and_a_falling_loss(
     done = cli(*words, "--monitoring.inference_interval", "20")
     assert done.returncode == 0, done.stderr
     assert "golden:" in done.stdout
-    assert "previews by the weights of step 40" in done.stdout
+    assert "previews at step 40" in done.stdout
     found = losses(out)
     assert sum(found[-5:]) / 5 < 0.8 * found[0]
     steps = {json.loads(line)["step"] for line in (out / "previews.jsonl").open()}

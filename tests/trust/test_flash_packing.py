@@ -279,7 +279,7 @@ def test_a_position_that_does_not_begin_again_is_refused_for_what_it_is() -> Non
         # Apart, as far as the mask goes, but one place further than alone.
         return {**batch, "position_ids": batch["position_ids"] + 1}
 
-    with pytest.raises(ConfigError, match="other logits in a pack than alone"):
+    with pytest.raises(ConfigError, match="different logits for a document in a pack"):
         check_start(model, 2, counts_on)
 
 
@@ -332,7 +332,7 @@ def test_mutant_n6_tolerance_of_the_weights_for_that_of_the_arithmetic_is_killed
     calls: flash.Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "_compute_dtype", lambda model: model.dtype)
-    with pytest.raises(ConfigError, match="1e-04 is what rounding explains"):
+    with pytest.raises(ConfigError, match="rounding explains at most 1e-04"):
         check_rounding("flash_attention_2", torch.float32)
 
 

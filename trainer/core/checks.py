@@ -70,9 +70,9 @@ def is_loss_equal(
     )
     if LOSS_WEIGHTS in row:
         raise ConfigError(
-            f"{words}, and the rows weigh their answers, which its own loss cannot take; leave "
-            "the weights out of the rows (or give only 0 and 1), or turn off in the model's "
-            "config.json what adds to its loss."
+            f"{words}, and the rows have loss weights, which its own loss does not support; remove "
+            "the weights from the rows (or use only 0 and 1), or turn off the extra loss in the "
+            "model's config.json."
         )
     notice(f"{words}, so its own forward is used (right, but slower)", "warning")
     return False
@@ -192,10 +192,10 @@ def check_documents_apart(
     tolerance = RELATIVE_TOLERANCE.get(_compute_dtype(model), 1e-4)
     if not apart <= tolerance:
         raise ConfigError(
-            f"{name} gives a document other logits in a pack than alone (attention "
+            f"{name} gives different logits for a document in a pack than for it alone (attention "
             f"{attention_name(model)}, {batch_size} packs a batch): they differ by {apart:.1e} "
-            f"(relative), {tolerance:.0e} is what rounding explains. The model does not begin "
-            "again at each document; set data.enable_packing=false."
+            f"(relative); rounding explains at most {tolerance:.0e}. The model does not reset "
+            "its state at each document; set data.enable_packing=false."
         )
 
 

@@ -265,7 +265,8 @@ def check_resumable(
         )
     if num_steps < point.step:
         raise ResumeError(
-            f"--resume: {point.step} steps are done already, and this run is to have {num_steps}. "
+            f"--resume: {point.step} steps are done already, but this run is set to {num_steps} in "
+            "total. "
             "Raise hyperparams.max_steps or num_epochs, or name an older checkpoint: --resume "
             "STEP_DIR."
         )

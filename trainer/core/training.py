@@ -239,7 +239,7 @@ def assemble_trainer(
         trainer.tiling = tiling_of(trainer.model, rows, dtype)
     if trainer.tiling is None and not trainer.use_own_forward:
         job.observers.notice(
-            "what this model does to its logits behind the head is not known here, so that the "
+            "how this model changes its logits after the output head is unknown, so the "
             "logits of a whole batch are held at once; a smaller batch_size takes less memory"
         )
     forget_peak_memory(trainer.args.device)

@@ -112,7 +112,7 @@ class ControlFile:
             is_previewed: whether previews of this step were asked for (not where they are off).
         """
         said: dict[Command, str] = {
-            "preview": f"previews by the weights of step {step}"
+            "preview": f"previews at step {step}"
             if is_previewed
             else "no previews: this run makes none",
             "save": f"checkpoint of step {step}",
@@ -196,7 +196,7 @@ class ControlFile:
             self._is_reported = True
             self._report(
                 f"{self.path} is ignored ({why[:200]}); commands are written by `trainer monitor "
-                "--allow-control`. This is said once.",
+                "--allow-control`. This warning is shown only once.",
                 "warning",
             )
         return ()

@@ -46,8 +46,9 @@ def check_trackers(names: tuple[str, ...]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"monitoring.report_to names {name!r}, which is no tracker.{hint} Installed here: "
-                f"{', '.join(installed) or 'none'}; known: {', '.join(known)}; {NO_TRACKER!r} "
+                f"monitoring.report_to names {name!r}, which is not a known tracker.{hint} "
+                f"Installed here: {', '.join(installed) or 'none'}; known: "
+                f"{', '.join(known)}; {NO_TRACKER!r} "
                 "alone turns them off. On the command line, give the flag once per tracker."
             )
         if name not in installed:

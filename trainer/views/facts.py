@@ -55,7 +55,7 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
         ("model", status.model_name or ""),
         ("folder", status.output_dir or ""),
         ("began", moment(status.started_at)),
-        ("last word", moment(status.updated_at)),
+        ("last update", moment(status.updated_at)),
         ("duration", duration_words(max(0.0, status.updated_at - status.started_at))),
         ("steps", f"{reader.step} of {status.total_steps}" if status.total_steps else ""),
         ("epochs", f"{status.epoch:.2f} of {status.num_epochs:g}" if status.num_epochs else ""),
@@ -247,7 +247,7 @@ def _accuracy_alerts(reader: RunReader) -> list[Alert]:
     lost = [one for one in reader.previews.timelines.values() if one.is_lost()]
     if lost and found:
         names = ", ".join(repr(one.prompt[:60]) for one in lost[:3])
-        found.append(Alert("info", f"right once and wrong now: {names}"))
+        found.append(Alert("info", f"answered correctly before, wrong now: {names}"))
     return found
 
 

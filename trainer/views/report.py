@@ -268,7 +268,7 @@ class RunRecords:
             write_report(reader, folder / REPORT_NAME)
         except Exception as error:
             logger.warning(
-                "%s: the report could not be written (%s: %s); the run is not touched by that. "
+                "%s: the report could not be written (%s: %s); the run itself is not affected. "
                 "Try `trainer report %s`.",
                 folder,
                 type(error).__name__,

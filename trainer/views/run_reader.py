@@ -284,7 +284,7 @@ class RunReader:
             step_time_s=self._step_time_s(status),
         )
         if status.phase != TRAINING and waited_s > LONG_PHASE_S:
-            words += f" (no word for {waited_s / 60:.0f} min)"
+            words += f" (no update for {waited_s / 60:.0f} min)"
         return words
 
     def is_silent(self, now: float | None = None) -> bool:

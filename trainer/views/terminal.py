@@ -202,7 +202,7 @@ class PlainDisplay(_Display):
             reason = printable(event.common_error, 2 * ANSWER_CHARS)
             self.stream.line(f"no previews of step {event.step}: {reason}")
             return
-        lines = [f"previews by the weights of step {event.step}: {match_words(event.results)}"]
+        lines = [f"previews at step {event.step}: {match_words(event.results)}"]
         for result in event.results:
             prompt = printable(result.prompt, PROMPT_CHARS)
             golden = "-"

@@ -182,7 +182,7 @@ class LiveView:
         return grid
 
     def _preview_title(self, previews: PreviewsDone) -> Text:
-        title = Text("previews by the weights of ")
+        title = Text("previews at ")
         title.append(f"step {previews.step}", style="bold")
         title.append(f": {match_words(previews.results)}")
         counts = self._history.counts(SHORT_WINDOW)
@@ -442,7 +442,7 @@ def _card(card: CardShown) -> Group:
         room -= len(shown)
         row.append(f"[{shown}]" if is_trained else shown, "bold green" if is_trained else "dim")
     table.add_row(Text("first row"), row)
-    table.add_row(Text(), Text("what is green and in [ ] is trained", "dim"))
+    table.add_row(Text(), Text("green text in [ ] is trained on", "dim"))
     return Group(table)
 
 

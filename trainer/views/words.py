@@ -191,7 +191,7 @@ def working_words(
     words += f", step {step} of {total_steps}"
     if is_silent(phase, waited_s, step_time_s):
         pace = f" (a step takes {duration_words(step_time_s)})" if step_time_s > 0 else ""
-        return f"{words}, no word for {duration_words(waited_s)}{pace}"
+        return f"{words}, no update for {duration_words(waited_s)}{pace}"
     # What is left is a guess that was made at the last step: it is not counted below zero.
     if eta_s is not None and step < total_steps and eta_s > waited_s:
         words += f", {left_words(eta_s - waited_s)}"
@@ -232,8 +232,8 @@ def lost_words(step: int, total_steps: int | None, silent_s: float) -> str:
     """A run whose process is gone without having said how it ended."""
     of_total = f" of {total_steps}" if total_steps is not None else ""
     return (
-        f"broke off at step {step}{of_total}, {duration_words(silent_s)} ago: its process is gone "
-        "and said nothing"
+        f"stopped unexpectedly at step {step}{of_total}, {duration_words(silent_s)} ago: its "
+        "process is gone and reported no reason"
     )
 
 
@@ -259,7 +259,7 @@ def card_words(card: CardShown) -> str:
     if card.sample:
         row = "".join(f"[{text}]" if is_trained else text for text, is_trained in card.sample)
         lines.append(f"  {'first row':<{width}}  {printable(row, NOTICE_CHARS)}")
-        lines.append(f"  {'':<{width}}  (what stands in [ ] is trained)")
+        lines.append(f"  {'':<{width}}  (text in [ ] is trained on)")
     return "\n".join([f"{card.title} card", *lines])
 
 

@@ -37,7 +37,7 @@ def test_a_command_is_done_once_and_acknowledged(
     control.acknowledge(42, is_previewed=True)
     texts = [text for _, text in said]
     assert texts == [
-        f"control: previews by the weights of step 42 ({first})",
+        f"control: previews at step 42 ({first})",
         f"control: checkpoint of step 42 ({second})",
     ]
     assert writer.outcome(texts) == texts[1]

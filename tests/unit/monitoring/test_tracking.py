@@ -113,9 +113,9 @@ def test_trackers_that_are_here_are_taken(names):
     ("names", "expected"),
     [
         (("tensorbord",), "Did you mean 'tensorboard'?"),
-        (("all",), "'all', which is no tracker"),
-        (("",), "'', which is no tracker"),
-        (("none", "tensorboard"), "'none', which is no tracker"),
+        (("all",), "'all', which is not a known tracker"),
+        (("",), "'', which is not a known tracker"),
+        (("none", "tensorboard"), "'none', which is not a known tracker"),
         (("dvclive",), "pip install dvclive"),
     ],
 )

@@ -50,7 +50,7 @@ def test_accuracy_that_falls_names_the_prompts(made_up_run: MakeRun) -> None:
     run.preview(100, [True, False])
     warning, info = texts_of(run)
     assert warning == "accuracy falls: 50 % of the previews match at step 100, 100 % did at step 50"
-    assert info == "right once and wrong now: 'max of 4 and 2?'"
+    assert info == "answered correctly before, wrong now: 'max of 4 and 2?'"
 
 
 def test_previews_that_never_stop(made_up_run: MakeRun) -> None:

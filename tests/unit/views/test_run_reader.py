@@ -129,7 +129,7 @@ def test_a_killed_run_is_lost_and_a_living_one_is_not(made_up_run: MakeRun) -> N
     assert run.read().state() == "training"
     kill(run.folder)
     assert run.read().state() == "lost"
-    assert run.reader.words().startswith("broke off at step 81 of 1000")
+    assert run.reader.words().startswith("stopped unexpectedly at step 81 of 1000")
     (run.folder / ".lock").write_text("process 1 on some-other-machine\n")
     assert run.reader.state() == "training"  # nothing can be said about other machines' processes
 
@@ -169,7 +169,7 @@ def test_a_run_that_hangs_says_so_and_stops_counting_down(made_up_run: MakeRun) 
     assert "3 min left" in run.reader.words(now=last + 19)
     assert run.reader.is_silent(now=last + 45)
     words = run.reader.words(now=last + 45)
-    assert words == "training, step 420 of 1000, no word for 45 s (a step takes 0.2 s)"
+    assert words == "training, step 420 of 1000, no update for 45 s (a step takes 0.2 s)"
 
 
 def test_steps_that_take_long_are_waited_for(made_up_run: MakeRun) -> None:

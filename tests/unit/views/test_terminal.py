@@ -46,7 +46,7 @@ def test_an_unknown_kind_lists_the_known_ones():
 
 def test_plain_shows_golden_beside_generated_with_a_sign(previews):
     lines = shown("plain", previews(50, [True, False, None])).splitlines()
-    assert lines[0] == "previews by the weights of step 50: 1 of 2 match"
+    assert lines[0] == "previews at step 50: 1 of 2 match"
     assert lines[1] == "  = max of 4 and 2?  golden: 4 | generated: 4"
     assert [line[2] for line in lines[1:]] == ["=", "x", "."]
     failed = shown("plain", previews(50, [None], error_message="timed out", text=""))

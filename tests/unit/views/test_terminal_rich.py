@@ -51,7 +51,7 @@ def test_the_headline_is_in_words(view, evaluated):
 
 def test_previews_name_the_step_whose_weights_made_them(view):
     lines = drawn(view)
-    assert "previews by the weights of step 40: 1 of 2 match" in lines
+    assert "previews at step 40: 1 of 2 match" in lines
     at = lines.index("= max of 4 and 2?")
     assert lines[at + 1 : at + 3] == ["  golden     4", "  generated  4"]
     assert "x max of 4 and 2?" in lines
@@ -118,7 +118,7 @@ def test_time_left_runs_down_between_steps_and_a_long_silence_is_said(view):
     view._clock.now = 19.0
     assert drawn(view)[0].endswith("training, step 42 of 100, 3 min left")
     view._clock.now = 61.0
-    words = "training, step 42 of 100, no word for 1 min (a step takes 0.1 s)"
+    words = "training, step 42 of 100, no update for 1 min (a step takes 0.1 s)"
     assert drawn(view)[0].endswith(words)
 
 

@@ -109,7 +109,7 @@ def test_a_run_whose_process_is_gone_ends_the_watching(made_up_run: MakeRun) -> 
     path.write_text(json.dumps({**json.loads(path.read_text()), "pid": ended.pid}))
     recorder = Recorder()
     assert watch_run(run.folder, recorder, num_before=1) == 1
-    assert "broke off at step 1 of 1000" in of_kind(recorder.events, Notice)[-1].text
+    assert "stopped unexpectedly at step 1 of 1000" in of_kind(recorder.events, Notice)[-1].text
 
 
 def test_the_words_are_those_of_the_run_itself(

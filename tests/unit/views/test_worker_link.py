@@ -120,8 +120,8 @@ def reason_of(folder: Path, content: Any, *hosts: str) -> str:
 
 def test_why_nobody_can_be_asked(tmp_path: Path) -> None:
     assert "names no preview server" in find_worker(tmp_path).reason
-    assert "not what a run writes" in reason_of(tmp_path, ["x"])
-    assert "not what a run writes" in reason_of(tmp_path, {"url": "http://127.0.0.1:99999999"})
+    assert "is not a valid worker file" in reason_of(tmp_path, ["x"])
+    assert "is not a valid worker file" in reason_of(tmp_path, {"url": "http://127.0.0.1:99999999"})
     assert "no usable address" in reason_of(tmp_path, {"url": "file:///etc/passwd"})
     assert "no usable address" in reason_of(tmp_path, {"url": "http://u:p@127.0.0.1:1"})
     remote = {"url": "http://192.168.1.20:8765"}

@@ -47,7 +47,7 @@ class AskBox:
         self._reason.set_visibility(found.worker is None)
         is_named = (self.reader.folder / WORKER_NAME).is_file()
         reason = found.reason if is_named else absence_words(self.reader)
-        self._reason.set_text(f"Nobody can be asked: {reason}")
+        self._reason.set_text(f"The model cannot be asked: {reason}")
 
     async def _ask(self) -> None:
         worker = find_worker(self.reader.folder, self.allowed_hosts).worker
@@ -71,7 +71,7 @@ class AskBox:
     def _whose(self, reply: ServerAnswer) -> str:
         weights = f"weights {reply.weights_id[:12]}" if reply.weights_id else "unnamed weights"
         if reply.step is None:
-            return f"Answered by {weights}; the worker does not say of which step."
+            return f"Answered by {weights}; the worker does not report their step."
         now = self.reader.step
         words = f"Answered by the weights of step {reply.step} ({weights})"
         return f"{words}; training is at step {now}." if now != reply.step else f"{words}."
@@ -83,7 +83,7 @@ class AskBox:
             if reply is not None:
                 answer(reply.text)
                 if reply.finish_reason == "length":
-                    text("p", "Cut at the limit of tokens.", "dim")
+                    text("p", "Cut off at the token limit.", "dim")
 
 
 class ActBox:

@@ -16,7 +16,7 @@ TICK_S = 1.0
 
 MAX_ROWS = 200
 
-COLUMNS = ("state", "model", "loss", "validation", "previews that match", "last word")
+COLUMNS = ("state", "model", "loss", "validation", "previews that match", "last update")
 
 
 class ListPage:

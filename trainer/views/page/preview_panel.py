@@ -39,7 +39,7 @@ MAX_OPEN = 10
 
 def show_final_evaluation(final: FinalEvaluation) -> None:
     """Build it here."""
-    text("p", f"{final.score_words} of the held-out prompts answered as golden.")
+    text("p", f"{final.score_words} on the held-out prompts (exact match with the golden answer).")
     if final.by_word_words:
         text("p", f"By the first word of the prompt: {final.by_word_words}.")
     if not final.wrong:
@@ -61,7 +61,7 @@ def _show_wrong(result: PreviewResult) -> None:
                 text("div", "golden", "label")
                 answer(result.golden_answer or "-")
             with box("div", "said"):
-                text("div", "generated, what differs marked", "label")
+                text("div", "generated, differences marked", "label")
                 if result.ok and result.golden_answer is not None:
                     diff(word_diff(result.golden_answer, result.text))
                 else:

@@ -129,7 +129,7 @@ class RunPage:
                     self._small[name] = (frame, ui.echart({"series": []}))
 
     def _build_background(self) -> None:
-        with section("What the run is made of", "about"):
+        with section("Run details", "about"):
             self._card = ui.expansion("before training: data card and first answers")
             self._facts = ui.expansion("figures, config, environment")
             self._notices = ui.expansion("notices")
@@ -233,7 +233,7 @@ class RunPage:
         pairs(card_rows(manifest))
         sample = card_sample(manifest)
         if sample:
-            text("p", "The first row; what is green and underlined is trained:", "dim")
+            text("p", "The first row; green underlined text is trained on:", "dim")
             with box("div", "answer"):
                 for content, is_trained in sample:
                     text("span", content, "trained" if is_trained else "")

@@ -72,7 +72,7 @@ def find_worker(folder: Path, allowed_hosts: Collection[str] = ()) -> WorkerStat
         parts = urlsplit(worker.url)
         host, port = parts.hostname or "", parts.port
     except (ValidationError, ValueError):
-        return WorkerState(None, f"{WORKER_NAME} is not what a run writes")
+        return WorkerState(None, f"{WORKER_NAME} is not a valid worker file")
     if parts.scheme not in ("http", "https") or not host or port == 0 or parts.username:
         return WorkerState(None, f"{WORKER_NAME} names no usable address")
     if not is_loopback(host) and host not in allowed_hosts:
@@ -103,7 +103,7 @@ def absence_words(reader: RunReader) -> str:
         if backend == "openai":
             return "the server that makes this run's previews does not have this run's weights"
         return (
-            "previews of this run are made in the training process, which answers nobody else; "
+            "previews of this run are made in the training process, which takes no other prompts; "
             "a run with --preview-backend sidecar can be asked while it trains"
         )
     ended = "the run has ended"
