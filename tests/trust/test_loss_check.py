@@ -110,7 +110,9 @@ def test_weighted_rows_are_refused_where_the_model_adds_to_its_loss() -> None:
     kind, config, options = MIXTURES["mixtral"]
     assert compare(decoder(kind, config, **options), weighted_rows(4)) == (True, [])
     model = decoder(kind, config, **options, output_router_logits=True)
-    with pytest.raises(ConfigError, match="adds something of its own, and the rows have loss weights"):
+    with pytest.raises(
+        ConfigError, match="adds something of its own, and the rows have loss weights"
+    ):
         compare(model, weighted_rows(4))
 
 
