@@ -64,6 +64,7 @@ def main() -> None:
         per_device_train_batch_size=16,
         learning_rate=4e-3,
         logging_steps=1,
+        include_num_input_tokens_seen="non_padding",
         save_steps=words.steps,
         remove_unused_columns=False,
         report_to=[],

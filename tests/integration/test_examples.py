@@ -97,12 +97,15 @@ def test_a_plain_hf_trainer_is_watched_as_a_run_of_ours_is(tmp_path: Path) -> No
     reader = TrainingStatusReader(folder)
     status = reader.read()
     assert (status.state, status.step, status.total_steps) == ("completed", 20, 20)
+    assert status.num_train_rows == 304  # 320, less what is held out
     assert status.last_checkpoint is not None
     assert Path(status.last_checkpoint.path).is_dir()
     steps = [line for line in reader.metrics() if line["type"] == "StepDone"]
     assert [line["step"] for line in steps] == list(range(1, 21))
     for line, log in zip(steps, logged, strict=True):
         assert line["train_loss"] == pytest.approx(float(log["loss"]), rel=1e-3)
+        assert line["tokens_per_s"] > 0
+        assert line["num_tokens"] > 0
         assert line["learning_rate"] == pytest.approx(float(log["learning_rate"]), rel=1e-3)
     previews = list(reader.previews())
     assert sorted({one.step for one in previews}) == [0, 10, 20]

@@ -31,8 +31,8 @@ ADAMW_BYTES = {"adamw": 8, "adamw_8bit": 2}
 MUON_BYTES = 4
 """Muon keeps one fp32 momentum for matrices; AdamW's part (embeddings, norms) has its own two."""
 
-LOGIT_BYTES = 12.3
-"""Peak bytes of one logit in a step: itself, its softmax and its gradient, as measured on a CPU."""
+LOGIT_BYTES = 12
+"""Peak bytes of one logit in a step, with softmax and gradient (benchmarks/bench_loss.py)."""
 
 
 @dataclass(frozen=True)

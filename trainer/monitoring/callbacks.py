@@ -309,7 +309,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step 0: what the model says before it is trained."""
         if state.is_world_process_zero:
-            self.report.begin(args, state, kwargs.get("model"))
+            self.report.begin(args, state, kwargs)
             if self.previews is not None and state.global_step == 0:
                 self.previews.make(0, is_last=False)
         self._step_started = time.perf_counter()
@@ -348,7 +348,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next step's clock starts behind the checkpoint, which is no training."""
         if state.is_world_process_zero:
-            self.report.saved(args, state)
+            self.report.saved(args, state, time.perf_counter() - self._step_started)
             self.observers.pause(TRAINING)
         self._step_started = time.perf_counter()
 

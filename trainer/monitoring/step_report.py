@@ -96,7 +96,7 @@ class StepReport:
         """Take the figures of the step that is about to end, from the trainer."""
         self.record = record
 
-    def begin(self, args: Any, state: Any, model: Any) -> None:
+    def begin(self, args: Any, state: Any, parts: dict[str, Any]) -> None:
         """Whoever runs the job tells that it begins."""
 
     def step_ended(self, state: Any, seconds: float) -> None:
@@ -131,7 +131,7 @@ class StepReport:
     def logged(self, state: Any, logs: dict[str, Any]) -> None:
         """HF's own log says nothing that was not told."""
 
-    def saved(self, args: Any, state: Any) -> None:
+    def saved(self, args: Any, state: Any, seconds: float) -> None:
         """Whoever writes our checkpoints tells of them."""
 
     def ended(self, state: Any) -> None:
@@ -142,7 +142,7 @@ class LoggedReport(StepReport):
     """Tells of a run of any HF Trainer what its log says: beginning, logged steps, end.
 
     A step is told of when HF logs it (`logging_steps`). Tokens are those that HF counts
-    (`include_num_input_tokens_seen`), else 0.
+    (`include_num_input_tokens_seen`), else 0; how many of them are trained is not known: 0.
     """
 
     def __init__(self, observers: Observers) -> None:
@@ -152,8 +152,9 @@ class LoggedReport(StepReport):
         self._num_steps = 0
         self._tokens_seen = 0
 
-    def begin(self, args: Any, state: Any, model: Any) -> None:
-        """Tell that the run begins."""
+    def begin(self, args: Any, state: Any, parts: dict[str, Any]) -> None:
+        """Tell that the run begins; `parts` are what HF gives its callbacks."""
+        model = parts.get("model")
         config = getattr(model, "config", None)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.observers.emit(
@@ -162,8 +163,8 @@ class LoggedReport(StepReport):
                 total_steps=state.max_steps,
                 start_step=state.global_step,
                 num_epochs=float(state.num_train_epochs),
-                num_train_rows=0,
-                num_validation_rows=0,
+                num_train_rows=_num_rows(parts.get("train_dataloader")),
+                num_validation_rows=_num_rows(parts.get("eval_dataloader")),
                 context_window=getattr(config, "max_position_embeddings", 0) or 0,
                 effective_batch_size=batch,
                 output_dir=str(args.output_dir),
@@ -191,24 +192,24 @@ class LoggedReport(StepReport):
         if "loss" not in logs or not self._num_steps:
             return
         steps, seen = self._num_steps, int(state.num_input_tokens_seen)
-        tokens = (seen - self._tokens_seen) // steps
         self.note(
             StepRecord(
                 train_loss=logs["loss"],
                 grad_norm=float(logs.get("grad_norm", math.nan)),
                 learning_rate=logs.get("learning_rate", math.nan),
-                num_tokens=tokens,
-                num_trained_tokens=tokens,
+                num_tokens=(seen - self._tokens_seen) // steps,
             )
         )
         seconds, self._seconds = self._seconds / steps, 0.0
         self._num_steps, self._tokens_seen = 0, seen
         self._tell(state, seconds)
 
-    def saved(self, args: Any, state: Any) -> None:
-        """Tell of HF's checkpoint."""
+    def saved(self, args: Any, state: Any, seconds: float) -> None:
+        """Tell of HF's checkpoint, written within `seconds` of the end of its step."""
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.observers.emit(CheckpointSaved(step=state.global_step, path=str(path), duration_s=0.0))
+        self.observers.emit(
+            CheckpointSaved(step=state.global_step, path=str(path), duration_s=seconds)
+        )
 
     def ended(self, state: Any) -> None:
         """Tell that the run is over; of one that raises, readers see that its process is gone."""
@@ -216,3 +217,11 @@ class LoggedReport(StepReport):
         self.observers.emit(
             RunEnded(state="completed" if is_whole else "stopped", step=state.global_step)
         )
+
+
+def _num_rows(loader: Any) -> int:
+    """Rows behind a DataLoader; 0 for none, and for a stream, whose length nobody knows."""
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
+        return 0
