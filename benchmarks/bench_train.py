@@ -239,7 +239,8 @@ def plain_arm(
 
 def encoded(model_dir: Path, data: Path) -> Any:
     """The rows as `trainer` encodes them."""
-    from trainer.config.schema import DataSection, ModelSection
+    from trainer.config.schema import DataSection
+    from trainer.config.training_sections import ModelSection
     from trainer.data.dataset import prepare_data
     from trainer.data.encode import RowEncoder
     from trainer.models.load import load_tokenizer

@@ -133,7 +133,7 @@ def test_an_exported_merge_is_a_plain_model_that_says_what_the_adapter_says(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer.models.adapters import load_finished_model
+    from trainer.models.adapter_files import load_finished_model
 
     out, merged = tmp_path / "lora", tmp_path / "merged"
     words = ["--dataset", qa_file, "--model", "tiny", "--output", out, "--max-steps", "4", *SHORT]

@@ -17,7 +17,7 @@ from tests.integration.serving import running_server
 from trainer.cli import main
 from trainer.core.finished import open_run
 from trainer.errors import ConfigError, ModelError, OutputError
-from trainer.models.adapters import load_finished_model, load_merged
+from trainer.models.adapter_files import load_finished_model, load_merged
 from trainer.server.held_model import HeldModel
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -234,7 +234,7 @@ def test_a_base_that_changed_at_its_place_is_refused(
 
 
 def test_the_record_of_a_base_does_not_depend_on_the_dtype(make_model: Callable[..., Any]) -> None:
-    from trainer.models.adapters import describe_base
+    from trainer.models.adapter_files import describe_base
 
     one = make_model().bfloat16()
     two = make_model()

@@ -14,13 +14,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from trainer.cli import main
-from trainer.config.schema import LoraSection, ModelSection
+from trainer.config.training_sections import LoraSection, ModelSection
 from trainer.core import merging
 from trainer.core.finished import open_run
 from trainer.core.merging import export_merged
 from trainer.errors import OutputError
 from trainer.models import adapters
-from trainer.models.adapters import add_lora, describe_base, save_adapter
+from trainer.models.adapter_files import describe_base, save_adapter
+from trainer.models.adapters import add_lora
 from trainer.models.load import load_model
 
 IDS = torch.tensor([[5, 60, 7, 80, 9, 110, 250, 3]])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trainer.cli import main
-from trainer.config.schema import ModelSection
+from trainer.config.training_sections import ModelSection
 from trainer.core import TrainerEngine
 from trainer.core.finished import open_run
 from trainer.core.merging import export_merged

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.integration.serving import Server, command, running_server
-from trainer.config.schema import ModelSection
+from trainer.config.training_sections import ModelSection
 from trainer.models.load import load_model, load_tokenizer
 from trainer.preview.base import PreviewRequest
 from trainer.preview.http import Remote3090Backend

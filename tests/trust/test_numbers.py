@@ -20,7 +20,7 @@ from tests.trust.reference import (
 )
 from tests.trust.trainers import dataset, make_trainer, trained_change
 from trainer.core import hf_trainer, loss, training
-from trainer.core.training import Evaluator
+from trainer.core.evaluation import Evaluator
 from trainer.data.batches import PadCollator
 
 TIED = pytest.mark.parametrize("tied", [False, True])

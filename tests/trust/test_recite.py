@@ -16,7 +16,7 @@ from trainer.config import create_default_config
 from trainer.core import TrainerEngine
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX, Example
-from trainer.models.adapters import load_finished_model
+from trainer.models.adapter_files import load_finished_model
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.http import Remote3090Backend
 from trainer.preview.local import LocalPreviewBackend

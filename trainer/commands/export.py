@@ -67,7 +67,7 @@ def _copy(finished: FinishedRun, target: Path) -> None:
     """The weights as they are; of a checkpoint as the run would have saved them at its end."""
     from trainer.data.template import ChatTemplate
     from trainer.files import staged
-    from trainer.models.adapters import write_model
+    from trainer.models.adapter_files import write_model
 
     with staged(target, advice="choose another --output.") as staging:
         if finished.is_checkpoint and not finished.is_adapter:

@@ -12,15 +12,13 @@ from trainer.config.loader import (
 from trainer.config.schema import (
     DataSection,
     EnvironmentSection,
-    Hyperparams,
     LockedSection,
-    LoraSection,
-    ModelSection,
     MonitoringConfig,
     OutputSection,
     ProfileSection,
     TrainerConfig,
 )
+from trainer.config.training_sections import Hyperparams, LoraSection, ModelSection
 
 __all__ = [
     "ConfigLoader",

@@ -20,7 +20,8 @@ from trainer.config.flags import (
     section_names,
     unknown_key_text,
 )
-from trainer.config.schema import CombinationError, TrainerConfig
+from trainer.config.schema import TrainerConfig
+from trainer.config.section import CombinationError
 from trainer.errors import ConfigError
 
 UNTRAINED_MODEL = "tiny"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from trainer.config.loader import explain
-from trainer.config.schema import ModelSection, TrainerConfig
+from trainer.config.schema import TrainerConfig
+from trainer.config.training_sections import ModelSection
 from trainer.core.checkpoint import (
     MANIFEST,
     find_checkpoint,
@@ -76,7 +77,7 @@ class FinishedRun:
 
     def model_config(self) -> Any:
         """The model config, of an adapter its base's; no weights are read."""
-        from trainer.models.adapters import read_base_config
+        from trainer.models.adapter_files import read_base_config
         from trainer.models.load import read_model_config
 
         trust = self.config.model.trust_remote_code
@@ -89,7 +90,7 @@ class FinishedRun:
         """Model (in `dtype`, fp32 if None) and tokenizer; `device` is for quantized weights."""
         from transformers.utils.logging import disable_progress_bar
 
-        from trainer.models.adapters import load_finished_model, tokenizer_section
+        from trainer.models.adapter_files import load_finished_model, tokenizer_section
         from trainer.models.chat_template import fix_date
         from trainer.models.load import load_tokenizer
 

@@ -25,7 +25,7 @@ from trainer.core.loss import Tiling, full_loss, loss_share, supervised_loss
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
-from trainer.models.adapters import save_adapter
+from trainer.models.adapter_files import save_adapter
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.step_report import StepRecord
 

@@ -19,12 +19,8 @@ from trainer.core.finished import FinishedRun
 from trainer.data.template import ChatTemplate
 from trainer.errors import OutputError
 from trainer.files import staged
-from trainer.models.adapters import (
-    has_true_tie,
-    load_finished_model,
-    merge_adapter,
-    write_model,
-)
+from trainer.models.adapter_files import load_finished_model, write_model
+from trainer.models.adapters import has_true_tie, merge_adapter
 from trainer.models.load import check_vocabulary, embedding_rows
 from trainer.models.precision import check_mergeable
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.pytorch_utils import Conv1D
 
-from trainer.config.schema import Hyperparams
+from trainer.config.training_sections import Hyperparams
 from trainer.errors import ConfigError
 from trainer.models.precision import default_precision
 

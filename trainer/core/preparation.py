@@ -28,7 +28,8 @@ from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError
-from trainer.models.adapters import SAVED_BASE, add_lora, describe_base
+from trainer.models.adapter_files import SAVED_BASE, describe_base
+from trainer.models.adapters import add_lora
 from trainer.models.chat_template import fix_date
 from trainer.models.load import (
     check_is_model,

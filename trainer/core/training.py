@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,18 @@ from trainer.core.checks import (
     takes_borders,
     tiling_of,
 )
+from trainer.core.evaluation import build_evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.loss import Tiling, loss_share, supervised_loss
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler, final_evaluation
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.data.batches import EncodedDataset, PackedDataset, PadCollator, on_device
-from trainer.data.rows import IGNORE_INDEX
+from trainer.data.batches import PackedDataset, PadCollator
 from trainer.errors import ConfigError, NonFiniteError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
-from trainer.models.adapters import write_model
+from trainer.models.adapter_files import write_model
 from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import (
     Commands,
@@ -51,84 +49,6 @@ from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.scheduler import PreviewScheduler
 from trainer.publish.lane import PublishedPreviews
-
-Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
-"""Rows in, one batch out."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A measured loss."""
-
-    loss: float
-    """Mean nats per supervised token over all rows, each token by its loss weight."""
-    num_rows: int
-    num_trained_tokens: int
-
-
-class Evaluator:
-    """Measures the loss of a model on the same rows each time."""
-
-    def __init__(
-        self,
-        dataset: EncodedDataset,
-        *,
-        collate: Collate,
-        max_rows: int,
-        batch_size: int,
-        autocast_dtype: torch.dtype | None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Choose the first `max_rows` rows, and batch rows of like length together."""
-        chosen = sorted(range(min(len(dataset), max_rows)), key=lambda i: dataset.lengths[i])
-        self.dataset, self.collate = dataset, collate
-        self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-        self.autocast_dtype, self._dtype = autocast_dtype, dtype
-        self._tiling: Tiling | None = None
-        self._is_proved = False
-
-    def __call__(self, model: Any) -> Evaluation:
-        """Evaluate the unwrapped model; its mode and all random states are put back."""
-        device = next(model.parameters()).device
-        total = share = torch.zeros((), dtype=torch.float64)
-        tokens = rows = 0
-        with undisturbed(model), self._autocast(device):
-            if not self._is_proved:
-                self._tiling = tiling_of(model, self.dataset, self._dtype)
-                self._is_proved = True
-            for indices in self.batches:
-                batch = self.collate([self.dataset[i] for i in indices])
-                tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-                rows += len(indices)
-                share = share + loss_share(batch)
-                batch = on_device(batch, device)
-                total = total + self._sum(model, batch)
-        return Evaluation(float(total) / (float(share) or 1.0), rows, tokens)
-
-    def _sum(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return supervised_loss(model, model, batch, 1, tiling=self._tiling).double().cpu()
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast_dtype)
-
-
-def build_evaluator(prepared: Prepared, pad_id: int) -> Evaluator | None:
-    """The micro-evaluation of a run; None where no rows are held out."""
-    if prepared.data.validation is None:
-        return None
-    return Evaluator(
-        prepared.data.validation,
-        collate=PadCollator(pad_id),
-        max_rows=prepared.config.monitoring.micro_eval_rows,
-        batch_size=prepared.config.hyperparams.batch_size,
-        autocast_dtype=prepared.precision.autocast_dtype,
-        dtype=prepared.precision.compute_dtype,
-    )
-
-
-# ---- what a run is put together from once its model is there
 
 
 def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> list[Any]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from trainer import lazy_names
 
 if TYPE_CHECKING:
-    from trainer.models.adapters import add_lora, load_finished_model
+    from trainer.models.adapter_files import load_finished_model
+    from trainer.models.adapters import add_lora
     from trainer.models.load import load_model, load_tokenizer
     from trainer.models.tiny import write_demo_data
 
@@ -23,7 +24,8 @@ __all__ = ["add_lora", "load_finished_model", "load_model", "load_tokenizer", "w
 __getattr__ = lazy_names(
     __name__,
     {
-        "trainer.models.adapters": ["add_lora", "load_finished_model"],
+        "trainer.models.adapter_files": ["load_finished_model"],
+        "trainer.models.adapters": ["add_lora"],
         "trainer.models.load": ["load_model", "load_tokenizer"],
         "trainer.models.tiny": ["write_demo_data"],
     },

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.schema import LockedSection, ModelSection
+from trainer.config.schema import LockedSection
+from trainer.config.training_sections import ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from trainer.config.schema import Precision, TrainerConfig, TrainingMode
+from trainer.config.schema import TrainerConfig
+from trainer.config.section import Precision, TrainingMode
 from trainer.errors import ConfigError, ModelError
 
 DTYPES: dict[str, torch.dtype] = {

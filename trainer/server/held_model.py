@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from trainer.config.schema import ModelSection
+from trainer.config.training_sections import ModelSection
 from trainer.errors import TrainerError
 from trainer.models import is_adapter_folder, resolve_alias
-from trainer.models.adapters import load_merged, tokenizer_section
+from trainer.models.adapter_files import load_merged, tokenizer_section
 from trainer.models.chat_template import fix_date
 from trainer.models.load import (
     check_vocabulary,

@@ -20,7 +20,7 @@ def test_its_answers_are_those_of_its_own_weights_and_labelled_unverified(
 ) -> None:
     import torch
 
-    from trainer.config.schema import ModelSection
+    from trainer.config.training_sections import ModelSection
     from trainer.models.load import load_model, load_tokenizer
 
     section = ModelSection(model_path=str(model))

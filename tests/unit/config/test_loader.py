@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import trainer.config.schema
+import trainer.config.training_sections
 from trainer.config import ConfigLoader, TrainerConfig, resolve
 from trainer.config.flags import config_fields, parse_flags
 from trainer.errors import ConfigError
@@ -188,7 +189,8 @@ def test_options_that_are_defaults_are_not_said_to_be_set() -> None:
 
 
 def test_every_rule_over_several_options_is_tested() -> None:
-    source = inspect.getsource(trainer.config.schema)
+    modules = (trainer.config.schema, trainer.config.training_sections)
+    source = "".join(map(inspect.getsource, modules))
     assert source.count("raise CombinationError(") == len(CROSS_FIELD_MISTAKES)
     assert "raise ValueError" not in source
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from trainer.config.schema import Hyperparams
+from trainer.config.training_sections import Hyperparams
 from trainer.core import optim
 from trainer.core.optim import Fp32Muon, MuonAdamW, build_optimizer
 from trainer.errors import ConfigError

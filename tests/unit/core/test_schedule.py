@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config.schema import Hyperparams
+from trainer.config.training_sections import Hyperparams
 from trainer.core.optim import RateSchedule, check_schedule, rate_factor, warmup_length
 from trainer.core.training import check_weights_moved
 from trainer.errors import ConfigError, NonFiniteError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import ModelSection
+from trainer.config.training_sections import ModelSection
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config.schema import LockedSection, LoraSection, ModelSection
+from trainer.config.schema import LockedSection
+from trainer.config.training_sections import LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models import ALIASES, nearest_alias, resolve_alias
 from trainer.models.adapters import add_lora

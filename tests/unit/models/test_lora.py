@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config.schema import LoraSection
+from trainer.config.training_sections import LoraSection
 from trainer.errors import ConfigError
-from trainer.models.adapters import add_lora, load_finished_model
+from trainer.models.adapter_files import load_finished_model
+from trainer.models.adapters import add_lora
 from trainer.models.precision import resolve_precision
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -142,7 +143,7 @@ def test_the_adapter_names_the_revision_of_its_base(
 def test_the_base_is_loaded_at_the_revision_that_was_trained(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trainer.models.adapters as adapters
+    import trainer.models.adapter_files as adapters
 
     path = adapter / "final_model" / "adapter_config.json"
     saved = json.loads(path.read_text())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config.schema import ModelSection
+from trainer.config.training_sections import ModelSection
 from trainer.core import TrainerEngine
 from trainer.errors import ModelError
 from trainer.models.load import check_vocabulary, harmless_pad_id, load_model

@@ -1,0 +1,123 @@
+"""Sections `hyperparams`, `model` and `lora`: what is trained, and how.
+
+No torch, no file access; see `trainer/config/schema.py` for the rules.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config.section import (
+    CombinationError,
+    Interval,
+    PositiveInt,
+    Precision,
+    Section,
+    Share,
+    TrainingMode,
+)
+
+
+class Hyperparams(Section):
+    """How the weights are trained."""
+
+    training_mode: TrainingMode = "full"
+    """`full` trains every weight; `lora` trains small adapters (section `lora`)."""
+    batch_size: PositiveInt = 8
+    """Sequences in one forward pass on one device."""
+    gradient_accumulation: PositiveInt = 1
+    """Forward passes in one optimizer step; effective batch = batch_size x this x devices."""
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak rate. Empty: 2e-5 for full, 2e-4 for lora, 5e-3 for the untrained model `tiny`."""
+    num_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    """Passes over the training rows; `max_steps` wins when it is set."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps in all. Empty: as many as `num_epochs` takes."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Longest row, prompt and answer, in tokens. Empty: the model's context, at most 2048."""
+    fp_precision: Precision | None = None
+    """One precision for loading, computing and saving; full training keeps fp32 master weights.
+    Empty: `bf16` where the device computes in it, else `fp32`."""
+    optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
+    """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: bitsandbytes
+    on a GPU."""
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate moves after the warm-up. Linear and cosine fall so that the step after
+    the last one would have 0."""
+    warmup_steps: Annotated[float, Field(ge=0.0)] = 0.03
+    """Steps before the first one at the peak rate: a whole number, or below 1 a share of all steps.
+    With N of them the first step has 1/(N+1) of the peak."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay of the optimizer (norms and biases are left out)."""
+    adam_beta1: Share = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: Share = 0.999
+    """AdamW's decay of the mean of squared gradients."""
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's term against division by zero."""
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are scaled down to this norm; 0 = off."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third slower."""
+    early_stopping_patience: Interval = 0
+    """Stop after this many micro-evaluations without a lower validation loss; 0 = off. The best
+    weights have a checkpoint, which is kept; the final model has the last ones."""
+    early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """By how much (nats per token) validation loss must fall to count as lower."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Hyperparams:
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise CombinationError(
+                f"warmup_steps={self.warmup_steps} is neither a whole number of steps nor a share "
+                "below 1; give one of them",
+                "hyperparams.warmup_steps",
+            )
+        if self.max_steps is not None and self.warmup_steps >= max(self.max_steps, 1):
+            raise CombinationError(
+                f"warmup_steps={self.warmup_steps:g} is not below max_steps={self.max_steps}; "
+                "lower warmup_steps or raise max_steps",
+                "hyperparams.warmup_steps",
+                "hyperparams.max_steps",
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Which model is trained, and how it is loaded."""
+
+    model_path: str = ""
+    """An alias (`trainer models` lists them), a hub id, a folder, or a .gguf file (its weights are
+    unpacked; needs the extra `gguf`). Flag: --model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"
+    ] = "auto"
+    """Attention code; `auto` is the model's own choice, usually sdpa."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """`chatml`, `plain` or a Jinja file, in place of the model's own; saved with the result.
+    Empty: the model's own, and for base models without one `chatml` if they know its tokens, else
+    `plain`."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that become one token each, such as the markers of a profile; the embedding grows and
+    is saved with them. With `hyperparams.training_mode=full` only."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model folder. Only for models whose code you have read."""
+
+
+class LoraSection(Section):
+    """Adapters; used when hyperparams.training_mode is `lora`."""
+
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0.0)] = 32
+    """Scale: an adapter's output is multiplied by alpha / r."""
+    dropout: Share = 0.0
+    """Dropout before the adapters."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names that get an adapter; `all-linear` is every linear layer but the head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Module names trained in full beside the adapters, such as `lm_head`."""

@@ -1,0 +1,92 @@
+"""The loss on held-out rows, measured on the same rows each time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.core.checks import tiling_of
+from trainer.core.loss import Tiling, loss_share, supervised_loss
+from trainer.core.run import Prepared
+from trainer.data.batches import EncodedDataset, PadCollator, on_device
+from trainer.data.rows import IGNORE_INDEX
+from trainer.preview.neutral import undisturbed
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+"""Rows in, one batch out."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured loss."""
+
+    loss: float
+    """Mean nats per supervised token over all rows, each token by its loss weight."""
+    num_rows: int
+    num_trained_tokens: int
+
+
+class Evaluator:
+    """Measures the loss of a model on the same rows each time."""
+
+    def __init__(
+        self,
+        dataset: EncodedDataset,
+        *,
+        collate: Collate,
+        max_rows: int,
+        batch_size: int,
+        autocast_dtype: torch.dtype | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Choose the first `max_rows` rows, and batch rows of like length together."""
+        chosen = sorted(range(min(len(dataset), max_rows)), key=lambda i: dataset.lengths[i])
+        self.dataset, self.collate = dataset, collate
+        self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        self.autocast_dtype, self._dtype = autocast_dtype, dtype
+        self._tiling: Tiling | None = None
+        self._is_proved = False
+
+    def __call__(self, model: Any) -> Evaluation:
+        """Evaluate the unwrapped model; its mode and all random states are put back."""
+        device = next(model.parameters()).device
+        total = share = torch.zeros((), dtype=torch.float64)
+        tokens = rows = 0
+        with undisturbed(model), self._autocast(device):
+            if not self._is_proved:
+                self._tiling = tiling_of(model, self.dataset, self._dtype)
+                self._is_proved = True
+            for indices in self.batches:
+                batch = self.collate([self.dataset[i] for i in indices])
+                tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+                rows += len(indices)
+                share = share + loss_share(batch)
+                batch = on_device(batch, device)
+                total = total + self._sum(model, batch)
+        return Evaluation(float(total) / (float(share) or 1.0), rows, tokens)
+
+    def _sum(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return supervised_loss(model, model, batch, 1, tiling=self._tiling).double().cpu()
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+
+def build_evaluator(prepared: Prepared, pad_id: int) -> Evaluator | None:
+    """The micro-evaluation of a run; None where no rows are held out."""
+    if prepared.data.validation is None:
+        return None
+    return Evaluator(
+        prepared.data.validation,
+        collate=PadCollator(pad_id),
+        max_rows=prepared.config.monitoring.micro_eval_rows,
+        batch_size=prepared.config.hyperparams.batch_size,
+        autocast_dtype=prepared.precision.autocast_dtype,
+        dtype=prepared.precision.compute_dtype,
+    )
