@@ -19,7 +19,7 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import dataset, make_trainer, trained_change
-from trainer.core import hf_trainer, loss, training
+from trainer.core import evaluation, hf_trainer, loss
 from trainer.core.evaluation import Evaluator
 from trainer.data.batches import PadCollator
 
@@ -237,13 +237,13 @@ def test_n14_a_batch_that_is_not_finite_makes_the_loss_so() -> None:
 
 
 def test_mutant_n14_mean_of_means_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = training.supervised_loss
+    plain = evaluation.supervised_loss
 
     tokens = sum(sum(label != -100 for label in labels[1:]) for _, labels in ragged_rows(13))
 
     def mean(model: Any, unwrapped: Any, batch: Any, num_items: Any = None, **more: Any) -> Any:
         return plain(model, unwrapped, batch) * tokens * len(batch["labels"]) / 13
 
-    monkeypatch.setattr(training, "supervised_loss", mean)
+    monkeypatch.setattr(evaluation, "supervised_loss", mean)
     with pytest.raises(AssertionError):
         check_evaluation()
