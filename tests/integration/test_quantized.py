@@ -18,7 +18,7 @@ from trainer.core.finished import open_run
 from trainer.core.merging import export_merged
 from trainer.errors import ModelError
 from trainer.models.load import read_model_config
-from trainer.models.precision import check_trainable, quantization_of
+from trainer.models.quantized import check_trainable, quantization_of
 from trainer.server.held_model import HeldModel
 
 pytest.importorskip("bitsandbytes")

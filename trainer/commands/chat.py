@@ -34,7 +34,8 @@ def run(argv: list[str]) -> int:
 def _load(finished: FinishedRun, words: argparse.Namespace) -> LocalPreviewBackend:
     # torch takes seconds to load; mistakes on the command line are told before.
     from trainer.models.load import check_vocabulary, context_length
-    from trainer.models.precision import place, resolve_device
+    from trainer.models.precision import resolve_device
+    from trainer.models.quantized import place
     from trainer.preview.local import LocalPreviewBackend
 
     device = resolve_device(words.device)

@@ -49,6 +49,7 @@ def run(argv: list[str]) -> int:
         wait_for_weights=words.wait_for_weights,
         base=words.base,
         date=date,
+        quantize=words.quantize,
     )
     # uvicorn raises the signal again once it is done; by default that would skip the cleaning up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
@@ -181,6 +182,11 @@ def _parser() -> argparse.ArgumentParser:
         "--wait-for-weights",
         action="store_true",
         help="load architecture and tokenizer from --model; a trainer sends the weights",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("nf4",),
+        help="hold the linear layers in 4 bit, for runs with training_mode=qlora",
     )
     parser.add_argument(
         "--keep-weights",

@@ -26,7 +26,7 @@ from trainer.errors import ConfigError
 
 UNTRAINED_MODEL = "tiny"
 
-LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
 UNTRAINED_LEARNING_RATE = 5e-3
 """The built-in model starts from random weights and must move much further."""

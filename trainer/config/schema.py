@@ -269,9 +269,10 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _check_added_tokens(self) -> TrainerConfig:
-        if self.model.add_tokens and self.hyperparams.training_mode == "lora":
+        if self.model.add_tokens and self.hyperparams.trains_adapters:
+            mode = self.hyperparams.training_mode
             raise CombinationError(
-                "model.add_tokens needs trained embeddings, and hyperparams.training_mode=lora "
+                f"model.add_tokens needs trained embeddings, and hyperparams.training_mode={mode} "
                 "freezes them; set training_mode=full or leave add_tokens empty",
                 "model.add_tokens",
                 "hyperparams.training_mode",

@@ -19,7 +19,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
-TrainingMode = Literal["full", "lora"]
+TrainingMode = Literal["full", "lora", "qlora"]
 
 
 class CombinationError(ValueError):

@@ -85,7 +85,7 @@ def estimate_memory(
     """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(model_config, dtype=precision.load_dtype)
-        if config.hyperparams.training_mode == "lora":
+        if config.hyperparams.trains_adapters:
             model = add_lora(model, config.lora, seed=0)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]

@@ -86,8 +86,19 @@ class FinishedRun:
         path = str(self.model_dir.resolve())
         return read_model_config(ModelSection(model_path=path, trust_remote_code=trust))
 
-    def load(self, dtype: Any = None, device: torch.device | None = None) -> tuple[Any, Any]:
-        """Model (in `dtype`, fp32 if None) and tokenizer; `device` is for quantized weights."""
+    def load(
+        self,
+        dtype: Any = None,
+        device: torch.device | None = None,
+        *,
+        quantize: bool | None = None,
+    ) -> tuple[Any, Any]:
+        """Model and tokenizer.
+
+        Args:
+            dtype: of plain weights; None: fp32.
+            device, quantize: as of `load_finished_model`.
+        """
         from transformers.utils.logging import disable_progress_bar
 
         from trainer.models.adapter_files import load_finished_model, tokenizer_section
@@ -104,6 +115,7 @@ class FinishedRun:
             trust_remote_code=trust,
             base=self.base,
             device=device,
+            quantize=quantize,
         )
         # The weights learned to answer under the date of their run.
         fix_date(tokenizer, self.date)

@@ -1,11 +1,14 @@
 """`trainer export --merge`: an adapter added to its base, written, loaded again and compared.
 
 Merged in fp32 and rounded to the saved dtype afterwards, because merging in bf16 loses small
-updates. Nothing stays on disk unless the folder, loaded again, says what the adapter says.
+updates. Nothing stays on disk unless the folder, loaded again, says what the adapter says. An
+adapter that was trained on a quantized base is merged into the plain one: how far that takes it
+from what was trained is measured, and must be what quantization alone does to the base.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections.abc import Sequence
@@ -17,12 +20,16 @@ import torch
 
 from trainer.core.finished import FinishedRun
 from trainer.data.template import ChatTemplate
-from trainer.errors import OutputError
+from trainer.errors import ModelError, OutputError
 from trainer.files import staged
-from trainer.models.adapter_files import load_finished_model, write_model
+from trainer.models.adapter_files import (
+    is_quantized_while_loading,
+    load_finished_model,
+    write_model,
+)
 from trainer.models.adapters import has_true_tie, merge_adapter
 from trainer.models.load import check_vocabulary, embedding_rows
-from trainer.models.precision import check_mergeable
+from trainer.models.quantized import check_mergeable, quantization_of, widen
 
 ROWS, ROW_LENGTH = 4, 48
 """Rows of drawn ids, and as many of the run's own texts; tokens of each."""
@@ -39,6 +46,18 @@ ROUNDING = {torch.float32: EXACT, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Relative change of logits when weights are rounded to the dtype; more is no rounding."""
 
 
+MAX_QUANTIZATION = 2.0
+"""How many times farther than the plain base from its quantized copy a merged model may be."""
+
+
+@dataclass(frozen=True)
+class QuantizedBase:
+    """Logits of an adapter and of its base as they were in training: quantized."""
+
+    adapted: torch.Tensor
+    plain: torch.Tensor
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """How far the logits of the merged model are from the adapter's, at most."""
@@ -51,6 +70,9 @@ class MergeReport:
     """The largest logit, for scale."""
     dtype: torch.dtype
     num_rows: int
+    quantization: tuple[float, float] | None = None
+    """Relative distance of the merged model from the adapter on its quantized base, and of the
+    plain base from the quantized one; None where no quantized base is there."""
 
     def words(self) -> str:
         """For the terminal."""
@@ -59,6 +81,16 @@ class MergeReport:
         return (
             f"compared on {self.num_rows} rows, logits up to {self.largest:.3g}: merged and "
             f"adapter differ by {self.merged:.2g} in fp32{rounding}; loaded again it is the same"
+            f"{self._words_of_quantization()}"
+        )
+
+    def _words_of_quantization(self) -> str:
+        if self.quantization is None:
+            return ""
+        merged, base = self.quantization
+        return (
+            f". The adapter was trained on a quantized base: merged into the plain one its logits "
+            f"are {merged:.2%} of their norm from those of training; the base alone is {base:.2%}"
         )
 
 
@@ -70,16 +102,14 @@ def export_merged(finished: FinishedRun, target: Path) -> MergeReport:
         OutputError: the folder cannot be written, or the merged model says something else.
     """
     check_mergeable(finished.model_config(), f"{finished.model_dir}: the base of this adapter")
-    model, tokenizer = finished.load()
-    model.eval()
+    model, tokenizer = finished.load(quantize=False)
     check_vocabulary(model, tokenizer)
     dtype, rows = finished.dtype(), probe_rows(finished, tokenizer, embedding_rows(model))
-    adapted = logits_of(model, rows)
-    with model.disable_adapter():
-        plain = logits_of(model, rows)
+    adapted, plain = _both_logits(model, rows)
     model = merge_adapter(model)
     merged = logits_of(model, rows)
     _check_merge(adapted, merged, plain)
+    quantization = _check_quantization(_as_trained(finished, rows), merged, plain)
     _round(model, dtype)
     rounded = logits_of(model, rows)
     _check_rounding(merged, rounded, dtype)
@@ -95,7 +125,58 @@ def export_merged(finished: FinishedRun, target: Path) -> MergeReport:
         largest=float(adapted.abs().max()),
         dtype=dtype,
         num_rows=len(rows),
+        quantization=quantization,
     )
+
+
+def _both_logits(model: Any, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of an adapter, and of its base alone."""
+    model.eval()
+    adapted = logits_of(model, rows)
+    with model.disable_adapter():
+        return adapted, logits_of(model, rows)
+
+
+def _as_trained(finished: FinishedRun, rows: Sequence[torch.Tensor]) -> QuantizedBase | None:
+    """The adapter on the quantized base that it was trained on; None where it was not, or is gone.
+
+    Computed in fp32, so that only the quantized weights make a difference.
+    """
+    if is_quantized_while_loading(finished.model_dir):
+        model, _ = finished.load()
+    elif finished.base is not None:  # the plain model of a folder that is quantized itself
+        trained = dataclasses.replace(finished, base=None)
+        try:
+            if quantization_of(trained.model_config()) is None:
+                return None
+            model, _ = trained.load()
+        except ModelError:
+            return None
+    else:
+        return None
+    widen(model)
+    return QuantizedBase(*_both_logits(model, rows))
+
+
+def _check_quantization(
+    trained: QuantizedBase | None, merged: torch.Tensor, plain: torch.Tensor
+) -> tuple[float, float] | None:
+    """Compare what a merge changes with what quantization alone does to the base.
+
+    Returns:
+        Both relative distances, as MergeReport has them.
+    """
+    if trained is None:
+        return None
+    moved, base = distance(trained.adapted, merged)[1], distance(trained.plain, plain)[1]
+    if not moved <= MAX_QUANTIZATION * base + EXACT:
+        raise OutputError(
+            f"merged into the plain base the adapter would say something else than in training: "
+            f"its logits are {moved:.2%} of their norm from those on the quantized base, and "
+            f"quantization alone moves the base by {base:.2%}. Nothing was written; export without "
+            "--merge, and load the adapter on a quantized base."
+        )
+    return moved, base
 
 
 def probe_rows(finished: FinishedRun, tokenizer: Any, num_ids: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ from trainer.models.load import (
 )
 from trainer.models.precision import (
     ResolvedPrecision,
-    check_trainable,
     fill_precision,
     resolve_device,
     resolve_precision,
 )
+from trainer.models.quantized import check_trainable
 from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
@@ -100,12 +101,10 @@ def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerCo
     tokenizer = load_tokenizer(config.model, offline=offline)
     model_config = read_model_config(config.model, offline=offline)
     check_locked(config.locked, config.model, model_config)
-    monitoring = config.monitoring
     check_trainable(
         model_config,
         f"model.model_path={config.model.model_path}",
         training_mode=config.hyperparams.training_mode,
-        previews=monitoring.preview_backend if monitoring.inference_interval else None,
     )
     limit, wanted = context_length(model_config), config.hyperparams.max_length
     if wanted is not None and limit is not None and wanted > limit:
@@ -241,21 +240,26 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     config, tokenizer, seed = prepared.config, prepared.tokenizer, prepared.config.environment.seed
     job.observers.phase("loading", f"loading {config.model.model_path}")
     started = time.perf_counter()
-    model = load_model(
+    is_quantized = config.hyperparams.training_mode == "qlora"
+    load = partial(
+        load_model,
         config.model,
         dtype=prepared.precision.load_dtype,
         seed=seed,
         offline=config.environment.offline,
-        device=prepared.device,
     )
+    model = load(device=prepared.device, quantize=is_quantized)
     if config.model.add_tokens:
         grow_embeddings(model, tokenizer, config.model.add_tokens)
     check_vocabulary(model, tokenizer)
     _check_rows(prepared.data, model, tokenizer)
-    if config.hyperparams.training_mode == "lora":
-        if job.folder is not None:
-            _keep_unsaved_base(model, tokenizer, job.folder.path / SAVED_BASE)
-        base = describe_base(model)
+    if config.hyperparams.trains_adapters:
+        if job.folder is not None and not model.config._name_or_path:
+            # An adapter needs its base again: the built-in model is on no disk, so save it.
+            folder = (job.folder.path / SAVED_BASE).resolve()
+            _save_base(load() if is_quantized else model, tokenizer, folder)
+            model.config._name_or_path = model.name_or_path = str(folder)
+        base = describe_base(model, is_quantized_copy=is_quantized)
         model = add_lora(model, config.lora, seed=seed, revision=config.model.revision)
         model.base_record = base
         if config.hyperparams.gradient_checkpointing:
@@ -287,12 +291,7 @@ def _check_rows(data: RunData, model: Any, tokenizer: Any) -> None:
                 )
 
 
-def _keep_unsaved_base(model: Any, tokenizer: Any, folder: Path) -> None:
-    """An adapter needs its base again: the built-in model is on no disk, so save it."""
-    if model.config._name_or_path:
-        return
-    base = folder.resolve()
-    if not base.exists():
-        model.save_pretrained(base)
-        tokenizer.save_pretrained(base)
-    model.config._name_or_path = model.name_or_path = str(base)
+def _save_base(model: Any, tokenizer: Any, folder: Path) -> None:
+    if not folder.exists():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -154,11 +154,17 @@ def _worker_and_setup(
         "folder": str(folder),
         "hashes": hashes.model_dump(),
         "model": run.prepared.config.model.model_path if is_http else None,
+        "quantize": _quantize(run),
         "template_date": run.prepared.date.isoformat()
         if is_dated(run.prepared.tokenizer)
         else None,
         "previews": _previews(run, requests, local, profile, canary),
     }
+
+
+def _quantize(run: PublishingRun) -> Literal["nf4"] | None:
+    """How a server is to quantize its copy of the base; None where what is on disk says it."""
+    return "nf4" if run.prepared.config.hyperparams.training_mode == "qlora" else None
 
 
 def _run_name(path: Path) -> str:
@@ -202,7 +208,7 @@ def _worker(
     secret = server_key(monitoring.remote_3090_key_file)
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
-        info = client.check(hashes, profile, run.prepared.config.model.model_path)
+        info = client.check(hashes, profile, run.prepared.config.model.model_path, _quantize(run))
         wanted = monitoring.remote_3090_model_id
         if wanted is not None and wanted != info.model_id:
             raise ConfigError(

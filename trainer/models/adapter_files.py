@@ -21,7 +21,8 @@ from trainer.files import library_errors
 from trainer.models import is_adapter_folder
 from trainer.models.adapters import merge_adapter
 from trainer.models.load import load_model, looks_like_path, read_model_config
-from trainer.models.precision import check_mergeable, save_full
+from trainer.models.precision import save_full
+from trainer.models.quantized import check_bitsandbytes, check_mergeable
 
 BASE_RECORD = "base.json"
 
@@ -29,23 +30,61 @@ SAMPLES = 1024
 """Weights of each matrix that go into its hash, evenly spread."""
 
 
-def describe_base(model: Any) -> dict[str, Any]:
+def describe_base(model: Any, *, is_quantized_copy: bool = False) -> dict[str, Any]:
     """What `base.json` says of a model: its name, and a hash of each matrix.
 
     Hashes are of a sample in bf16, so that they do not depend on whether it was loaded in fp32 or
-    bf16. In fp16 small weights were rounded otherwise: such a model has no hashes.
+    bf16. In fp16 small weights were rounded otherwise: such a model has no hashes. Quantized
+    matrices are hashed as they are, by kind of device: their last bits depend on it.
+
+    Args:
+        is_quantized_copy: what lies under that name is plain, and is quantized while it is loaded.
     """
-    matrices = {
-        name: _sample_hash(parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.dtype in (torch.float32, torch.bfloat16) and parameter.ndim > 1
-    }
-    return {"name": model.config._name_or_path, "sha256_of_samples": matrices}
+    matrices, quantized = {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float32, torch.bfloat16) and parameter.ndim > 1:
+            matrices[name] = _sample_hash(parameter.detach())
+        elif parameter.dtype in (torch.uint8, torch.int8):
+            quantized[name] = _sample_hash(parameter.detach())
+    record = {"name": model.config._name_or_path, "sha256_of_samples": matrices}
+    if quantized:
+        device = str(next(model.parameters()).device.type)
+        record["quantized"] = {
+            "while_loading": is_quantized_copy,
+            "device": device,
+            "sha256_of_samples": quantized,
+        }
+    return record
 
 
-def _sample_hash(parameter: torch.Tensor) -> str:
-    flat = parameter.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // SAMPLES)].to(torch.bfloat16).cpu().contiguous()
+def is_quantized_while_loading(folder: Path) -> bool:
+    """Whether an adapter was trained on a quantized copy of its plain base."""
+    return bool(_base_record(folder).get("quantized", {}).get("while_loading"))
+
+
+def _base_record(folder: Path) -> dict[str, Any]:
+    """What `base.json` says; nothing where there is none.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    path = folder / BASE_RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for part in (record, record.get("quantized", record)):
+            dict(part["sha256_of_samples"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: cannot be read ({error!r}); remove it to go without.") from error
+    return record
+
+
+def _sample_hash(matrix: torch.Tensor) -> str:
+    flat = matrix.reshape(-1)
+    sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
+    if sample.is_floating_point():
+        sample = sample.to(torch.bfloat16)
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -65,6 +104,7 @@ def load_finished_model(
     trust_remote_code: bool = False,
     base: str | None = None,
     device: torch.device | None = None,
+    quantize: bool | None = None,
 ) -> Any:
     """Load a model folder as a run leaves it, an adapter with its base.
 
@@ -74,6 +114,7 @@ def load_finished_model(
         trust_remote_code: as the run was told.
         base: folder or hub id of an adapter's base, where it is no longer at its old place.
         device: where quantized weights are loaded to; all others come on the CPU.
+        quantize: make nf4 of an adapter's plain base; None: where it was trained so.
     Raises:
         ModelError: the folder holds no model, or its base cannot be loaded or is another one.
     """
@@ -87,8 +128,12 @@ def load_finished_model(
         section = ModelSection(model_path=path, trust_remote_code=trust_remote_code)
         return load_model(section, dtype=dtype, device=device)
     section = base_of(folder, trust_remote_code=trust_remote_code, base=base)
+    if quantize is None:
+        quantize = is_quantized_while_loading(folder)
+    if quantize:
+        check_bitsandbytes(f"{folder}: this adapter was trained on a base in nf4, which")
     try:
-        model = load_model(section, dtype=dtype, device=device)
+        model = load_model(section, dtype=dtype, device=device, quantize=quantize)
     except ModelError as error:
         raise ModelError(_of_base(folder, error)) from error
     check_base(folder, model)
@@ -96,14 +141,14 @@ def load_finished_model(
 
 
 def load_merged(folder: Path, *, base: str | None) -> Any:
-    """An adapter and its base as one plain model in fp32.
+    """An adapter and its base as one plain model in fp32, whatever it was quantized to in training.
 
     Raises:
         ModelError: the base is gone, another one, or quantized.
     """
     config = read_base_config(folder, trust_remote_code=False, base=base)
     check_mergeable(config, f"{folder}: the base of this adapter")
-    return merge_adapter(load_finished_model(folder, base=base))
+    return merge_adapter(load_finished_model(folder, base=base, quantize=False))
 
 
 def tokenizer_section(section: ModelSection, base: str | None) -> ModelSection:
@@ -179,15 +224,15 @@ def check_base(folder: Path, model: Any) -> None:
     Raises:
         ModelError: its weights are others.
     """
-    path = folder / BASE_RECORD
-    if not path.is_file():
+    record = _base_record(folder)
+    if not record:
         return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        known = dict(record["sha256_of_samples"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: cannot be read ({error!r}); remove it to go without.") from error
-    found = describe_base(model)["sha256_of_samples"]
+    described = describe_base(model)
+    known, found = dict(record["sha256_of_samples"]), described["sha256_of_samples"]
+    theirs, mine = record.get("quantized"), described.get("quantized")
+    if theirs and mine and theirs.get("device") == mine["device"]:
+        known |= theirs["sha256_of_samples"]
+        found |= mine["sha256_of_samples"]
     common = sorted(set(known) & set(found))
     other = [name for name in common if known[name] != found[name]]
     if other:

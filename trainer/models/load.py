@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from trainer.config.training_sections import ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
-from trainer.models.precision import check_loadable, quantization_of
+from trainer.models.quantized import check_loadable, keep_layout, nf4, quantization_of
 from trainer.net import hub_answers
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def load_model(
     seed: int = 42,
     offline: bool = False,
     device: torch.device | None = None,
+    quantize: bool = False,
 ) -> PreTrainedModel:
     """Load the causal language model of `model.model_path` on the CPU.
 
@@ -178,10 +180,15 @@ def load_model(
         dtype: dtype of the weights as loaded.
         seed: initialises the built-in `tiny` model, which has no trained weights.
         device: where quantized weights are loaded to, which cannot be moved later.
+        quantize: make nf4 of plain weights; those that are quantized already stay as they are.
     Raises:
         ModelError: no such model, or one that is not a causal language model.
     """
     path = resolve_alias(section.model_path)
+    if quantize and (path == TINY or Path(path).suffix.lower() == GGUF_SUFFIX):
+        return _quantized_copy(
+            load_model(section, dtype=dtype, seed=seed, offline=offline), section, dtype, device
+        )
     if path == TINY:
         from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
 
@@ -199,13 +206,29 @@ def load_model(
         extra["attn_implementation"] = section.attn_implementation
     if Path(path).suffix.lower() != GGUF_SUFFIX:
         extra["config"] = read_model_config(section, offline=offline)
-        if quantization_of(extra["config"]) is not None:
+        is_quantized = quantization_of(extra["config"]) is not None
+        if quantize and not is_quantized:
+            extra["quantization_config"] = nf4(dtype)
+        if quantize or is_quantized:
             extra["device_map"] = {"": str(device or "cpu")}
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM.from_pretrained, section, path, offline, "model", **extra
     )
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         _forget_quantization(model)
+    keep_layout(model)
+    return model
+
+
+def _quantized_copy(
+    plain: Any, section: ModelSection, dtype: torch.dtype, device: torch.device | None
+) -> PreTrainedModel:
+    """The nf4 copy of a model that is in no folder; weights are quantized while they are read."""
+    with tempfile.TemporaryDirectory(prefix="trainer-base-") as folder:
+        plain.save_pretrained(folder)
+        copy = section.model_copy(update={"model_path": folder})
+        model = load_model(copy, dtype=dtype, device=device, quantize=True)
+    model.config._name_or_path = model.name_or_path = ""
     return model
 
 

@@ -1,11 +1,9 @@
-"""One precision from load to save: floating-point dtypes, and quantized weights."""
+"""One precision from load to save: the dtypes of a run, and a model saved in its own."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 
 from trainer.config.schema import TrainerConfig
 from trainer.config.section import Precision, TrainingMode
-from trainer.errors import ConfigError, ModelError
+from trainer.errors import ConfigError
 
 DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -105,8 +103,13 @@ def resolve_precision(
     _check_device(fp_precision, device)
     compute = DTYPES[fp_precision]
     mixed = compute != torch.float32
-    load = compute if training_mode == "lora" else torch.float32
-    if not mixed:
+    load = torch.float32 if training_mode == "full" else compute
+    base = f"frozen base in {fp_precision}"
+    if training_mode == "qlora":
+        base = f"frozen base in nf4 (embeddings, norms and head in {fp_precision})"
+    if not mixed and training_mode == "qlora":
+        reason = f"computes in fp32 on {device}, {base}, adapters in fp32"
+    elif not mixed:
         reason = f"fp32 everywhere on {device}"
     elif training_mode == "full":
         reason = (
@@ -114,10 +117,7 @@ def resolve_precision(
             f"(small updates would be lost in {fp_precision}), saves the model in {fp_precision}"
         )
     else:
-        reason = (
-            f"computes in {fp_precision} by autocast on {device}, frozen base in {fp_precision}, "
-            "adapters in fp32"
-        )
+        reason = f"computes in {fp_precision} by autocast on {device}, {base}, adapters in fp32"
     if fp_precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
         reason += "; this CPU has no bf16 arithmetic, so that fp32 (--fp32) is likely faster"
     return ResolvedPrecision(
@@ -155,138 +155,6 @@ def _check_device(fp_precision: Precision, device: torch.device) -> None:
             raise ConfigError(
                 f"hyperparams.fp_precision=bf16: {name} has no bf16 arithmetic. Use fp16 or fp32."
             )
-
-
-# ---- models whose weights are quantized already: what works with them
-#
-# bitsandbytes models (4 and 8 bit) can be the frozen base of LoRA. Nothing else of this kind is
-# loaded, and no quantized weight is trained, merged into or sent to a preview server.
-
-
-USABLE = "bitsandbytes"
-
-KEYS = ("quantization_config", "compression_config")
-
-UNPACK = {
-    "mxfp4": "; transformers unpacks it: from_pretrained(..., quantization_config="
-    "Mxfp4Config(dequantize=True)), then save_pretrained"
-}
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a model's weights are quantized."""
-
-    method: str
-    bits: int | None
-
-    def __str__(self) -> str:
-        """In words, such as `bitsandbytes, 4 bit`."""
-        return self.method if self.bits is None else f"{self.method}, {self.bits} bit"
-
-
-def quantization_of(config: Any) -> Quantization | None:
-    """What a model config says of quantized weights; None where they are plain numbers."""
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for one in (config, text_config):
-        for key in KEYS:
-            found = getattr(one, key, None)
-            if found:
-                return _read(found if isinstance(found, Mapping) else found.to_dict())
-    return None
-
-
-def _read(record: Mapping[str, Any]) -> Quantization:
-    four, eight = record.get("load_in_4bit"), record.get("load_in_8bit")
-    bits = 4 if four else 8 if eight else record.get("bits")
-    named = record.get("quant_method") or (USABLE if four or eight else "an unnamed method")
-    return Quantization(str(getattr(named, "value", named)), bits)
-
-
-def check_loadable(config: Any, name: str) -> None:
-    """Refuse quantized weights that this program cannot compute with.
-
-    Args:
-        config: of the model.
-        name: of the model, with the option that gave it.
-    Raises:
-        ModelError: another method than bitsandbytes, or bitsandbytes is missing.
-    """
-    found = quantization_of(config)
-    if found is None:
-        return
-    if found.method != USABLE:
-        raise ModelError(
-            f"{name}: its weights are quantized already ({found}), and of such models only those "
-            "of bitsandbytes can be used here. Give the model it was made from, which is not "
-            f"quantized{UNPACK.get(found.method, '')}."
-        )
-    if importlib.util.find_spec(USABLE) is None:
-        raise ModelError(
-            f"{name}: its weights are quantized ({found}), which needs the package {USABLE}; "
-            "`pip install 'ultimate-trainer[8bit]'`."
-        )
-
-
-def check_trainable(config: Any, name: str, *, training_mode: str, previews: str | None) -> None:
-    """Refuse, before anything is written, what a run cannot do with a quantized model.
-
-    Args:
-        training_mode: `full` or `lora`.
-        previews: the preview backend; None: no previews.
-    Raises:
-        ModelError: the model is quantized, and this mode or backend needs its plain weights.
-    """
-    found = quantization_of(config)
-    if found is None:
-        return
-    check_loadable(config, name)
-    if training_mode != "lora":
-        raise ModelError(
-            f"{name}: its weights are quantized already ({found}), and "
-            f"hyperparams.training_mode={training_mode} would have to move them. Train adapters "
-            "(hyperparams.training_mode=lora), or give the model it was made from."
-        )
-    if previews in ("sidecar", "remote_3090"):
-        raise ModelError(
-            f"{name}: its weights are quantized already ({found}), and "
-            f"monitoring.preview_backend={previews} sends plain weights to a preview server. Use "
-            "monitoring.preview_backend=local, or give the model it was made from."
-        )
-
-
-def check_takes_weights(config: Any, name: str) -> None:
-    """Refuse a quantized model as the frame of plain weights that a trainer sends.
-
-    Raises:
-        ModelError: it is one.
-    """
-    found = quantization_of(config)
-    if found is not None:
-        raise ModelError(
-            f"{name}: its weights are quantized ({found}), and a trainer sends plain ones. Give "
-            "the model that it was quantized from."
-        )
-
-
-def check_mergeable(config: Any, name: str) -> None:
-    """Refuse a quantized base for a merge.
-
-    Raises:
-        ModelError: adding an adapter to rounded weights would round them again.
-    """
-    found = quantization_of(config)
-    if found is not None:
-        raise ModelError(
-            f"{name}: its weights are quantized ({found}), and an adapter that is merged into them "
-            "is rounded away. Leave --merge out (plain PEFT loads the adapter), or give the model "
-            "that it was quantized from: --base FOLDER_OR_HUB_ID."
-        )
-
-
-def place(model: Any, device: Any) -> Any:
-    """The model on a device; quantized weights were loaded where they are to stay."""
-    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 # ---- saving in it

@@ -99,6 +99,7 @@ def as_received(
     with (
         contextlib.ExitStack() as hooks,
         _own_forward(model),
+        _products_of_quantized(model, autocast or torch.float32),
         torch.autocast(device, dtype=autocast, enabled=autocast is not None),
     ):
         for module, places in _units(model):
@@ -123,6 +124,20 @@ def _own_forward(model: Any) -> Iterator[None]:
         yield
     finally:
         model.forward = patched
+
+
+@contextlib.contextmanager
+def _products_of_quantized(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Have bitsandbytes' 4-bit layers multiply in `dtype`, whatever they were told at loading."""
+    layers = [module for module in model.modules() if hasattr(module, "compute_dtype")]
+    before = [module.compute_dtype for module in layers]
+    for module in layers:
+        module.compute_dtype = dtype
+    try:
+        yield
+    finally:
+        for module, own in zip(layers, before, strict=True):
+            module.compute_dtype = own
 
 
 class _Place:

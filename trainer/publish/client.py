@@ -104,11 +104,14 @@ class WorkerClient:
 
     # ---- at start
 
-    def check(self, hashes: ServerHashes, profile: str, model: str = "") -> ServerInfo:
+    def check(
+        self, hashes: ServerHashes, profile: str, model: str = "", quantize: str | None = None
+    ) -> ServerInfo:
         """Ask the server who it is, and compare.
 
         Args:
             model: alias or hub id that a server without a model is told to load.
+            quantize: `nf4`: the run's base is quantized, and so must the server's be.
         Raises:
             ConfigError: it wants another key, holds another model or tokenizer, does not know the
                 profile, or is no preview server.
@@ -117,7 +120,7 @@ class WorkerClient:
         try:
             info = ServerInfo.model_validate(self._ask("GET", "/info"))
             if info.model_id is None and info.config_hash is None:
-                info = self._register(model)
+                info = self._register(model, quantize)
         except (AwayError, ConfigError):
             raise
         except KeyRefusedError as error:
@@ -128,26 +131,29 @@ class WorkerClient:
                 f"({' '.join(str(error).split())[:200]}); start one there with `trainer serve`, or "
                 "correct monitoring.remote_3090_host and remote_3090_port."
             ) from error
-        self._compare(info, hashes, profile)
+        self._compare(info, hashes, profile, quantize)
         return info
 
-    def _register(self, model: str) -> ServerInfo:
+    def _register(self, model: str, quantize: str | None) -> ServerInfo:
         """Tell a server that waits for a model which one it is.
 
         Raises:
             ConfigError: it cannot or may not load that model.
         """
+        body = {"model": model} if quantize is None else {"model": model, "quantize": quantize}
         try:
-            self._ask("POST", "/models/register", {"model": model}, timeout_s=COMMIT_TIMEOUT_S)
+            self._ask("POST", "/models/register", body, timeout_s=COMMIT_TIMEOUT_S)
         except RefusedError as error:
             raise ConfigError(
                 f"the preview server at {self.http.url} was started without a model and cannot "
                 f"load {model!r} ({' '.join(str(error).split())[:300]}); start it there with "
-                "`trainer serve --model ...`."
+                f"`trainer serve --model ...{f' --quantize {quantize}' if quantize else ''}`."
             ) from error
         return ServerInfo.model_validate(self._ask("GET", "/info"))
 
-    def _compare(self, info: ServerInfo, hashes: ServerHashes, profile: str) -> None:
+    def _compare(
+        self, info: ServerInfo, hashes: ServerHashes, profile: str, quantize: str | None
+    ) -> None:
         others = [
             words
             for name, words in (
@@ -161,7 +167,7 @@ class WorkerClient:
             raise ConfigError(
                 f"the preview server at {self.http.url} holds {info.model_id!r}, which has "
                 f"{' and '.join(others)}; start it with the model that is trained "
-                "(trainer serve --model ...)."
+                f"(trainer serve --model ...{f' --quantize {quantize}' if quantize else ''})."
             )
         if profile not in info.profiles:
             raise ConfigError(

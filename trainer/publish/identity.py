@@ -18,6 +18,7 @@ import torch
 
 from trainer.files import canonical_hash
 from trainer.models.chat_template import chat_template_hash, tokenizer_hash
+from trainer.models.quantized import comparable, is_quantization_state
 from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof, is_match
 from trainer.publish.wire import AdapterConfig, TensorEntry, WeightsManifest
 
@@ -28,6 +29,7 @@ DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -39,11 +41,13 @@ VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "us
 def canonical_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers by their Hugging Face names, tied ones once, sorted by name.
 
-    The parameters themselves, as in the two functions below: detach before changing them.
+    The parameters themselves, as in the two functions below: detach before changing them. With
+    quantized weights come the tensors that say how they are quantized, as in a saved model.
     """
-    saved = set(model.state_dict(keep_vars=True))
+    saved = model.state_dict(keep_vars=True)
     found: dict[str, torch.Tensor] = dict(model.named_parameters())
     found |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    found |= {name: value for name, value in saved.items() if is_quantization_state(name)}
     return {name: found[name] for name in sorted(found)}
 
 
@@ -104,7 +108,10 @@ def tensor_entry(name: str, tensor: torch.Tensor) -> TensorEntry:
 def config_hash(config: Any) -> str:
     """Hash of a model config, without names, versions and dtype."""
     plain = json.loads(config.to_json_string(use_diff=False))
-    return canonical_hash({key: value for key, value in plain.items() if key not in VOLATILE})
+    plain = {key: value for key, value in plain.items() if key not in VOLATILE}
+    if plain.get("quantization_config"):
+        plain["quantization_config"] = comparable(plain["quantization_config"])
+    return canonical_hash(plain)
 
 
 def model_manifest(model: Any, tokenizer: Any) -> WeightsManifest:

@@ -79,6 +79,8 @@ class Setup(PublisherMessage):
     hashes: ServerHashes
     model: str | None = None
     """What a server without a model is told to load; None: it is our own and needs no telling."""
+    quantize: str | None = None
+    """`nf4`: how that model is to be quantized."""
     adapter: AdapterConfig | None = None
     template_date: str | None = None
     """ISO date that the run's chat template prints."""
@@ -237,7 +239,8 @@ class Publisher:
         """
         if not self.is_server_known:
             profile = str(self.setup.previews["profile"])
-            self.client.check(self.setup.hashes, profile, self.setup.model or "")
+            setup = self.setup
+            self.client.check(setup.hashes, profile, setup.model or "", setup.quantize)
             self.is_server_known = True
 
     def _file(self, give: Give) -> WeightFile:

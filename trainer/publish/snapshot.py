@@ -26,6 +26,7 @@ import torch
 
 from trainer.errors import PreviewError
 from trainer.files import is_alive
+from trainer.models.quantized import is_quantization_state
 from trainer.publish.identity import DTYPES
 from trainer.publish.weight_file import make_header
 
@@ -47,9 +48,14 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], compute_dtype: torch.dtype) -> Layout:
-        """Lay out tensors; floating ones travel in the compute dtype, all others as they are."""
+        """Lay out tensors; floating ones travel in the compute dtype, all others as they are.
+
+        So do the scales of quantized weights: rounded, they would be those of other weights.
+        """
         dtypes = {
-            name: compute_dtype if tensor.is_floating_point() else tensor.dtype
+            name: compute_dtype
+            if tensor.is_floating_point() and not is_quantization_state(name)
+            else tensor.dtype
             for name, tensor in tensors.items()
         }
         # Wide dtypes first, so that every tensor is aligned to its own width.

@@ -71,7 +71,7 @@ class TensorEntry(Body):
     """One tensor of a weight set."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=300)]
-    dtype: Literal["F32", "F16", "BF16", "F64", "I64", "I32", "U8", "BOOL"]
+    dtype: Literal["F32", "F16", "BF16", "F64", "I64", "I32", "I8", "U8", "BOOL"]
     """As safetensors writes it."""
     shape: Annotated[list[Annotated[int, Field(ge=0, le=2**40)]], Field(max_length=8)]
     sha256: Digest
@@ -154,6 +154,8 @@ class RegisterModel(Body):
         ),
     ]
     """An alias or a hub id (`owner/name`), never a path."""
+    quantize: Literal["nf4"] | None = None
+    """Quantize its linear layers to 4 bit, as the run that asks has done with its own copy."""
 
 
 class ModelState(Body):

@@ -214,7 +214,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/models/register", responses=documented(409, 422))
     async def register(body: RegisterModel) -> ModelState:
-        await service.register(body.model)
+        await service.register(body.model, body.quantize)
         return service.state()
 
 

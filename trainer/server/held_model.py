@@ -21,21 +21,29 @@ from trainer.config.training_sections import ModelSection
 from trainer.errors import TrainerError
 from trainer.models import is_adapter_folder, resolve_alias
 from trainer.models.adapter_files import load_merged, tokenizer_section
-from trainer.models.chat_template import fix_date
+from trainer.models.chat_template import chat_template_hash, fix_date, tokenizer_hash
 from trainer.models.load import (
     check_vocabulary,
     load_model,
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.precision import check_takes_weights, place, resolve_device
+from trainer.models.precision import resolve_device
+from trainer.models.quantized import check_bitsandbytes, place, quantization_of, widen
 from trainer.publish.identity import (
     adapter_tensors,
     canonical_tensors,
     config_hash,
     model_manifest,
 )
-from trainer.publish.wire import AdapterConfig
+from trainer.publish.wire import AdapterConfig, WeightsManifest
+from trainer.server.quantized_base import (
+    BadQuantizationError,
+    entries_of,
+    frame_of,
+    load_quantized,
+    outline_of,
+)
 from trainer.server.token_watch import watch_layers
 
 logger = logging.getLogger(__name__)
@@ -63,8 +71,9 @@ class HeldModel:
         wait_for_weights: bool,
         base: str | None = None,
         date: dt.date | None = None,
+        quantize: bool = False,
     ) -> None:
-        """Load the model in fp32.
+        """Load the model in fp32, or its linear layers in the bits that they are quantized to.
 
         Args:
             model_path: an adapter's folder too; it is merged into its base.
@@ -72,10 +81,11 @@ class HeldModel:
                 nothing before a trainer has sent weights.
             base: where an adapter's base is now.
             date: of the run that made the weights; their template prints this one.
+            quantize: make nf4 of plain weights, as runs with training_mode=qlora do.
         Raises:
             TrainerError: no such model, or no such device.
         """
-        self.section = ModelSection(model_path=model_path)
+        self.section, self._quantize = ModelSection(model_path=model_path), quantize
         self._folder, self._base_path = Path(resolve_alias(model_path)), base
         self.device = resolve_device(device)
         self.date: dt.date | None = None
@@ -83,30 +93,67 @@ class HeldModel:
         self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
         self.date = date
         fix_date(self.tokenizer, date)
-        self.base = self._load(wait_for_weights)
-        self.model: Any = self.base
+        self._check: Callable[..., None] | None = None
+        self._adapter: AdapterConfig | None = None
+        self.base: Any = self._load(wait_for_weights)
+        self.is_quantized = quantization_of(self.base.config) is not None
         self.config_hash = config_hash(self.base.config)
-        self.manifest = model_manifest(self.base, self.tokenizer)
+        self.manifest = self._manifest(wait_for_weights)
+        self.model: Any = self.base
+        if not (wait_for_weights and self.is_quantized):
+            self._take_up(self.base)
         self.original_id = None if wait_for_weights else self.manifest.weights_id
         self.weights_id = self.base_id = self.original_id
-        self._adapter: AdapterConfig | None = None
 
     def _load(self, wait_for_weights: bool) -> Any:
+        """The model on its device; a quantized one that waits has no memory yet."""
+        if self._quantize:
+            check_bitsandbytes("--quantize nf4")
         if wait_for_weights:
             from transformers import AutoModelForCausalLM
 
             config = read_model_config(self.section)
-            check_takes_weights(config, f"--model {self.section.model_path}")
+            if quantization_of(config) is not None:
+                return frame_of(config)
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         elif is_adapter_folder(self._folder):
             model = load_merged(self._folder, base=self._base_path)
         else:
-            model = load_model(self.section, dtype=torch.float32, device=self.device)
+            model = self._load_whole()
         check_vocabulary(model, self.tokenizer)
-        return place(model, self.device).eval()
+        return place(model, self.device)
+
+    def _load_whole(self) -> Any:
+        """The model of `--model`: quantized in its own dtype, as a run does it, else in fp32."""
+        dtype, config = torch.float32, read_model_config(self.section)
+        if self._quantize or quantization_of(config) is not None:
+            dtype = getattr(config, "dtype", None) or torch.float32
+        return load_model(self.section, dtype=dtype, device=self.device, quantize=self._quantize)
+
+    def _manifest(self, wait_for_weights: bool) -> WeightsManifest:
+        """What the weights are before they are made fp32; of a model without any: their names."""
+        if not (wait_for_weights and self.is_quantized):
+            return model_manifest(self.base, self.tokenizer)
+        hashes = (self.config_hash, tokenizer_hash(self.tokenizer))
+        return WeightsManifest(
+            config_hash=hashes[0],
+            tokenizer_hash=hashes[1],
+            chat_template_hash=chat_template_hash(self.tokenizer),
+            tensors=entries_of(outline_of(self.base)),
+        )
+
+    def _take_up(self, base: Any) -> None:
+        """Hold this plain model from now on, and answer with it."""
+        if self.is_quantized:
+            widen(base)
+        self.model = self.base = base.eval()
+        self._adapter = None
+        if self._check is not None:
+            watch_layers(base, self._check)
 
     def watch_layers(self, check: Callable[..., None]) -> None:
         """Call `check` before every layer of every forward pass."""
+        self._check = check
         watch_layers(self.base, check)
 
     def load_weights(
@@ -168,11 +215,28 @@ class HeldModel:
         """Check a full set; what it gives replaces the weights of the plain model by it."""
         if path is None:
             return self._original(weights_id)
+        if self.is_quantized:
+            return self._quantized(_present(path), weights_id)
         self._check_full(_present(path))
 
         def change() -> None:
             self._take_off()
             _copy(path, canonical_tensors(self.base))
+            self.base_id = weights_id
+
+        return change
+
+    def _quantized(self, path: str, weights_id: str) -> Change:
+        """Load a quantized base beside the one that answers; what it gives takes it up."""
+        try:
+            fresh = load_quantized(path, self.base.config, self.device)
+        except BadQuantizationError as error:
+            raise UnanswerableError(str(error)) from error
+        return self._change_base(fresh, weights_id)
+
+    def _change_base(self, fresh: Any, weights_id: str) -> Change:
+        def change() -> None:
+            self._take_up(fresh)
             self.base_id = weights_id
 
         return change
@@ -186,12 +250,15 @@ class HeldModel:
         if weights_id != self.original_id:
             raise UnanswerableError("this server does not hold these weights", 409)
         try:
-            fresh = canonical_tensors(self._load(False))
+            model = self._load(False)
         except (TrainerError, OSError) as error:
             logger.warning("the model could not be loaded again: %s", error)
             raise UnanswerableError(
                 "the model that the server was started with is no longer there", 409
             ) from error
+        if self.is_quantized:
+            return self._change_base(model, weights_id)
+        fresh = canonical_tensors(model)
 
         def change() -> None:
             self._take_off()
@@ -206,8 +273,11 @@ class HeldModel:
         """The plain model's modules and shapes, without memory for the weights."""
         from transformers import AutoModelForCausalLM
 
+        config = copy.deepcopy(self.base.config)
+        if self.is_quantized:
+            return frame_of(config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(self.base.config))
+            return AutoModelForCausalLM.from_config(config)
 
     # ---- then the changes
 

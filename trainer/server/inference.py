@@ -238,6 +238,7 @@ def engine_main(numbers: SharedNumbers, lines: IO[bytes], out: IO[bytes]) -> Non
             wait_for_weights=setup["wait_for_weights"],
             base=setup["base"],
             date=None if date is None else dt.date.fromisoformat(date),
+            quantize=setup["quantize"] is not None,
         )
 
         def send_text(sample: int, text: str) -> None:

@@ -63,6 +63,7 @@ class EngineProcess:
         wait_for_weights: bool = False,
         base: str | None = None,
         date: str | None = None,
+        quantize: str | None = None,
     ) -> None:
         """Take what the engine will load; nothing is started.
 
@@ -70,7 +71,9 @@ class EngineProcess:
             model_path: None: to be set before `start`.
             base: where the base is, of a `model_path` that is an adapter.
             date: of the run that made the weights (YYYY-MM-DD); its template prints this one.
+            quantize: `nf4`: quantize the model while it is loaded.
         """
+        self.quantize = quantize
         self.model_path, self.device, self.base, self.date = model_path, device, base, date
         self.wait_for_weights = wait_for_weights
         self.hello: dict[str, Any] = {}
@@ -103,6 +106,7 @@ class EngineProcess:
             "wait_for_weights": self.wait_for_weights,
             "base": self.base,
             "date": self.date,
+            "quantize": self.quantize,
         }
         self.starts += 1
         self.hello = self._wait_for_hello(self._process, setup)

@@ -84,9 +84,11 @@ class Service:
         self.model_id = public_name(self.engine.model_path)
         self.queue.engine_started()
 
-    async def register(self, name: str) -> None:
+    async def register(self, name: str, quantize: str | None) -> None:
         """Load a model into a server that has none; the same one again changes nothing.
 
+        Args:
+            quantize: `nf4`: quantize it, unless the server was told so at its start.
         Raises:
             HTTPException: 409 another one is there, 422 a path or a model that does not load.
         """
@@ -100,14 +102,16 @@ class Service:
             raise HTTPException(
                 422, "give an alias (see `trainer models`) or a hub id owner/name; never a path"
             )
+        own = self.engine.quantize
         self.engine.model_path, self.is_loading = name, True
+        self.engine.quantize = own or quantize
         try:
             # Shielded: a model that is half loaded helps nobody, whoever is still there.
             await asyncio.shield(asyncio.to_thread(self.engine.start))
             self._take_model()
         except ModelError as error:
             logger.error("%s was registered and cannot be loaded: %s", name, error)
-            self.engine.model_path = None
+            self.engine.model_path, self.engine.quantize = None, own
             self.engine.stop()
             raise HTTPException(
                 422,

@@ -361,7 +361,15 @@ def check_fit(manifest: WeightsManifest, expected: WeightsManifest) -> None:
         )
 
 
+QUANTIZATION_TEXT = ".quant_state.bitsandbytes__"
+"""Tensors so named hold a short text, of another length in every set; the engine reads it."""
+
+MAX_TEXT = 1024
+
+
 def _fits(entry: TensorEntry, mine: TensorEntry | None) -> bool:
+    if mine is not None and QUANTIZATION_TEXT in entry.name:
+        return entry.dtype == "U8" and len(entry.shape) == 1 and entry.shape[0] <= MAX_TEXT
     if mine is None or entry.shape != mine.shape:
         return False
     return entry.dtype == mine.dtype or {entry.dtype, mine.dtype} <= FLOATS

@@ -1,0 +1,178 @@
+"""QLoRA: adapters on a base that is quantized to nf4, from the first step to the merged model."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.previews.test_published import (
+    KEY,
+    patient,  # noqa: F401 a fixture
+    previews,
+    remote,
+    shown,
+)
+from tests.integration.serving import running_server
+from tests.integration.test_resume_exact import check_same_state, resumed
+from trainer.cli import main
+from trainer.core.finished import open_run
+from trainer.core.merging import export_merged
+from trainer.errors import OutputError
+from trainer.models.quantized import quantization_of
+
+pytest.importorskip("bitsandbytes")
+QLORA = {"training_mode": "qlora"}
+
+
+@pytest.fixture
+def plain(tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any]) -> Path:
+    """A plain model whose matrices are wide enough for blocks of 64."""
+    size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    make_model(vocab_size=len(tokenizer), **size).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
+def test_a_sidecar_gets_the_quantized_base_and_says_what_local_previews_say(
+    precision: str,
+    train: Callable[..., Any],
+    plain: Path,
+    tmp_path: Path,
+    patient: None,  # noqa: F811
+) -> None:
+    options: dict[str, Any] = {
+        "model_path": str(plain),
+        "hyperparams": {**QLORA, "fp_precision": precision},
+    }
+    local = train("local", **options)
+    result = train("sidecar", monitoring={"preview_backend": "sidecar"}, **options)
+    assert result.success, result.error_message
+    rows = previews(tmp_path / "sidecar")
+    assert {(row["weights"], row["error_message"]) for row in rows} == {("verified", None)}
+    assert len({row["weights_id"] for row in rows}) == 4
+    if precision == "fp32":
+        assert shown(tmp_path / "sidecar") == shown(tmp_path / "local")
+    [one], [other] = (run.model_path.glob("*model.safetensors") for run in (local, result))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_server_that_quantizes_its_own_copy_is_sent_adapters_only(
+    train: Callable[..., Any],
+    plain: Path,
+    tmp_path: Path,
+    patient: None,  # noqa: F811
+) -> None:
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    flags = ("--model", str(plain), "--api-key-file", str(tmp_path / "keys"))
+    options = {"model_path": str(plain), "hyperparams": QLORA}
+    with running_server(*flags, "--quantize", "nf4") as server:
+        result = train("remote", monitoring=remote(server, tmp_path), **options)
+    assert result.success, result.error_message
+    rows = previews(tmp_path / "remote")
+    assert {(row["weights"], row["error_message"]) for row in rows} == {("verified", None)}
+    [saved] = result.model_path.glob("*model.safetensors")
+    sent = result.summary["previews"]["bytes_sent"]
+    assert sent == pytest.approx(4 * saved.stat().st_size, rel=0.1)
+    with running_server(*flags) as server:
+        result = train("refused", monitoring=remote(server, tmp_path), **options)
+    assert result.exit_code == 2
+    assert "--quantize nf4" in str(result.error_message)
+
+
+@pytest.mark.slow
+def test_a_server_with_other_bits_is_sent_the_base_once(
+    train: Callable[..., Any],
+    plain: Path,
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+    tmp_path: Path,
+    patient: None,  # noqa: F811
+) -> None:
+    torch.manual_seed(5)
+    size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    make_model(vocab_size=len(tokenizer), **size, seed=5).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    flags = ("--model", str(tmp_path / "other"), "--api-key-file", str(tmp_path / "keys"))
+    with running_server(*flags, "--quantize", "nf4") as server:
+        result = train(
+            "remote",
+            monitoring=remote(server, tmp_path),
+            model_path=str(plain),
+            hyperparams=QLORA,
+        )
+    rows = previews(tmp_path / "remote")
+    assert {(row["weights"], row["error_message"]) for row in rows} == {("verified", None)}
+    assert result.success, result.error_message
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    train: Callable[..., Any], plain: Path
+) -> None:
+    monitoring = {"inference_interval": 4, "micro_eval_interval": 3}
+    straight, again = resumed(
+        train, 5, model_path=str(plain), hyperparams=QLORA, monitoring=monitoring
+    )
+    last = "checkpoints/step-00000012"
+    check_same_state(straight.output_dir / last, again.output_dir / last)
+
+
+def test_the_built_in_model_trains_chats_and_is_merged(
+    train: Callable[..., Any], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = train(model_path="tiny", hyperparams={**QLORA, "max_steps": 2})
+    assert result.success, result.error_message
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is 1 plus 1?\n"))
+    assert main(["chat", str(result.output_dir), "--max-new-tokens", "3"]) == 0
+    assert "no answer" not in capsys.readouterr().out
+    assert main(["export", str(result.output_dir), "--merge"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trained on a quantized base" in said
+    assert "the base alone is" in said
+    merged = open_run(result.output_dir / "merged_model")
+    assert quantization_of(merged.model_config()) is None
+
+
+@pytest.mark.slow
+def test_the_merged_model_is_as_far_from_training_as_quantization_moves_the_base(
+    train: Callable[..., Any], plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = train(model_path=str(plain), hyperparams=QLORA)
+    report = export_merged(open_run(result.output_dir), result.output_dir / "one")
+    assert report.quantization is not None
+    moved, base = report.quantization
+    assert 0.001 < moved < 2 * base
+    assert report.merged < 1e-4
+    monkeypatch.setattr("trainer.core.merging.MAX_QUANTIZATION", 0.01)
+    with pytest.raises(OutputError, match="something else than in training"):
+        export_merged(open_run(result.output_dir), result.output_dir / "two")
+    assert not (result.output_dir / "two").exists()
+
+
+def test_another_base_of_the_same_embeddings_is_found_out(
+    train: Callable[..., Any], plain: Path, cli: Callable[..., Any]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    result = train(model_path=str(plain), hyperparams={**QLORA, "max_steps": 1})
+    record = json.loads((result.model_path / "base.json").read_text())
+    assert record["quantized"]["while_loading"]
+    path = plain / "model.safetensors"
+    weights = {
+        name: value if "embed" in name or "lm_head" in name else value + 0.05
+        for name, value in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+    done = cli("export", result.output_dir, "--merge")
+    assert done.returncode == 2
+    assert "is not the base that this adapter was trained on" in done.stderr
