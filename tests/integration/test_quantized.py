@@ -1,4 +1,4 @@
-"""A base that is quantized already: LoRA, local previews and chat work, the rest is one error."""
+"""A base that is quantized already: adapters, previews and chat work, the rest is one error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.integration.previews.test_published import KEY, remote
+from tests.integration.serving import running_server
 from trainer.cli import main
 from trainer.config.training_sections import ModelSection
 from trainer.core import TrainerEngine
@@ -19,7 +21,8 @@ from trainer.core.merging import export_merged
 from trainer.errors import ModelError
 from trainer.models.load import read_model_config
 from trainer.models.quantized import check_trainable, quantization_of
-from trainer.server.held_model import HeldModel
+from trainer.publish.identity import canonical_tensors
+from trainer.server.held_model import HeldModel, UnanswerableError
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -80,22 +83,41 @@ def test_lora_trains_previews_and_chats_on_a_quantized_base(
     assert not list(result.output_dir.glob("*merged*"))
 
 
-@pytest.mark.parametrize(
-    ("mode", "backend", "words"),
-    [
-        ("full", "local", "training_mode=full would have to move them"),
-        ("lora", "sidecar", "preview_backend=sidecar sends plain weights"),
-        ("lora", "remote_3090", "preview_backend=remote_3090 sends plain weights"),
-    ],
-)
-def test_what_a_quantized_base_cannot_do_is_refused_before_anything_is_written(
-    mode: str, backend: str, words: str, quantized: Callable[..., Path], job: Callable[..., Any]
+@pytest.mark.parametrize(("bits", "mode"), [(4, "lora"), (4, "qlora"), (8, "lora")])
+@pytest.mark.slow
+def test_a_sidecar_takes_the_quantized_base_and_every_preview_is_verified(
+    bits: int, mode: str, quantized: Callable[..., Path], job: Callable[..., Any]
 ) -> None:
-    remote = {"remote_3090_host": "127.0.0.1"} if backend == "remote_3090" else {}
-    result = run(job, quantized(4), mode, monitoring={"preview_backend": backend, **remote})
+    result = run(job, quantized(bits), mode, monitoring={"preview_backend": "sidecar"})
+    assert result.success, result.error_message
+    answers = [json.loads(line) for line in (result.output_dir / "previews.jsonl").open()]
+    found = [(answer["weights"], answer["error_message"]) for answer in answers]
+    assert found == [("verified", None)] * 2
+
+
+def test_all_weights_of_a_quantized_base_are_not_trained(
+    quantized: Callable[..., Path], job: Callable[..., Any]
+) -> None:
+    result = run(job, quantized(4), "full")
     assert result.exit_code == 2
-    assert words in str(result.error_message)
+    assert "training_mode=full would have to move them" in str(result.error_message)
     assert not result.output_dir.exists()
+
+
+@pytest.mark.slow
+def test_a_server_of_the_quantized_folder_is_sent_adapters_only(
+    quantized: Callable[..., Path], job: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = quantized(4)
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    with running_server("--model", str(folder), "--api-key-file", str(tmp_path / "keys")) as server:
+        result = run(job, folder, monitoring=remote(server, tmp_path))
+    answers = [json.loads(line) for line in (result.output_dir / "previews.jsonl").open()]
+    found = [(answer["weights"], answer["error_message"]) for answer in answers]
+    assert found == [("verified", None)] * 2
+    [saved] = result.model_path.glob("*model.safetensors")
+    sent = result.summary["previews"]["bytes_sent"]
+    assert sent == pytest.approx(2 * saved.stat().st_size, rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "hqq"])
@@ -128,13 +150,54 @@ def read_model_config_of(folder: Path) -> Any:
     return read_model_config(ModelSection(model_path=str(folder)))
 
 
-def test_a_quantized_model_is_served_and_takes_no_weights(quantized: Callable[..., Path]) -> None:
-    folder = quantized(4)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_server_takes_the_weights_of_its_twin_and_says_the_same(
+    bits: int, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    folder = quantized(bits)
     held = HeldModel(str(folder), "cpu", wait_for_weights=False)
+    waits = HeldModel(str(folder), "cpu", wait_for_weights=True)
+    names = [entry.name for entry in held.manifest.tensors]
+    assert [entry.name for entry in waits.manifest.tensors] == names
+    assert waits.weights_id is None
+    path = tmp_path / "base.safetensors"
+    save_file({k: v.contiguous() for k, v in canonical_tensors(held.base).items()}, path)
+    waits.load_weights(str(path), "f" * 64)
+    ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        assert torch.isfinite(held.model(torch.tensor([[5, 6, 7]])).logits).all()
-    with pytest.raises(ModelError, match="a trainer sends plain ones"):
-        HeldModel(str(folder), "cpu", wait_for_weights=True)
+        found, wanted = (one.model(ids).logits for one in (waits, held))
+    assert torch.isfinite(wanted).all()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("shape", lambda said: {**said, "shape": [4096, 4096]}),
+        ("blocksize", lambda said: {**said, "blocksize": 4096}),
+        ("nothing", lambda said: {}),
+        ("dtype", lambda said: {**said, "dtype": "load_library"}),
+        ("offset", lambda said: {**said, "nested_offset": float("nan")}),
+        ("another key", lambda said: {**said, "hook": 1}),
+    ],
+)
+def test_a_text_that_is_not_of_its_matrix_is_refused_and_nothing_changes(
+    name: str, change: Callable[[Any], Any], quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    held = HeldModel(str(quantized(4)), "cpu", wait_for_weights=False)
+    before = held.weights_id
+    tensors = {k: v.contiguous() for k, v in canonical_tensors(held.base).items()}
+    text = next(key for key in tensors if "quant_state.bitsandbytes" in key)
+    said = change(json.loads(bytes(tensors[text].tolist())))
+    tensors[text] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(UnanswerableError, match="quantized in another way"):
+        held.load_weights(str(tmp_path / "base.safetensors"), "f" * 64)
+    assert held.weights_id == before
 
 
 def test_modules_whose_weights_are_quantized_are_not_trained_whole(
@@ -151,7 +214,7 @@ def test_a_config_says_how_its_weights_are_quantized() -> None:
 
     config = LlamaConfig()
     assert quantization_of(config) is None
-    check_trainable(config, "m", training_mode="full", previews="sidecar")
+    check_trainable(config, "m", training_mode="full")
     config.quantization_config = {"load_in_8bit": True}
     assert str(quantization_of(config)) == "bitsandbytes, 8 bit"
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
@@ -161,9 +224,26 @@ def test_a_config_says_how_its_weights_are_quantized() -> None:
 def test_the_missing_package_is_named(
     quantized: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trainer.models import precision as module
+    from trainer.models import quantized as module
 
     folder = quantized(4)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'ultimate-trainer\[8bit\]'"):
+    with pytest.raises(ModelError, match=r"pip install 'ultimate-trainer\[qlora\]'"):
         read_model_config_of(folder)
+
+
+def test_qlora_without_the_package_is_one_line_and_nothing_is_written(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.models import quantized as module
+
+    find = module.importlib.util.find_spec
+    monkeypatch.setattr(
+        module.importlib.util,
+        "find_spec",
+        lambda name: None if name == "bitsandbytes" else find(name),
+    )
+    result = train(hyperparams={"training_mode": "qlora"})
+    assert result.exit_code == 2
+    assert "pip install 'ultimate-trainer[qlora]'" in str(result.error_message)
+    assert not result.output_dir.exists()

@@ -383,7 +383,7 @@ def _check_adapter(manifest: WeightsManifest, expected: WeightsManifest) -> None
     """
     adapter = manifest.adapter
     assert adapter is not None, "the manifest's own check"
-    if sum(map(num_bytes, manifest.tensors)) > sum(map(num_bytes, expected.tensors)):
+    if sum(map(num_bytes, manifest.tensors)) > sum(map(_fp32_bytes, expected.tensors)):
         raise WeightsRefusedError(413, "too_large", "the adapter is larger than its model")
     bad = [entry.name for entry in manifest.tensors if not _is_of_rank(entry, adapter.r)]
     if bad:
@@ -408,6 +408,11 @@ def _check_adapter(manifest: WeightsManifest, expected: WeightsManifest) -> None
             "the manifest has no tensors for some target_modules",
             without[:100],
         )
+
+
+def _fp32_bytes(entry: TensorEntry) -> int:
+    """Bytes of a tensor, its quantized weights in fp32: a U8 holds two of them, an I8 one."""
+    return num_bytes(entry) * {"U8": 8, "I8": 4}.get(entry.dtype, 1)
 
 
 def _is_of_rank(entry: TensorEntry, rank: int) -> bool:
