@@ -176,3 +176,68 @@ def test_another_base_of_the_same_embeddings_is_found_out(
     done = cli("export", result.output_dir, "--merge")
     assert done.returncode == 2
     assert "is not the base that this adapter was trained on" in done.stderr
+
+
+def family_config(name: str, vocab_size: int) -> Any:
+    """Two layers of each family that quantizes in its own way."""
+    import transformers as t
+
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    if name == "gpt2":  # its layers are stored (in, out)
+        names = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        return t.GPT2Config(vocab_size=vocab_size, eos_token_id=2, pad_token_id=0, **names)
+    if name == "gemma3":
+        return t.Gemma3TextConfig(**sizes, head_dim=16, sliding_window=32)
+    if name == "qwen2":  # biases
+        return t.Qwen2Config(**sizes, tie_word_embeddings=True)
+    if name == "phi3":  # one matrix for queries, keys and values
+        return t.Phi3Config(**sizes)
+    if name == "qwen3_moe":  # experts are no linear layers
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        return t.Qwen3MoeConfig(**sizes, head_dim=16, **experts)
+    return t.LlamaConfig(**sizes)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen2", "phi3", "qwen3_moe"])
+@pytest.mark.long
+def test_each_family_trains_is_previewed_elsewhere_and_merged(
+    name: str, train: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family_config(name, len(tokenizer)))
+    model.save_pretrained(tmp_path / "family")
+    tokenizer.save_pretrained(tmp_path / "family")
+    result = train(
+        model_path=str(tmp_path / "family"),
+        hyperparams={**QLORA, "max_steps": 3, "fp_precision": "bf16"},
+        monitoring={"preview_backend": "sidecar"},
+    )
+    assert result.success, result.error_message
+    rows = previews(tmp_path / "out")
+    assert {(row["weights"], row["error_message"]) for row in rows} == {("verified", None)}
+    report = export_merged(open_run(result.output_dir), tmp_path / "merged")
+    assert report.quantization is not None
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_weight(
+    train: Callable[..., Any], plain: Path, assert_same_weights: Any
+) -> None:
+    options: dict[str, Any] = {"model_path": str(plain), "monitoring": {"inference_interval": 0}}
+    one = train("one", hyperparams={**QLORA, "max_steps": 3}, **options)
+    hyper = {**QLORA, "max_steps": 3, "gradient_checkpointing": True}
+    two = train("two", hyperparams=hyper, **options)
+    assert_same_weights(one.model_path, two.model_path)

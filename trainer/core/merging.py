@@ -23,8 +23,8 @@ from trainer.data.template import ChatTemplate
 from trainer.errors import ModelError, OutputError
 from trainer.files import staged
 from trainer.models.adapter_files import (
-    is_quantized_while_loading,
     load_finished_model,
+    quantized_from,
     write_model,
 )
 from trainer.models.adapters import has_true_tie, merge_adapter
@@ -142,7 +142,7 @@ def _as_trained(finished: FinishedRun, rows: Sequence[torch.Tensor]) -> Quantize
 
     Computed in fp32, so that only the quantized weights make a difference.
     """
-    if is_quantized_while_loading(finished.model_dir):
+    if quantized_from(finished.model_dir) is not None:
         model, _ = finished.load()
     elif finished.base is not None:  # the plain model of a folder that is quantized itself
         trained = dataclasses.replace(finished, base=None)

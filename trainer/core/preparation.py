@@ -49,7 +49,7 @@ from trainer.models.precision import (
     resolve_device,
     resolve_precision,
 )
-from trainer.models.quantized import check_trainable
+from trainer.models.quantized import check_trainable, quantization_of, quantized_share
 from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
@@ -260,6 +260,8 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
             _save_base(load() if is_quantized else model, tokenizer, folder)
             model.config._name_or_path = model.name_or_path = str(folder)
         base = describe_base(model, is_quantized_copy=is_quantized)
+        if quantization_of(model.config) is not None:
+            job.observers.notice(quantized_share(model))
         model = add_lora(model, config.lora, seed=seed, revision=config.model.revision)
         model.base_record = base
         if config.hyperparams.gradient_checkpointing:

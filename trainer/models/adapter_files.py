@@ -21,7 +21,7 @@ from trainer.files import library_errors
 from trainer.models import is_adapter_folder
 from trainer.models.adapters import merge_adapter
 from trainer.models.load import load_model, looks_like_path, read_model_config
-from trainer.models.precision import save_full
+from trainer.models.precision import DTYPES, save_full
 from trainer.models.quantized import check_bitsandbytes, check_mergeable
 
 BASE_RECORD = "base.json"
@@ -38,7 +38,8 @@ def describe_base(model: Any, *, is_quantized_copy: bool = False) -> dict[str, A
     matrices are hashed as they are, by kind of device: their last bits depend on it.
 
     Args:
-        is_quantized_copy: what lies under that name is plain, and is quantized while it is loaded.
+        is_quantized_copy: what lies under that name is plain, and is quantized while it is loaded,
+            from the dtype that its other weights have.
     """
     matrices, quantized = {}, {}
     for name, parameter in model.named_parameters():
@@ -51,15 +52,24 @@ def describe_base(model: Any, *, is_quantized_copy: bool = False) -> dict[str, A
         device = str(next(model.parameters()).device.type)
         record["quantized"] = {
             "while_loading": is_quantized_copy,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "device": device,
             "sha256_of_samples": quantized,
         }
     return record
 
 
-def is_quantized_while_loading(folder: Path) -> bool:
-    """Whether an adapter was trained on a quantized copy of its plain base."""
-    return bool(_base_record(folder).get("quantized", {}).get("while_loading"))
+def quantized_from(folder: Path) -> torch.dtype | None:
+    """The dtype out of which the base of an adapter was quantized while it was loaded.
+
+    Returns:
+        None where the adapter was trained on what lies under its base's name.
+    """
+    quantized = _base_record(folder).get("quantized", {})
+    if not quantized.get("while_loading"):
+        return None
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    return dtypes.get(str(quantized.get("dtype")), torch.float32)
 
 
 def _base_record(folder: Path) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def load_finished_model(
         trust_remote_code: as the run was told.
         base: folder or hub id of an adapter's base, where it is no longer at its old place.
         device: where quantized weights are loaded to; all others come on the CPU.
-        quantize: make nf4 of an adapter's plain base; None: where it was trained so.
+        quantize: make nf4 of an adapter's plain base; None: where it was trained so, and as then.
     Raises:
         ModelError: the folder holds no model, or its base cannot be loaded or is another one.
     """
@@ -128,12 +138,12 @@ def load_finished_model(
         section = ModelSection(model_path=path, trust_remote_code=trust_remote_code)
         return load_model(section, dtype=dtype, device=device)
     section = base_of(folder, trust_remote_code=trust_remote_code, base=base)
-    if quantize is None:
-        quantize = is_quantized_while_loading(folder)
-    if quantize:
+    source = quantized_from(folder) if quantize is None else None
+    if source is not None:
         check_bitsandbytes(f"{folder}: this adapter was trained on a base in nf4, which")
+        dtype, quantize = source, True  # out of another dtype it would be other 4 bits
     try:
-        model = load_model(section, dtype=dtype, device=device, quantize=quantize)
+        model = load_model(section, dtype=dtype, device=device, quantize=bool(quantize))
     except ModelError as error:
         raise ModelError(_of_base(folder, error)) from error
     check_base(folder, model)

@@ -177,6 +177,19 @@ def quantized_layers(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def quantized_share(model: Any) -> str:
+    """In words, how much of a quantized model is quantized, and what its weights take."""
+    layers = list(quantized_layers(model))
+    small = sum(layer.in_features * layer.out_features for _, layer in layers)
+    held = {id(layer.weight) for _, layer in layers}
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in held)
+    size = sum(one.numel() * one.element_size() for one in model.state_dict().values())
+    return (
+        f"{small / (small + plain):.0%} of the base's {small + plain:,} weights are quantized; it "
+        f"takes {size / 2**20:,.0f} MiB"
+    )
+
+
 def widen(model: Any) -> None:
     """Compute in fp32: what is not quantized becomes fp32, products of what is are made in it."""
     for parameter in model.parameters():
