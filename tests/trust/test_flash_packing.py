@@ -30,9 +30,9 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import make_trainer
-from trainer.core import checks
-from trainer.core.checks import check_documents_apart, pack_collator, takes_borders
+from trainer.core import proofs
 from trainer.core.loss import supervised_loss
+from trainer.core.proofs import check_documents_apart, pack_collator, takes_borders
 from trainer.data.batches import JoinCollator, PackCollator, count_tokens, join_documents
 from trainer.errors import ConfigError
 
@@ -331,7 +331,7 @@ def test_rounding_of_the_compute_dtype_is_no_leak(
 def test_mutant_n6_tolerance_of_the_weights_for_that_of_the_arithmetic_is_killed(
     calls: flash.Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_compute_dtype", lambda model: model.dtype)
+    monkeypatch.setattr(proofs, "_compute_dtype", lambda model: model.dtype)
     with pytest.raises(ConfigError, match="rounding explains at most 1e-04"):
         check_rounding("flash_attention_2", torch.float32)
 

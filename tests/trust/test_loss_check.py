@@ -16,7 +16,7 @@ from transformers import (
 from tests.trust.reference import IGNORED, Rows, decoder, llama, ragged_rows, weighted_rows
 from tests.trust.trainers import dataset, make_trainer
 from trainer.core import checks, training
-from trainer.core.checks import NUM_SUPERVISED, is_loss_equal, telling_part
+from trainer.core.checks import NUM_SUPERVISED, choose_loss, telling_part
 from trainer.errors import ConfigError
 
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
@@ -47,10 +47,10 @@ def compare(
     notices: list[str] = []
     trainer = make_trainer(model, rows, batch_size=8, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        is_equal = is_loss_equal(
+        choose_loss(
             trainer, dataset(rows), dtype=dtype, notice=lambda text, _: notices.append(text)
         )
-    return is_equal, notices
+    return not trainer.use_own_forward, notices
 
 
 def test_the_loss_check_makes_logits_of_257_tokens_whatever_the_batch() -> None:
@@ -134,13 +134,13 @@ def test_the_peak_is_forgotten_after_the_checks(
     from trainer.core import TrainerEngine
 
     order: list[str] = []
-    for name in ("is_loss_equal", "forget_peak_memory"):
+    for name in ("choose_loss", "forget_peak_memory"):
         monkeypatch.setattr(training, name, lambda *_, name=name, **__: order.append(name) or True)
     config = create_default_config(
         model_path="tiny", dataset_path=str(qa_file), output_dir=str(tmp_path / "run")
     )
     TrainerEngine().create_trainer(config)
-    assert order == ["is_loss_equal", "forget_peak_memory"]
+    assert order == ["choose_loss", "forget_peak_memory"]
 
 
 @pytest.mark.gpu
