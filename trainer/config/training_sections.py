@@ -134,7 +134,7 @@ class ModelSection(Section):
         near = difflib.get_close_matches(name, ATTENTION, n=1)
         raise PydanticCustomError(
             "attention",
-            "is not one of {known}, or a kernel of the hub (owner/name){hint}",
+            "not one of {known}, nor a kernel of the hub (owner/name){hint}",
             {"known": ", ".join(ATTENTION), "hint": f"; did you mean {near[0]!r}?" if near else ""},
         )
 

@@ -59,11 +59,16 @@ def plan_attention(
         return AttentionPlan(asked, (), f"{own} (flash attention has no kernels for {device.type})")
     if precision.compute_dtype == torch.float32:
         return AttentionPlan(asked, (), f"{own} (flash attention has no fp32)")
-    candidates = tuple(f"flash_attention_{n}" for n in NEWEST_FIRST if _is_installed(n))
+    candidates = installed_attention()
     if not candidates:
         return AttentionPlan(asked, (), f"{own} (flash attention is not installed)")
     first = f"auto: {' or '.join(candidates)} where the model is proved right with it, else "
     return AttentionPlan(asked, candidates, f"{first}its own choice")
+
+
+def installed_attention() -> tuple[str, ...]:
+    """The versions of flash attention that are installed as packages, best first."""
+    return tuple(f"flash_attention_{n}" for n in NEWEST_FIRST if _is_installed(n))
 
 
 def _check_name(name: str, device: torch.device, precision: ResolvedPrecision) -> None:
