@@ -30,6 +30,7 @@ from tests.trust.trainers import dataset, make_trainer
 from trainer.core import checks, hf_trainer, loss, training
 from trainer.core.checks import NUM_SUPERVISED, choose_loss, telling_part
 from trainer.core.loss import PostHead, Tiling
+from trainer.data.batches import PadCollator, blank_row
 from trainer.errors import ConfigError
 
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
@@ -206,6 +207,14 @@ def test_n3_a_router_loss_is_averaged_over_the_passes_of_a_step(
 def test_a_router_loss_goes_with_weights_and_tiles() -> None:
     check_router_loss("qwen3_moe", 4, 2, weighted=True)
     check_router_loss("qwen3_moe", 4, 2, weighted=True, tile=5)
+
+
+def test_blank_rows_have_no_router_loss() -> None:
+    model = mixture("mixtral")
+    blank = PadCollator(0)([blank_row(), blank_row()])
+    ours = loss.supervised_loss(model, model, blank, 5, router=0.3)
+    assert ours.item() == 0
+    assert not gradient(model, ours).any()
 
 
 def test_mutant_n3_a_router_loss_that_is_added_at_each_pass_is_killed(
