@@ -139,9 +139,9 @@ def probe(trainer: SupervisedTrainer) -> None:
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not _is_out_of_memory(error):
             raise
-        count, length = batch["input_ids"].shape
+        length = trainer.order.lengths[rows[0]]
         raise ConfigError(
-            f"the longest batch ({count} x {length} tokens) does not fit into the memory of "
+            f"the longest batch ({len(rows)} x {length} tokens) does not fit into the memory of "
             f"{trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "
             "hyperparams.batch_size (and raise gradient_accumulation as much), lower max_length, "
             "or set gradient_checkpointing=true."

@@ -293,7 +293,7 @@ def supervised_loss(
     total, output = found
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()
-    loss = total / _divisor(num_items)
+    loss: torch.Tensor = total / _divisor(num_items)
     if not router or not len(wanted):  # blank rows have no router loss either
         return loss
     return loss + router * output.aux_loss.to(loss.device)

@@ -18,6 +18,9 @@ from trainer.models.precision import ResolvedPrecision
 NEWEST_FIRST = (3, 2)
 """Versions of flash attention that `auto` tries where they are installed."""
 
+WITHOUT_DROPOUT = ("flash_attention_3", "flash_attention_4")
+"""Their kernels take no dropout, and transformers leaves it out without a word."""
+
 EXTRA = "pip install 'ultimate-trainer[kernels]'"
 
 PACKAGES = {
@@ -52,6 +55,8 @@ def plan_attention(
     asked = section.attn_implementation
     if asked != "auto":
         _check_name(asked, device, precision)
+        if asked in WITHOUT_DROPOUT and _dropout(config):
+            raise _refusal(asked, f"it has no dropout; config.json has {_dropout(config)}")
         _check_model(section, config)
         return AttentionPlan(asked, (), f"{asked}, as configured")
     own = "auto: the model's own choice, usually sdpa"
@@ -60,6 +65,8 @@ def plan_attention(
     if precision.compute_dtype == torch.float32:
         return AttentionPlan(asked, (), f"{own} (flash attention has no fp32)")
     candidates = installed_attention()
+    if _dropout(config):
+        candidates = tuple(name for name in candidates if name not in WITHOUT_DROPOUT)
     if not candidates:
         return AttentionPlan(asked, (), f"{own} (flash attention is not installed)")
     first = f"auto: {' or '.join(candidates)} where the model is proved right with it, else "
@@ -122,6 +129,15 @@ def _refusal(name: str, cause: str) -> ModelError:
         f"model.attn_implementation={name} cannot be used here: {cause.rstrip('.')}. Use auto, or "
         "another one."
     )
+
+
+def _dropout(config: Any) -> str:
+    """The attention dropout of a model config as `name=value`; empty where there is none."""
+    text_config = config.get_text_config()
+    for name in ("attention_dropout", "attn_pdrop"):
+        if getattr(text_config, name, None):
+            return f"{name}={getattr(text_config, name)}"
+    return ""
 
 
 def _flash(version: int) -> dict[str, Any]:
