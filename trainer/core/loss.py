@@ -294,9 +294,9 @@ def supervised_loss(
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()
     loss: torch.Tensor = total / _divisor(num_items)
-    if not router or not len(wanted):  # blank rows have no router loss either
-        return loss
-    return loss + router * output.aux_loss.to(loss.device)
+    if router and len(wanted):  # blank rows have no router loss either
+        loss = loss + router * output.aux_loss.to(loss.device)
+    return loss
 
 
 def prove_tiling(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> Tiling | None:
