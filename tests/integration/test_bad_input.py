@@ -119,6 +119,18 @@ def test_all_bad_rows_are_named_at_once(
             ["--dataset", "DATA", "--model.attn_implementation", "flash_attention_2"],
             "model.attn_implementation=flash_attention_2",
         ),
+        (
+            ["--dataset", "DATA", "--model.attn_implementation", "flash_atention_2"],
+            "did you mean 'flash_attention_2'?",
+        ),
+        (
+            ["--dataset", "DATA", "--model.attn_implementation", "flex_attention"],
+            "no backward pass on the CPU",
+        ),
+        (
+            ["--dataset", "DATA", "--model.attn_implementation", "owner/kernel"],
+            "pip install 'ultimate-trainer[kernels]'",
+        ),
         (["--dataset", "DATA", "--epochs", "inf"], "finite number"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",

@@ -6,6 +6,7 @@ import json
 from typing import Any
 from unittest import mock
 
+from tests.trust import flash
 from tests.trust.effects import shows
 from tests.trust.lab import NUM_ROWS, Lab
 from tests.trust.reference import llama
@@ -55,6 +56,13 @@ def attn_implementation(lab: Lab) -> None:
     for name in ("eager", "sdpa"):
         model = lab.trainer(model={"attn_implementation": name}).model
         assert model.config._attn_implementation == name
+    with flash.installed() as calls:
+        seen = lab.run(model={"attn_implementation": "flash_attention_2"})
+        assert calls.varlen
+    manifest = json.loads((seen.folder / "run.json").read_text())
+    assert manifest["attention"] == "flash_attention_2, as configured"
+    assert "flex_attention" in lab.refusal(model={"attn_implementation": "flex_attention"})
+    assert "a/b" in lab.refusal(model={"attn_implementation": "a/b"})
 
 
 @shows("model.chat_template")

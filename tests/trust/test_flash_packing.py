@@ -1,4 +1,4 @@
-"""N5 and N6 where attention is a varlen kernel: packs of a batch train as their rows do alone."""
+"""N5 and N6 for every attention: packs of a batch train as their rows do alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import (
 
 from tests.trust import flash
 from tests.trust.reference import (
+    IGNORED,
     decoder,
     distance,
     gradient,
@@ -30,10 +31,21 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import make_trainer
-from trainer.core import checks
-from trainer.core.checks import check_documents_apart, pack_collator, takes_borders
+from trainer.core import proofs
 from trainer.core.loss import supervised_loss
-from trainer.data.batches import JoinCollator, PackCollator, count_tokens, join_documents
+from trainer.core.proofs import (
+    TrainingCollator,
+    check_documents_apart,
+    pack_collator,
+    takes_borders,
+)
+from trainer.data.batches import (
+    JoinCollator,
+    PackCollator,
+    PadCollator,
+    count_tokens,
+    join_documents,
+)
 from trainer.errors import ConfigError
 
 CAPACITY, NUM_ROWS = 48, 20
@@ -75,25 +87,33 @@ def check_packed_as_alone(
     attention: str = "flash_attention_2",
     family: str = "grouped heads",
     weighted: bool = False,
+    capacity: int | None = CAPACITY,
     **options: Any,
 ) -> None:
-    """Loss and gradient of packed rows are those of the rows alone, from full logits."""
+    """Loss and gradient of packed (or joined) rows are those of rows alone, from full logits."""
     rows: Any = weighted_rows(NUM_ROWS) if weighted else ragged_rows(NUM_ROWS)
     plain = FAMILIES[family](dtype=torch.float64, attn_implementation="sdpa")
     expected = (weighted_mean if weighted else token_mean)(plain, rows)
     model = FAMILIES[family](dtype=torch.float64, attn_implementation=attention)
     cut = {"batch_size": batch_size, "accumulation": -(-NUM_ROWS // batch_size)}
-    loss, change = trained(model, rows, capacity=CAPACITY, **cut, **options)
+    loss, change = trained(model, rows, capacity=capacity, **cut, **options)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert distance(change, gradient(plain, expected)) <= 1e-6
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-@pytest.mark.parametrize("attention", flash.NAMES)
-def test_n5_packs_of_a_batch_train_as_their_rows_alone(
-    calls: flash.Calls, attention: str, batch_size: int
-) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_n5_packs_as_rows_train_as_their_rows_alone(attention: str, batch_size: int) -> None:
     check_packed_as_alone(batch_size, attention=attention)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("attention", flash.NAMES)
+@pytest.mark.parametrize("capacity", [CAPACITY, None])
+def test_n5_joined_packs_and_rows_train_as_their_rows_alone(
+    calls: flash.Calls, capacity: int | None, attention: str, batch_size: int
+) -> None:
+    check_packed_as_alone(batch_size, attention=attention, capacity=capacity)
     assert calls.varlen
     assert not calls.rows
     # The borders come with the batch: no layer looks for them, which would wait for the device.
@@ -101,14 +121,42 @@ def test_n5_packs_of_a_batch_train_as_their_rows_alone(
 
 
 @pytest.mark.parametrize("family", ["every window", "some windows"])
-def test_n5_windows_end_at_the_documents_of_joined_packs(calls: flash.Calls, family: str) -> None:
-    check_packed_as_alone(2, family=family)
+@pytest.mark.parametrize("capacity", [CAPACITY, None])
+def test_n5_windows_end_at_the_documents_of_joined_packs(
+    calls: flash.Calls, capacity: int | None, family: str
+) -> None:
+    check_packed_as_alone(2, family=family, capacity=capacity)
     assert calls.varlen
 
 
-def test_n5_joined_packs_with_recomputed_activations_and_weights(calls: flash.Calls) -> None:
-    check_packed_as_alone(2, weighted=True, gradient_checkpointing=True)
+@pytest.mark.parametrize("capacity", [CAPACITY, None])
+def test_n5_joined_packs_with_recomputed_activations_and_weights(
+    calls: flash.Calls, capacity: int | None
+) -> None:
+    check_packed_as_alone(2, weighted=True, capacity=capacity, gradient_checkpointing=True)
     assert calls.varlen
+
+
+def test_joined_rows_are_the_batch_that_padded_ones_are(calls: flash.Calls) -> None:
+    rows: Any = weighted_rows(4)
+    rows[1] = ([7], [IGNORED], [0.0])  # a blank
+    items = [
+        {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "loss_weights": torch.tensor(counts),
+        }
+        for ids, labels, counts in rows
+    ]
+    model = llama(dtype=torch.float64, attn_implementation="flash_attention_2")
+    padded = TrainingCollator(PadCollator(0))(items)
+    joined = TrainingCollator(pack_collator(model, 0))(items)
+    assert joined["input_ids"].shape == (1, sum(len(row[0]) for row in rows))
+    assert joined["num_tokens"] == padded["num_tokens"] == joined["input_ids"].numel() - 1
+    assert len(joined["supervised"]) == len(padded["supervised"])
+    one, other = (supervised_loss(model, model, batch) for batch in (padded, joined))
+    assert one.item() == pytest.approx(other.item(), rel=1e-12)
+    assert distance(gradient(model, one), gradient(model, other)) <= 1e-6
 
 
 def test_a_model_that_takes_no_borders_finds_them_in_the_one_row(
@@ -150,6 +198,39 @@ def test_mutant_n5_rows_that_are_not_joined_is_killed(
     check_packed_as_alone(1)  # which is right, and all that the check at start used to see
     with pytest.raises(AssertionError):
         check_packed_as_alone(2)
+
+
+def test_mutant_n5_a_mask_of_ones_beside_packs_as_rows_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    collate = PackCollator.__call__
+
+    def with_mask(self: PackCollator, packs: list[Any]) -> dict[str, Any]:
+        batch = collate(self, packs)
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    monkeypatch.setattr(PackCollator, "__call__", with_mask)
+    for attention in ("sdpa", "eager"):
+        with pytest.raises(AssertionError):
+            check_packed_as_alone(2, attention=attention)
+
+
+def test_mutant_n5_rows_joined_to_one_document_are_killed(
+    calls: flash.Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = torch.cat([row["input_ids"] for row in rows])
+        return join_documents(
+            [{"input_ids": ids, "labels": torch.cat([r["labels"] for r in rows])}]
+        )
+
+    collate = JoinCollator.__call__
+    monkeypatch.setattr(
+        JoinCollator, "__call__", lambda self, rows: collate(self, [one_document(rows)])
+    )
+    check_packed_as_alone(1, capacity=None)
+    with pytest.raises(AssertionError):
+        check_packed_as_alone(2, capacity=None)
 
 
 def change_batches(
@@ -331,7 +412,7 @@ def test_rounding_of_the_compute_dtype_is_no_leak(
 def test_mutant_n6_tolerance_of_the_weights_for_that_of_the_arithmetic_is_killed(
     calls: flash.Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_compute_dtype", lambda model: model.dtype)
+    monkeypatch.setattr(proofs, "_compute_dtype", lambda model: model.dtype)
     with pytest.raises(ConfigError, match="rounding explains at most 1e-04"):
         check_rounding("flash_attention_2", torch.float32)
 

@@ -21,7 +21,7 @@ from tests.trust.reference import (
     weights,
 )
 from tests.trust.trainers import dataset, make_trainer, trained_change
-from trainer.core import hf_trainer, loss, training
+from trainer.core import evaluation, hf_trainer, loss
 from trainer.core.evaluation import Evaluator
 from trainer.data.batches import BLANK, PackedDataset, PadCollator
 from trainer.errors import ConfigError
@@ -232,7 +232,7 @@ def test_mutant_n14_an_evaluation_over_the_count_of_tokens_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        training, "loss_share", lambda batch: (batch["labels"][:, 1:] != IGNORED).sum()
+        evaluation, "loss_share", lambda batch: (batch["labels"][:, 1:] != IGNORED).sum()
     )
     with pytest.raises(AssertionError):
         check_evaluation()

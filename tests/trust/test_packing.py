@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.trust import flash
 from trainer.config import create_default_config
 from trainer.core import TrainerEngine
-from trainer.core.checks import check_documents_apart
+from trainer.core.proofs import check_documents_apart
 from trainer.data.batches import PackCollator, best_fit_decreasing, count_tokens, join_documents
 from trainer.errors import ConfigError
 
@@ -113,7 +113,7 @@ def test_mutant_n5_all_ones_mask_is_killed(
 ) -> None:
     add_mask(monkeypatch)
     # The check at start would stop the run before N5 could see anything.
-    monkeypatch.setattr("trainer.core.training.check_documents_apart", lambda *_, **__: None)
+    monkeypatch.setattr("trainer.core.proofs.check_documents_apart", lambda *_, **__: None)
     with pytest.raises(AssertionError):
         check_packed_equals_unpacked(train, model_folder, "sdpa")
 

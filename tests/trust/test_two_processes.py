@@ -100,6 +100,12 @@ def test_n4_two_processes_train_joined_packs_as_one(ranks: Ranks) -> None:
     assert distance(expected, by_one_process(two_processes.CAPACITY)) <= 2e-6
 
 
+def test_n4_two_processes_train_joined_rows_as_one(ranks: Ranks) -> None:
+    check_equal_to_one_process(ranks, "joined_rows", by_one_process())
+    num_tokens = ranks[0]["weighted"]["last_step"]["num_tokens"]
+    assert ranks[0]["joined_rows"]["last_step"]["num_tokens"] == num_tokens
+
+
 def check_rows_once(ranks: Ranks, case: str) -> None:
     """N11: both ranks together train every row once, and count no other token."""
     rows = sorted(ids for ids, _ in ragged_rows(two_processes.NUM_ROWS, seed=4))

@@ -13,8 +13,8 @@ from transformers.trainer_callback import PrinterCallback
 from tests.trust.reference import AnyRows, weights
 from trainer.config import create_default_config
 from trainer.config.loader import resolve
-from trainer.core.checks import pack_collator
 from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
+from trainer.core.proofs import TrainingCollator, pack_collator, takes_borders
 from trainer.data.batches import EncodedDataset, EpochOrder, PackedDataset, PadCollator
 from trainer.data.rows import Example
 from trainer.models.precision import resolve_precision
@@ -71,6 +71,7 @@ def make_trainer(
         monitoring={"report_to": ()},
     )
     used = packed or data
+    is_joined = packed is not None or takes_borders(model)
     trainer = SupervisedTrainer(
         model=model,
         args=build_training_arguments(
@@ -80,7 +81,7 @@ def make_trainer(
             run_dir=folder,
         ),
         train_dataset=used,
-        data_collator=pack_collator(model, 0) if packed else PadCollator(0),
+        data_collator=TrainingCollator(pack_collator(model, 0) if is_joined else PadCollator(0)),
         optimizers=(optimizer(model), None),
         order=EpochOrder(
             used.lengths,

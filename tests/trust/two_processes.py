@@ -144,6 +144,7 @@ def main(folder: Path) -> None:
     found["weighted"] = trained(weighted)
     with flash.installed():
         found["joined"] = trained(weighted, CAPACITY, **VARLEN)
+        found["joined_rows"] = trained(weighted, **VARLEN)
     with per_rank_weights():
         found["per_rank_weights"] = trained(weighted)
     with per_rank_mean():

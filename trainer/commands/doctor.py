@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import shutil
@@ -23,6 +22,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 OPTIONAL = {
     "bitsandbytes": "hyperparams.optimizer=adamw_8bit",
     "flash_attn": "model.attn_implementation=flash_attention_2",
+    "kernels": "model.attn_implementation=owner/name",
     "wandb": "monitoring.report_to=wandb",
 }
 
@@ -77,10 +77,9 @@ def _devices() -> list[tuple[str, str]]:
     if not torch.cuda.device_count():
         lines.append(("cuda", "no GPU found"))
     lines.append(("mps", "yes" if torch.backends.mps.is_available() else "no"))
-    attention = ["sdpa", "eager"]
-    if importlib.util.find_spec("flash_attn"):
-        attention.append("flash_attention_2")
-    lines.append(("attention", ", ".join(attention)))
+    from trainer.models.attention import installed_attention
+
+    lines.append(("attention", ", ".join(["sdpa", "eager", *installed_attention()])))
     lines.append(("precision", "fp32 and bf16" + (", fp16" if torch.cuda.is_available() else "")))
     return lines
 

@@ -87,6 +87,7 @@ def _dry_run(loaded: LoadedConfig) -> int:
     rows = hyper.batch_size * hyper.gradient_accumulation
     lines: Sequence[tuple[str, str]] = [
         ("precision", found.precision.reason),
+        ("attention", found.attention),
         *found.memory.lines(),
         (
             "steps",

@@ -5,9 +5,12 @@ No torch, no file access; see `trainer/config/schema.py` for the rules.
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from trainer.config.section import (
     CombinationError,
@@ -93,6 +96,20 @@ class Hyperparams(Section):
         return self
 
 
+ATTENTION = (
+    "auto",
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+
+HUB_KERNEL = re.compile(r"[^/:@\s]+/[^/:@\s]+(@[^/:@\s]+)?(:[^/:@\s]+)?")
+"""`owner/name`, with any revision and function."""
+
+
 class ModelSection(Section):
     """Which model is trained, and how it is loaded."""
 
@@ -101,10 +118,12 @@ class ModelSection(Section):
     unpacked; needs the extra `gguf`). Flag: --model."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    attn_implementation: Literal[
-        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"
-    ] = "auto"
-    """Attention code; `auto` is the model's own choice, usually sdpa."""
+    attn_implementation: str = "auto"
+    """Attention code: `sdpa`, `eager`, `flash_attention_2` to `_4`, `flex_attention`, or a kernel
+    of the hub, `owner/name` or `owner/name:function` (extra `kernels`; such a kernel is code, and
+    needs model.trust_remote_code outside `kernels-community`). `auto`: flash attention where it is
+    installed, the device is a CUDA GPU and the model is proved right with it; else the model's own
+    choice, usually sdpa. The run says which it took and why."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     """`chatml`, `plain` or a Jinja file, in place of the model's own; saved with the result.
     Empty: the model's own, and for base models without one `chatml` if they know its tokens, else
@@ -114,6 +133,18 @@ class ModelSection(Section):
     is saved with them. With `hyperparams.training_mode=full` only."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder. Only for models whose code you have read."""
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _check_attention(cls, name: str) -> str:
+        if name in ATTENTION or HUB_KERNEL.fullmatch(name):
+            return name
+        near = difflib.get_close_matches(name, ATTENTION, n=1)
+        raise PydanticCustomError(
+            "attention",
+            "not one of {known}, nor a kernel of the hub (owner/name){hint}",
+            {"known": ", ".join(ATTENTION), "hint": f"; did you mean {near[0]!r}?" if near else ""},
+        )
 
 
 class LoraSection(Section):

@@ -150,6 +150,8 @@ class DryRun:
     config: TrainerConfig
     data: RunData
     precision: ResolvedPrecision
+    attention: str
+    """What is planned; the loaded model is what it is proved on."""
     memory: MemoryEstimate
     num_steps: int
 
@@ -157,6 +159,7 @@ class DryRun:
         """The figures as plain JSON values, sizes in bytes."""
         return {
             "precision": self.precision.reason,
+            "attention": self.attention,
             "num_steps": self.num_steps,
             "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total},
             "data_card": self.data.card.as_json(),
@@ -177,4 +180,11 @@ def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
     )
     if folder is not None and prepared.resume is None:
         folder.write_json(folder.config_resolved, resolved_config(config))
-    return DryRun(config, data, prepared.precision, estimate, prepared.num_steps)
+    return DryRun(
+        config=config,
+        data=data,
+        precision=prepared.precision,
+        attention=prepared.attention.reason,
+        memory=estimate,
+        num_steps=prepared.num_steps,
+    )

@@ -208,7 +208,7 @@ class TrainerEngine:
         """The steps before the weights: they fail on the user's mistakes."""
         config, numerics = check_config(config)
         profile = get_profile(config.profile.name, dict(config.profile.options))
-        config, tokenizer = fit_to_model(config, job.observers)
+        config, tokenizer, attention = fit_to_model(config, job.observers, numerics)
         if has_folder:
             open_run_folder(job, config)
         data = self._prepare_dataset(config, profile, tokenizer)
@@ -221,6 +221,7 @@ class TrainerEngine:
             config=config,
             device=numerics.device,
             precision=numerics.precision,
+            attention=attention,
             profile=profile,
             tokenizer=tokenizer,
             date=job.date,

@@ -21,7 +21,14 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import RUN_STATE_FILE
-from trainer.core.loss import Tiling, full_loss, loss_share, supervised_loss
+from trainer.core.loss import (
+    NUM_TOKENS,
+    SUPERVISED,
+    Tiling,
+    full_loss,
+    loss_share,
+    supervised_loss,
+)
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
@@ -136,6 +143,8 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self.use_own_forward = use_own_forward
         self.tiling: Tiling | None = None
         """How logits may be made in tiles, once that is proved."""
+        self.router = 0.0
+        """What the router loss of experts counts beside the cross-entropy, as in their own loss."""
         self._tokenizer = tokenizer
         self.last_step: StepRecord | None = None
         self.num_overflows = 0
@@ -153,16 +162,25 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Cross-entropy over supervised tokens, divided by those of the whole optimizer step.
 
-        With loss weights: each token's times its weight, divided by the sum of the weights.
+        With loss weights: each token's times its weight, divided by the sum of the weights. A
+        router loss is a mean over the step's forward passes, on all processes.
         """
+        # Gradients are averaged over processes, the count is summed over them.
+        is_share = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        factor = self.accelerator.num_processes if is_share else 1
         if self.use_own_forward:
             loss = full_loss(model, inputs, num_items_in_batch)
         else:
-            unwrapped = self.accelerator.unwrap_model(model)
-            loss = supervised_loss(model, unwrapped, inputs, num_items_in_batch, tiling=self.tiling)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # Gradients are averaged over processes, the count is summed over them.
-            loss = loss * self.accelerator.num_processes
+            num_passes = getattr(self, "current_gradient_accumulation_steps", 1)
+            loss = supervised_loss(
+                model,
+                self.accelerator.unwrap_model(model),
+                inputs,
+                num_items_in_batch,
+                tiling=self.tiling,
+                router=self.router / (factor * num_passes),
+            )
+        loss = loss * factor
         self._note(loss, inputs)
         return (loss, None) if return_outputs else loss
 
@@ -180,11 +198,16 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             total = self.accelerator.gather(total).sum()
         return total
 
-    def _note(self, loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    def _note(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Add this micro-batch to the step's sums, on the device, without waiting for it."""
-        tokens = count_tokens(inputs)
-        trained = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-        sums = torch.stack([loss.detach().float(), tokens.float(), trained.float()])
+        loss = loss.detach().float()
+        if SUPERVISED in inputs:  # plain numbers, so that nothing is copied to the device
+            tokens = torch.full_like(loss, inputs[NUM_TOKENS])
+            trained = torch.full_like(loss, len(inputs[SUPERVISED]))
+        else:
+            tokens = count_tokens(inputs).float()
+            trained = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().float()
+        sums = torch.stack([loss, tokens, trained])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

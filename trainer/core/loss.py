@@ -31,6 +31,12 @@ RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 
 TILE_LOGITS = 2**26
 """Logits that one tile may have: 256 MiB in fp32, and about three times that with gradients."""
 
+SUPERVISED = "supervised"
+"""Key of batches: `supervised_positions` of the labels, made on the CPU beside the batch."""
+
+NUM_TOKENS = "num_tokens"
+"""Key of batches: tokens that are neither padding nor blank, a plain int."""
+
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Config fields by which models multiply or divide their logits, or what goes into the head."""
 
@@ -63,9 +69,24 @@ class Tiling:
         return cls(post, max(1, TILE_LOGITS // vocabulary))
 
 
-def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T) moved one to the left: position t is trained to predict token t + 1."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Where labels (B, T) have a trained token next: (N,) int64, ascending indices into B x T.
+
+    On a GPU this waits for the device; batches of a run bring it along (`SUPERVISED`).
+    """
+    is_trained = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    return is_trained.flatten().nonzero().flatten()
+
+
+def _next(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Of (B, T) values those one place behind the positions, (N,)."""
+    return values.flatten().index_select(0, positions + 1)
+
+
+def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model's forward takes, without the labels."""
+    ours = ("labels", LOSS_WEIGHTS, SUPERVISED, NUM_TOKENS)
+    return {key: value for key, value in batch.items() if key not in ours}
 
 
 def loss_share(batch: dict[str, Any]) -> torch.Tensor:
@@ -80,7 +101,7 @@ def loss_share(batch: dict[str, Any]) -> torch.Tensor:
 
 
 def supervised_logits(
-    model: Any, unwrapped: Any, inputs: dict[str, Any], keep: torch.Tensor
+    model: Any, unwrapped: Any, inputs: dict[str, Any], positions: torch.Tensor
 ) -> torch.Tensor:
     """Logits at the kept positions.
 
@@ -88,28 +109,42 @@ def supervised_logits(
         model: the (possibly DDP-wrapped) model whose forward must run.
         unwrapped: the same model without wrappers.
         inputs: what the forward takes, all (B, T) tensors and lengths, no labels.
-        keep: (B, T) bool, positions whose logits are wanted.
+        positions: (N,), indices into B x T, of the logits that are wanted.
     Returns:
-        (N, V), N = keep.sum(), in row-major order of the positions.
+        (N, V), in the order of the positions.
     """
+    return _forward_on(model, unwrapped, inputs, positions)[0]
+
+
+def _forward_on(
+    model: Any, unwrapped: Any, inputs: dict[str, Any], positions: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
+    """Logits (N, V) at the positions, and the forward's whole output."""
     head = head_of(unwrapped)
     fired = False
 
     def keep_only(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal fired
+        if args[0].shape[:2] != inputs["input_ids"].shape:
+            return args
         fired = True
-        return (args[0][keep][None], *args[1:])
+        return (_kept(args[0], positions)[None], *args[1:])
 
     hook = head.register_forward_pre_hook(keep_only) if head is not None else None
     try:
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        output = model(**inputs, use_cache=False)
     finally:
         if hook is not None:
             hook.remove()
-    if fired and logits.shape[0] == 1 and logits.shape[1] == int(keep.sum()):
-        return logits[0]
+    if fired and output.logits.shape[:2] == (1, len(positions)):
+        return output.logits[0], output
     # The head was called in another way (or not at all): full logits are right, only slower.
-    return logits[keep]
+    return _kept(output.logits, positions), output
+
+
+def _kept(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) -> (N, D); by index, for a mask's length is known to the device only."""
+    return states.flatten(0, 1).index_select(0, positions)
 
 
 def head_of(unwrapped: Any) -> Any:
@@ -135,9 +170,8 @@ def find_post_head(model: Any, batch: dict[str, Any]) -> PostHead | None:
     if head is None:
         return None
     hook = head.register_forward_hook(lambda _, args, output: seen.append(output))
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", LOSS_WEIGHTS)}
     try:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**forward_inputs(batch), use_cache=False).logits
     finally:
         hook.remove()
     if len(seen) != 1 or seen[0].shape != logits.shape:
@@ -165,28 +199,30 @@ def _tiled_sum(
     model: Any,
     unwrapped: Any,
     inputs: dict[str, Any],
-    keep: torch.Tensor,
+    positions: torch.Tensor,
     *,
     target: torch.Tensor,
     weights: torch.Tensor | None,
     tiling: Tiling,
-) -> torch.Tensor | None:
-    """Summed cross-entropy, tile by tile; None where the head was not called as expected.
+) -> tuple[torch.Tensor, Any] | None:
+    """Summed cross-entropy, tile by tile, and the output of the forward, whose logits are not it.
 
     Args:
-        target: (N,) token ids of the kept positions.
+        target: (N,) token ids that follow the positions.
         weights: (N,), or None.
+    Returns:
+        None where the head was not called as expected.
     """
     head = head_of(unwrapped)
     hidden: list[torch.Tensor] = []
 
     def take(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden.append(args[0][keep])  # (N, D)
+        hidden.append(_kept(args[0], positions))  # (N, D)
         return (args[0][:1, :1], *args[1:])  # the forward goes on with one position
 
     hook = head.register_forward_pre_hook(take)
     try:
-        model(**inputs, use_cache=False)
+        output = model(**inputs, use_cache=False)
     finally:
         hook.remove()
     if len(hidden) != 1:
@@ -199,7 +235,7 @@ def _tiled_sum(
     weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
     parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
     sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum()
+    return torch.stack(sums).sum(), output
 
 
 def _summed(
@@ -220,33 +256,47 @@ def supervised_loss(
     num_items: torch.Tensor | int | None = None,
     *,
     tiling: Tiling | None = None,
+    router: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy summed over supervised tokens, each times its weight, over `num_items`.
 
+    And the router loss of a mixture of experts, where the model's own loss has it too. That one is
+    a mean over the tokens of a forward pass, which no count of tokens divides: the caller divides
+    it by the forward passes of a step, so that accumulation does not multiply it.
+
     Args:
-        batch: input_ids, labels, (B, T) int64, what else the forward takes, and any
-            loss_weights, (B, T) float32, aligned with the labels.
+        batch: input_ids, labels, (B, T) int64, what else the forward takes, any loss_weights,
+            (B, T) float32, aligned with the labels, and any `supervised`, the positions.
         num_items: `loss_share` of the whole optimizer step; None: of this batch, so that the
             result is its mean in nats per token.
         tiling: proved for this model. None: all logits at once.
+        router: the forward's `aux_loss` is added times this; 0 leaves it out.
     Returns:
         A scalar, float32 (float64 for a float64 model). Zero with zero gradient where the
         batch has no supervised token, and where all of the step have weight 0.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", LOSS_WEIGHTS)}
-    target = shifted_targets(batch["labels"])
-    keep = target != IGNORE_INDEX
-    wanted, weights = target[keep], None
+    inputs, labels = forward_inputs(batch), batch["labels"]
+    positions = batch.get(SUPERVISED)
+    if positions is None:
+        positions = supervised_positions(labels)
+    wanted, weights = _next(labels, positions), None
     if LOSS_WEIGHTS in batch:
-        weights = F.pad(batch[LOSS_WEIGHTS][:, 1:], (0, 1))[keep]  # (N,), shifted as labels are
-    total = None
+        weights = _next(batch[LOSS_WEIGHTS], positions)
+    found = None
     if tiling is not None and len(wanted) > tiling.length:
-        total = _tiled_sum(
-            model, unwrapped, inputs, keep, target=wanted, weights=weights, tiling=tiling
+        found = _tiled_sum(
+            model, unwrapped, inputs, positions, target=wanted, weights=weights, tiling=tiling
         )
-    if total is None:
-        total = _summed(supervised_logits(model, unwrapped, inputs, keep), wanted, weights)
-    return total / _divisor(loss_share(batch) if num_items is None else num_items)
+    if found is None:
+        logits, output = _forward_on(model, unwrapped, inputs, positions)
+        found = _summed(logits, wanted, weights), output
+    total, output = found
+    if num_items is None:
+        num_items = len(wanted) if weights is None else weights.sum()
+    loss: torch.Tensor = total / _divisor(num_items)
+    if router and len(wanted):  # blank rows have no router loss either
+        loss = loss + router * output.aux_loss.to(loss.device)
+    return loss
 
 
 def prove_tiling(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> Tiling | None:
@@ -282,6 +332,8 @@ def full_loss(
 ) -> torch.Tensor:
     """The model's own loss by its own forward with labels; the fallback of the above.
 
+    What such a model adds to the cross-entropy is added once a forward pass, undivided.
+
     Raises:
         ConfigError: the batch has loss weights, which a model's own loss cannot take.
     """
@@ -297,7 +349,17 @@ def _own_forward(model: Any, batch: dict[str, Any], num_items: torch.Tensor | in
             "or turn off in the model's config.json what adds to its loss."
         )
     count = _divisor(loss_share(batch) if num_items is None else num_items)
-    return model(**batch, use_cache=False, num_items_in_batch=count)
+    inputs = {**forward_inputs(batch), "labels": batch["labels"]}
+    return model(**inputs, use_cache=False, num_items_in_batch=count)
+
+
+def router_coefficient(model: Any) -> float:
+    """What a model's own loss takes its router loss times; 0 where it does not add one."""
+    configs = [model.config, model.config.get_text_config()]
+    if not any(getattr(config, "output_router_logits", False) for config in configs):
+        return 0.0
+    found = [getattr(config, "router_aux_loss_coef", None) for config in configs]
+    return float(next((value for value in found if value is not None), 0.0))
 
 
 @dataclass(frozen=True)
@@ -307,6 +369,8 @@ class LossCheck:
     ours: float
     own: float
     is_equal: bool
+    router: float
+    """`router_coefficient`, which ours was made with."""
 
 
 def compare_with_own_loss(
@@ -315,18 +379,22 @@ def compare_with_own_loss(
     """Compute both losses on one batch; the caller sets eval mode, autocast and no_grad.
 
     Ours may differ by the rounding of the compute dtype, because it multiplies other shapes. What
-    a model adds to its loss, such as the router loss of experts, can be less than that: its loss
-    is compared, more closely, with the cross-entropy of the same logits. Loss weights are left
-    out: a model's own loss takes none.
+    a model adds to its loss can be less than that: its loss is compared, more closely, with the
+    cross-entropy of the same logits and the router loss of the same forward pass. Loss weights are
+    left out: a model's own loss takes none.
     """
     batch = {key: value for key, value in batch.items() if key != LOSS_WEIGHTS}
-    ours = float(supervised_loss(model, model, batch))
     output = _own_forward(model, batch, None)
+    router = router_coefficient(model) if getattr(output, "aux_loss", None) is not None else 0.0
+    ours = float(supervised_loss(model, model, batch, router=router))
     own, scale = float(output.loss), max(abs(float(output.loss)), 1e-6)
     is_equal = abs(ours - own) <= RELATIVE_TOLERANCE.get(compute_dtype, 1e-6) * scale
-    target = shifted_targets(batch["labels"])
-    keep = target != IGNORE_INDEX
-    if output.logits is not None and output.logits.shape[:2] == target.shape:
-        plain = float(F.cross_entropy(output.logits[keep].float(), target[keep]))
+    labels = batch["labels"]
+    if output.logits is not None and output.logits.shape[:2] == labels.shape:
+        positions = supervised_positions(labels)
+        logits = _kept(output.logits, positions).float()
+        plain = float(F.cross_entropy(logits, _next(labels, positions)))
+        if router:
+            plain += router * float(output.aux_loss)
         is_equal = is_equal and abs(plain - own) <= RELATIVE_TOLERANCE[torch.float32] * scale
-    return LossCheck(ours, own, is_equal)
+    return LossCheck(ours, own, is_equal, router)

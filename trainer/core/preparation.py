@@ -31,6 +31,7 @@ from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError
 from trainer.models.adapter_files import SAVED_BASE, describe_base
 from trainer.models.adapters import add_lora
+from trainer.models.attention import AttentionPlan, plan_attention
 from trainer.models.chat_template import fix_date
 from trainer.models.load import (
     check_is_model,
@@ -88,11 +89,15 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     return config, Numerics(device, resolve_precision(name, hyper.training_mode, device))
 
 
-def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerConfig, Any]:
-    """Load tokenizer and model config; returns the config with max_length, and the tokenizer.
+def fit_to_model(
+    config: TrainerConfig, observers: Observers, numerics: Numerics
+) -> tuple[TrainerConfig, Any, AttentionPlan]:
+    """Load tokenizer and model config.
 
+    Returns:
+        The config with max_length, the tokenizer, and the attention that is planned.
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or its attention cannot be had here.
         ConfigError: `locked` or `hyperparams.max_length` does not fit it.
     """
     offline = config.environment.offline
@@ -112,9 +117,12 @@ def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerCo
             f"hyperparams.max_length={wanted} is above the model's context of {limit} tokens; "
             f"give at most {limit}."
         )
+    attention = plan_attention(
+        config.model, model_config, device=numerics.device, precision=numerics.precision
+    )
     length = wanted or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     hyper = config.hyperparams.model_copy(update={"max_length": length})
-    return config.model_copy(update={"hyperparams": hyper}), tokenizer
+    return config.model_copy(update={"hyperparams": hyper}), tokenizer, attention
 
 
 def open_run_folder(job: Job, config: TrainerConfig) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import torch
 
 from trainer.config.schema import MonitoringConfig
+from trainer.core.proofs import takes_borders
 from trainer.core.run import Job, Prepared
 from trainer.core.run_folder import RunFolder
 from trainer.data.rows import golden_text
@@ -287,8 +288,8 @@ def _canary(run: PublishingRun, requests: Sequence[PreviewRequest]) -> Canary | 
         (requests[row].prompt_token_ids or (), requests[row].golden_token_ids or ()) for row in rows
     ]
     sent_as = _sent_as(run)
-    # The one kind of kernel that cannot compute in fp32.
-    is_flash = "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    # The one kind of kernel that cannot compute in fp32; `auto` may still take it.
+    is_flash = takes_borders(model) or bool(run.prepared.attention.candidates)
     autocast = run.prepared.precision.autocast_dtype if is_flash else None
 
     def score() -> torch.Tensor:

@@ -38,6 +38,7 @@ from trainer.errors import (
     StoppedError,
     TrainerError,
 )
+from trainer.models.attention import AttentionPlan
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
@@ -261,6 +262,7 @@ class Prepared:
     """With every derived value filled in."""
     device: torch.device
     precision: ResolvedPrecision
+    attention: AttentionPlan
     profile: DataProfile
     tokenizer: Any
     date: dt.date
@@ -407,6 +409,7 @@ class Job:
                 "date": prepared.date.isoformat(),
                 "system_prompt": data.system_prompt,
                 "precision": prepared.precision.reason,
+                "attention": prepared.attention.reason,
                 "device": str(prepared.device),
                 "data_card": data.card.as_json(),
                 "data_card_lines": card_lines(data.card),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 from trainer.core.checkpoint import save_checkpoint, set_aside_newer
 from trainer.core.checks import (
     MemoryProbe,
-    check_documents_apart,
+    choose_loss,
     forget_peak_memory,
-    is_loss_equal,
-    pack_collator,
-    takes_borders,
     tiling_of,
 )
 from trainer.core.evaluation import build_evaluator
@@ -27,6 +23,7 @@ from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler, final_evaluation
+from trainer.core.proofs import BatchChoice, TrainingCollator, choose_batches, needs_mask
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
@@ -130,7 +127,7 @@ def assemble_trainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
-        data_collator=pack_collator(model, pad_id) if packs is not None else PadCollator(pad_id),
+        data_collator=PadCollator(pad_id),  # until it is known which batches are right
         optimizers=(optimizer, schedule),
         callbacks=[memory, *callbacks],  # before the previews of step 0
         order=epoch_order(config, data),
@@ -149,14 +146,14 @@ def assemble_trainer(
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
     job.trainer = memory.trainer = trainer
-    if packs is not None:
-        _check_packing(trainer)
+    choice = choose_batches(trainer, prepared.attention, is_packed=packs is not None, pad_id=pad_id)
+    _tell_attention(job, choice)
     rows, dtype = packs.rows if packs else data.train, prepared.precision.compute_dtype
-    trainer.use_own_forward = not is_loss_equal(
-        trainer, rows, dtype=dtype, notice=job.observers.notice
-    )
+    choose_loss(trainer, rows, dtype=dtype, notice=job.observers.notice)
     with undisturbed(trainer.model), trainer.accelerator.autocast():
         trainer.tiling = tiling_of(trainer.model, rows, dtype)
+    with_mask = not isinstance(choice.collate, PadCollator) or needs_mask(trainer)
+    trainer.data_collator = TrainingCollator(choice.collate, with_mask=with_mask)
     if trainer.tiling is None and not trainer.use_own_forward:
         job.observers.notice(
             "how this model changes its logits after the output head is unknown, so the "
@@ -170,20 +167,12 @@ def _pad_id(prepared: Prepared, model: Any) -> int:
     return harmless_pad_id(prepared.tokenizer, embedding_rows(model))
 
 
-def _check_packing(trainer: SupervisedTrainer) -> None:
-    """Refuse packing where documents see each other, before the first step.
-
-    In fp32 where the model allows it, which hides least. Varlen kernels take half precision only.
-    """
-    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
-    needs_autocast = takes_borders(trainer.model) or len(dtypes) > 1
-    autocast = trainer.accelerator.autocast() if needs_autocast else contextlib.nullcontext()
-    with undisturbed(trainer.model), autocast:
-        check_documents_apart(
-            trainer.model,
-            batch_size=trainer.args.per_device_train_batch_size,
-            collate=trainer.data_collator,
-        )
+def _tell_attention(job: Job, choice: BatchChoice) -> None:
+    for text in choice.notices:
+        job.observers.notice(text, "warning")
+    job.observers.notice(f"attention: {choice.attention}")
+    if job.folder is not None and job.is_recorded:
+        job.folder.update_json(job.folder.run_json, {"attention": choice.attention})
 
 
 def _checkpoint_saver(

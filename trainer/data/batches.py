@@ -340,7 +340,7 @@ class PackCollator:
 
 
 class JoinCollator:
-    """Puts the packs of a batch end to end in one row, for kernels of sequences of any length.
+    """Puts packs, or rows, of a batch end to end in one row, for kernels of any lengths.
 
     Such a kernel (flash attention) is told where documents begin. With several rows it is not:
     transformers then ignores positions, and documents of a row would see each other.
@@ -353,9 +353,13 @@ class JoinCollator:
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
         """Return input_ids, labels, position_ids, (1, T) int64, without padding.
 
+        A row that is no pack is a document by itself.
+
         With borders: `cu_seq_lens_q` and `_k`, (documents + 1,) int32, and the longest
         document's length as a plain number, which costs the device no wait; `max_length_q`, `_k`.
         """
+        if "position_ids" not in packs[0]:
+            packs = [join_documents([row]) for row in packs]
         batch: dict[str, Any] = {
             key: torch.cat([pack[key] for pack in packs])[None] for key in packs[0]
         }

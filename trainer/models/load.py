@@ -12,6 +12,7 @@ from trainer.config.schema import LockedSection
 from trainer.config.training_sections import ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, resolve_alias
+from trainer.models.attention import attention_error
 from trainer.models.chat_template import set_chat_template
 from trainer.models.quantized import check_loadable, keep_layout, nf4, quantization_of
 from trainer.net import hub_answers
@@ -197,13 +198,15 @@ def load_model(
             try:
                 tiny.set_attn_implementation(section.attn_implementation)
             except (ImportError, ValueError) as error:
-                raise _attention_error(section, error) from error
+                raise attention_error(section.attn_implementation, error) from error
         return tiny
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"dtype": dtype}
     if section.attn_implementation != "auto":
         extra["attn_implementation"] = section.attn_implementation
+        if section.trust_remote_code:
+            extra["allow_all_kernels"] = True
     if Path(path).suffix.lower() != GGUF_SUFFIX:
         extra["config"] = read_model_config(section, offline=offline)
         is_quantized = quantization_of(extra["config"]) is not None
@@ -313,7 +316,7 @@ def _load_error(
     whole = " ".join(str(error).split())
     first, name = whole[:300], section.model_path
     if "flash" in first.lower() and section.attn_implementation.startswith("flash"):
-        return _attention_error(section, error)
+        return attention_error(section.attn_implementation, error)
     if "trust_remote_code" in whole:
         return ModelError(
             f"model.model_path={name}: this {what} needs Python code from its own folder. If you "
@@ -332,14 +335,6 @@ def _load_error(
         f"hub could not be asked for it or does not have it.{hint} Check the name "
         "(`trainer models` lists aliases) and the network, download it once while online, or "
         f"give a model folder. Cause: {first}"
-    )
-
-
-def _attention_error(section: ModelSection, error: Exception) -> ModelError:
-    cause = " ".join(str(error).split()).rpartition("following error: ")[2][:300]
-    return ModelError(
-        f"model.attn_implementation={section.attn_implementation} cannot be used here; use auto or "
-        f"sdpa. Cause: {cause}"
     )
 
 

@@ -291,9 +291,9 @@ def card_sample(manifest: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def environment_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Precision, device, machine and versions as (label, value) lines."""
+    """Precision, attention, device, machine and versions as (label, value) lines."""
     environment = manifest.get("environment")
-    found = {key: manifest.get(key) for key in ("precision", "device")}
+    found = {key: manifest.get(key) for key in ("precision", "attention", "device")}
     rows: list[tuple[str, str]] = []
     for key, value in (
         found | dict(environment if isinstance(environment, Mapping) else {})
