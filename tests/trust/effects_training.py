@@ -193,6 +193,34 @@ def lora_alpha(lab: Lab) -> None:
     assert torch.allclose(3 * outputs[0], outputs[1], rtol=1e-3)
 
 
+@shows("lora.use_rslora")
+def lora_use_rslora(lab: Lab) -> None:
+    """The adapter's output is multiplied by alpha / sqrt(r), here by 12 / 2 instead of 12 / 4."""
+    scales = []
+    for is_on in (False, True):
+        trainer = lab.trainer(hyperparams=LORA, lora={"r": 4, "alpha": 12, "use_rslora": is_on})
+        layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+        torch.nn.init.ones_(layer.lora_B["default"].weight)
+        x = torch.arange(64.0)[None]
+        scales.append(layer(x) - layer.base_layer(x))
+    assert torch.allclose(2 * scales[0], scales[1], rtol=1e-3)
+
+
+@shows("lora.use_dora")
+def lora_use_dora(lab: Lab) -> None:
+    """Before training a magnitude is the length of its row; then it is trained too."""
+    lora = {"r": 4, "target_modules": ["q_proj"], "use_dora": True}
+    trainer = lab.trainer(hyperparams=LORA, lora=lora)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    [magnitude] = layer.lora_magnitude_vector["default"].parameters()
+    assert torch.allclose(magnitude, layer.base_layer.weight.norm(dim=1))
+    assert magnitude.requires_grad
+    seen = lab.run(hyperparams=LORA, lora=lora)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    assert distance(seen.tensors[name], magnitude) > 1e-5
+    assert not any("magnitude" in name for name in lab.run(hyperparams=LORA).tensors)
+
+
 @shows("lora.dropout")
 def lora_dropout(lab: Lab) -> None:
     one, two = (lab.run(hyperparams=LORA, lora={"dropout": d}) for d in (0.0, 0.5))

@@ -115,6 +115,11 @@ class LoraSection(Section):
     """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0.0)] = 32
     """Scale: an adapter's output is multiplied by alpha / r."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead, so that large ranks learn as fast as small ones."""
+    use_dora: bool = False
+    """DoRA: the length of each row of the adapted weights is trained apart from its direction.
+    Slower; closer to full training at small ranks."""
     dropout: Share = 0.0
     """Dropout before the adapters."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"

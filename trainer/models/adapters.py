@@ -40,6 +40,8 @@ def add_lora(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(section.modules_to_save) or None,
         task_type="CAUSAL_LM",

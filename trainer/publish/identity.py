@@ -53,7 +53,7 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     The adapter's own name is left out of the names, so that both sides may call it as they like.
     """
     found = {
-        name.replace(".default.", "."): parameter
+        name.removesuffix(".default").replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
         if ".lora_" in name or ".modules_to_save." in name
     }
@@ -80,6 +80,8 @@ def adapter_config(model: Any) -> AdapterConfig:
         alpha=config.lora_alpha,
         target_modules=targets,
         modules_to_save=sorted(config.modules_to_save or ()),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
     )
 
 

@@ -14,7 +14,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
+    model_serializer,
     model_validator,
 )
 
@@ -78,6 +80,9 @@ class TensorEntry(Body):
     """Of the tensor's bytes: contiguous, little endian."""
 
 
+FIRST_FIELDS = {"r", "alpha", "target_modules", "modules_to_save"}
+"""Of an AdapterConfig: what every server reads."""
+
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 
 
@@ -88,6 +93,21 @@ class AdapterConfig(Body):
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=2000)]
     modules_to_save: Annotated[list[ModuleName], Field(max_length=200)] = []
+    use_rslora: bool = False
+    """The scale is alpha / sqrt(r) instead of alpha / r."""
+    use_dora: bool = False
+    """Each target has a trained magnitude beside its two matrices."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what differs, so that a server that does not know a field yet takes plain LoRA."""
+        written: dict[str, Any] = write(self)
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in written.items()
+            if key in FIRST_FIELDS or value != fields[key].get_default(call_default_factory=True)
+        }
 
 
 class WeightsManifest(Body):

@@ -258,6 +258,8 @@ def _with_adapter(base: Any, adapter: AdapterConfig) -> Any:
         lora_alpha=adapter.alpha,
         target_modules=list(adapter.target_modules),
         modules_to_save=list(adapter.modules_to_save) or None,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

@@ -1,0 +1,148 @@
+"""The options of section `lora`: resumed bit for bit, published and proved, merged, loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from tests.integration.test_resume_exact import QUIET, check_same_state, resumed
+from trainer.core.finished import open_run
+from trainer.core.merging import distance, export_merged
+from trainer.models.chat_template import chat_template_hash, tokenizer_hash
+from trainer.preview.neutral import golden_logprobs
+from trainer.publish.identity import (
+    NOISE_FP32,
+    Canary,
+    adapter_config,
+    adapter_tensors,
+    base_tensors,
+    config_hash,
+)
+from trainer.publish.weight_file import WeightFile
+from trainer.publish.wire import AdapterConfig, ServerHashes
+from trainer.server import held_model
+from trainer.server.held_model import HeldModel
+from trainer.server.weight_store import check_fit
+
+LORA = {"training_mode": "lora", "learning_rate": 1e-2, "max_steps": 6}
+FAMILY: dict[str, dict[str, Any]] = {
+    "rslora": {"lora": {"use_rslora": True, "r": 4}},
+    "dora": {"lora": {"use_dora": True, "r": 4, "dropout": 0.1}},
+}
+GOLDEN = ([5, 6, 7, 8], list(range(20, 90)))
+
+
+@pytest.fixture
+def finished(train: Callable[..., Any]) -> Callable[..., Path]:
+    """A function that trains with options of the family; gives the run's folder."""
+
+    def run(name: str, /, **sections: Any) -> Path:
+        hyper = {**LORA, **sections.pop("hyperparams", {})}
+        result = train(name, hyperparams=hyper, monitoring=QUIET, **sections)
+        assert result.success, result.error_message
+        return Path(result.output_dir)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_n16_holds_for_the_family(train: Callable[..., Any], name: str) -> None:
+    options = {"gradient_accumulation": 2, **LORA}
+    straight, again = resumed(train, 3, hyperparams=options, monitoring=QUIET, **FAMILY[name])
+    check_same_state(straight.checkpoint_path, again.checkpoint_path)
+
+
+# ---- what a server builds from what it is sent, in this process
+
+
+def publish(model: Any, tokenizer: Any, folder: Path) -> tuple[HeldModel, AdapterConfig, float]:
+    """A server with this model's base and adapter, and what the canary says there."""
+    sent = folder / "model"
+    model.config.save_pretrained(sent)
+    tokenizer.save_pretrained(sent)
+    held = HeldModel(str(sent), "cpu", wait_for_weights=True)
+    hashes = ServerHashes(
+        config_hash=config_hash(model.config),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        chat_template_hash=chat_template_hash(tokenizer),
+    )
+    files = {"base": base_tensors(model), "adapter": adapter_tensors(model)}
+    for name, tensors in files.items():
+        values = {key: value.detach().clone() for key, value in tensors.items()}
+        save_file(values, folder / name)
+    base = WeightFile(folder / "base", hashes).manifest()
+    check_fit(base, held.manifest)
+    config = AdapterConfig.model_validate_json(adapter_config(model).model_dump_json())
+    offer = WeightFile(folder / "adapter", hashes, base.weights_id, config).manifest()
+    check_fit(offer, held.manifest)
+    held.load_weights(
+        str(folder / "adapter"),
+        offer.weights_id,
+        adapter=config,
+        base_id=base.weights_id,
+        base_path=str(folder / "base"),
+    )
+    return held, config, float(golden_logprobs(held.model, *GOLDEN).sum())
+
+
+def disagreement(run: Path, folder: Path) -> str | None:
+    """Why the canary would refuse what a server says with the final adapter of a run."""
+    done = open_run(run)
+    model, tokenizer = done.load()
+    _, _, theirs = publish(model, tokenizer, folder)
+    canary = Canary((0,), len(GOLDEN[1]), NOISE_FP32, lambda: torch.zeros(0))
+    return canary.disagreement(float(golden_logprobs(model, *GOLDEN).sum()), theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_server_computes_what_the_trainer_computes(
+    finished: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    assert disagreement(finished("a", **FAMILY[name]), tmp_path / "sent") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["use_rslora"])
+def test_mutant_a_server_that_ignores_a_field_is_found_out(
+    finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    build = held_model._with_adapter
+
+    def deaf(base: Any, adapter: AdapterConfig) -> Any:
+        return build(base, adapter.model_copy(update={field: False}))
+
+    monkeypatch.setattr(held_model, "_with_adapter", deaf)
+    assert "may differ by" in str(
+        disagreement(finished("a", **FAMILY[field.removeprefix("use_")]), tmp_path / "sent")
+    )
+
+
+# ---- merged, and loaded by plain PEFT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY)
+def test_n21_a_merge_of_the_family_says_what_the_adapter_says(
+    finished: Callable[..., Path], name: str
+) -> None:
+    run = finished("a", **FAMILY[name])
+    report = export_merged(open_run(run), run / "merged_model")
+    assert report.merged < 1e-4
+    ids = torch.tensor([GOLDEN[0] + GOLDEN[1]])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(run / "merged_model").eval()(ids).logits
+        model = AutoPeftModelForCausalLM.from_pretrained(run / "final_model").eval()
+        said = model(ids).logits
+        with model.disable_adapter():
+            plain = model(ids).logits
+    assert distance(said, merged)[1] < 2e-6
+    assert distance(said, plain)[1] > 1e-2, "the adapter does something"
