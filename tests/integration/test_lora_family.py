@@ -1,4 +1,4 @@
-"""The options of section `lora`: resumed bit for bit, published and proved, merged, loaded again."""
+"""The options of section `lora`: resumed bit for bit, published and proved, merged."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ LORA = {"training_mode": "lora", "learning_rate": 1e-2, "max_steps": 6}
 FAMILY: dict[str, dict[str, Any]] = {
     "rslora": {"lora": {"use_rslora": True, "r": 4}},
     "dora": {"lora": {"use_dora": True, "r": 4, "dropout": 0.1}},
+    "neftune": {"lora": {"neftune_alpha": 8.0}},
 }
 GOLDEN = ([5, 6, 7, 8], list(range(20, 90)))
 

@@ -227,6 +227,27 @@ def lora_dropout(lab: Lab) -> None:
     assert distance(one.weights, two.weights) > 1e-3
 
 
+@shows("lora.neftune_alpha")
+def lora_neftune_alpha(lab: Lab) -> None:
+    """Losses of training move with alpha; those of evaluation, before any step, do not."""
+    often = {"micro_eval_interval": 1}
+    seen = [
+        lab.run(hyperparams={**LORA, "max_steps": 2}, lora={"neftune_alpha": a}, monitoring=often)
+        for a in (0.0, 5.0, 50.0)
+    ]
+    first = [one.steps[0].loss for one in seen]
+    assert 0 < abs(first[1] - first[0]) < abs(first[2] - first[0])
+    assert distance(seen[0].weights, seen[1].weights) > 1e-4
+    trainer = lab.trainer(hyperparams=LORA, lora={"neftune_alpha": 50.0})
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = []
+    for is_training in (False, False, True):
+        trainer.model.train(is_training)
+        with torch.no_grad():
+            found.append(float(trainer.compute_loss(trainer.model, batch)))
+    assert found[0] == found[1] != found[2]
+
+
 @shows("lora.modules_to_save")
 def lora_modules_to_save(lab: Lab) -> None:
     seen = lab.run(hyperparams=LORA, lora={"modules_to_save": ["lm_head"]})

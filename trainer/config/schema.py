@@ -279,6 +279,17 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_noise(self) -> TrainerConfig:
+        if self.lora.neftune_alpha and self.hyperparams.training_mode == "full":
+            raise CombinationError(
+                "lora.neftune_alpha is an option of adapters, and hyperparams.training_mode=full "
+                "trains none; set training_mode=lora or neftune_alpha=0",
+                "lora.neftune_alpha",
+                "hyperparams.training_mode",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_early_stopping(self) -> TrainerConfig:
         if self.hyperparams.early_stopping_patience and not self.monitoring.micro_eval_interval:
             raise CombinationError(

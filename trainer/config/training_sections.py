@@ -122,6 +122,9 @@ class LoraSection(Section):
     Slower; closer to full training at small ranks."""
     dropout: Share = 0.0
     """Dropout before the adapters."""
+    neftune_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """NEFTune: noise on the embedded tokens while training, each number of a token moved by up to
+    this / sqrt(tokens of the row x hidden size); the paper has 5 to 15. 0 = off."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Module names that get an adapter; `all-linear` is every linear layer but the head."""
     modules_to_save: tuple[str, ...] = ()

@@ -154,6 +154,10 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"model.add_tokens", "hyperparams.training_mode"},
     ),
     (
+        {"lora.neftune_alpha": 5.0},
+        {"lora.neftune_alpha", "hyperparams.training_mode"},
+    ),
+    (
         {"hyperparams.early_stopping_patience": 2, "monitoring.micro_eval_interval": 0},
         {"hyperparams.early_stopping_patience", "monitoring.micro_eval_interval"},
     ),
