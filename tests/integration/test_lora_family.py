@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "dora": {"lora": {"use_dora": True, "r": 4, "dropout": 0.1}},
     "neftune": {"lora": {"neftune_alpha": 8.0}},
 }
+TRAINED_ON = "an adapter trained on"
+MEMBERS = [*FAMILY, TRAINED_ON]
 GOLDEN = ([5, 6, 7, 8], list(range(20, 90)))
 
 
@@ -45,19 +48,33 @@ def finished(train: Callable[..., Any]) -> Callable[..., Path]:
     """A function that trains with options of the family; gives the run's folder."""
 
     def run(name: str, /, **sections: Any) -> Path:
-        hyper = {**LORA, **sections.pop("hyperparams", {})}
-        result = train(name, hyperparams=hyper, monitoring=QUIET, **sections)
+        result = train(name, hyperparams=LORA, monitoring=QUIET, **sections)
         assert result.success, result.error_message
         return Path(result.output_dir)
 
     return run
 
 
+@pytest.fixture
+def options(finished: Callable[..., Path]) -> Callable[[str], dict[str, Any]]:
+    """A function that gives the sections of a member of the family; an adapter to train on."""
+
+    def find(name: str) -> dict[str, Any]:
+        if name != TRAINED_ON:
+            return FAMILY[name]
+        lora = {"use_rslora": True, "use_dora": True, "r": 3, "modules_to_save": ["lm_head"]}
+        return {"model_path": str(finished("before", lora=lora))}
+
+    return find
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILY)
-def test_n16_holds_for_the_family(train: Callable[..., Any], name: str) -> None:
-    options = {"gradient_accumulation": 2, **LORA}
-    straight, again = resumed(train, 3, hyperparams=options, monitoring=QUIET, **FAMILY[name])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_n16_holds_for_the_family(
+    train: Callable[..., Any], options: Callable[[str], Any], name: str
+) -> None:
+    hyper = {"gradient_accumulation": 2, **LORA}
+    straight, again = resumed(train, 3, hyperparams=hyper, monitoring=QUIET, **options(name))
     check_same_state(straight.checkpoint_path, again.checkpoint_path)
 
 
@@ -104,11 +121,11 @@ def disagreement(run: Path, folder: Path) -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", MEMBERS)
 def test_a_server_computes_what_the_trainer_computes(
-    finished: Callable[..., Path], tmp_path: Path, name: str
+    finished: Callable[..., Path], options: Callable[[str], Any], tmp_path: Path, name: str
 ) -> None:
-    assert disagreement(finished("a", **FAMILY[name]), tmp_path / "sent") is None
+    assert disagreement(finished("a", **options(name)), tmp_path / "sent") is None
 
 
 @pytest.mark.slow
@@ -131,11 +148,11 @@ def test_mutant_a_server_that_ignores_a_field_is_found_out(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", MEMBERS)
 def test_n21_a_merge_of_the_family_says_what_the_adapter_says(
-    finished: Callable[..., Path], name: str
+    finished: Callable[..., Path], options: Callable[[str], Any], name: str
 ) -> None:
-    run = finished("a", **FAMILY[name])
+    run = finished("a", **options(name))
     report = export_merged(open_run(run), run / "merged_model")
     assert report.merged < 1e-4
     ids = torch.tensor([GOLDEN[0] + GOLDEN[1]])
@@ -147,3 +164,39 @@ def test_n21_a_merge_of_the_family_says_what_the_adapter_says(
             plain = model(ids).logits
     assert distance(said, merged)[1] < 2e-6
     assert distance(said, plain)[1] > 1e-2, "the adapter does something"
+
+
+# ---- what `--model` takes
+
+
+@pytest.mark.slow
+def test_a_run_stands_for_its_final_model_and_all_weights_are_trained_of_whole_models_only(
+    train: Callable[..., Any], finished: Callable[..., Path], tmp_path: Path
+) -> None:
+    full = train("full", hyperparams={"max_steps": 2}, monitoring=QUIET)
+    on = train("on", model_path=str(full.output_dir), hyperparams={"max_steps": 2})
+    assert on.success, on.error_message
+    assert on.summary["config"]["model"]["model_path"] == str(full.model_path)
+    run = finished("adapter")
+    for path in (run, run / "final_model", run / "checkpoints" / "step-00000006"):
+        refused = train("no", model_path=str(path), hyperparams={"max_steps": 2})
+        assert refused.exit_code == 2
+        assert "set hyperparams.training_mode=lora" in refused.error_message
+        assert not (tmp_path / "no").exists()
+    shutil.rmtree(run / "final_model")
+    refused = train("no", model_path=str(run), hyperparams=LORA)
+    assert (refused.exit_code, "has no final model" in refused.error_message) == (2, True)
+    onward = train("c", model_path=str(run / "checkpoints" / "step-00000006"), hyperparams=LORA)
+    assert onward.success, onward.error_message
+
+
+@pytest.mark.slow
+def test_options_against_the_adapter_that_is_trained_on_are_refused_before_anything_is_written(
+    train: Callable[..., Any], finished: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = str(finished("adapter"))
+    refused = train("no", model_path=run, hyperparams=LORA, lora={"r": 5})
+    assert (refused.exit_code, "lora.r=5" in refused.error_message) == (2, True)
+    refused = train("no", model_path=run, hyperparams=LORA, model={"add_tokens": ["it is"]})
+    assert (refused.exit_code, "model.add_tokens" in refused.error_message) == (2, True)
+    assert not (tmp_path / "no").exists()

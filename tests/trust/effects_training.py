@@ -235,7 +235,7 @@ def lora_neftune_alpha(lab: Lab) -> None:
         lab.run(hyperparams={**LORA, "max_steps": 2}, lora={"neftune_alpha": a}, monitoring=often)
         for a in (0.0, 5.0, 50.0)
     ]
-    first = [one.steps[0].loss for one in seen]
+    first = [one.steps[0].train_loss for one in seen]
     assert 0 < abs(first[1] - first[0]) < abs(first[2] - first[0])
     assert distance(seen[0].weights, seen[1].weights) > 1e-4
     trainer = lab.trainer(hyperparams=LORA, lora={"neftune_alpha": 50.0})

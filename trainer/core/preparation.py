@@ -27,7 +27,8 @@ from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.sources import check_files
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, ModelError
+from trainer.models import resolve_alias
 from trainer.models.adapter_files import SAVED_BASE, describe_base
 from trainer.models.adapters import add_lora
 from trainer.models.chat_template import fix_date
@@ -49,6 +50,7 @@ from trainer.models.precision import (
     resolve_device,
     resolve_precision,
 )
+from trainer.models.train_on import adapter_of, adapter_options, base_section, train_on
 from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
@@ -95,11 +97,23 @@ def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerCo
         ConfigError: `locked` or `hyperparams.max_length` does not fit it.
     """
     offline = config.environment.offline
-    check_is_model(config.model)
+    config = _at_final_model(config)
+    if config.hyperparams.training_mode == "full":
+        check_is_model(config.model)
     observers.phase("loading", f"loading the tokenizer of {config.model.model_path}")
-    tokenizer = load_tokenizer(config.model, offline=offline)
-    model_config = read_model_config(config.model, offline=offline)
-    check_locked(config.locked, config.model, model_config)
+    base, adapter = base_section(config.model), adapter_of(config.model)
+    if adapter is not None and config.model.add_tokens:
+        raise ConfigError(
+            f"model.add_tokens: the adapter {adapter} that is trained on has the tokens that it "
+            "was trained with; leave add_tokens empty, or merge it first (`trainer export --merge`)."
+        )
+    own_tokenizer = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(config.model if own_tokenizer else base, offline=offline)
+    model_config = read_model_config(base, offline=offline)
+    check_locked(config.locked, base, model_config)
+    if adapter is not None:
+        lora = adapter_options(config.lora, adapter, model_config)
+        config = config.model_copy(update={"lora": lora})
     monitoring = config.monitoring
     check_trainable(
         model_config,
@@ -116,6 +130,25 @@ def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerCo
     length = wanted or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     hyper = config.hyperparams.model_copy(update={"max_length": length})
     return config.model_copy(update={"hyperparams": hyper}), tokenizer
+
+
+def _at_final_model(config: TrainerConfig) -> TrainerConfig:
+    """The folder of a run stands for its final model, or adapter.
+
+    Raises:
+        ModelError: the run has none.
+    """
+    run = Path(resolve_alias(config.model.model_path))
+    if not (run / RunFolder.RUN_JSON).is_file():
+        return config
+    final = run / RunFolder.FINAL_MODEL
+    if not final.is_dir():
+        raise ModelError(
+            f"model.model_path={config.model.model_path}: this run has no final model; go on with "
+            f"it (--resume), or give one of its checkpoints ({run / RunFolder.CHECKPOINTS})."
+        )
+    model = config.model.model_copy(update={"model_path": str(final)})
+    return config.model_copy(update={"model": model})
 
 
 def open_run_folder(job: Job, config: TrainerConfig) -> None:
@@ -242,7 +275,7 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     job.observers.phase("loading", f"loading {config.model.model_path}")
     started = time.perf_counter()
     model = load_model(
-        config.model,
+        base_section(config.model),
         dtype=prepared.precision.load_dtype,
         seed=seed,
         offline=config.environment.offline,
@@ -256,7 +289,11 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
         if job.folder is not None:
             _keep_unsaved_base(model, tokenizer, job.folder.path / SAVED_BASE)
         base = describe_base(model)
-        model = add_lora(model, config.lora, seed=seed, revision=config.model.revision)
+        adapter = adapter_of(config.model)
+        if adapter is not None:
+            model = train_on(model, adapter, config.lora, seed=seed)
+        else:
+            model = add_lora(model, config.lora, seed=seed, revision=config.model.revision)
         model.base_record = base
         if config.hyperparams.gradient_checkpointing:
             # Inputs of a frozen model need no gradient, and then nothing would be recomputed.

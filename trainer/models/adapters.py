@@ -31,8 +31,7 @@ def add_lora(
     Raises:
         ConfigError: a target module is not in the model, or is of a kind that takes no adapter.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     targets: Any = section.target_modules
     _check_names(model, section)
@@ -48,22 +47,39 @@ def add_lora(
         revision=revision,
     )
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # PEFT finds out by itself that GPT-2's layers are stored (in, out), and says so.
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-            # A tied head gets adapters of its own; `merge_adapter` unties it.
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
-            torch.manual_seed(seed)
-            adapted = get_peft_model(model, config)
+        return put_on(model, config, seed=seed)
     except ValueError as error:  # PEFT's words for a model that has nothing to adapt
         raise ConfigError(
             f"lora.target_modules={targets} cannot be used with this model: "
             f"{' '.join(str(error).split())[:300]} {_choice(model)}"
         ) from error
+
+
+def put_on(model: Any, config: Any, *, seed: int) -> Any:
+    """New adapters as PEFT's config says; the random state stays as it was.
+
+    Raises:
+        ValueError: PEFT's own, where they do not fit the model.
+    """
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT finds out by itself that GPT-2's layers are stored (in, out), and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        # A tied head gets adapters of its own; `merge_adapter` unties it.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # PEFT copies modules_to_save in the dtype of the frozen base,
             parameter.data = parameter.data.float()  # which would lose most updates
     return adapted
+
+
+def adapted_modules(model: Any) -> set[str]:
+    """Names in the plain model of the modules that a PEFT model has adapters on."""
+    modules = model.get_base_model().named_modules()
+    return {name for name, module in modules if hasattr(module, "lora_A")}
 
 
 def _check_names(model: Any, section: LoraSection) -> None:

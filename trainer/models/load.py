@@ -229,9 +229,9 @@ def check_is_model(section: ModelSection) -> None:
     if is_adapter_folder(Path(resolve_alias(section.model_path))):
         raise ModelError(
             f"model.model_path={section.model_path}: this folder holds an adapter, not a whole "
-            "model. To train on from it, merge it first (`trainer export "
-            f"{section.model_path} --merge --output MERGED`) and give MERGED; to go on with the "
-            "run that made it, use --resume."
+            "model. To train the adapter on, set hyperparams.training_mode=lora; to train all "
+            f"weights, merge it first (`trainer export {section.model_path} --merge --output "
+            "MERGED`) and give MERGED; to go on with the run that made it, use --resume."
         )
 
 

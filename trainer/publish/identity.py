@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trainer.files import canonical_hash
+from trainer.models.adapters import adapted_modules
 from trainer.models.chat_template import chat_template_hash, tokenizer_hash
 from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof, is_match
 from trainer.publish.wire import AdapterConfig, TensorEntry, WeightsManifest
@@ -72,9 +73,10 @@ def base_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def adapter_config(model: Any) -> AdapterConfig:
     """How the adapters of a PEFT model are built, with every target module by its full name."""
-    config = model.peft_config["default"]
-    base = model.get_base_model()
-    targets = sorted(name for name, module in base.named_modules() if hasattr(module, "lora_A"))
+    config, base = model.peft_config["default"], model.get_base_model()
+    targets = sorted(adapted_modules(model))
+    ranks = {name: base.get_submodule(name).r["default"] for name in targets}
+    alphas = {name: base.get_submodule(name).lora_alpha["default"] for name in targets}
     return AdapterConfig(
         r=config.r,
         alpha=config.lora_alpha,
@@ -82,6 +84,8 @@ def adapter_config(model: Any) -> AdapterConfig:
         modules_to_save=sorted(config.modules_to_save or ()),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        ranks={name: rank for name, rank in ranks.items() if rank != config.r},
+        alphas={name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
     )
 
 

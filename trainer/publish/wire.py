@@ -80,6 +80,10 @@ class TensorEntry(Body):
     """Of the tensor's bytes: contiguous, little endian."""
 
 
+Rank = Annotated[int, Field(ge=1, le=4096)]
+
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 FIRST_FIELDS = {"r", "alpha", "target_modules", "modules_to_save"}
 """Of an AdapterConfig: what every server reads."""
 
@@ -89,14 +93,18 @@ ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")
 class AdapterConfig(Body):
     """How a LoRA adapter is built: names of modules, never patterns or classes."""
 
-    r: Annotated[int, Field(ge=1, le=4096)]
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    r: Rank
+    alpha: Alpha
     target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=2000)]
     modules_to_save: Annotated[list[ModuleName], Field(max_length=200)] = []
     use_rslora: bool = False
     """The scale is alpha / sqrt(r) instead of alpha / r."""
     use_dora: bool = False
     """Each target has a trained magnitude beside its two matrices."""
+    ranks: Annotated[dict[ModuleName, Rank], Field(max_length=2000)] = {}
+    """Of targets that have another one than `r`."""
+    alphas: Annotated[dict[ModuleName, Alpha], Field(max_length=2000)] = {}
+    """Of targets that have another one than `alpha`."""
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

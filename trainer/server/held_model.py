@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,9 @@ def _with_adapter(base: Any, adapter: AdapterConfig) -> Any:
         modules_to_save=list(adapter.modules_to_save) or None,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
+        # PEFT reads these names as patterns of the ends of names.
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in adapter.ranks.items()},
+        alpha_pattern={f"^{re.escape(name)}": value for name, value in adapter.alphas.items()},
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

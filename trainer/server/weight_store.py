@@ -416,7 +416,9 @@ def _is_of_adapter(entry: TensorEntry, adapter: AdapterConfig) -> bool:
         return False
     for ending, axis in RANK_AXIS.items():
         if entry.name.endswith(ending):
-            return len(entry.shape) == 2 and entry.shape[axis] == adapter.r
+            target = entry.name.partition(".lora_")[0].removeprefix("base_model.model.")
+            rank = adapter.ranks.get(target, adapter.r)
+            return len(entry.shape) == 2 and entry.shape[axis] == rank
     if entry.name.endswith(MAGNITUDE):
         return adapter.use_dora and len(entry.shape) == 1
     return ".modules_to_save." in entry.name and ".lora_" not in entry.name

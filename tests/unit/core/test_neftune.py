@@ -60,6 +60,6 @@ def test_the_noise_is_uniform_up_to_alpha_by_the_root_of_length_times_width(
 def test_a_model_that_does_not_call_its_embedding_is_refused(
     make_model: Callable[..., Any],
 ) -> None:
-    with pytest.raises(ConfigError, match="neftune_alpha"):
-        with noisy_embeddings(make_model(), PadCollator(0)([row(4)]), 1.0):
-            pass
+    model, batch = make_model(), PadCollator(0)([row(4)])
+    with pytest.raises(ConfigError, match="neftune_alpha"), noisy_embeddings(model, batch, 1.0):
+        pass
