@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.integration.test_resume_exact import QUIET, check_same_state, resumed
+from trainer.config.training_sections import LoraSection
 from trainer.core.finished import open_run
 from trainer.core.merging import distance, export_merged
+from trainer.models.adapters import add_lora
 from trainer.models.chat_template import chat_template_hash, tokenizer_hash
-from trainer.preview.neutral import golden_logprobs
+from trainer.models.load import add_tokens, grow_embeddings
+from trainer.preview.neutral import as_received, golden_logprobs
 from trainer.publish.identity import (
     NOISE_FP32,
     Canary,
@@ -37,6 +42,11 @@ FAMILY: dict[str, dict[str, Any]] = {
     "rslora": {"lora": {"use_rslora": True, "r": 4}},
     "dora": {"lora": {"use_dora": True, "r": 4, "dropout": 0.1}},
     "neftune": {"lora": {"neftune_alpha": 8.0}},
+}
+FAMILY |= {
+    "added tokens": {"model": {"add_tokens": ["it is", "<<x>>"]}, "lora": {"use_dora": True}},
+    "one layer": {"lora": {"layers_to_transform": [1], "init": "gaussian"}},
+    "tied copy": {"lora": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}},
 }
 TRAINED_ON = "an adapter trained on"
 MEMBERS = [*FAMILY, TRAINED_ON]
@@ -81,8 +91,10 @@ def test_n16_holds_for_the_family(
 # ---- what a server builds from what it is sent, in this process
 
 
-def publish(model: Any, tokenizer: Any, folder: Path) -> tuple[HeldModel, AdapterConfig, float]:
-    """A server with this model's base and adapter, and what the canary says there."""
+def publish(
+    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """What a server says of the golden tokens that was sent this model's base and adapter."""
     sent = folder / "model"
     model.config.save_pretrained(sent)
     tokenizer.save_pretrained(sent)
@@ -94,7 +106,7 @@ def publish(model: Any, tokenizer: Any, folder: Path) -> tuple[HeldModel, Adapte
     )
     files = {"base": base_tensors(model), "adapter": adapter_tensors(model)}
     for name, tensors in files.items():
-        values = {key: value.detach().clone() for key, value in tensors.items()}
+        values = {key: value.detach().to(dtype, copy=True) for key, value in tensors.items()}
         save_file(values, folder / name)
     base = WeightFile(folder / "base", hashes).manifest()
     check_fit(base, held.manifest)
@@ -108,16 +120,18 @@ def publish(model: Any, tokenizer: Any, folder: Path) -> tuple[HeldModel, Adapte
         base_id=base.weights_id,
         base_path=str(folder / "base"),
     )
-    return held, config, float(golden_logprobs(held.model, *GOLDEN).sum())
+    return golden_logprobs(held.model, *GOLDEN)
 
 
-def disagreement(run: Path, folder: Path) -> str | None:
-    """Why the canary would refuse what a server says with the final adapter of a run."""
-    done = open_run(run)
-    model, tokenizer = done.load()
-    _, _, theirs = publish(model, tokenizer, folder)
-    canary = Canary((0,), len(GOLDEN[1]), NOISE_FP32, lambda: torch.zeros(0))
-    return canary.disagreement(float(golden_logprobs(model, *GOLDEN).sum()), theirs)
+def is_same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    canary = Canary((0,), len(GOLDEN[1]), NOISE_FP32, lambda: mine)
+    return canary.disagreement(float(mine.sum()), float(theirs.sum())) is None
+
+
+def is_verified(run: Path, folder: Path) -> bool:
+    """Whether a server says the same with the final adapter of a run."""
+    model, tokenizer = open_run(run).load()
+    return is_same(golden_logprobs(model, *GOLDEN), publish(model, tokenizer, folder))
 
 
 @pytest.mark.slow
@@ -125,23 +139,52 @@ def disagreement(run: Path, folder: Path) -> str | None:
 def test_a_server_computes_what_the_trainer_computes(
     finished: Callable[..., Path], options: Callable[[str], Any], tmp_path: Path, name: str
 ) -> None:
-    assert disagreement(finished("a", **options(name)), tmp_path / "sent") is None
+    assert is_verified(finished("a", **options(name)), tmp_path / "sent")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("field", ["use_rslora"])
-def test_mutant_a_server_that_ignores_a_field_is_found_out(
-    finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+def test_mutant_a_server_that_ignores_the_scale_is_found_out(
+    finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = held_model._with_adapter
 
     def deaf(base: Any, adapter: AdapterConfig) -> Any:
-        return build(base, adapter.model_copy(update={field: False}))
+        return build(base, adapter.model_copy(update={"use_rslora": False}))
 
     monkeypatch.setattr(held_model, "_with_adapter", deaf)
-    assert "may differ by" in str(
-        disagreement(finished("a", **FAMILY[field.removeprefix("use_")]), tmp_path / "sent")
-    )
+    assert not is_verified(finished("a", **FAMILY["rslora"]), tmp_path / "sent")
+
+
+BF16: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True, "target_modules": ("q_proj", "lm_head", "embed_tokens")},
+    "rows": {"use_rslora": True},
+    "tied copy": {"modules_to_save": ("lm_head",), "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", BF16)
+def test_a_server_computes_the_same_in_bf16(
+    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, name: str, tied: bool
+) -> None:
+    if name == "tied copy" and not tied:
+        pytest.skip("there is no tie")
+    tokenizer = copy.deepcopy(tokenizer)
+    base = make_model(vocab_size=len(tokenizer), tie_word_embeddings=tied).bfloat16()
+    ids = []
+    if name == "rows":
+        add_tokens(tokenizer, ["<<x>>", "<<y>>"])
+        ids = tokenizer.convert_tokens_to_ids(["<<x>>", "<<y>>"])
+        grow_embeddings(base, ids)
+    model = add_lora(base, LoraSection(**BF16[name]), seed=0, token_ids=ids)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    with as_received(model, lambda tensor: torch.bfloat16):
+        mine = golden_logprobs(model, *GOLDEN)
+    assert is_same(mine, publish(model, tokenizer, tmp_path / "sent", torch.bfloat16))
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
 
 # ---- merged, and loaded by plain PEFT
@@ -176,7 +219,8 @@ def test_a_run_stands_for_its_final_model_and_all_weights_are_trained_of_whole_m
     full = train("full", hyperparams={"max_steps": 2}, monitoring=QUIET)
     on = train("on", model_path=str(full.output_dir), hyperparams={"max_steps": 2})
     assert on.success, on.error_message
-    assert on.summary["config"]["model"]["model_path"] == str(full.model_path)
+    record = json.loads((on.output_dir / "run.json").read_text())
+    assert record["config"]["model"]["model_path"] == str(full.model_path)
     run = finished("adapter")
     for path in (run, run / "final_model", run / "checkpoints" / "step-00000006"):
         refused = train("no", model_path=str(path), hyperparams={"max_steps": 2})

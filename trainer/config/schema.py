@@ -268,17 +268,6 @@ class TrainerConfig(Section):
     lora: LoraSection = LoraSection()
 
     @model_validator(mode="after")
-    def _check_added_tokens(self) -> TrainerConfig:
-        if self.model.add_tokens and self.hyperparams.training_mode == "lora":
-            raise CombinationError(
-                "model.add_tokens needs trained embeddings, and hyperparams.training_mode=lora "
-                "freezes them; set training_mode=full or leave add_tokens empty",
-                "model.add_tokens",
-                "hyperparams.training_mode",
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_noise(self) -> TrainerConfig:
         if self.lora.neftune_alpha and self.hyperparams.training_mode == "full":
             raise CombinationError(

@@ -39,7 +39,6 @@ from trainer.models.load import (
     context_length,
     embedding_rows,
     grow_embeddings,
-    load_model,
     load_tokenizer,
     read_model_config,
 )
@@ -50,7 +49,13 @@ from trainer.models.precision import (
     resolve_device,
     resolve_precision,
 )
-from trainer.models.train_on import adapter_of, adapter_options, base_section, train_on
+from trainer.models.train_on import (
+    adapter_of,
+    adapter_options,
+    base_section,
+    load_base,
+    train_on,
+)
 from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
@@ -104,8 +109,8 @@ def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerCo
     base, adapter = base_section(config.model), adapter_of(config.model)
     if adapter is not None and config.model.add_tokens:
         raise ConfigError(
-            f"model.add_tokens: the adapter {adapter} that is trained on has the tokens that it "
-            "was trained with; leave add_tokens empty, or merge it first (`trainer export --merge`)."
+            f"model.add_tokens: the adapter {adapter} that is trained on keeps the tokens that it "
+            "was trained with; leave add_tokens empty, or merge it first (`trainer export`)."
         )
     own_tokenizer = adapter is not None and (adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(config.model if own_tokenizer else base, offline=offline)
@@ -274,26 +279,29 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     config, tokenizer, seed = prepared.config, prepared.tokenizer, prepared.config.environment.seed
     job.observers.phase("loading", f"loading {config.model.model_path}")
     started = time.perf_counter()
-    model = load_model(
-        base_section(config.model),
+    model, base = load_base(
+        config.model,
         dtype=prepared.precision.load_dtype,
         seed=seed,
         offline=config.environment.offline,
         device=prepared.device,
     )
-    if config.model.add_tokens:
-        grow_embeddings(model, tokenizer, config.model.add_tokens)
+    added = tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))
+    if added:
+        grow_embeddings(model, added)
     check_vocabulary(model, tokenizer)
     _check_rows(prepared.data, model, tokenizer)
     if config.hyperparams.training_mode == "lora":
-        if job.folder is not None:
-            _keep_unsaved_base(model, tokenizer, job.folder.path / SAVED_BASE)
-        base = describe_base(model)
+        if job.folder is not None and _keep_unsaved_base(
+            model, tokenizer, job.folder.path / SAVED_BASE
+        ):
+            base = describe_base(model)  # with the rows of added tokens, as it was saved
         adapter = adapter_of(config.model)
         if adapter is not None:
             model = train_on(model, adapter, config.lora, seed=seed)
         else:
-            model = add_lora(model, config.lora, seed=seed, revision=config.model.revision)
+            revision = config.model.revision
+            model = add_lora(model, config.lora, seed=seed, revision=revision, token_ids=added)
         model.base_record = base
         if config.hyperparams.gradient_checkpointing:
             # Inputs of a frozen model need no gradient, and then nothing would be recomputed.
@@ -324,12 +332,17 @@ def _check_rows(data: RunData, model: Any, tokenizer: Any) -> None:
                 )
 
 
-def _keep_unsaved_base(model: Any, tokenizer: Any, folder: Path) -> None:
-    """An adapter needs its base again: the built-in model is on no disk, so save it."""
+def _keep_unsaved_base(model: Any, tokenizer: Any, folder: Path) -> bool:
+    """An adapter needs its base again: the built-in model is on no disk, so save it.
+
+    Returns:
+        Whether the run has a base of its own.
+    """
     if model.config._name_or_path:
-        return
+        return False
     base = folder.resolve()
     if not base.exists():
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
     model.config._name_or_path = model.name_or_path = str(base)
+    return True

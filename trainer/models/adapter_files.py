@@ -20,7 +20,12 @@ from trainer.files import SAVED_BASE as SAVED_BASE
 from trainer.files import library_errors
 from trainer.models import is_adapter_folder
 from trainer.models.adapters import merge_adapter
-from trainer.models.load import load_model, looks_like_path, read_model_config
+from trainer.models.load import (
+    grow_embeddings,
+    load_model,
+    looks_like_path,
+    read_model_config,
+)
 from trainer.models.precision import check_mergeable, save_full
 
 BASE_RECORD = "base.json"
@@ -92,6 +97,9 @@ def load_finished_model(
     except ModelError as error:
         raise ModelError(_of_base(folder, error)) from error
     check_base(folder, model)
+    rows = token_rows(folder)
+    if rows:
+        grow_embeddings(model, rows)
     return _put_on(model, folder)
 
 
@@ -181,6 +189,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read ({error}).") from error
     return saved
+
+
+def token_rows(folder: Path) -> list[int]:
+    """Ids of the tokens whose rows an adapter holds, which its base may not have yet."""
+    found = read_adapter_config(folder).get("trainable_token_indices") or {}
+    try:
+        lists = found.values() if isinstance(found, dict) else [found]
+        return sorted({int(one) for ids in lists for one in ids})
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: trainable_token_indices={found!r} in adapter_config.json are no ids."
+        ) from error
 
 
 def check_base(folder: Path, model: Any, *, advice: str = GIVE_BASE) -> None:

@@ -15,8 +15,15 @@ import torch
 from trainer.config.training_sections import LoraSection, ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models import is_adapter_folder, resolve_alias
-from trainer.models.adapter_files import base_of, check_base, read_adapter_config
-from trainer.models.adapters import add_lora, adapted_modules, put_on
+from trainer.models.adapter_files import (
+    base_of,
+    check_base,
+    describe_base,
+    read_adapter_config,
+    token_rows,
+)
+from trainer.models.adapters import adapted_modules, add_lora, put_on
+from trainer.models.load import grow_embeddings, load_model
 
 ADVICE = "its folder or hub id as base_model_name_or_path in the adapter's adapter_config.json"
 
@@ -25,8 +32,12 @@ KNOWN = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
     *("target_modules", "modules_to_save", "fan_in_fan_out", "exclude_modules"),
-    *("rank_pattern", "alpha_pattern"),
+    *("rank_pattern", "alpha_pattern", "trainable_token_indices", "ensure_weight_tying"),
+    *("layers_to_transform", "layers_pattern"),
 }
+
+EMBEDDINGS = {"embed_tokens", "lm_head"}
+"""Names of modules whose adapters PEFT ties; see `lora.ensure_weight_tying`."""
 
 STARTS = (True, False, "gaussian", "orthogonal")
 """Values of init_lora_weights that leave the base's weights as they are."""
@@ -70,6 +81,9 @@ def adapter_options(section: LoraSection, folder: Path, model_config: Any) -> Lo
             "use_dora": config.use_dora,
             "target_modules": tuple(sorted(config.target_modules)),
             "modules_to_save": tuple(sorted(config.modules_to_save or ())),
+            "layers_to_transform": _numbers(config.layers_to_transform),
+            "ensure_weight_tying": config.ensure_weight_tying,
+            "init": "default",  # nothing of it is left
             **({} if "dropout" in section.model_fields_set else {"dropout": config.lora_dropout}),
         }
     )
@@ -89,6 +103,10 @@ def adapter_options(section: LoraSection, folder: Path, model_config: Any) -> Lo
             "leave these out, or begin a new adapter on its base."
         )
     return mine
+
+
+def _numbers(layers: Any) -> tuple[int, ...]:
+    return (layers,) if isinstance(layers, int) else tuple(layers or ())
 
 
 def _targets(section: LoraSection, model_config: Any) -> set[str]:
@@ -125,6 +143,10 @@ def _peft_config(folder: Path) -> Any:
             odd.append(f"{name}={value!r}")
     if isinstance(config.target_modules, str):
         odd.append(f"target_modules={config.target_modules!r}")
+    elif config.ensure_weight_tying and EMBEDDINGS & {
+        name.rsplit(".", 1)[-1] for name in config.target_modules
+    }:
+        odd.append("ensure_weight_tying of target_modules")
     if odd:
         raise ModelError(
             f"{folder}: an adapter with {', '.join(odd)[:300]} cannot be trained on; {advice}"
@@ -132,20 +154,41 @@ def _peft_config(folder: Path) -> Any:
     return config
 
 
+def load_base(
+    section: ModelSection, *, dtype: torch.dtype, seed: int, offline: bool, device: torch.device
+) -> tuple[Any, dict[str, Any]]:
+    """The model of a run, without adapters, and what `base.json` will say of it.
+
+    An adapter's base is compared with what is recorded beside the adapter, and gets the rows of
+    the tokens that the adapter was trained with.
+
+    Raises:
+        ModelError: it cannot be loaded, or is not the adapter's base.
+    """
+    folder, where = adapter_of(section), base_section(section)
+    model = load_model(where, dtype=dtype, seed=seed, offline=offline, device=device)
+    record = describe_base(model)
+    if folder is not None:
+        check_base(folder, model, advice=ADVICE)
+        rows = token_rows(folder)
+        if rows:
+            grow_embeddings(model, rows)
+    return model, record
+
+
 def train_on(model: Any, folder: Path, section: LoraSection, *, seed: int) -> Any:
     """Put an adapter on its base, ready to be trained further; all that is trained is fp32.
 
     Args:
-        model: the base.
+        model: the base, compared with what is known of it, with rows for all tokens.
         section: of `adapter_options`.
         seed: of weights that the files should all replace.
     Raises:
-        ModelError: it is not the adapter's base, or the files do not fit.
+        ModelError: the files do not fit it.
     """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    check_base(folder, model, advice=ADVICE)
     config = _peft_config(folder)
     config.inference_mode, config.lora_dropout = False, section.dropout
     config.base_model_name_or_path = None  # where it is now: of the model
@@ -153,7 +196,7 @@ def train_on(model: Any, folder: Path, section: LoraSection, *, seed: int) -> An
         adapted = put_on(model, config, seed=seed)
         # Into fp32: PEFT's own loading would round modules_to_save to the dtype of the base.
         found = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, UserWarning) as error:
         raise ModelError(_misfit(folder, model, " ".join(str(error).split())[:300])) from error
     trained = {name for name, one in adapted.named_parameters() if one.requires_grad}
     lost = sorted(trained & set(found.missing_keys)) or sorted(found.unexpected_keys)

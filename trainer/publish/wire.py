@@ -84,6 +84,8 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=65_536)]
+
 FIRST_FIELDS = {"r", "alpha", "target_modules", "modules_to_save"}
 """Of an AdapterConfig: what every server reads."""
 
@@ -105,6 +107,11 @@ class AdapterConfig(Body):
     """Of targets that have another one than `r`."""
     alphas: Annotated[dict[ModuleName, Alpha], Field(max_length=2000)] = {}
     """Of targets that have another one than `alpha`."""
+    trainable_tokens: Annotated[dict[ModuleName, Ids], Field(max_length=4)] = {}
+    """Rows of embedding and head that are trained, by the module's full name; a head that is tied
+    to the embedding has those of the embedding."""
+    ensure_weight_tying: bool = False
+    """Embedding and head stay tied where one of them is trained."""
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

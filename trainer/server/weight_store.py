@@ -334,6 +334,8 @@ RANK_AXIS = {
 }
 """Where the rank stands in the shape of each kind of adapter tensor."""
 
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+
 MAGNITUDE = ".lora_magnitude_vector.weight"
 """Of DoRA: one number for each row of the weights."""
 
@@ -419,6 +421,10 @@ def _is_of_adapter(entry: TensorEntry, adapter: AdapterConfig) -> bool:
             target = entry.name.partition(".lora_")[0].removeprefix("base_model.model.")
             rank = adapter.ranks.get(target, adapter.r)
             return len(entry.shape) == 2 and entry.shape[axis] == rank
+    if entry.name.endswith(TOKEN_ROWS):
+        module = entry.name.removesuffix(TOKEN_ROWS).removeprefix("base_model.model.")
+        rows = adapter.trainable_tokens.get(module, ())
+        return len(entry.shape) == 2 and entry.shape[0] == len(rows)
     if entry.name.endswith(MAGNITUDE):
         return adapter.use_dora and len(entry.shape) == 1
     return ".modules_to_save." in entry.name and ".lora_" not in entry.name
