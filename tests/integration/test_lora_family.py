@@ -38,18 +38,30 @@ from trainer.server.held_model import HeldModel
 from trainer.server.weight_store import check_fit
 
 LORA = {"training_mode": "lora", "learning_rate": 1e-2, "max_steps": 6}
+TOKENS = {"add_tokens": ["it is", "<<x>>"]}
 FAMILY: dict[str, dict[str, Any]] = {
     "rslora": {"lora": {"use_rslora": True, "r": 4}},
     "dora": {"lora": {"use_dora": True, "r": 4, "dropout": 0.1}},
     "neftune": {"lora": {"neftune_alpha": 8.0}},
-}
-FAMILY |= {
-    "added tokens": {"model": {"add_tokens": ["it is", "<<x>>"]}, "lora": {"use_dora": True}},
+    "added tokens": {"model": TOKENS},
     "one layer": {"lora": {"layers_to_transform": [1], "init": "gaussian"}},
     "tied copy": {"lora": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}},
+    "together": {
+        "model": TOKENS,
+        "lora": {"use_rslora": True, "use_dora": True, "r": 3, "dropout": 0.1, "neftune_alpha": 2},
+    },
 }
 TRAINED_ON = "an adapter trained on"
-MEMBERS = [*FAMILY, TRAINED_ON]
+SHORT = ("together", "tied copy", TRAINED_ON)
+"""Of these the shorter test suite is made; the others are the long one's."""
+
+EACH = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SHORT else pytest.mark.long)
+        for name in (*FAMILY, TRAINED_ON)
+    ],
+)
 GOLDEN = ([5, 6, 7, 8], list(range(20, 90)))
 
 
@@ -72,14 +84,12 @@ def options(finished: Callable[..., Path]) -> Callable[[str], dict[str, Any]]:
     def find(name: str) -> dict[str, Any]:
         if name != TRAINED_ON:
             return FAMILY[name]
-        lora = {"use_rslora": True, "use_dora": True, "r": 3, "modules_to_save": ["lm_head"]}
-        return {"model_path": str(finished("before", lora=lora))}
+        return {"model_path": str(finished("before", **FAMILY["together"]))}
 
     return find
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MEMBERS)
+@EACH
 def test_n16_holds_for_the_family(
     train: Callable[..., Any], options: Callable[[str], Any], name: str
 ) -> None:
@@ -135,14 +145,6 @@ def is_verified(run: Path, folder: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEMBERS)
-def test_a_server_computes_what_the_trainer_computes(
-    finished: Callable[..., Path], options: Callable[[str], Any], tmp_path: Path, name: str
-) -> None:
-    assert is_verified(finished("a", **options(name)), tmp_path / "sent")
-
-
-@pytest.mark.slow
 def test_mutant_a_server_that_ignores_the_scale_is_found_out(
     finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,15 +189,15 @@ def test_a_server_computes_the_same_in_bf16(
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
 
-# ---- merged, and loaded by plain PEFT
+# ---- published, merged, and loaded by plain PEFT
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MEMBERS)
-def test_n21_a_merge_of_the_family_says_what_the_adapter_says(
-    finished: Callable[..., Path], options: Callable[[str], Any], name: str
+@EACH
+def test_n21_n29_a_server_and_a_merge_say_what_the_adapter_says(
+    finished: Callable[..., Path], options: Callable[[str], Any], tmp_path: Path, name: str
 ) -> None:
     run = finished("a", **options(name))
+    assert is_verified(run, tmp_path / "sent")
     report = export_merged(open_run(run), run / "merged_model")
     assert report.merged < 1e-4
     ids = torch.tensor([GOLDEN[0] + GOLDEN[1]])
@@ -205,8 +207,23 @@ def test_n21_a_merge_of_the_family_says_what_the_adapter_says(
         said = model(ids).logits
         with model.disable_adapter():
             plain = model(ids).logits
+        served = HeldModel(str(run / "final_model"), "cpu", wait_for_weights=False)
+        assert distance(said, served.model(ids).logits)[1] < 2e-6
     assert distance(said, merged)[1] < 2e-6
     assert distance(said, plain)[1] > 1e-2, "the adapter does something"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["together", TRAINED_ON])
+def test_previews_of_a_sidecar_are_verified(
+    train: Callable[..., Any], options: Callable[[str], Any], tmp_path: Path, name: str
+) -> None:
+    monitoring = {"preview_backend": "sidecar", "inference_interval": 3, "num_eval_samples": 2}
+    result = train("a", hyperparams=LORA, monitoring=monitoring, **options(name))
+    assert result.success, result.error_message
+    lines = (tmp_path / "a" / "previews.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if row["step"] == 6]
+    assert [row["weights"] for row in last] == ["verified"] * 2
 
 
 # ---- what `--model` takes
