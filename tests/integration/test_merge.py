@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trainer.cli import main
@@ -18,11 +20,11 @@ from trainer.config.training_sections import LoraSection, ModelSection
 from trainer.core import merging
 from trainer.core.finished import open_run
 from trainer.core.merging import export_merged
-from trainer.errors import OutputError
+from trainer.errors import ConfigError, OutputError
 from trainer.models import adapters
 from trainer.models.adapter_files import describe_base, save_adapter
 from trainer.models.adapters import add_lora
-from trainer.models.load import load_model
+from trainer.models.load import add_tokens, grow_embeddings, load_model
 
 IDS = torch.tensor([[5, 60, 7, 80, 9, 110, 250, 3]])
 SMALL: dict[str, Any] = {
@@ -41,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "gemma3_text": {**SMALL, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": SMALL,
+    "phi": SMALL,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "pad_token_id": 0},
     "qwen3_moe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
@@ -71,14 +74,24 @@ def base(tmp_path: Path, tokenizer: Any) -> Callable[..., Path]:
     return make
 
 
-def adapter_on(base: Path, folder: Path, tokenizer: Any, **section: Any) -> Path:
-    """An adapter whose weights were moved off zero, as a run saves it."""
+def adapter_on(
+    base: Path, folder: Path, tokenizer: Any, *, tokens: Sequence[str] = (), **section: Any
+) -> Path:
+    """An adapter whose weights were moved off zero, as a run saves it, with rows for tokens."""
     model = load_model(ModelSection(model_path=str(base)), dtype=torch.float32)
     name = "wte" if base.name.startswith("gpt2") else "embed_tokens"
     for key, names in section.items():
+        if isinstance(names, bool):
+            continue
         section[key] = tuple(name if one == "EMBEDDING" else one for one in names)
     record = describe_base(model)
-    adapted = add_lora(model, LoraSection(**section), seed=0)
+    ids = []
+    if tokens:
+        tokenizer = copy.deepcopy(tokenizer)
+        add_tokens(tokenizer, tokens)
+        ids = tokenizer.convert_tokens_to_ids(list(tokens))
+        grow_embeddings(model, ids)
+    adapted = add_lora(model, LoraSection(**section), seed=0, token_ids=ids)
     adapted.base_record = record
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -150,6 +163,83 @@ def test_n21_adapters_made_by_plain_peft_are_merged_too(
                 parameter += 0.03 * torch.randn(parameter.shape)
     adapted.save_pretrained(tmp_path / "a")  # without tokenizer and base.json
     check_merge(tmp_path / "a")
+
+
+TOKENS = ("<<x>>", "<<y>>")
+ENDS = [("qwen3", True), ("qwen3", False), ("llama", False), ("gemma3_text", True), ("gpt2", True)]
+
+
+@pytest.mark.parametrize(("family", "tied"), ENDS)
+def test_n21_rows_of_added_tokens_are_merged_too(
+    family: str, tied: bool, base: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    """In embedding and head; the base on disk has none of them."""
+    folder = base(family, tied=tied)
+    adapter = adapter_on(folder, tmp_path / "a", tokenizer, tokens=TOKENS, use_dora=True)
+    plain = check_merge(adapter)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    rows = [value for name, value in sorted(saved.items()) if "trainable_tokens" in name]
+    assert len(rows) == (1 if tied else 2)
+    assert plain.config.tie_word_embeddings == tied
+    head, embedding = plain.get_output_embeddings().weight, plain.get_input_embeddings().weight
+    for weight, wanted in zip((head, embedding), rows if not tied else rows * 2, strict=True):
+        assert torch.equal(weight[-2:], wanted)
+    assert len(embedding) == len(tokenizer) + 2
+
+
+def test_rows_that_the_base_has_to_spare_are_used(
+    base: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    few = copy.deepcopy(tokenizer)
+    add_tokens(few, ["<<u>>", "<<v>>", "<<w>>"])  # the model was made for these, and gets them anew
+    folder = base("llama", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(few), mean_resizing=False)
+    model.save_pretrained(folder)
+    adapter = adapter_on(folder, tmp_path / "a", tokenizer, tokens=TOKENS)
+    export_merged(open_run(adapter), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert len(merged.get_input_embeddings().weight) == len(few)
+
+
+def test_mutant_n21_a_head_without_its_new_rows_is_killed(
+    base: Callable[..., Path],
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    adapter = adapter_on(base("qwen3", tied=False), tmp_path / "a", tokenizer, tokens=TOKENS)
+    merge = TrainableTokensLayer.merge
+
+    def embedding_only(self: Any, *args: Any, **options: Any) -> None:
+        if isinstance(self.base_layer, torch.nn.Embedding):
+            merge(self, *args, **options)
+
+    monkeypatch.setattr(TrainableTokensLayer, "merge", embedding_only)
+    refused(adapter, tmp_path, "would say something else than the adapter")
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "words"),
+    [
+        ("phi", {}, "rows of single tokens cannot be trained in the head of a PhiForCausalLM"),
+        ("qwen3", {"target_modules": ("lm_head",)}, "lora.target_modules or .* has lm_head"),
+        ("qwen3", {"modules_to_save": ("embed_tokens",)}, "embed_tokens; leave it out there"),
+    ],
+)
+def test_rows_that_cannot_be_trained_alone_are_refused(
+    family: str,
+    section: dict[str, Any],
+    words: str,
+    base: Callable[..., Path],
+    tmp_path: Path,
+    tokenizer: Any,
+) -> None:
+    folder = base(family, tied=family != "phi")
+    with pytest.raises(ConfigError, match=words):
+        adapter_on(folder, tmp_path / "a", tokenizer, tokens=TOKENS, **section)
 
 
 def test_rounding_to_the_runs_dtype_is_said(

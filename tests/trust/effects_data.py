@@ -6,10 +6,13 @@ import json
 from typing import Any
 from unittest import mock
 
+import torch
+
 from tests.trust import flash
 from tests.trust.effects import shows
-from tests.trust.lab import NUM_ROWS, Lab
+from tests.trust.lab import LORA, NUM_ROWS, Lab
 from tests.trust.reference import llama
+from trainer.models.adapter_files import load_finished_model
 
 
 def sample(data: Any) -> str:
@@ -75,9 +78,24 @@ def chat_template(lab: Lab) -> None:
 def add_tokens(lab: Lab) -> None:
     plain, added = lab.data(), lab.data(model={"add_tokens": ["it is"]})
     assert added.card.num_tokens < plain.card.num_tokens
-    assert "add_tokens" in lab.refusal(
-        model={"add_tokens": ["it is"]}, hyperparams={"training_mode": "lora"}
-    )
+    check_rows_of_adapters(lab)
+
+
+def check_rows_of_adapters(lab: Lab) -> None:
+    """Beside adapters the rows of the new tokens are trained, in embedding and head; no others."""
+    seen = lab.run(model={"add_tokens": ["it is", "<<x>>"]}, hyperparams=LORA)
+    rows = {name: value for name, value in seen.tensors.items() if "trainable_tokens" in name}
+    assert len(rows) == 2
+    base = load_finished_model(lab.model).eval()
+    model = load_finished_model(seen.folder / "final_model").get_base_model()
+    new = list(range(len(lab.tokenizer), len(lab.tokenizer) + 2))
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = getattr(base, end)().weight, getattr(model, end)().weight
+        assert len(after) == len(lab.tokenizer) + 2
+        assert torch.equal(after[: new[0]], before)
+        moved = (after[new] - before.mean(dim=0)).detach()
+        assert any(torch.equal(after[new], value) for value in rows.values())
+        assert float(moved[0].abs().max()) > 1e-3, "a token of the answers"
 
 
 @shows("model.trust_remote_code")

@@ -11,7 +11,7 @@ import torch
 
 from tests.trust.effects import shows
 from tests.trust.lab import BATCH_SIZE, LORA, NUM_STEPS, RATE, Lab, Seen
-from tests.trust.reference import distance, flat
+from tests.trust.reference import distance, flat, llama
 from trainer.commands.train import run as train_command
 from trainer.core import TrainerEngine
 
@@ -193,10 +193,58 @@ def lora_alpha(lab: Lab) -> None:
     assert torch.allclose(3 * outputs[0], outputs[1], rtol=1e-3)
 
 
+@shows("lora.use_rslora")
+def lora_use_rslora(lab: Lab) -> None:
+    """The adapter's output is multiplied by alpha / sqrt(r), here by 12 / 2 instead of 12 / 4."""
+    scales = []
+    for is_on in (False, True):
+        trainer = lab.trainer(hyperparams=LORA, lora={"r": 4, "alpha": 12, "use_rslora": is_on})
+        layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+        torch.nn.init.ones_(layer.lora_B["default"].weight)
+        x = torch.arange(64.0)[None]
+        scales.append(layer(x) - layer.base_layer(x))
+    assert torch.allclose(2 * scales[0], scales[1], rtol=1e-3)
+
+
+@shows("lora.use_dora")
+def lora_use_dora(lab: Lab) -> None:
+    """Before training a magnitude is the length of its row; then it is trained too."""
+    lora = {"r": 4, "target_modules": ["q_proj"], "use_dora": True}
+    trainer = lab.trainer(hyperparams=LORA, lora=lora)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    [magnitude] = layer.lora_magnitude_vector["default"].parameters()
+    assert torch.allclose(magnitude, layer.base_layer.weight.norm(dim=1))
+    assert magnitude.requires_grad
+    seen = lab.run(hyperparams=LORA, lora=lora)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    assert distance(seen.tensors[name], magnitude) > 1e-5
+    assert not any("magnitude" in name for name in lab.run(hyperparams=LORA).tensors)
+
+
 @shows("lora.dropout")
 def lora_dropout(lab: Lab) -> None:
     one, two = (lab.run(hyperparams=LORA, lora={"dropout": d}) for d in (0.0, 0.5))
     assert distance(one.weights, two.weights) > 1e-3
+
+
+@shows("lora.neftune_alpha")
+def lora_neftune_alpha(lab: Lab) -> None:
+    """Losses of training move with alpha; out of training there is no noise."""
+    seen = [
+        lab.run(hyperparams={**LORA, "max_steps": 2}, lora={"neftune_alpha": alpha})
+        for alpha in (0.0, 0.01, 5.0)
+    ]
+    first = [one.steps[0].train_loss for one in seen]
+    assert 0 < abs(first[1] - first[0]) < 0.1 * abs(first[2] - first[0])
+    assert distance(seen[0].weights, seen[2].weights) > 1e-4
+    trainer = lab.trainer(hyperparams=LORA, lora={"neftune_alpha": 50.0})
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = []
+    for is_training in (False, False, True):
+        trainer.model.train(is_training)
+        with torch.no_grad():
+            found.append(float(trainer.compute_loss(trainer.model, batch)))
+    assert found[0] == found[1] != found[2]
 
 
 @shows("lora.modules_to_save")
@@ -204,6 +252,47 @@ def lora_modules_to_save(lab: Lab) -> None:
     seen = lab.run(hyperparams=LORA, lora={"modules_to_save": ["lm_head"]})
     assert any("lm_head" in name for name in seen.tensors)
     assert adapter(seen)["modules_to_save"] == ["lm_head"]
+
+
+@shows("lora.init")
+def lora_init(lab: Lab) -> None:
+    """Uniform up to 1 / sqrt(width), or normal by 1 / r; the second matrix is 0."""
+    lora = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+    for init, check in (
+        ("default", lambda a: float(a.abs().max()) <= a.shape[1] ** -0.5),
+        ("gaussian", lambda a: float(a.std()) == pytest.approx(1 / 4, rel=0.2)),
+    ):
+        trainer = lab.trainer(hyperparams=LORA, lora={**lora, "init": init})
+        named = dict(trainer.model.named_parameters())
+        assert all(check(value) for name, value in named.items() if "lora_A" in name), init
+        assert all(not value.any() for name, value in named.items() if "lora_B" in name)
+
+
+@shows("lora.layers_to_transform")
+def lora_layers_to_transform(lab: Lab) -> None:
+    all_linear = lab.run(hyperparams=LORA).tensors
+    seen = lab.run(hyperparams=LORA, lora={"layers_to_transform": [1]})
+    assert set(seen.tensors) == {name for name in all_linear if ".layers.1." in name}
+    assert len(seen.tensors) == len(all_linear) / 2
+    assert "0 to 1" in lab.refusal(hyperparams=LORA, lora={"layers_to_transform": [2]})
+
+
+@shows("lora.ensure_weight_tying")
+def lora_ensure_weight_tying(lab: Lab) -> None:
+    folder = lab.path("tied")
+    llama(tied=True, vocab_size=len(lab.tokenizer)).save_pretrained(folder)
+    lab.tokenizer.save_pretrained(folder)
+    lora = {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+    for is_on in (True, False):
+        model = {"model_path": str(folder)}
+        options = {**lora, "ensure_weight_tying": is_on}
+        trained = lab.trainer(hyperparams=LORA, lora=options, model=model).model.get_base_model()
+        head, embedding = trained.get_output_embeddings(), trained.get_input_embeddings()
+        assert (head.weight is embedding.weight) == is_on
+        assert head.weight.requires_grad
+    assert "is not tied" in lab.refusal(hyperparams=LORA, lora=lora)
+    words = lab.refusal(hyperparams=LORA, lora={"ensure_weight_tying": True}, model=model)
+    assert "is in lora.modules_to_save" in words
 
 
 # ---- locked

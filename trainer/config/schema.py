@@ -268,13 +268,12 @@ class TrainerConfig(Section):
     lora: LoraSection = LoraSection()
 
     @model_validator(mode="after")
-    def _check_added_tokens(self) -> TrainerConfig:
-        if self.model.add_tokens and self.hyperparams.trains_adapters:
-            mode = self.hyperparams.training_mode
+    def _check_noise(self) -> TrainerConfig:
+        if self.lora.neftune_alpha and self.hyperparams.training_mode == "full":
             raise CombinationError(
-                f"model.add_tokens needs trained embeddings, and hyperparams.training_mode={mode} "
-                "freezes them; set training_mode=full or leave add_tokens empty",
-                "model.add_tokens",
+                "lora.neftune_alpha is an option of adapters, and hyperparams.training_mode=full "
+                "trains none; set training_mode=lora or neftune_alpha=0",
+                "lora.neftune_alpha",
                 "hyperparams.training_mode",
             )
         return self

@@ -130,7 +130,8 @@ class ModelSection(Section):
     `plain`."""
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that become one token each, such as the markers of a profile; the embedding grows and
-    is saved with them. With `hyperparams.training_mode=full` only."""
+    is saved with them. Adapters train the rows of these tokens, in embedding and head, and hold
+    them."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model folder. Only for models whose code you have read."""
 
@@ -154,9 +155,25 @@ class LoraSection(Section):
     """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0.0)] = 32
     """Scale: an adapter's output is multiplied by alpha / r."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead, so that large ranks learn as fast as small ones."""
+    use_dora: bool = False
+    """DoRA: the length of each row of the adapted weights is trained apart from its direction.
+    Slower; closer to full training at small ranks."""
     dropout: Share = 0.0
     """Dropout before the adapters."""
+    neftune_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """NEFTune: noise on the embedded tokens while training, each number of a token moved by up to
+    this / sqrt(tokens of the row x hidden size); the paper has 5 to 15. 0 = off."""
+    init: Literal["default", "gaussian"] = "default"
+    """How the first matrix of an adapter begins, the second being 0: uniform (Kaiming), or normal
+    with standard deviation 1 / r."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Module names that get an adapter; `all-linear` is every linear layer but the head."""
     modules_to_save: tuple[str, ...] = ()
     """Module names trained in full beside the adapters, such as `lm_head`."""
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Numbers of the decoder layers whose modules get an adapter, from 0. Empty: all."""
+    ensure_weight_tying: bool = False
+    """A head that is tied to the embedding stays so where one of them is in `modules_to_save`; else
+    they are two from then on. An error where there is no such tie."""

@@ -19,6 +19,7 @@ from trainer.data.dataset import RunData
 from trainer.models.adapters import add_lora
 from trainer.models.load import read_model_config
 from trainer.models.precision import ResolvedPrecision
+from trainer.models.train_on import base_section
 
 # ---- how much memory a run will take, from shapes alone
 #
@@ -174,7 +175,7 @@ def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
     config, data = prepared.config, prepared.data
     estimate = estimate_memory(
         config,
-        read_model_config(config.model, offline=config.environment.offline),
+        read_model_config(base_section(config.model), offline=config.environment.offline),
         prepared.precision,
         longest_row=max(data.train.lengths),
     )

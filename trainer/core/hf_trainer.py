@@ -29,6 +29,7 @@ from trainer.core.loss import (
     loss_share,
     supervised_loss,
 )
+from trainer.core.neftune import noisy_embeddings
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
@@ -123,6 +124,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         note_step: Callable[[StepRecord], None] = lambda record: None,
         use_own_forward: bool = False,
         tokenizer: Any = None,
+        neftune_alpha: float = 0.0,
         **kwargs: Any,
     ) -> None:
         """Take what HF's Trainer takes, and:
@@ -134,6 +136,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             note_step: told the figures of each step, before HF's callbacks hear of its end.
             tokenizer: saved beside the weights of each checkpoint.
             use_own_forward: compute the loss by the model's own forward instead of ours.
+            neftune_alpha: of the noise on embeddings, which nothing but training gets.
         """
         super().__init__(*args, **kwargs)
         # HF counts num_items_in_batch over labels[:, 1:] only when both of these are set.
@@ -141,6 +144,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self._loss_shifts_labels = True
         self.order = order
         self.use_own_forward = use_own_forward
+        self.neftune_alpha = neftune_alpha
         self.tiling: Tiling | None = None
         """How logits may be made in tiles, once that is proved."""
         self.router = 0.0
@@ -168,18 +172,20 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         # Gradients are averaged over processes, the count is summed over them.
         is_share = num_items_in_batch is not None and self.args.average_tokens_across_devices
         factor = self.accelerator.num_processes if is_share else 1
-        if self.use_own_forward:
-            loss = full_loss(model, inputs, num_items_in_batch)
-        else:
-            num_passes = getattr(self, "current_gradient_accumulation_steps", 1)
-            loss = supervised_loss(
-                model,
-                self.accelerator.unwrap_model(model),
-                inputs,
-                num_items_in_batch,
-                tiling=self.tiling,
-                router=self.router / (factor * num_passes),
-            )
+        unwrapped = self.accelerator.unwrap_model(model)
+        with noisy_embeddings(unwrapped, inputs, self.neftune_alpha if model.training else 0.0):
+            if self.use_own_forward:
+                loss = full_loss(model, inputs, num_items_in_batch)
+            else:
+                num_passes = getattr(self, "current_gradient_accumulation_steps", 1)
+                loss = supervised_loss(
+                    model,
+                    unwrapped,
+                    inputs,
+                    num_items_in_batch,
+                    tiling=self.tiling,
+                    router=self.router / (factor * num_passes),
+                )
         loss = loss * factor
         self._note(loss, inputs)
         return (loss, None) if return_outputs else loss

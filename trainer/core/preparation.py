@@ -28,7 +28,8 @@ from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.sources import check_files
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, ModelError
+from trainer.models import resolve_alias
 from trainer.models.adapter_files import SAVED_BASE, describe_base
 from trainer.models.adapters import add_lora
 from trainer.models.attention import AttentionPlan, plan_attention
@@ -40,7 +41,6 @@ from trainer.models.load import (
     context_length,
     embedding_rows,
     grow_embeddings,
-    load_model,
     load_tokenizer,
     read_model_config,
 )
@@ -51,6 +51,13 @@ from trainer.models.precision import (
     resolve_precision,
 )
 from trainer.models.quantized import check_trainable, quantization_of, quantized_share
+from trainer.models.train_on import (
+    adapter_of,
+    adapter_options,
+    base_section,
+    load_base,
+    train_on,
+)
 from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
@@ -101,11 +108,23 @@ def fit_to_model(
         ConfigError: `locked` or `hyperparams.max_length` does not fit it.
     """
     offline = config.environment.offline
-    check_is_model(config.model)
+    config = _at_final_model(config)
+    if config.hyperparams.training_mode == "full":
+        check_is_model(config.model)
     observers.phase("loading", f"loading the tokenizer of {config.model.model_path}")
-    tokenizer = load_tokenizer(config.model, offline=offline)
-    model_config = read_model_config(config.model, offline=offline)
-    check_locked(config.locked, config.model, model_config)
+    base, adapter = base_section(config.model), adapter_of(config.model)
+    if adapter is not None and config.model.add_tokens:
+        raise ConfigError(
+            f"model.add_tokens: the adapter {adapter} that is trained on keeps the tokens that it "
+            "was trained with; leave add_tokens empty, or merge it first (`trainer export`)."
+        )
+    own_tokenizer = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(config.model if own_tokenizer else base, offline=offline)
+    model_config = read_model_config(base, offline=offline)
+    check_locked(config.locked, base, model_config)
+    if adapter is not None:
+        lora = adapter_options(config.lora, adapter, model_config)
+        config = config.model_copy(update={"lora": lora})
     check_trainable(
         model_config,
         f"model.model_path={config.model.model_path}",
@@ -123,6 +142,25 @@ def fit_to_model(
     length = wanted or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     hyper = config.hyperparams.model_copy(update={"max_length": length})
     return config.model_copy(update={"hyperparams": hyper}), tokenizer, attention
+
+
+def _at_final_model(config: TrainerConfig) -> TrainerConfig:
+    """The folder of a run stands for its final model, or adapter.
+
+    Raises:
+        ModelError: the run has none.
+    """
+    run = Path(resolve_alias(config.model.model_path))
+    if not (run / RunFolder.RUN_JSON).is_file():
+        return config
+    final = run / RunFolder.FINAL_MODEL
+    if not final.is_dir():
+        raise ModelError(
+            f"model.model_path={config.model.model_path}: this run has no final model; go on with "
+            f"it (--resume), or give one of its checkpoints ({run / RunFolder.CHECKPOINTS})."
+        )
+    model = config.model.model_copy(update={"model_path": str(final)})
+    return config.model_copy(update={"model": model})
 
 
 def open_run_folder(job: Job, config: TrainerConfig) -> None:
@@ -250,27 +288,38 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     started = time.perf_counter()
     is_quantized = config.hyperparams.training_mode == "qlora"
     load = partial(
-        load_model,
+        load_base,
         config.model,
         dtype=prepared.precision.load_dtype,
         seed=seed,
         offline=config.environment.offline,
+        device=prepared.device,
     )
-    model = load(device=prepared.device, quantize=is_quantized)
-    if config.model.add_tokens:
-        grow_embeddings(model, tokenizer, config.model.add_tokens)
+    model, base = load(quantize=is_quantized)
+    added = tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))
+    if added:
+        grow_embeddings(model, added)
     check_vocabulary(model, tokenizer)
     _check_rows(prepared.data, model, tokenizer)
     if config.hyperparams.trains_adapters:
         if job.folder is not None and not model.config._name_or_path:
             # An adapter needs its base again: the built-in model is on no disk, so save it.
+            plain = load(quantize=False)[0] if is_quantized else model
+            if added and is_quantized:
+                grow_embeddings(plain, added)
             folder = (job.folder.path / SAVED_BASE).resolve()
-            _save_base(load() if is_quantized else model, tokenizer, folder)
+            _save_base(plain, tokenizer, folder)
             model.config._name_or_path = model.name_or_path = str(folder)
-        base = describe_base(model, is_quantized_copy=is_quantized)
+            # With the rows of added tokens, as it was saved.
+            base = describe_base(model, is_quantized_copy=is_quantized)
         if quantization_of(model.config) is not None:
             job.observers.notice(quantized_share(model))
-        model = add_lora(model, config.lora, seed=seed, revision=config.model.revision)
+        adapter = adapter_of(config.model)
+        if adapter is not None:
+            model = train_on(model, adapter, config.lora, seed=seed)
+        else:
+            revision = config.model.revision
+            model = add_lora(model, config.lora, seed=seed, revision=revision, token_ids=added)
         model.base_record = base
         if config.hyperparams.gradient_checkpointing:
             # Inputs of a frozen model need no gradient, and then nothing would be recomputed.

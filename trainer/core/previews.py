@@ -32,6 +32,7 @@ from trainer.files import replace_file
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
+from trainer.models.train_on import base_section
 from trainer.monitoring.callbacks import deliver_previews
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.net import remember_key_file, url_of
@@ -154,7 +155,7 @@ def _worker_and_setup(
         "weights_dir": str(weights_dir) if weights_dir else None,
         "folder": str(folder),
         "hashes": hashes.model_dump(),
-        "model": run.prepared.config.model.model_path if is_http else None,
+        "model": _model_name(run) if is_http else None,
         "quantize": _quantize(run),
         "template_date": run.prepared.date.isoformat()
         if is_dated(run.prepared.tokenizer)
@@ -166,6 +167,11 @@ def _worker_and_setup(
 def _quantize(run: PublishingRun) -> Literal["nf4"] | None:
     """How a server is to quantize its copy of the base; None where what is on disk says it."""
     return "nf4" if run.prepared.config.hyperparams.training_mode == "qlora" else None
+
+
+def _model_name(run: PublishingRun) -> str:
+    """What a server without a model may load: of an adapter that is trained on, its base."""
+    return base_section(run.prepared.config.model).model_path
 
 
 def _run_name(path: Path) -> str:
@@ -209,7 +215,7 @@ def _worker(
     secret = server_key(monitoring.remote_3090_key_file)
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
-        info = client.check(hashes, profile, run.prepared.config.model.model_path, _quantize(run))
+        info = client.check(hashes, profile, _model_name(run), _quantize(run))
         wanted = monitoring.remote_3090_model_id
         if wanted is not None and wanted != info.model_id:
             raise ConfigError(

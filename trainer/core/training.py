@@ -135,6 +135,7 @@ def assemble_trainer(
         run_state=lambda: _run_state(job),
         note_step=job.monitor.report.note,
         tokenizer=prepared.tokenizer,
+        neftune_alpha=config.lora.neftune_alpha,
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(

@@ -20,7 +20,12 @@ from trainer.files import SAVED_BASE as SAVED_BASE
 from trainer.files import library_errors
 from trainer.models import is_adapter_folder
 from trainer.models.adapters import merge_adapter
-from trainer.models.load import load_model, looks_like_path, read_model_config
+from trainer.models.load import (
+    grow_embeddings,
+    load_model,
+    looks_like_path,
+    read_model_config,
+)
 from trainer.models.precision import DTYPES, save_full
 from trainer.models.quantized import check_bitsandbytes, check_mergeable
 
@@ -147,6 +152,9 @@ def load_finished_model(
     except ModelError as error:
         raise ModelError(_of_base(folder, error)) from error
     check_base(folder, model)
+    rows = token_rows(folder)
+    if rows:
+        grow_embeddings(model, rows)
     return _put_on(model, folder)
 
 
@@ -187,29 +195,34 @@ def _of_base(folder: Path, error: ModelError) -> str:
     return f"{folder}: the base of this adapter: {words} --base says where it is."
 
 
-def base_of(folder: Path, *, trust_remote_code: bool = False, base: str | None) -> ModelSection:
+GIVE_BASE = "--base FOLDER_OR_HUB_ID"
+"""How chat, export and serve are told where an adapter's base is."""
+
+
+def base_of(
+    folder: Path, *, trust_remote_code: bool = False, base: str | None, advice: str = GIVE_BASE
+) -> ModelSection:
     """The base model of an adapter; one that the run saved itself moves with the run.
 
     Args:
         base: takes the place of what the adapter says.
+        advice: what the user can give where it is not found.
     Raises:
         ModelError: it is no longer there, or the adapter names none.
     """
-    saved = _adapter_config(folder)
+    saved = read_adapter_config(folder)
     named = saved.get("base_model_name_or_path")
     if base is not None:
         return ModelSection(model_path=base, trust_remote_code=trust_remote_code)
     if not named:
-        raise ModelError(
-            f"{folder}: the adapter does not say what its base is; give --base FOLDER_OR_HUB_ID."
-        )
+        raise ModelError(f"{folder}: the adapter does not say what its base is; give {advice}.")
     if not Path(named).exists():
         beside = [parent / SAVED_BASE for parent in folder.resolve().parents[:2]]
         found = [path for path in beside if Path(named).name == SAVED_BASE and path.is_dir()]
         if not found and looks_like_path(named):
             raise ModelError(
                 f"{folder}: the base of this adapter was in {named}, and there is no such folder "
-                "now. Say where it is: --base FOLDER_OR_HUB_ID."
+                f"now. Say where it is: {advice}."
             )
         named = str(found[0]) if found else named
     return ModelSection(
@@ -217,7 +230,12 @@ def base_of(folder: Path, *, trust_remote_code: bool = False, base: str | None) 
     )
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """PEFT's own file of an adapter.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     path = folder / "adapter_config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -228,9 +246,23 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def check_base(folder: Path, model: Any) -> None:
+def token_rows(folder: Path) -> list[int]:
+    """Ids of the tokens whose rows an adapter holds, which its base may not have yet."""
+    found = read_adapter_config(folder).get("trainable_token_indices") or {}
+    try:
+        lists = found.values() if isinstance(found, dict) else [found]
+        return sorted({int(one) for ids in lists for one in ids})
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: trainable_token_indices={found!r} in adapter_config.json are no ids."
+        ) from error
+
+
+def check_base(folder: Path, model: Any, *, advice: str = GIVE_BASE) -> None:
     """Compare a loaded base with what is recorded beside the adapter, as far as it is.
 
+    Args:
+        advice: what the user can give instead.
     Raises:
         ModelError: its weights are others.
     """
@@ -240,7 +272,8 @@ def check_base(folder: Path, model: Any) -> None:
     described = describe_base(model)
     known, found = dict(record["sha256_of_samples"]), described["sha256_of_samples"]
     theirs, mine = record.get("quantized"), described.get("quantized")
-    if theirs and mine and theirs.get("device") == mine["device"]:
+    alike = ("device", "dtype")  # else the same base has other bits
+    if theirs and mine and all(theirs.get(key) == mine[key] for key in alike):
         known |= theirs["sha256_of_samples"]
         found |= mine["sha256_of_samples"]
     common = sorted(set(known) & set(found))
@@ -249,7 +282,7 @@ def check_base(folder: Path, model: Any) -> None:
         raise ModelError(
             f"{folder}: {model.config._name_or_path} is not the base that this adapter was trained "
             f"on, which was {record['name']}: {len(other)} of {len(common)} matrices differ "
-            f"({other[0]} is the first). Give that one: --base FOLDER_OR_HUB_ID."
+            f"({other[0]} is the first). Give that one: {advice}."
         )
 
 

@@ -97,30 +97,26 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     tokenizer.add_tokens(list(tokens))
 
 
-def grow_embeddings(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
+def grow_embeddings(model: Any, ids: Sequence[int]) -> None:
     """Give the ids of added tokens rows in the embedding and the head: the mean of the others.
 
     Rows that the model has to spare are used; else it is made larger.
     """
     import torch
 
-    ids = tokenizer.convert_tokens_to_ids(list(tokens))
     old = model.get_input_embeddings().weight.shape[0]
+    rows = sorted({*ids, *range(old, max(ids) + 1)})  # those between are of a padding token
     if max(ids) >= old:
         # Without HF's own initialisation, which draws from the global random state.
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    first = min(ids)
     seen: set[int] = set()
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             for parameter in () if module is None else module.parameters(recurse=False):
                 if id(parameter) not in seen:  # a tied head is the embedding itself
                     seen.add(id(parameter))
-                    _to_mean(parameter, ids, first)
-
-
-def _to_mean(parameter: torch.Tensor, ids: list[int], first: int) -> None:
-    parameter[ids] = parameter[:first].float().mean(dim=0).to(parameter.dtype)
+                    mean = parameter[: rows[0]].float().mean(dim=0)
+                    parameter[rows] = mean.to(parameter.dtype)
 
 
 # ---- loading: tokenizer, model in the run's dtype, `locked` checks
@@ -255,9 +251,9 @@ def check_is_model(section: ModelSection) -> None:
     if is_adapter_folder(Path(resolve_alias(section.model_path))):
         raise ModelError(
             f"model.model_path={section.model_path}: this folder holds an adapter, not a whole "
-            "model. To train on from it, merge it first (`trainer export "
-            f"{section.model_path} --merge --output MERGED`) and give MERGED; to go on with the "
-            "run that made it, use --resume."
+            "model. To train the adapter on, set hyperparams.training_mode=lora; to train all "
+            f"weights, merge it first (`trainer export {section.model_path} --merge --output "
+            "MERGED`) and give MERGED; to go on with the run that made it, use --resume."
         )
 
 

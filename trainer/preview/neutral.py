@@ -181,6 +181,9 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[_Place]]]:
             else:
                 yield layer, [place for part in layer.modules() for place in _places(part)]
         return
+    if hasattr(module, "base_layer"):  # an adapter, which may read the weights that it wraps
+        yield module, [place for part in module.modules() for place in _places(part)]
+        return
     containers = [one for one in module.children() if _is_container(one)]
     yield module, [place for part in (module, *containers) for place in _places(part)]
     for child in module.children():

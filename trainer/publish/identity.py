@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trainer.files import canonical_hash
+from trainer.models.adapters import adapted_modules
 from trainer.models.chat_template import chat_template_hash, tokenizer_hash
 from trainer.models.quantized import comparable, is_quantization_state
 from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof, is_match
@@ -51,15 +52,19 @@ def canonical_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: found[name] for name in sorted(found)}
 
 
+TRAINED = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+"""Parts of the names of what an adapter run trains."""
+
+
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     """What an adapter run trains (`modules_to_save` too), sorted by name, of a PEFT model.
 
     The adapter's own name is left out of the names, so that both sides may call it as they like.
     """
     found = {
-        name.replace(".default.", "."): parameter
+        name.removesuffix(".default").replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
-        if ".lora_" in name or ".modules_to_save." in name
+        if any(part in name for part in TRAINED)
     }
     return {name: found[name] for name in sorted(found)}
 
@@ -67,24 +72,51 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
 def base_tensors(model: Any) -> dict[str, torch.Tensor]:
     """The weights under the adapters of a PEFT model, by the names of the plain model."""
     found = {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+        _plain_name(name): value
         for name, value in canonical_tensors(model.get_base_model()).items()
-        if ".lora_" not in name and ".modules_to_save." not in name
+        if not any(part in name for part in (*TRAINED, ".trainable_tokens_original."))
     }
     return {name: found[name] for name in sorted(found)}
 
 
+def _plain_name(name: str) -> str:
+    for part in (".token_adapter.", ".base_layer.", ".original_module."):
+        name = name.replace(part, ".")
+    return name
+
+
 def adapter_config(model: Any) -> AdapterConfig:
     """How the adapters of a PEFT model are built, with every target module by its full name."""
-    config = model.peft_config["default"]
-    base = model.get_base_model()
-    targets = sorted(name for name, module in base.named_modules() if hasattr(module, "lora_A"))
+    config, base = model.peft_config["default"], model.get_base_model()
+    targets = sorted(adapted_modules(model))
+    ranks = {name: base.get_submodule(name).r["default"] for name in targets}
+    alphas = {name: base.get_submodule(name).lora_alpha["default"] for name in targets}
     return AdapterConfig(
         r=config.r,
         alpha=config.lora_alpha,
         target_modules=targets,
         modules_to_save=sorted(config.modules_to_save or ()),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        ranks={name: rank for name, rank in ranks.items() if rank != config.r},
+        trainable_tokens=_token_rows(base),
+        ensure_weight_tying=bool(config.ensure_weight_tying),
+        alphas={name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
     )
+
+
+def _token_rows(base: Any) -> dict[str, list[int]]:
+    """Rows of tokens by module; a tied head has none of its own."""
+    adapters = {
+        name: module.token_adapter
+        for name, module in base.named_modules()
+        if hasattr(module, "token_adapter")
+    }
+    return {
+        name: list(one.token_indices["default"])
+        for name, one in adapters.items()
+        if one.tied_adapter is None
+    }
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:

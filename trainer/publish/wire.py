@@ -14,7 +14,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
+    model_serializer,
     model_validator,
 )
 
@@ -78,16 +80,49 @@ class TensorEntry(Body):
     """Of the tensor's bytes: contiguous, little endian."""
 
 
+Rank = Annotated[int, Field(ge=1, le=4096)]
+
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=65_536)]
+
+FIRST_FIELDS = {"r", "alpha", "target_modules", "modules_to_save"}
+"""Of an AdapterConfig: what every server reads."""
+
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 
 
 class AdapterConfig(Body):
     """How a LoRA adapter is built: names of modules, never patterns or classes."""
 
-    r: Annotated[int, Field(ge=1, le=4096)]
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    r: Rank
+    alpha: Alpha
     target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=2000)]
     modules_to_save: Annotated[list[ModuleName], Field(max_length=200)] = []
+    use_rslora: bool = False
+    """The scale is alpha / sqrt(r) instead of alpha / r."""
+    use_dora: bool = False
+    """Each target has a trained magnitude beside its two matrices."""
+    ranks: Annotated[dict[ModuleName, Rank], Field(max_length=2000)] = {}
+    """Of targets that have another one than `r`."""
+    alphas: Annotated[dict[ModuleName, Alpha], Field(max_length=2000)] = {}
+    """Of targets that have another one than `alpha`."""
+    trainable_tokens: Annotated[dict[ModuleName, Ids], Field(max_length=4)] = {}
+    """Rows of embedding and head that are trained, by the module's full name; a head that is tied
+    to the embedding has those of the embedding."""
+    ensure_weight_tying: bool = False
+    """Embedding and head stay tied where one of them is trained."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what differs, so that a server that does not know a field yet takes plain LoRA."""
+        written: dict[str, Any] = write(self)
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in written.items()
+            if key in FIRST_FIELDS or value != fields[key].get_default(call_default_factory=True)
+        }
 
 
 class WeightsManifest(Body):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from trainer.config.training_sections import ModelSection
 from trainer.errors import TrainerError
@@ -307,6 +309,8 @@ def _check_adapter(path: str, outline: Any, adapter: AdapterConfig) -> None:
     missing = [name for name in adapter.target_modules if name not in names]
     if missing:
         raise UnanswerableError(f"the model has no module {missing[0]!r}")
+    for name, ids in adapter.trainable_tokens.items():
+        _check_rows(dict(outline.named_modules()).get(name), name, ids)
     try:
         with torch.device("meta"):
             wrapped = _with_adapter(outline, adapter)
@@ -316,6 +320,21 @@ def _check_adapter(path: str, outline: Any, adapter: AdapterConfig) -> None:
             f"the adapter cannot be applied to these modules: {words}"
         ) from error
     _compare(path, {name: tuple(value.shape) for name, value in adapter_tensors(wrapped).items()})
+
+
+def _check_rows(module: Any, name: str, ids: Sequence[int]) -> None:
+    """Rows of single tokens are an embedding's or a head's, each once.
+
+    Raises:
+        UnanswerableError: they are not.
+    """
+    if (
+        not isinstance(module, nn.Embedding | nn.Linear)
+        or getattr(module, "bias", None) is not None
+    ):
+        raise UnanswerableError(f"{name!r} is no embedding and no head without a bias")
+    if len(set(ids)) < len(ids) or max(ids) >= module.weight.shape[0]:
+        raise UnanswerableError(f"the rows of tokens do not fit {name!r}")
 
 
 def _with_adapter(base: Any, adapter: AdapterConfig) -> Any:
@@ -328,6 +347,13 @@ def _with_adapter(base: Any, adapter: AdapterConfig) -> Any:
         lora_alpha=adapter.alpha,
         target_modules=list(adapter.target_modules),
         modules_to_save=list(adapter.modules_to_save) or None,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        trainable_token_indices=dict(adapter.trainable_tokens) or None,
+        ensure_weight_tying=adapter.ensure_weight_tying,
+        # PEFT reads these names as patterns of the ends of names.
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in adapter.ranks.items()},
+        alpha_pattern={f"^{re.escape(name)}": value for name, value in adapter.alphas.items()},
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

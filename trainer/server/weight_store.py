@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.publish.weight_file import MAX_HEADER, BadFileError, check_file, num_bytes
-from trainer.publish.wire import PART_BYTES, TensorEntry, WeightsManifest, WeightsOffer
+from trainer.publish.wire import (
+    PART_BYTES,
+    AdapterConfig,
+    TensorEntry,
+    WeightsManifest,
+    WeightsOffer,
+)
 from trainer.server.problems import WeightsRefusedError
 from trainer.server.upload import Upload, no_room
 
@@ -328,6 +334,11 @@ RANK_AXIS = {
 }
 """Where the rank stands in the shape of each kind of adapter tensor."""
 
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+
+MAGNITUDE = ".lora_magnitude_vector.weight"
+"""Of DoRA: one number for each row of the weights."""
+
 
 def check_fit(manifest: WeightsManifest, expected: WeightsManifest) -> None:
     """Compare an offer with the loaded model; the base of an adapter is the store's to know.
@@ -385,7 +396,7 @@ def _check_adapter(manifest: WeightsManifest, expected: WeightsManifest) -> None
     assert adapter is not None, "the manifest's own check"
     if sum(map(num_bytes, manifest.tensors)) > sum(map(_fp32_bytes, expected.tensors)):
         raise WeightsRefusedError(413, "too_large", "the adapter is larger than its model")
-    bad = [entry.name for entry in manifest.tensors if not _is_of_rank(entry, adapter.r)]
+    bad = [entry.name for entry in manifest.tensors if not _is_of_adapter(entry, adapter)]
     if bad:
         raise WeightsRefusedError(
             422,
@@ -415,10 +426,18 @@ def _fp32_bytes(entry: TensorEntry) -> int:
     return num_bytes(entry) * {"U8": 8, "I8": 4}.get(entry.dtype, 1)
 
 
-def _is_of_rank(entry: TensorEntry, rank: int) -> bool:
+def _is_of_adapter(entry: TensorEntry, adapter: AdapterConfig) -> bool:
     if entry.dtype not in FLOATS:
         return False
     for ending, axis in RANK_AXIS.items():
         if entry.name.endswith(ending):
+            target = entry.name.partition(".lora_")[0].removeprefix("base_model.model.")
+            rank = adapter.ranks.get(target, adapter.r)
             return len(entry.shape) == 2 and entry.shape[axis] == rank
+    if entry.name.endswith(TOKEN_ROWS):
+        module = entry.name.removesuffix(TOKEN_ROWS).removeprefix("base_model.model.")
+        rows = adapter.trainable_tokens.get(module, ())
+        return len(entry.shape) == 2 and entry.shape[0] == len(rows)
+    if entry.name.endswith(MAGNITUDE):
+        return adapter.use_dora and len(entry.shape) == 1
     return ".modules_to_save." in entry.name and ".lora_" not in entry.name

@@ -150,8 +150,8 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
     ),
     (
-        {"model.add_tokens": ["r", "alpha", "name"], "hyperparams.training_mode": "lora"},
-        {"model.add_tokens", "hyperparams.training_mode"},
+        {"lora.neftune_alpha": 5.0},
+        {"lora.neftune_alpha", "hyperparams.training_mode"},
     ),
     (
         {"hyperparams.early_stopping_patience": 2, "monitoring.micro_eval_interval": 0},

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+from pydantic import ValidationError
+
 from trainer.preview.base import PreviewRequest
-from trainer.publish.wire import PreviewPrompt
+from trainer.publish.wire import AdapterConfig, PreviewPrompt
 
 ASKED = PreviewRequest(
     prompt="2+2?",
@@ -38,3 +41,18 @@ def test_a_prompt_without_a_golden_answer_travels_without_one() -> None:
 def test_the_server_asks_its_backend_the_same_and_scores_golden_ids_itself() -> None:
     asked = PreviewPrompt.model_validate(PreviewPrompt.values_of(ASKED)).request()
     assert asked == ASKED.model_copy(update={"golden_token_ids": None, "messages": ()})
+
+
+def test_plain_lora_travels_as_older_servers_know_it() -> None:
+    plain = AdapterConfig(r=4, alpha=8.0, target_modules=["q"])
+    written = '{"r":4,"alpha":8.0,"target_modules":["q"],"modules_to_save":[]}'
+    assert plain.model_dump_json() == written
+    more = AdapterConfig(r=4, alpha=8.0, target_modules=["q"], use_dora=True)
+    assert more.model_dump_json() == written.replace("[]}", '[],"use_dora":true}')
+    assert AdapterConfig.model_validate_json(more.model_dump_json()) == more
+
+
+def test_a_field_of_an_adapter_that_a_server_does_not_know_is_refused() -> None:
+    values = {"r": 4, "alpha": 8.0, "target_modules": ["q"], "use_tomorrow": True}
+    with pytest.raises(ValidationError, match="use_tomorrow"):
+        AdapterConfig.model_validate(values)
