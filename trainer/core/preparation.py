@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import clean_staging
-from trainer.core.optim import check_schedule
+from trainer.core.optim import check_optimizer, check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
@@ -46,6 +46,7 @@ from trainer.models.precision import (
     ResolvedPrecision,
     check_trainable,
     fill_precision,
+    keep_vectors_wide,
     resolve_device,
     resolve_precision,
 )
@@ -84,7 +85,9 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
         go_offline()
     device = resolve_device(environment.device)
     config, name = fill_precision(config, device)
-    return config, Numerics(device, resolve_precision(name, hyper.training_mode, device))
+    check_optimizer(hyper, device)
+    precision = resolve_precision(name, hyper.training_mode, device, hyper.masters)
+    return config, Numerics(device, precision)
 
 
 def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerConfig, Any]:
@@ -250,6 +253,8 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     )
     if config.model.add_tokens:
         grow_embeddings(model, tokenizer, config.model.add_tokens)
+    if prepared.precision.master_dtype == torch.bfloat16:
+        keep_vectors_wide(model)
     check_vocabulary(model, tokenizer)
     _check_rows(prepared.data, model, tokenizer)
     if config.hyperparams.training_mode == "lora":
