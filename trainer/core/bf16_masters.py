@@ -1,7 +1,7 @@
 """AdamW on weights whose only copy is bf16: torchao's, which rounds stochastically.
 
-A usual update is smaller than half a bf16 step, and rounding to the nearest value would lose it. Here
-it is rounded up or down at random so that its mean is right.
+A usual update is smaller than half a bf16 step, and rounding to the nearest value would lose it.
+Here it is rounded up or down at random so that its mean is right.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, overload
@@ -136,8 +135,8 @@ def check_optimizer(hyperparams: Hyperparams, device: torch.device) -> None:
 def _optimizer_package(hyperparams: Hyperparams) -> Any:
     """The optimizers of the optional package that a run needs; None where it needs none.
 
-    Imported here, because it is optional and slow, without its words about kernels that are not
-    for this machine.
+    Raises:
+        ConfigError: it is missing.
     """
     if hyperparams.masters != "fp32":
         where, package, extra = f"masters={hyperparams.masters}", "torchao", "torchao"
@@ -147,8 +146,6 @@ def _optimizer_package(hyperparams: Hyperparams) -> Any:
         instead = "optimizer=adamw"
     else:
         return None
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
         return importlib.import_module(f"{package}.optim")
     except ImportError as error:
@@ -156,8 +153,6 @@ def _optimizer_package(hyperparams: Hyperparams) -> Any:
             f"hyperparams.{where} needs the package {package}, which is not here ({error}): "
             f"pip install 'ultimate-trainer[{extra}]', or use {instead}."
         ) from error
-    finally:
-        logging.disable(disabled)
 
 
 def build_optimizer(

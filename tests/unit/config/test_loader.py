@@ -150,6 +150,18 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
     ),
     (
+        {"hyperparams.masters": "bf16_stochastic", "hyperparams.training_mode": "lora"},
+        {"hyperparams.masters", "hyperparams.training_mode"},
+    ),
+    (
+        {"hyperparams.masters": "bf16_stochastic", "hyperparams.fp_precision": "fp32"},
+        {"hyperparams.masters", "hyperparams.fp_precision"},
+    ),
+    (
+        {"hyperparams.masters": "bf16_stochastic", "hyperparams.optimizer": "muon"},
+        {"hyperparams.masters", "hyperparams.optimizer"},
+    ),
+    (
         {"model.add_tokens": ["r", "alpha", "name"], "hyperparams.training_mode": "lora"},
         {"model.add_tokens", "hyperparams.training_mode"},
     ),
