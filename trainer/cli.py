@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.warnoptions:  # of libraries, about each other
         warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    # On some CPUs it asks for a package from the hub when it is imported, used or not.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Imported by transformers wherever they are installed, they tell of kernels for other machines.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = _run_told(words)
         sys.stdout.flush()  # at exit, a reader that went away would be a traceback

@@ -21,7 +21,7 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         training,
         "build_optimizer",
-        lambda model, hyper: torch.optim.SGD(model.parameters(), lr=hyper.learning_rate),
+        lambda model, hyper, **_: torch.optim.SGD(model.parameters(), lr=hyper.learning_rate),
     )
 
 

@@ -153,6 +153,7 @@ def test_doctor_and_models_print_what_is_here(cli: Callable[..., Any]) -> None:
     assert doctor.returncode == 0, doctor.stderr
     for word in ("torch", "memory", "attention", "precision", "not asked"):
         assert word in doctor.stdout
+    assert doctor.stderr == ""
     models = cli("models")
     assert "Qwen/Qwen3-0.6B" in models.stdout
 

@@ -77,7 +77,7 @@ def step(
     monkeypatch.setattr(
         training,
         "build_optimizer",
-        lambda model, _: torch.optim.SGD(model.parameters(), lr=RATE),
+        lambda model, *_, **__: torch.optim.SGD(model.parameters(), lr=RATE),
     )
 
     def one_step(name: str, file: Path, batch_size: int, **data: Any) -> torch.Tensor:

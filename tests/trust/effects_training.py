@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.trust.effects import shows
 from tests.trust.lab import BATCH_SIZE, LORA, NUM_STEPS, RATE, Lab, Seen
@@ -82,8 +83,20 @@ def fp_precision(lab: Lab) -> None:
 @shows("hyperparams.optimizer")
 def optimizer(lab: Lab) -> None:
     assert distance(lab.run(hyperparams={"optimizer": "muon"}).weights, lab.base.weights) > 1e-4
+    assert distance(lab.run(hyperparams={"optimizer": "adamw_8bit"}).weights, lab.base.weights) > 0
     if not torch.cuda.is_available():
-        assert "adamw_8bit" in lab.refusal(hyperparams={"optimizer": "adamw_8bit"})
+        assert "nothing is paged" in lab.refusal(hyperparams={"optimizer": "paged_adamw_8bit"})
+
+
+@shows("hyperparams.masters")
+def masters(lab: Lab) -> None:
+    """The checkpoint keeps the weights as they are trained: matrices in bf16, norms in fp32."""
+    hyper = {"masters": "bf16_stochastic", "fp_precision": "bf16", "max_steps": 2}
+    kept = lab.run(hyperparams=hyper, output={"checkpoint_interval": 1})
+    [path] = (kept.folder / "checkpoints" / kept.checkpoints[-1]).glob("*model.safetensors")
+    dtypes = {name: tensor.dtype for name, tensor in load_file(path).items()}
+    narrow = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert narrow == {name for name in dtypes if "norm" not in name}
 
 
 @shows("hyperparams.lr_scheduler")

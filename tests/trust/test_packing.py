@@ -61,7 +61,9 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
     import trainer.core.training as training
 
     monkeypatch.setattr(
-        training, "build_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1)
+        training,
+        "build_optimizer",
+        lambda model, *_, **__: torch.optim.SGD(model.parameters(), lr=0.1),
     )
 
 

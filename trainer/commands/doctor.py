@@ -20,10 +20,17 @@ from trainer.commands.arguments import parse
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 OPTIONAL = {
-    "bitsandbytes": "hyperparams.optimizer=adamw_8bit",
-    "flash_attn": "model.attn_implementation=flash_attention_2",
-    "kernels": "model.attn_implementation=owner/name",
-    "wandb": "monitoring.report_to=wandb",
+    # package: what it is for, and what pip is told
+    "bitsandbytes": (
+        "hyperparams.training_mode=qlora, optimizer=adamw_8bit",
+        "'ultimate-trainer[qlora]'",
+    ),
+    "torchao": ("hyperparams.masters=bf16_stochastic", "'ultimate-trainer[torchao]'"),
+    "liger-kernel": ("fused loss on a GPU", "'ultimate-trainer[liger]'"),
+    "kernels": ("model.attn_implementation=owner/name", "'ultimate-trainer[kernels]'"),
+    "flash-attn": ("model.attn_implementation=flash_attention_2", "flash-attn"),
+    "gguf": ("model.model_path=FILE.gguf", "'ultimate-trainer[gguf]'"),
+    "wandb": ("monitoring.report_to=wandb", "wandb"),
 }
 
 
@@ -38,7 +45,7 @@ def run(argv: list[str]) -> int:
     for label, text in [
         *_machine(),
         *_devices(),
-        ("versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
+        ("versions", ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)),
         *_optional(),
         ("model hub", "not asked (--offline)" if words.offline else _hub()),
     ]:
@@ -85,14 +92,18 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _optional() -> list[tuple[str, str]]:
-    return [(name, f"{_version(name)} ({purpose})") for name, purpose in OPTIONAL.items()]
+    lines = []
+    for name, (purpose, wanted) in OPTIONAL.items():
+        found = _version(name) or f"not installed: pip install {wanted}"
+        lines.append((name, f"{found} ({purpose})"))
+    return lines
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _hub() -> str:

@@ -21,6 +21,8 @@ Precision = Literal["bf16", "fp16", "fp32"]
 
 TrainingMode = Literal["full", "lora", "qlora"]
 
+Masters = Literal["fp32", "bf16_stochastic"]
+
 
 class CombinationError(ValueError):
     """Values that are right alone and wrong together; a message can then say where each was set."""

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from trainer.config.section import (
     CombinationError,
     Interval,
+    Masters,
     PositiveInt,
     Precision,
     Section,
@@ -46,9 +47,16 @@ class Hyperparams(Section):
     fp_precision: Precision | None = None
     """One precision for loading, computing and saving; full training keeps fp32 master weights.
     Empty: `bf16` where the device computes in it, else `fp32`."""
-    optimizer: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
-    """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: bitsandbytes
-    on a GPU."""
+    masters: Masters = "fp32"
+    """Dtype of the weights that full training moves. `bf16_stochastic`: the only copy is bf16, and
+    the optimizer rounds up or down at random, so that small updates are not lost; norms and biases
+    stay fp32. Saves 4 bytes a weight with `adamw`, 10 with `adamw_8bit` (needs the extra
+    `torchao`; `fp_precision` is then `bf16`)."""
+    optimizer: Literal["adamw", "muon", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`muon`: Muon for the matrices of the blocks, AdamW for the rest. `adamw_8bit`: AdamW with
+    8-bit moments, those of embeddings in fp32 (needs the extra `qlora`; with
+    `masters=bf16_stochastic` the extra `torchao`). `paged_adamw_8bit`: the same, and moments move
+    to the CPU when a CUDA GPU is full."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate moves after the warm-up. Linear and cosine fall so that the step after
     the last one would have 0."""
@@ -92,6 +100,34 @@ class Hyperparams(Section):
                 "lower warmup_steps or raise max_steps",
                 "hyperparams.warmup_steps",
                 "hyperparams.max_steps",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_masters(self) -> Hyperparams:
+        if self.masters == "fp32":
+            return self
+        if self.training_mode != "full":
+            raise CombinationError(
+                f"masters={self.masters} is for training_mode=full; training_mode="
+                f"{self.training_mode} trains few weights, which are fp32; leave masters empty",
+                "hyperparams.masters",
+                "hyperparams.training_mode",
+            )
+        if self.fp_precision not in (None, "bf16"):
+            raise CombinationError(
+                f"masters={self.masters} computes in bf16, and fp_precision={self.fp_precision}; "
+                "set fp_precision=bf16 or masters=fp32",
+                "hyperparams.masters",
+                "hyperparams.fp_precision",
+            )
+        if self.optimizer not in ("adamw", "adamw_8bit"):
+            raise CombinationError(
+                f"optimizer={self.optimizer} rounds to the nearest value, which loses most updates "
+                f"of weights that are kept as masters={self.masters}; set optimizer=adamw or "
+                "adamw_8bit, or masters=fp32",
+                "hyperparams.masters",
+                "hyperparams.optimizer",
             )
         return self
 

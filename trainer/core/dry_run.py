@@ -26,7 +26,7 @@ from trainer.models.train_on import base_section
 # Rough on purpose: allocator overhead, kernels' work space and fragmentation are not in it.
 
 
-ADAMW_BYTES = {"adamw": 8, "adamw_8bit": 2}
+ADAMW_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Optimizer state per trained weight: two fp32 moments, or two 8-bit ones."""
 
 MUON_BYTES = 4

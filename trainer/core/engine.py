@@ -300,11 +300,12 @@ class TrainerEngine:
         config = resolve(config)
         device = resolve_device(config.environment.device)
         config, name = fill_precision(config, device)
+        hyper = config.hyperparams
         put_back = process_settings()  # the device that accelerate is told
         try:
             return build_training_arguments(
                 config,
-                precision=resolve_precision(name, config.hyperparams.training_mode, device),
+                precision=resolve_precision(name, hyper.training_mode, device, hyper.masters),
                 device=device,
                 run_dir=Path(config.output.output_dir),
             )

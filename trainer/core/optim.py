@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config.training_sections import Hyperparams
+from trainer.core.bf16_masters import Bf16AdamW, make_bf16_adamw
 from trainer.errors import ConfigError
-from trainer.models.precision import default_precision
+from trainer.models.precision import default_precision, is_vector
 
 # ---- muon in fp32, for devices without bf16 arithmetic
 #
@@ -109,18 +110,63 @@ def orthogonalize(
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Device types on which torch has one kernel for a whole AdamW step."""
 
+MIN_PAGED_SIZE = 100_000
+"""bitsandbytes pages the moments of parameters from this many elements on."""
+
 ALGORITHM = "algorithm"
 """Key of a parameter group of MuonAdamW: `muon` or `adamw`."""
 
 
-def build_optimizer(model: nn.Module, hyperparams: Hyperparams) -> torch.optim.Optimizer:
+def check_optimizer(hyperparams: Hyperparams, device: torch.device) -> None:
+    """Refuse, before anything is written, what this machine cannot step with.
+
+    Raises:
+        ConfigError: a package is missing, or the device is not a CUDA GPU, whose memory is paged.
+    """
+    name = hyperparams.optimizer
+    if name == "paged_adamw_8bit" and device.type != "cuda":
+        raise ConfigError(
+            f"hyperparams.optimizer={name} moves moments between a CUDA GPU and the CPU, and the "
+            f"device is {device}, where nothing is paged; adamw_8bit is the same without that."
+        )
+    _optimizer_package(hyperparams)
+
+
+def _optimizer_package(hyperparams: Hyperparams) -> Any:
+    """The optimizers of the optional package that a run needs; None where it needs none.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    if hyperparams.masters != "fp32":
+        where, package, extra = f"masters={hyperparams.masters}", "torchao", "torchao"
+        instead = "masters=fp32"
+    elif hyperparams.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        where, package, extra = f"optimizer={hyperparams.optimizer}", "bitsandbytes", "qlora"
+        instead = "optimizer=adamw"
+    else:
+        return None
+    try:
+        return importlib.import_module(f"{package}.optim")
+    except ImportError as error:
+        raise ConfigError(
+            f"hyperparams.{where} needs the package {package}, which is not here ({error}): "
+            f"pip install 'ultimate-trainer[{extra}]', or use {instead}."
+        ) from error
+
+
+def build_optimizer(
+    model: nn.Module, hyperparams: Hyperparams, *, seed: int = 42
+) -> torch.optim.Optimizer:
     """Build the optimizer of a run over the model's trainable parameters.
 
     Args:
         model: adapters included; parameters without requires_grad are left out.
-        hyperparams: optimizer, learning_rate (filled in), weight_decay and AdamW's own values.
+        hyperparams: optimizer, masters, learning_rate (filled in), weight_decay and AdamW's own
+            values.
+        seed: of stochastic rounding.
     Raises:
-        ConfigError: `muon` finds no matrix; `adamw_8bit` lacks its package or a CUDA device.
+        ConfigError: `muon` finds no matrix, or a package is missing.
     """
     assert hyperparams.learning_rate is not None, "learning_rate is filled in by resolve()"
     learning_rate, weight_decay = hyperparams.learning_rate, hyperparams.weight_decay
@@ -131,8 +177,16 @@ def build_optimizer(model: nn.Module, hyperparams: Hyperparams) -> torch.optim.O
     if hyperparams.optimizer == "muon":
         return MuonAdamW(model, learning_rate, weight_decay=weight_decay, **adam)
     groups = _decay_groups(list(_trainable(model)), weight_decay)
-    if hyperparams.optimizer == "adamw_8bit":
-        return _adamw_8bit(model, groups, lr=learning_rate, **adam)
+    package = _optimizer_package(hyperparams)
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    if hyperparams.masters == "bf16_stochastic":
+        is_8bit = hyperparams.optimizer == "adamw_8bit"
+        kind = package.AdamW8bit if is_8bit else package._AdamW
+        return make_bf16_adamw(kind, groups, wide=embeddings, seed=seed, lr=learning_rate, **adam)
+    if package is not None:
+        is_paged = hyperparams.optimizer == "paged_adamw_8bit"
+        kind = package.PagedAdamW8bit if is_paged else package.AdamW8bit
+        return _adamw_8bit(kind, groups, package, wide=embeddings, lr=learning_rate, **adam)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=_can_fuse(groups), **adam)
 
 
@@ -218,13 +272,24 @@ def state_placeholders(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     if optimizer.state:
         return []
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    is_8bit = "8bit" in type(inner).__name__
     return [
-        torch.empty_like(parameter, dtype=torch.uint8 if is_8bit else None)
+        torch.empty_like(parameter, dtype=_moment_dtype(inner, parameter))
         for group in optimizer.param_groups
         for parameter in group["params"]
         for _ in range(1 if group.get(ALGORITHM) == "muon" else 2)  # momentum, or two moments
+        if not (getattr(inner, "is_paged", False) and parameter.numel() >= MIN_PAGED_SIZE)
     ]
+
+
+def _moment_dtype(optimizer: Any, parameter: torch.Tensor) -> torch.dtype:
+    """In which dtype an optimizer that has not stepped yet will keep a parameter's moments."""
+    if isinstance(optimizer, Bf16AdamW):
+        return torch.uint8 if optimizer.is_8bit(parameter) else torch.float32
+    if not hasattr(optimizer, "mng"):  # not bitsandbytes'
+        return parameter.dtype
+    is_wide = id(parameter) in optimizer.mng.pid2config
+    is_small = parameter.numel() < optimizer.args.min_8bit_size
+    return torch.float32 if is_wide or is_small else torch.uint8
 
 
 def _muon(matrices: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -280,10 +345,7 @@ def _decay_groups(parameters: list[Owned], weight_decay: float) -> list[dict[str
     with_decay: list[nn.Parameter] = []
     without: list[nn.Parameter] = []
     for module, name, parameter in parameters:
-        # By name too: biases of experts and norms of attention heads have two dimensions.
-        is_norm = "norm" in type(module).__name__.lower()
-        is_plain = parameter.ndim < 2 or is_norm or name.endswith("bias")
-        (without if is_plain else with_decay).append(parameter)
+        (without if is_vector(module, name, parameter) else with_decay).append(parameter)
     groups = [(with_decay, weight_decay), (without, 0.0)]
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
@@ -293,25 +355,24 @@ def _can_fuse(groups: list[dict[str, Any]]) -> bool:
 
 
 def _adamw_8bit(
-    model: nn.Module, groups: list[dict[str, Any]], **options: Any
+    kind: Any,
+    groups: list[dict[str, Any]],
+    package: Any,
+    *,
+    wide: list[nn.Parameter],
+    **options: Any,
 ) -> torch.optim.Optimizer:
-    """AdamW with 8-bit state; embeddings keep 32 bits, whose rare large updates 8 bits lose."""
-    where = "hyperparams.optimizer=adamw_8bit"
-    try:
-        # Optional dependency, and its import looks for GPU libraries.
-        bitsandbytes = importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ConfigError(
-            f"{where} needs the package bitsandbytes, which is not here ({error}): "
-            "pip install 'ultimate-trainer[8bit]', or use adamw."
-        ) from error
-    if not torch.cuda.is_available():
-        raise ConfigError(f"{where} needs a CUDA device, and torch sees none; use adamw.")
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **options)
+    """bitsandbytes' AdamW; embeddings keep 32 bits, whose rare large updates 8 bits lose.
+
+    That is said through a manager of its own: the package has one for all, which keeps every model
+    that it ever heard of and takes the places of one's parameters for those of the next.
+    """
+    manager = package.GlobalOptimManager.__new__(package.GlobalOptimManager)
+    manager.initialize()
+    for parameter in wide:
+        manager.override_config(parameter, "optim_bits", 32)
+    optimizer: torch.optim.Optimizer = kind(groups, **options)
+    optimizer.mng = manager  # type: ignore[attr-defined]
     return optimizer
 
 

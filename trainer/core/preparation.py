@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import clean_staging
-from trainer.core.optim import check_schedule
+from trainer.core.optim import check_optimizer, check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
@@ -47,6 +47,7 @@ from trainer.models.load import (
 from trainer.models.precision import (
     ResolvedPrecision,
     fill_precision,
+    keep_vectors_wide,
     resolve_device,
     resolve_precision,
 )
@@ -93,7 +94,9 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
         go_offline()
     device = resolve_device(environment.device)
     config, name = fill_precision(config, device)
-    return config, Numerics(device, resolve_precision(name, hyper.training_mode, device))
+    check_optimizer(hyper, device)
+    precision = resolve_precision(name, hyper.training_mode, device, hyper.masters)
+    return config, Numerics(device, precision)
 
 
 def fit_to_model(
@@ -299,6 +302,8 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     added = tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))
     if added:
         grow_embeddings(model, added)
+    if prepared.precision.master_dtype == torch.bfloat16:
+        keep_vectors_wide(model)
     check_vocabulary(model, tokenizer)
     _check_rows(prepared.data, model, tokenizer)
     if config.hyperparams.trains_adapters:

@@ -104,6 +104,8 @@ PACKAGES = (
     "tokenizers",
     "numpy",
     "pydantic",
+    "bitsandbytes",
+    "torchao",
 )
 
 

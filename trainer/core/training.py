@@ -120,7 +120,7 @@ def assemble_trainer(
     config, data = prepared.config, prepared.data
     packs = data.train if isinstance(data.train, PackedDataset) else None
     pad_id = _pad_id(prepared, model)
-    optimizer = build_optimizer(model, config.hyperparams)
+    optimizer = build_optimizer(model, config.hyperparams, seed=config.environment.seed)
     memory = MemoryProbe()
     schedule = RateSchedule(optimizer, config.hyperparams, prepared.num_steps)
     trainer = SupervisedTrainer(

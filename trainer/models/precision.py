@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainer.config.schema import TrainerConfig
-from trainer.config.section import Precision, TrainingMode
+from trainer.config.section import Masters, Precision, TrainingMode
 from trainer.errors import ConfigError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -83,19 +84,23 @@ def fill_precision(config: TrainerConfig, device: torch.device) -> tuple[Trainer
     hyper = config.hyperparams
     if hyper.fp_precision is not None:
         return config, hyper.fp_precision
-    chosen = default_precision(device)
+    chosen: Precision = "bf16" if hyper.masters != "fp32" else default_precision(device)
     filled = hyper.model_copy(update={"fp_precision": chosen})
     return config.model_copy(update={"hyperparams": filled}), chosen
 
 
 def resolve_precision(
-    fp_precision: Precision, training_mode: TrainingMode, device: torch.device
+    fp_precision: Precision,
+    training_mode: TrainingMode,
+    device: torch.device,
+    masters: Masters = "fp32",
 ) -> ResolvedPrecision:
     """Decide load dtype, master dtype, autocast dtype and TrainingArguments flags together.
 
     Full fine-tuning keeps fp32 master weights: at usual learning rates most updates are smaller
-    than half a bf16 step and would be lost. LoRA keeps the frozen base in the compute dtype and
-    only the adapters in fp32.
+    than half a bf16 step and would be lost. With `masters="bf16_stochastic"` the optimizer rounds
+    so that they are not, and the weights are bf16 (see `keep_vectors_wide` for the rest). LoRA
+    keeps the frozen base in the compute dtype and only the adapters in fp32.
 
     Raises:
         ConfigError: the device cannot compute in this precision.
@@ -103,11 +108,22 @@ def resolve_precision(
     _check_device(fp_precision, device)
     compute = DTYPES[fp_precision]
     mixed = compute != torch.float32
-    load = torch.float32 if training_mode == "full" else compute
+    is_bf16_kept = training_mode == "full" and masters == "bf16_stochastic"
+    load = compute if training_mode != "full" or is_bf16_kept else torch.float32
     base = f"frozen base in {fp_precision}"
     if training_mode == "qlora":
         base = f"frozen base in nf4 (embeddings, norms and head in {fp_precision})"
-    if not mixed and training_mode == "qlora":
+    if is_bf16_kept:
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"hyperparams.masters={masters} works on CPU and CUDA, and the device is {device}; "
+                "use masters=fp32."
+            )
+        reason = (
+            f"computes in bf16 by autocast on {device}, keeps and saves weights in bf16 (updates "
+            "are rounded stochastically), norms and biases in fp32"
+        )
+    elif not mixed and training_mode == "qlora":
         reason = f"computes in fp32 on {device}, {base}, adapters in fp32"
     elif not mixed:
         reason = f"fp32 everywhere on {device}"
@@ -124,12 +140,32 @@ def resolve_precision(
         name=fp_precision,
         compute_dtype=compute,
         load_dtype=load,
-        master_dtype=torch.float32,
+        master_dtype=torch.bfloat16 if is_bf16_kept else torch.float32,
         autocast_dtype=compute if mixed else None,
         use_bf16=fp_precision == "bf16",
         use_fp16=fp_precision == "fp16",
         reason=reason,
     )
+
+
+def is_vector(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a module is a norm, a bias or another vector.
+
+    By name too: biases of experts and norms of attention heads have two dimensions.
+    """
+    is_norm = "norm" in type(module).__name__.lower()
+    return parameter.ndim < 2 or is_norm or name.endswith("bias")
+
+
+def keep_vectors_wide(model: nn.Module) -> None:
+    """Make norms, biases and other vectors fp32 in place, beside matrices in bf16.
+
+    A norm's weights are near 1, where a bf16 step is 0.4 to 0.8 %, and they are too few to count.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_vector(module, name, parameter):
+                parameter.data = parameter.data.float()
 
 
 def cpu_has_bf16() -> bool:

@@ -154,6 +154,18 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"lora.neftune_alpha", "hyperparams.training_mode"},
     ),
     (
+        {"hyperparams.masters": "bf16_stochastic", "hyperparams.training_mode": "lora"},
+        {"hyperparams.masters", "hyperparams.training_mode"},
+    ),
+    (
+        {"hyperparams.masters": "bf16_stochastic", "hyperparams.fp_precision": "fp32"},
+        {"hyperparams.masters", "hyperparams.fp_precision"},
+    ),
+    (
+        {"hyperparams.masters": "bf16_stochastic", "hyperparams.optimizer": "muon"},
+        {"hyperparams.masters", "hyperparams.optimizer"},
+    ),
+    (
         {"hyperparams.early_stopping_patience": 2, "monitoring.micro_eval_interval": 0},
         {"hyperparams.early_stopping_patience", "monitoring.micro_eval_interval"},
     ),

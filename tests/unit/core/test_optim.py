@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -309,26 +308,6 @@ def test_norms_and_biases_of_two_dimensions_are_not_decayed_and_not_for_muon() -
         ({"2.up_proj"}, "adamw", 0.1),
         ({"1.weight", "2.up_proj_bias"}, "adamw", 0.0),
     ]
-
-
-def test_8_bit_adamw_without_its_package_gives_the_install_line(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=r"pip install 'ultimate-trainer\[8bit\]'"):
-        build_optimizer(make_model(), hyperparams("adamw_8bit"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_8_bit_adamw_without_a_cuda_device_is_refused(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "bitsandbytes.py").touch()  # an import that works is all that is needed here
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    with pytest.raises(ConfigError, match="adamw_8bit needs a CUDA device"):
-        build_optimizer(make_model(), hyperparams("adamw_8bit"))
-    sys.modules.pop("bitsandbytes", None)
 
 
 @pytest.mark.gpu
