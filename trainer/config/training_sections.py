@@ -61,6 +61,10 @@ class Hyperparams(Section):
     """Gradients are scaled down to this norm; 0 = off."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower."""
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks` compiles the decoder layers with torch.compile: seconds to minutes at the first batch
+    of each length, and faster steps after it. Lengths are padded to few different ones. Previews and
+    evaluation are not compiled."""
     early_stopping_patience: Interval = 0
     """Stop after this many micro-evaluations without a lower validation loss; 0 = off. The best
     weights have a checkpoint, which is kept; the final model has the last ones."""

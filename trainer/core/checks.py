@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,10 +137,12 @@ def takes_borders(model: Any) -> bool:
     return ALL_ATTENTION_FUNCTIONS.get(attention_name(model)) is flash_attention_forward
 
 
-def pack_collator(model: Any, pad_id: int) -> PackCollator | JoinCollator:
-    """What makes a batch of packs for this model's attention."""
+def pack_collator(
+    model: Any, pad_id: int, *, buckets: Sequence[int] = ()
+) -> PackCollator | JoinCollator:
+    """What makes a batch of packs for this model's attention; rows are padded to `buckets`."""
     if not takes_borders(model):
-        return PackCollator(pad_id)
+        return PackCollator(pad_id, buckets=buckets)
     parameters = inspect.signature(type(_base(model)).forward).parameters.values()
     names = {parameter.name for parameter in parameters}
     is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -267,9 +270,8 @@ def probe(trainer: SupervisedTrainer) -> None:
     rows = trainer.order.longest_rows(trainer.args.per_device_train_batch_size)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     model = trainer.model_wrapped
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with rng_preserved():
+        with untraced(model):
             _pass_over(trainer, model, batch)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not _is_out_of_memory(error):
@@ -281,24 +283,34 @@ def probe(trainer: SupervisedTrainer) -> None:
             "hyperparams.batch_size (and raise gradient_accumulation as much), lower max_length, "
             "or set gradient_checkpointing=true."
         ) from error
+    forget_peak_memory(trainer.args.device)
+
+
+@contextlib.contextmanager
+def untraced(model: Any) -> Iterator[None]:
+    """Put random states and buffers back as they were, where the block succeeds."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with rng_preserved():
+        yield
     for buffer, before in buffers:
         buffer.data.copy_(before)
-    forget_peak_memory(trainer.args.device)
 
 
 def _pass_over(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) -> None:
     model.train()
     room = state_placeholders(trainer.optimizer)
-    inputs = trainer._prepare_inputs(batch)
-    with trainer.compute_loss_context_manager():
-        if trainer.use_own_forward:
-            loss = full_loss(model, inputs)
-        else:
-            unwrapped = trainer.accelerator.unwrap_model(model)
-            loss = supervised_loss(model, unwrapped, inputs, tiling=trainer.tiling)
-    trainer.accelerator.backward(loss)
+    trainer.accelerator.backward(training_loss(trainer, model, trainer._prepare_inputs(batch)))
     model.zero_grad()
     del room  # held until here
+
+
+def training_loss(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The loss of one batch, made as training makes it, with nothing noted of it."""
+    with trainer.compute_loss_context_manager():
+        if trainer.use_own_forward:
+            return full_loss(model, batch)
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        return supervised_loss(model, unwrapped, batch, tiling=trainer.tiling)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

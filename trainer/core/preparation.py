@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import clean_staging
+from trainer.core.compiling import check_blocks, check_compiler
 from trainer.core.optim import check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
@@ -84,6 +85,8 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
         go_offline()
     device = resolve_device(environment.device)
     config, name = fill_precision(config, device)
+    if hyper.compile != "off":
+        check_compiler(device)
     return config, Numerics(device, resolve_precision(name, hyper.training_mode, device))
 
 
@@ -107,6 +110,8 @@ def fit_to_model(config: TrainerConfig, observers: Observers) -> tuple[TrainerCo
         training_mode=config.hyperparams.training_mode,
         previews=monitoring.preview_backend if monitoring.inference_interval else None,
     )
+    if config.hyperparams.compile != "off":
+        check_blocks(model_config, f"model.model_path={config.model.model_path}")
     limit, wanted = context_length(model_config), config.hyperparams.max_length
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(

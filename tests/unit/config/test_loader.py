@@ -150,6 +150,10 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
     ),
     (
+        {"hyperparams.compile": "blocks", "model.attn_implementation": "flash_attention_2"},
+        {"hyperparams.compile", "model.attn_implementation"},
+    ),
+    (
         {"model.add_tokens": ["r", "alpha", "name"], "hyperparams.training_mode": "lora"},
         {"model.add_tokens", "hyperparams.training_mode"},
     ),
