@@ -190,13 +190,11 @@ class CompiledBlocks(TrainerCallback):  # type: ignore[misc]
             )
         )
         self._before = self._counts()
-        watch = _CompilationWatch(self)
-        for register, remove, act in (
-            (callback.on_compile_start, callback.callback_handler.remove_start_callback, watch.begin),
-            (callback.on_compile_end, callback.callback_handler.remove_end_callback, watch.end),
-        ):
-            register(act)
-            self._closing.callback(remove, act)
+        watch, handler = _CompilationWatch(self), callback.callback_handler
+        handler.register_start_callback(watch.begin)
+        self._closing.callback(handler.remove_start_callback, watch.begin)
+        handler.register_end_callback(watch.end)
+        self._closing.callback(handler.remove_end_callback, watch.end)
         for layer in self._layers:
             layer.compile(backend=BACKEND, dynamic=False)
             self._closing.callback(setattr, layer, "_compiled_call_impl", None)
@@ -312,9 +310,9 @@ def compare_with_plain(trainer: SupervisedTrainer, notice: Callable[..., None]) 
         return
     compiled, _ = _figures(trainer, is_plain=False)
     dtype = trainer.accelerator.state.mixed_precision
-    tolerance = RELATIVE_TOLERANCE[{"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        dtype, torch.float32
-    )]
+    tolerance = RELATIVE_TOLERANCE[
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    ]
     for what, mine, own, times in zip(
         ("loss", "gradient norm"), compiled, plain, (1, NORM_TOLERANCE), strict=True
     ):

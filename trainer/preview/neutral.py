@@ -35,8 +35,8 @@ def rng_preserved() -> Iterator[None]:
 def evaluating(model: Any) -> Iterator[None]:
     """Put every module into eval mode and back into its own, which may differ within a model.
 
-    Layers that are compiled run as they were written. Gradient checkpointing acts in train mode only, so it needs no switch of its own; `use_cache`
-    is put back because generation sets it.
+    Layers that are compiled run as they were written. Gradient checkpointing acts in train mode
+    only, so it needs no switch of its own; `use_cache` is put back because generation sets it.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
