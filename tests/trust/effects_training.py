@@ -14,7 +14,7 @@ from tests.trust.effects import shows
 from tests.trust.lab import BATCH_SIZE, LORA, NUM_STEPS, RATE, Lab, Seen
 from tests.trust.reference import distance, flat, llama
 from trainer.commands.train import run as train_command
-from trainer.core import TrainerEngine
+from trainer.core import TrainerEngine, compiling
 
 TRAIN_ROWS = 30
 
@@ -164,6 +164,22 @@ def gradient_checkpointing(lab: Lab) -> None:
         trainer.train()
         counts.append(len(calls))
     assert counts == [2, 4]  # one step, and the memory probe before it
+
+
+@shows("hyperparams.compile")
+def compile_blocks(lab: Lab) -> None:
+    graphs: list[int] = []
+
+    def compiler(graph: Any, _: Any) -> Any:
+        graphs.append(1)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "BACKEND", compiler)
+        seen = lab.run(hyperparams={"compile": "blocks", "max_steps": 1})
+    assert seen.result.summary["compile"]["graphs"] == len(graphs) > 0
+    assert lab.base.result.summary["compile"] is None
+    assert seen.steps[0].train_loss == pytest.approx(lab.base.steps[0].train_loss, rel=1e-5)
 
 
 @shows("hyperparams.early_stopping_patience", "hyperparams.early_stopping_min_delta")

@@ -279,6 +279,19 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_compile(self) -> TrainerConfig:
+        attention = self.model.attn_implementation
+        if self.hyperparams.compile != "off" and attention not in ("auto", "sdpa", "eager"):
+            raise CombinationError(
+                f"hyperparams.compile=blocks needs model.attn_implementation=sdpa or eager: "
+                f"{attention} gets the lengths of each batch as plain numbers, and each would be "
+                "compiled anew; change one of them",
+                "hyperparams.compile",
+                "model.attn_implementation",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_early_stopping(self) -> TrainerConfig:
         if self.hyperparams.early_stopping_patience and not self.monitoring.micro_eval_interval:
             raise CombinationError(

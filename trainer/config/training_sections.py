@@ -75,6 +75,10 @@ class Hyperparams(Section):
     """Gradients are scaled down to this norm; 0 = off."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower."""
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks` compiles the decoder layers with torch.compile: seconds to minutes at the first
+    batch of each length, for faster steps after it. Batches are padded to few different lengths;
+    previews and evaluation are not compiled. On CPU (with a C++ compiler) and CUDA."""
     early_stopping_patience: Interval = 0
     """Stop after this many micro-evaluations without a lower validation loss; 0 = off. The best
     weights have a checkpoint, which is kept; the final model has the last ones."""

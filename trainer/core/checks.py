@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -132,9 +133,8 @@ def probe(trainer: SupervisedTrainer) -> None:
     rows = trainer.order.longest_rows(trainer.args.per_device_train_batch_size)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     model = trainer.model_wrapped
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with rng_preserved():
+        with untraced(model):
             _pass_over(trainer, model, batch)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not _is_out_of_memory(error):
@@ -146,26 +146,36 @@ def probe(trainer: SupervisedTrainer) -> None:
             "hyperparams.batch_size (and raise gradient_accumulation as much), lower max_length, "
             "or set gradient_checkpointing=true."
         ) from error
+    forget_peak_memory(trainer.args.device)
+
+
+@contextlib.contextmanager
+def untraced(model: Any) -> Iterator[None]:
+    """Put random states and buffers back as they were, where the block succeeds."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with rng_preserved():
+        yield
     for buffer, before in buffers:
         buffer.data.copy_(before)
-    forget_peak_memory(trainer.args.device)
 
 
 def _pass_over(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) -> None:
     model.train()
     room = state_placeholders(trainer.optimizer)
-    inputs = trainer._prepare_inputs(batch)
-    with trainer.compute_loss_context_manager():
-        if trainer.use_own_forward:
-            loss = full_loss(model, inputs)
-        else:
-            unwrapped = trainer.accelerator.unwrap_model(model)
-            loss = supervised_loss(
-                model, unwrapped, inputs, tiling=trainer.tiling, router=trainer.router
-            )
-    trainer.accelerator.backward(loss)
+    trainer.accelerator.backward(training_loss(trainer, model, trainer._prepare_inputs(batch)))
     model.zero_grad()
     del room  # held until here
+
+
+def training_loss(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The loss of one batch, made as training makes it, with nothing noted of it."""
+    with trainer.compute_loss_context_manager():
+        if trainer.use_own_forward:
+            return full_loss(model, batch)
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        return supervised_loss(
+            model, unwrapped, batch, tiling=trainer.tiling, router=trainer.router
+        )
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import clean_staging
+from trainer.core.compiling import check_blocks, check_compiler
 from trainer.core.optim import check_optimizer, check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
@@ -95,6 +96,8 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     device = resolve_device(environment.device)
     config, name = fill_precision(config, device)
     check_optimizer(hyper, device)
+    if hyper.compile != "off":
+        check_compiler(device)
     precision = resolve_precision(name, hyper.training_mode, device, hyper.masters)
     return config, Numerics(device, precision)
 
@@ -133,6 +136,8 @@ def fit_to_model(
         f"model.model_path={config.model.model_path}",
         training_mode=config.hyperparams.training_mode,
     )
+    if config.hyperparams.compile != "off":
+        check_blocks(model_config, f"model.model_path={config.model.model_path}")
     limit, wanted = context_length(model_config), config.hyperparams.max_length
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(
@@ -140,7 +145,11 @@ def fit_to_model(
             f"give at most {limit}."
         )
     attention = plan_attention(
-        config.model, model_config, device=numerics.device, precision=numerics.precision
+        config.model,
+        model_config,
+        device=numerics.device,
+        precision=numerics.precision,
+        is_compiled=config.hyperparams.compile != "off",
     )
     length = wanted or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     hyper = config.hyperparams.model_copy(update={"max_length": length})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,11 @@ def takes_borders(model: Any) -> bool:
     return ALL_ATTENTION_FUNCTIONS.get(attention_name(model)) is flash_attention_forward
 
 
-def pack_collator(model: Any, pad_id: int) -> PackCollator | JoinCollator:
-    """What makes a batch of packs for this model's attention."""
-    return _join_collator(model) if takes_borders(model) else PackCollator(pad_id)
+def pack_collator(
+    model: Any, pad_id: int, *, buckets: Sequence[int] = ()
+) -> PackCollator | JoinCollator:
+    """What makes a batch of packs for this model's attention; rows are padded to `buckets`."""
+    return _join_collator(model) if takes_borders(model) else PackCollator(pad_id, buckets=buckets)
 
 
 def _join_collator(model: Any) -> JoinCollator:
@@ -120,10 +122,17 @@ class BatchChoice:
 
 
 def choose_batches(
-    trainer: SupervisedTrainer, plan: AttentionPlan, *, is_packed: bool, pad_id: int
+    trainer: SupervisedTrainer,
+    plan: AttentionPlan,
+    *,
+    is_packed: bool,
+    pad_id: int,
+    buckets: Sequence[int] = (),
 ) -> BatchChoice:
     """Set the attention of the model, and choose the batches that are right with it.
 
+    Args:
+        buckets: lengths that padded batches have; none: that of their longest row.
     Raises:
         ModelError: the attention that was asked for does not run here.
         ConfigError: packing, with a model whose documents see each other.
@@ -144,7 +153,7 @@ def choose_batches(
     if plan.asked != "auto":
         _check_runs(trainer, own)
     if is_packed:
-        collate: Collate = pack_collator(model, pad_id)
+        collate: Collate = pack_collator(model, pad_id, buckets=buckets)
         with _looking_at(trainer, own):
             check_documents_apart(model, batch_size=size, collate=collate)
         return BatchChoice(collate, reason, tuple(refused))
@@ -154,7 +163,7 @@ def choose_batches(
         if wrong is None:
             return BatchChoice(_join_collator(model), reason, tuple(refused))
         refused.append(f"rows are padded, not joined: {type(_base(model)).__name__} {wrong}")
-    return BatchChoice(PadCollator(pad_id), reason, tuple(refused))
+    return BatchChoice(PadCollator(pad_id, buckets=buckets), reason, tuple(refused))
 
 
 @contextlib.contextmanager

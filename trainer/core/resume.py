@@ -172,6 +172,7 @@ FREE_KEYS = frozenset(
         "hyperparams.max_steps",
         "hyperparams.early_stopping_patience",
         "hyperparams.early_stopping_min_delta",
+        "hyperparams.compile",
         "data.dataset_path",
         "data.validation_path",
         "data.max_rows",

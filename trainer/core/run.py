@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data._utils import signal_handling
@@ -46,6 +46,9 @@ from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.net import hub_setting
 from trainer.preview.scheduler import PreviewScheduler
 from trainer.profiles import DataProfile
+
+if TYPE_CHECKING:
+    from trainer.core.compiling import CompiledBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -327,6 +330,8 @@ class Job:
         """The live monitor, once it is built."""
         self.trainer: SupervisedTrainer | None = None
         """HF's Trainer, once it is made."""
+        self.blocks: CompiledBlocks | None = None
+        """The compiled layers of the model; None where `hyperparams.compile` is off."""
         self.result: TrainingResult | None = None
         self._closing = contextlib.ExitStack()
         # In the order of opening: run.json is written after every observer has told the end, and
@@ -533,6 +538,7 @@ class Job:
             summary={
                 "durations_s": {key: round(value, 3) for key, value in self.durations_s.items()},
                 "previews": self._preview_counts(),
+                "compile": self.blocks.summary() if self.blocks is not None else None,
                 "fp16_overflows": trainer.num_overflows if trainer is not None else 0,
                 "stop_reason": self.monitor.stop_reason if self.monitor else None,
                 **more,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.core.checks import (
     forget_peak_memory,
     tiling_of,
 )
+from trainer.core.compiling import CompiledBlocks, compiler_errors
 from trainer.core.evaluation import build_evaluator
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
@@ -27,7 +29,7 @@ from trainer.core.proofs import BatchChoice, TrainingCollator, choose_batches, n
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.data.batches import PackedDataset, PadCollator
+from trainer.data.batches import PackedDataset, PadCollator, length_buckets
 from trainer.errors import ConfigError, NonFiniteError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
 from trainer.models.adapter_files import write_model
@@ -122,6 +124,8 @@ def assemble_trainer(
     pad_id = _pad_id(prepared, model)
     optimizer = build_optimizer(model, config.hyperparams, seed=config.environment.seed)
     memory = MemoryProbe()
+    blocks = _compiled_blocks(job, prepared, model)
+    buckets = blocks.buckets if blocks is not None else ()
     schedule = RateSchedule(optimizer, config.hyperparams, prepared.num_steps)
     trainer = SupervisedTrainer(
         model=model,
@@ -129,7 +133,8 @@ def assemble_trainer(
         train_dataset=data.train,
         data_collator=PadCollator(pad_id),  # until it is known which batches are right
         optimizers=(optimizer, schedule),
-        callbacks=[memory, *callbacks],  # before the previews of step 0
+        # Both before the previews of step 0.
+        callbacks=[memory, *([] if blocks is None else [blocks]), *callbacks],
         order=epoch_order(config, data),
         save_checkpoint=_checkpoint_saver(job, prepared),
         run_state=lambda: _run_state(job),
@@ -147,7 +152,11 @@ def assemble_trainer(
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
     job.trainer = memory.trainer = trainer
-    choice = choose_batches(trainer, prepared.attention, is_packed=packs is not None, pad_id=pad_id)
+    if blocks is not None:
+        blocks.trainer = trainer
+    choice = choose_batches(
+        trainer, prepared.attention, is_packed=packs is not None, pad_id=pad_id, buckets=buckets
+    )
     _tell_attention(job, choice)
     rows, dtype = packs.rows if packs else data.train, prepared.precision.compute_dtype
     choose_loss(trainer, rows, dtype=dtype, notice=job.observers.notice)
@@ -162,6 +171,17 @@ def assemble_trainer(
         )
     forget_peak_memory(trainer.args.device)
     return trainer
+
+
+def _compiled_blocks(job: Job, prepared: Prepared, model: Any) -> CompiledBlocks | None:
+    if prepared.config.hyperparams.compile == "off":
+        return None
+    longest = max(prepared.data.train.lengths)
+    is_packed = isinstance(prepared.data.train, PackedDataset)
+    buckets = (longest,) if is_packed else length_buckets(longest)
+    job.blocks = CompiledBlocks(model, buckets, job.observers.notice)
+    job.on_close("compiled layers", job.blocks.close)
+    return job.blocks
 
 
 def _pad_id(prepared: Prepared, model: Any) -> int:
@@ -230,7 +250,8 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
             trainer.restore(resume.path)
             job.observers.notice(f"all {resume.step} steps are done; nothing is left to train")
         else:
-            trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
+            with compiler_errors(job.stop) if job.blocks else contextlib.nullcontext():
+                trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
         job.durations_s["training"] = time.perf_counter() - started
         if scheduler is not None:
             _drain_previews(job, scheduler, prepared.config.monitoring.preview_drain_timeout)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
@@ -105,12 +106,33 @@ class EpochOrder(Sampler[int]):
         return [row for group in [*mixed, *rest] for row in group]
 
 
+def length_buckets(longest: int) -> tuple[int, ...]:
+    """The few lengths that batches are padded to where each length costs a compilation.
+
+    Multiples of 64 up to 512, then four to each doubling, so that at most a fifth of a row longer
+    than 512 is padding.
+
+    Args:
+        longest: of all rows, in tokens; the last bucket is this one, for no row needs more.
+    """
+    lengths, step = [64], 64
+    while lengths[-1] < longest:
+        if lengths[-1] >= 8 * step:
+            step *= 2
+        lengths.append(lengths[-1] + step)
+    return (*lengths[:-1], longest)
+
+
 class PadCollator:
     """Stacks rows into one right-padded batch."""
 
-    def __init__(self, pad_id: int) -> None:
-        """`pad_id` fills short rows; its value never matters, it is masked."""
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, *, buckets: Sequence[int] = ()) -> None:
+        """`pad_id` fills short rows; its value never matters, it is masked.
+
+        Args:
+            buckets: lengths that batches are padded to, ascending; none: to the longest row.
+        """
+        self.pad_id, self.buckets = pad_id, tuple(buckets)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return input_ids, labels, attention_mask, all (B, T) int64.
@@ -118,20 +140,26 @@ class PadCollator:
         Rows with loss weights make `loss_weights` too, (B, T) float32, aligned with the labels.
         The mask comes from the lengths, never from the pad id, which may equal a real token.
         """
-        batch = stack_rows(rows, pad_id=self.pad_id)
-        masks = [torch.ones_like(row["input_ids"]) for row in rows]
-        return {**batch, "attention_mask": pad_sequence(masks, batch_first=True)}
+        masked = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
+        return stack_rows(masked, pad_id=self.pad_id, buckets=self.buckets)
 
 
-def stack_rows(rows: list[dict[str, Any]], *, pad_id: int) -> dict[str, torch.Tensor]:
-    """Stack every key of the rows to (B, T); padding has no label, weight 0 and position 0."""
+def stack_rows(
+    rows: list[dict[str, Any]], *, pad_id: int, buckets: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
+    """Stack every key of the rows to (B, T); padding has no label, weight 0 and position 0.
+
+    T is the longest row's length, or the first bucket that is not below it.
+    """
     fills = {"input_ids": pad_id, "labels": IGNORE_INDEX}
-    return {
-        key: pad_sequence(
-            [row[key] for row in rows], batch_first=True, padding_value=fills.get(key, 0)
-        )
-        for key in rows[0]
-    }
+    longest = max(len(row["input_ids"]) for row in rows)
+    missing = next((length - longest for length in buckets if length >= longest), 0)
+    batch = {}
+    for key in rows[0]:
+        fill = fills.get(key, 0)
+        stacked = pad_sequence([row[key] for row in rows], batch_first=True, padding_value=fill)
+        batch[key] = F.pad(stacked, (0, missing), value=fill)
+    return batch
 
 
 def blank_row(*, has_weights: bool = False) -> dict[str, Any]:
@@ -327,16 +355,16 @@ class PackCollator:
     A mask, even of ones, would make attention ignore where documents begin.
     """
 
-    def __init__(self, pad_id: int) -> None:
-        """`pad_id` fills short packs; its labels are ignored."""
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, *, buckets: Sequence[int] = ()) -> None:
+        """`pad_id` fills short packs; its labels are ignored. `buckets` as of `PadCollator`."""
+        self.pad_id, self.buckets = pad_id, tuple(buckets)
 
     def __call__(self, packs: list[dict[str, Any]]) -> dict[str, Any]:
         """Return input_ids, labels, position_ids, all (B, T) int64; padding has position 0.
 
         Packs with loss weights make `loss_weights` too, (B, T) float32.
         """
-        return dict(stack_rows(packs, pad_id=self.pad_id))
+        return dict(stack_rows(packs, pad_id=self.pad_id, buckets=self.buckets))
 
 
 class JoinCollator:

@@ -43,12 +43,18 @@ class AttentionPlan:
 
 
 def plan_attention(
-    section: ModelSection, config: Any, *, device: torch.device, precision: ResolvedPrecision
+    section: ModelSection,
+    config: Any,
+    *,
+    device: torch.device,
+    precision: ResolvedPrecision,
+    is_compiled: bool = False,
 ) -> AttentionPlan:
     """What `model.attn_implementation` means here, before any weights are loaded.
 
     Args:
         config: of the model.
+        is_compiled: its layers are compiled, and flash attention's batches are not for that.
     Raises:
         ModelError: the name cannot be used with this device, precision, model or installation.
     """
@@ -62,6 +68,8 @@ def plan_attention(
     own = "auto: the model's own choice, usually sdpa"
     if device.type != "cuda":
         return AttentionPlan(asked, (), f"{own} (flash attention has no kernels for {device.type})")
+    if is_compiled:
+        return AttentionPlan(asked, (), f"{own} (flash attention is not compiled)")
     if precision.compute_dtype == torch.float32:
         return AttentionPlan(asked, (), f"{own} (flash attention has no fp32)")
     candidates = installed_attention()

@@ -35,20 +35,41 @@ def rng_preserved() -> Iterator[None]:
 def evaluating(model: Any) -> Iterator[None]:
     """Put every module into eval mode and back into its own, which may differ within a model.
 
-    Gradient checkpointing acts in train mode only, so it needs no switch of its own; `use_cache`
-    is put back because generation sets it.
+    Layers that are compiled run as they were written. Gradient checkpointing acts in train mode
+    only, so it needs no switch of its own; `use_cache` is put back because generation sets it.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:
         model.eval()
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
         if config is not None:
             config.use_cache = use_cache
+
+
+@contextlib.contextmanager
+def uncompiled(model: Any) -> Iterator[None]:
+    """Run every module by its own code, also one that `module.compile()` was called on.
+
+    A prompt and each token of an answer have lengths of their own, and each would be compiled.
+    """
+    compiled = {
+        module: call
+        for module in model.modules()
+        if (call := getattr(module, "_compiled_call_impl", None)) is not None
+    }
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 @contextlib.contextmanager

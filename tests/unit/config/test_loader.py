@@ -166,6 +166,10 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"hyperparams.masters", "hyperparams.optimizer"},
     ),
     (
+        {"hyperparams.compile": "blocks", "model.attn_implementation": "flash_attention_2"},
+        {"hyperparams.compile", "model.attn_implementation"},
+    ),
+    (
         {"hyperparams.early_stopping_patience": 2, "monitoring.micro_eval_interval": 0},
         {"hyperparams.early_stopping_patience", "monitoring.micro_eval_interval"},
     ),
