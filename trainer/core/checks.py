@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.hf_trainer import SupervisedTrainer, is_out_of_memory
 from trainer.core.loss import (
     RELATIVE_TOLERANCE,
     Tiling,
@@ -239,9 +239,6 @@ def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 # that the steps are those of a run without it.
 
 
-CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
-
-
 class MemoryProbe(TrainerCallback):  # type: ignore[misc]
     """Acts once, when model and optimizer are ready; also in a run that is resumed."""
 
@@ -259,31 +256,51 @@ class MemoryProbe(TrainerCallback):  # type: ignore[misc]
 def probe(trainer: SupervisedTrainer) -> None:
     """One forward and backward pass over as many of the longest rows as a device takes at once.
 
-    Room for the optimizer's state is held meanwhile, where it has none yet.
-
     Raises:
         ConfigError: they do not fit into memory.
     """
-    rows = trainer.order.longest_rows(trainer.args.per_device_train_batch_size)
+    problem = try_longest(trainer, trainer.model_wrapped, trainer.args.per_device_train_batch_size)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def try_longest(trainer: SupervisedTrainer, model: Any, count: int) -> str | None:
+    """A pass over the `count` longest rows, which leaves nothing behind.
+
+    Room for the optimizer's state is held meanwhile, where it has none yet.
+
+    Args:
+        model: in train mode from here on.
+    Returns:
+        None where they fit, else the message that says so: not the error, whose traceback would
+        keep what the pass has made.
+    """
+    rows = trainer.order.longest_rows(count)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-    model = trainer.model_wrapped
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    problem = None
     try:
         with rng_preserved():
             _pass_over(trainer, model, batch)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        count, length = batch["input_ids"].shape
-        raise ConfigError(
-            f"the longest batch ({count} x {length} tokens) does not fit into the memory of "
-            f"{trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "
-            "hyperparams.batch_size (and raise gradient_accumulation as much), lower max_length, "
-            "or set gradient_checkpointing=true."
-        ) from error
+        problem = _refusal(trainer, batch, error)
+        model.zero_grad()  # of a backward pass that was cut short
     for buffer, before in buffers:
         buffer.data.copy_(before)
     forget_peak_memory(trainer.args.device)
+    return problem
+
+
+def _refusal(trainer: SupervisedTrainer, batch: dict[str, Any], error: RuntimeError) -> str:
+    count, length = batch["input_ids"].shape
+    return (
+        f"the longest batch ({count} x {length} tokens) does not fit into the memory of "
+        f"{trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "
+        "hyperparams.batch_size (and raise gradient_accumulation as much; auto_batch_size=true "
+        "does both), lower max_length, or set gradient_checkpointing=true."
+    )
 
 
 def _pass_over(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) -> None:
@@ -299,7 +316,3 @@ def _pass_over(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) ->
     trainer.accelerator.backward(loss)
     model.zero_grad()
     del room  # held until here
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)

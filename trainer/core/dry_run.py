@@ -259,7 +259,7 @@ def _dotted(values: dict[str, Any]) -> dict[str, Any]:
 
 CARDS_GIB = (24, 80)
 
-MODES: dict[str, dict[str, str]] = {
+MODES: dict[str, dict[str, Any]] = {
     "full": {"training_mode": "full", "masters": "fp32", "optimizer": "adamw"},
     "full, masters=bf16_stochastic": {
         "training_mode": "full",

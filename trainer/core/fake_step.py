@@ -108,12 +108,12 @@ def _grad_bytes(parameter: nn.Parameter) -> int:
     return parameter.numel() * parameter.element_size() if parameter.requires_grad else 0
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operations make, until nothing refers to them any more."""
 
     def __init__(self) -> None:
         """Begin at zero."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.copies = 0
         self._known: dict[int, int] = {}
         self._given: set[int] = set()

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class MemorySetup:
     is_packed: bool = False
     attention: str = "auto"
     """`eager` keeps its matrix; all others count as sdpa."""
-    lora: LoraSection = LoraSection()
+    lora: LoraSection = field(default_factory=LoraSection)
     num_processes: int = 1
     preview_rows: int = 0
     """Prompts that are answered at once on this device."""
@@ -116,7 +116,7 @@ class MemoryEstimate:
     def lines(self) -> list[tuple[str, str]]:
         """(label, value) lines for the terminal."""
         share = 100 * self.num_trainable / max(self.num_parameters, 1)
-        names = [name for name in ("gradients", "copies", "activations", "loss")]
+        names = ("gradients", "copies", "activations", "loss")
         parts = ", ".join(f"{name} {size_words(getattr(self, name))}" for name in names)
         found = [
             (
@@ -148,7 +148,7 @@ def estimate_memory(model_config: Any, setup: MemorySetup) -> MemoryEstimate:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     gradients = gradients_of(model)
-    state = sum(optimizer_bytes(model, setup))
+    state = int(sum(optimizer_bytes(model, setup)))
     num_parameters = sum(_numel(module, p) for module, p in _owned(model))
     weights = sum(p.numel() * p.element_size() for p in parameters)
     num_trained = sum(p.numel() for p in trained)
@@ -166,8 +166,7 @@ def estimate_memory(model_config: Any, setup: MemorySetup) -> MemoryEstimate:
         loss=step.loss,
         step=step.peak + buckets,
         previews=_cache_bytes(model_config, setup),
-        host=(state if is_paged else 0)
-        + setup.arenas * num_trained * setup.compute_dtype.itemsize,
+        host=(state if is_paged else 0) + setup.arenas * num_trained * setup.compute_dtype.itemsize,
         is_counted=is_counted,
     )
 
@@ -217,7 +216,7 @@ def _quantize(model: Any, num_bytes: float, compute_dtype: torch.dtype) -> None:
 
 
 def _packed_linear(module: Any, compute_dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = _PackedProduct.apply(
+    out: torch.Tensor = _PackedProduct.apply(  # type: ignore[no-untyped-call]
         x.to(compute_dtype), module.weight, module.plain_shape, module.bias
     )
     return out.to(x.dtype)
@@ -233,7 +232,7 @@ class _PackedProduct(torch.autograd.Function):
         return nn.functional.linear(x, x.new_empty(shape), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Any) -> Any:
         return gradient @ gradient.new_empty(ctx.shape), None, None, None
 
 
@@ -269,14 +268,18 @@ def optimizer_bytes(model: nn.Module, setup: MemorySetup) -> Iterator[float]:
         num, plain = parameter.numel(), 2 * parameter.numel() * parameter.element_size()
         if setup.optimizer == "muon" and parameter.ndim == 2 and id(parameter) not in outside:
             yield plain / 2  # one momentum
-        elif "8bit" not in setup.optimizer or num < MIN_8BIT_VALUES:
-            yield plain
-        elif num % BLOCK and setup.is_stochastic:  # torchao packs whole blocks only
-            yield plain
-        elif isinstance(module, nn.Embedding) and not setup.is_stochastic:
-            yield plain  # see core/optim.py: 8 bits lose an embedding's rare large updates
-        else:
+        elif "8bit" in setup.optimizer and _is_packed(module, num, setup):
             yield 2 * (num + 4 * math.ceil(num / BLOCK))
+        else:
+            yield plain
+
+
+def _is_packed(module: nn.Module, num: int, setup: MemorySetup) -> bool:
+    """Whether an 8-bit optimizer keeps the state of this parameter in 8 bits."""
+    if setup.is_stochastic:  # torchao: whole blocks only
+        return num >= MIN_8BIT_VALUES and num % BLOCK == 0
+    # bitsandbytes: embeddings keep 32 bits, see core/optim.py.
+    return num >= MIN_8BIT_VALUES and not isinstance(module, nn.Embedding)
 
 
 def _ends(model: Any) -> Iterator[nn.Parameter]:
@@ -326,10 +329,9 @@ def _formula(model_config: Any, setup: MemorySetup) -> tuple[int, int]:
     layers, heads, keys, head = _heads(text)
     per_token = 4 * hidden + 3 * heads * head + 4 * keys * head + 3 * ffn
     tokens = setup.batch_size * setup.length
-    if setup.gradient_checkpointing:
-        kept = layers * hidden + per_token  # layer inputs, and one layer at a time in full
-    else:
-        kept = layers * per_token
+    kept = layers * per_token
+    if setup.gradient_checkpointing:  # layer inputs, and one layer at a time in full
+        kept = layers * hidden + per_token
     logits = min(tokens * (getattr(text, "vocab_size", None) or 0), TILE_LOGITS)
     return int(tokens * kept * setup.compute_dtype.itemsize), logits * LOGIT_BYTES
 
