@@ -104,7 +104,7 @@ def test_a_resume_goes_on_bit_for_bit_with_the_size_that_was_found(
     assert_same_weights: Callable[..., None],
 ) -> None:
     seen = out_of_memory(2)
-    hyper = {**EIGHT, "auto_batch_size": True}
+    hyper = {**EIGHT, "auto_batch_size": True, "lr_scheduler": "constant"}
     whole = TrainerEngine().run_job(job("whole", hyperparams=hyper, monitoring=QUIET))
     TrainerEngine().run_job(job("half", hyperparams={**hyper, "max_steps": 3}, monitoring=QUIET))
     seen.clear()
@@ -161,7 +161,8 @@ def test_what_a_failed_attempt_made_is_freed_before_the_next(
         return loss(model, unwrapped, batch, **options)
 
     monkeypatch.setattr(checks, "supervised_loss", attempt)
-    result = train(hyperparams={**EIGHT, "auto_batch_size": True}, monitoring=QUIET)
+    hyper = {**EIGHT, "max_steps": 2, "auto_batch_size": True}
+    result = train(hyperparams=hyper, monitoring=QUIET)
     assert result.success, result.error_message
     assert alive == [0, 0, 0, 0]  # 8, 4, 2, and the probe of the loop
 

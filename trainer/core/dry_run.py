@@ -213,11 +213,7 @@ def _options(
     Args:
         setup: with batch_size=1.
     """
-    for values in CHANGES:
-        changed = {**values, "gradient_checkpointing": True}
-        told = {name: value for name, value in changed.items() if getattr(setup, name) != value}
-        if not told or not _is_smaller(setup.training_mode, changed):
-            continue
+    for told in _changes(setup):
         total = estimate_memory(model_config, dataclasses.replace(setup, **told)).total
         option = Option(_dotted(told), total, fits(total, memory, device_type=device.type))
         yield option
@@ -243,11 +239,19 @@ CHANGES: tuple[dict[str, Any], ...] = (
 """What is tried where one row does not fit, each with gradient checkpointing."""
 
 
-def _is_smaller(mode: str, values: dict[str, Any]) -> bool:
-    """Optimizer and masters matter for full training; a mode is only changed to a smaller one."""
-    order = ("full", "lora", "qlora")
-    wanted = values.get("training_mode", mode)
-    return order.index(wanted) > order.index(mode) or mode == "full" or "optimizer" not in values
+def _changes(setup: MemorySetup) -> list[dict[str, Any]]:
+    """Those of CHANGES that change something; optimizer and masters matter for full training."""
+    order, found = ("full", "lora", "qlora"), list[dict[str, Any]]()
+    for values in CHANGES:
+        mode = values.get("training_mode", setup.training_mode)
+        is_larger = order.index(mode) < order.index(setup.training_mode)
+        if is_larger or ("optimizer" in values and mode != "full"):
+            continue
+        changed = {**values, "gradient_checkpointing": True}
+        told = {name: value for name, value in changed.items() if getattr(setup, name) != value}
+        if told and told not in found:
+            found.append(told)
+    return found
 
 
 def _dotted(values: dict[str, Any]) -> dict[str, Any]:

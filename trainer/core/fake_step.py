@@ -78,7 +78,8 @@ def count_step(model: nn.Module, shape: StepShape) -> StepBytes:
         marks = _Marks(live, blocks.run)
         model.train()
         if shape.gradient_checkpointing:
-            _base(model).gradient_checkpointing_enable({"use_reentrant": False})
+            options = {"use_reentrant": False}
+            _base(model).activation_checkpointing_enable(activation_checkpointing_kwargs=options)
             if hasattr(model, "peft_config"):
                 model.enable_input_require_grads()  # type: ignore[operator]
         with live, _experts_on_fake_tensors():

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,13 @@ def estimate_memory(model_config: Any, setup: MemorySetup) -> MemoryEstimate:
         model_config: the transformers config of the model; it is not changed.
         setup: how it is trained.
     """
-    model = _meta_model(model_config, setup)
+    with warnings.catch_warnings():  # libraries' own, which the run itself shows
+        warnings.simplefilter("ignore")
+        model = _meta_model(model_config, setup)
+        return _estimate(model, model_config, setup)
+
+
+def _estimate(model: Any, model_config: Any, setup: MemorySetup) -> MemoryEstimate:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     gradients = gradients_of(model)
