@@ -11,6 +11,7 @@
     |   `-- ResumeError          nothing to resume, or state that does not fit the run
     |-- CheckpointError          a checkpoint that is damaged or could not be written
     |-- NonFiniteError           a loss or gradient that is NaN or infinite
+    |-- MemoryFullError          a step that did not fit into the memory of the device
     `-- PreviewError             a preview that could not be made (never stops training)
 
 Nothing else lives here: this module imports nothing, so that every layer may import it.
@@ -86,6 +87,10 @@ class CheckpointError(TrainerError):
 
 class NonFiniteError(TrainerError):
     """A loss or gradient is NaN or infinite; the weights were not moved."""
+
+
+class MemoryFullError(TrainerError):
+    """A step did not fit into the memory of the device; the weights were not moved."""
 
 
 class PreviewError(TrainerError):

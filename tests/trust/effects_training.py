@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.trust.lab import BATCH_SIZE, LORA, NUM_STEPS, RATE, Lab, Seen
 from tests.trust.reference import distance, flat, llama
 from trainer.commands.train import run as train_command
 from trainer.core import TrainerEngine, compiling
+from trainer.core import batch_size as core_batch_size
 
 TRAIN_ROWS = 30
 
@@ -50,6 +52,19 @@ def gradient_accumulation(lab: Lab) -> None:
     trainer.train()
     assert trainer.state.global_step == 1
     assert len(calls) == 2
+
+
+@shows("hyperparams.auto_batch_size")
+def auto_batch_size(lab: Lab) -> None:
+    def no_room(trainer: Any, model: Any, count: int) -> str | None:
+        return "does not fit" if count > 2 else None
+
+    cuts = []
+    with mock.patch.object(core_batch_size, "try_longest", no_room):
+        for is_on in (False, True):
+            args = lab.trainer(hyperparams={"auto_batch_size": is_on}).args
+            cuts.append((args.per_device_train_batch_size, args.gradient_accumulation_steps))
+    assert cuts == [(4, 1), (2, 2)]
 
 
 @shows("hyperparams.learning_rate", "hyperparams.max_steps")

@@ -89,6 +89,8 @@ def _dry_run(loaded: LoadedConfig) -> int:
         ("precision", found.precision.reason),
         ("attention", found.attention),
         *found.memory.lines(),
+        ("fits", found.fit.words()),
+        *(("" if nth else "modes", words) for nth, words in enumerate(found.mode_lines())),
         (
             "steps",
             f"{found.num_steps:,} of {rows} rows ({hyper.batch_size} rows x "

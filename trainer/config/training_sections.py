@@ -35,6 +35,9 @@ class Hyperparams(Section):
     """Sequences in one forward pass on one device."""
     gradient_accumulation: PositiveInt = 1
     """Forward passes in one optimizer step; effective batch = batch_size x this x devices."""
+    auto_batch_size: bool = False
+    """Halve `batch_size` and double `gradient_accumulation` until the longest rows fit into memory,
+    which is tried before the first step; effective batch and steps stay the same."""
     learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Peak rate. Empty: 2e-5 for full, 2e-4 for lora and qlora, 5e-3 for the untrained model
     `tiny`."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.hf_trainer import SupervisedTrainer, is_out_of_memory
 from trainer.core.loss import (
     Tiling,
     compare_with_own_loss,
@@ -105,9 +105,6 @@ def forget_peak_memory(device: torch.device) -> None:
 # that the steps are those of a run without it.
 
 
-CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
-
-
 class MemoryProbe(TrainerCallback):  # type: ignore[misc]
     """Acts once, when model and optimizer are ready; also in a run that is resumed."""
 
@@ -125,38 +122,60 @@ class MemoryProbe(TrainerCallback):  # type: ignore[misc]
 def probe(trainer: SupervisedTrainer) -> None:
     """One forward and backward pass over as many of the longest rows as a device takes at once.
 
-    Room for the optimizer's state is held meanwhile, where it has none yet.
-
     Raises:
         ConfigError: they do not fit into memory.
     """
-    rows = trainer.order.longest_rows(trainer.args.per_device_train_batch_size)
+    problem = try_longest(trainer, trainer.model_wrapped, trainer.args.per_device_train_batch_size)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def try_longest(trainer: SupervisedTrainer, model: Any, count: int) -> str | None:
+    """A pass over the `count` longest rows, which leaves nothing behind.
+
+    Room for the optimizer's state is held meanwhile, where it has none yet.
+
+    Args:
+        model: in train mode from here on.
+    Returns:
+        None where they fit, else the message that says so: not the error, whose traceback would
+        keep what the pass has made.
+    """
+    rows = trainer.order.longest_rows(count)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-    model = trainer.model_wrapped
+    problem = None
     try:
         with untraced(model):
             _pass_over(trainer, model, batch)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        length = trainer.order.lengths[rows[0]]
-        raise ConfigError(
-            f"the longest batch ({len(rows)} x {length} tokens) does not fit into the memory of "
-            f"{trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "
-            "hyperparams.batch_size (and raise gradient_accumulation as much), lower max_length, "
-            "or set gradient_checkpointing=true."
-        ) from error
+        problem = _refusal(trainer, rows, error)
+        model.zero_grad()  # of a backward pass that was cut short
     forget_peak_memory(trainer.args.device)
+    return problem
+
+
+def _refusal(trainer: SupervisedTrainer, rows: list[int], error: RuntimeError) -> str:
+    length = trainer.order.lengths[rows[0]]
+    return (
+        f"the longest batch ({len(rows)} x {length} tokens) does not fit into the memory of "
+        f"{trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "
+        "hyperparams.batch_size (and raise gradient_accumulation as much; auto_batch_size=true "
+        "does both), lower max_length, or set gradient_checkpointing=true."
+    )
 
 
 @contextlib.contextmanager
 def untraced(model: Any) -> Iterator[None]:
-    """Put random states and buffers back as they were, where the block succeeds."""
+    """Put random states and buffers back as they were, however the block ends."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with rng_preserved():
-        yield
-    for buffer, before in buffers:
-        buffer.data.copy_(before)
+    try:
+        with rng_preserved():
+            yield
+    finally:
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
 
 
 def _pass_over(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any]) -> None:
@@ -176,7 +195,3 @@ def training_loss(trainer: SupervisedTrainer, model: Any, batch: dict[str, Any])
         return supervised_loss(
             model, unwrapped, batch, tiling=trainer.tiling, router=trainer.router
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)

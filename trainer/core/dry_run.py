@@ -3,145 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from trainer.config.schema import TrainerConfig
-from trainer.core.loss import TILE_LOGITS
+from trainer.core.memory import (
+    MemoryEstimate,
+    MemorySetup,
+    device_memory,
+    estimate_memory,
+    fits,
+    size_words,
+)
+from trainer.core.previews import NUM_SLOTS
 from trainer.core.run import Prepared
 from trainer.core.run_folder import RunFolder, resolved_config
+from trainer.data.batches import PackedDataset
 from trainer.data.dataset import RunData
-from trainer.models.adapters import add_lora
 from trainer.models.load import read_model_config
 from trainer.models.precision import ResolvedPrecision
 from trainer.models.train_on import base_section
-
-# ---- how much memory a run will take, from shapes alone
-#
-# Rough on purpose: allocator overhead, kernels' work space and fragmentation are not in it.
-
-
-ADAMW_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Optimizer state per trained weight: two fp32 moments, or two 8-bit ones."""
-
-MUON_BYTES = 4
-"""Muon keeps one fp32 momentum for matrices; AdamW's part (embeddings, norms) has its own two."""
-
-LOGIT_BYTES = 12
-"""Peak bytes of one logit in a step, with softmax and gradient (benchmarks/bench_loss.py)."""
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes by use."""
-
-    num_parameters: int
-    num_trainable: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    """Of one micro-batch of the longest rows."""
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-    def lines(self) -> list[tuple[str, str]]:
-        """(label, value) lines for the terminal."""
-        share = 100 * self.num_trainable / max(self.num_parameters, 1)
-        parts = ", ".join(
-            f"{name} {_size(getattr(self, name))}"
-            for name in ("weights", "gradients", "optimizer", "activations")
-        )
-        return [
-            (
-                "parameters",
-                f"{self.num_parameters:,}, of them trained {self.num_trainable:,} ({share:.1f} %)",
-            ),
-            ("memory", f"about {_size(self.total)}: {parts}"),
-        ]
-
-
-def estimate_memory(
-    config: TrainerConfig,
-    model_config: Any,
-    precision: ResolvedPrecision,
-    *,
-    longest_row: int,
-) -> MemoryEstimate:
-    """Count a model's weights without making them, and add up what training needs.
-
-    Args:
-        config: the run's config.
-        model_config: the transformers config of the model.
-        precision: load, master and compute dtypes.
-        longest_row: in tokens; the widest batch the run can meet.
-    """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(model_config, dtype=precision.load_dtype)
-        if config.hyperparams.trains_adapters:
-            model = add_lora(model, config.lora, seed=0)
-    parameters = list(model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    num_trained = sum(p.numel() for p in trained)
-    return MemoryEstimate(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_trainable=num_trained,
-        weights=sum(p.numel() * p.element_size() for p in parameters),
-        gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer=_optimizer_bytes(config.hyperparams.optimizer, trained),
-        activations=_activation_bytes(config, model_config, precision, longest_row),
-    )
-
-
-def _optimizer_bytes(optimizer: str, trained: list[nn.Parameter]) -> int:
-    if optimizer == "muon":
-        return sum(p.numel() * (MUON_BYTES if p.ndim == 2 else 8) for p in trained)
-    return sum(p.numel() for p in trained) * ADAMW_BYTES[optimizer]
-
-
-def _activation_bytes(
-    config: TrainerConfig, model_config: Any, precision: ResolvedPrecision, longest_row: int
-) -> int:
-    """What the backward pass keeps, with attention that never stores its matrix (sdpa).
-
-    Per token and layer: two norms' inputs and outputs (4 h), queries, keys, values before and
-    after the rotation, the attention's output, and gate, up and their product in the MLP.
-    """
-    text = (
-        model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    )
-    hidden = getattr(text, "hidden_size", 0)
-    ffn = getattr(text, "intermediate_size", None) or 4 * hidden
-    layers = getattr(text, "num_hidden_layers", 1)
-    heads = getattr(text, "num_attention_heads", 1)
-    head = getattr(text, "head_dim", None) or hidden // max(heads, 1)
-    keys = (getattr(text, "num_key_value_heads", None) or heads) * head
-    per_token = 4 * hidden + 3 * heads * head + 4 * keys + 3 * ffn
-    size = torch.finfo(precision.compute_dtype).bits // 8
-    tokens = config.hyperparams.batch_size * longest_row
-    if config.hyperparams.gradient_checkpointing:
-        kept = layers * hidden + per_token  # layer inputs, and one layer at a time in full
-    else:
-        kept = layers * per_token
-    # At most: all positions trained. More than a tile of them are never there at once.
-    logits = min(tokens * getattr(text, "vocab_size", 0), TILE_LOGITS)
-    return int(tokens * kept * size + logits * LOGIT_BYTES)
-
-
-def _size(num_bytes: int) -> str:
-    gib = num_bytes / 2**30
-    return f"{gib:.1f} GiB" if gib >= 1 else f"{math.ceil(num_bytes / 2**20)} MiB"
-
-
-# ---- `--dry-run`: what a run would train on and need, before any weights are loaded
 
 
 @dataclass(frozen=True)
@@ -154,6 +39,8 @@ class DryRun:
     attention: str
     """What is planned; the loaded model is what it is proved on."""
     memory: MemoryEstimate
+    fit: Fit
+    modes: tuple[ModeNeed, ...]
     num_steps: int
 
     def as_json(self) -> dict[str, Any]:
@@ -162,9 +49,15 @@ class DryRun:
             "precision": self.precision.reason,
             "attention": self.attention,
             "num_steps": self.num_steps,
-            "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total},
+            "memory": self.memory.as_json(),
+            "fit": self.fit.as_json(),
+            "modes": [dataclasses.asdict(mode) for mode in self.modes],
             "data_card": self.data.card.as_json(),
         }
+
+    def mode_lines(self) -> list[str]:
+        """For each mode what it needs, and where that is there."""
+        return [mode.words(self.fit) for mode in self.modes]
 
 
 def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
@@ -173,12 +66,9 @@ def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
     The file of a run that is to be resumed stays as it is.
     """
     config, data = prepared.config, prepared.data
-    estimate = estimate_memory(
-        config,
-        read_model_config(base_section(config.model), offline=config.environment.offline),
-        prepared.precision,
-        longest_row=max(data.train.lengths),
-    )
+    where = base_section(config.model)
+    model_config = read_model_config(where, offline=config.environment.offline)
+    setup = memory_setup(prepared)
     if folder is not None and prepared.resume is None:
         folder.write_json(folder.config_resolved, resolved_config(config))
     return DryRun(
@@ -186,6 +76,236 @@ def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
         data=data,
         precision=prepared.precision,
         attention=prepared.attention.reason,
-        memory=estimate,
+        memory=estimate_memory(model_config, setup),
+        fit=find_fit(model_config, setup, prepared.device, device_memory(prepared.device)),
+        modes=tuple(mode_needs(model_config, setup)),
         num_steps=prepared.num_steps,
     )
+
+
+def memory_setup(prepared: Prepared) -> MemorySetup:
+    """What of a run decides its memory."""
+    config, data = prepared.config, prepared.data
+    hyper, monitoring = config.hyperparams, config.monitoring
+    longest = max(data.train.lengths)
+    is_previewed = monitoring.inference_interval > 0
+    backend = monitoring.preview_backend if is_previewed else None
+    prompts = monitoring.num_eval_samples + len(monitoring.preview_prompts)
+    row = max(data.train.rows.lengths) if isinstance(data.train, PackedDataset) else longest
+    return MemorySetup(
+        training_mode=hyper.training_mode,
+        masters=hyper.masters,
+        optimizer=hyper.optimizer,
+        compute_dtype=prepared.precision.compute_dtype,
+        gradient_checkpointing=hyper.gradient_checkpointing,
+        batch_size=hyper.batch_size,
+        gradient_accumulation=hyper.gradient_accumulation,
+        length=longest,
+        is_packed=isinstance(data.train, PackedDataset),
+        attention=config.model.attn_implementation,
+        lora=config.lora,
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        preview_rows=prompts if backend == "local" else 0,
+        preview_tokens=row + monitoring.preview_max_tokens,
+        arenas={"sidecar": NUM_SLOTS["dir"], "remote_3090": NUM_SLOTS["http"]}.get(
+            backend or "", 0
+        ),
+    )
+
+
+# ---- which batch fits, and what to change where none does
+
+
+@dataclass(frozen=True)
+class Option:
+    """A change of the config, and what the run would need with it at batch_size=1."""
+
+    values: dict[str, Any]
+    total: int
+    fits: bool
+
+    def __str__(self) -> str:
+        """In the form of the command line."""
+        words = " ".join(f"{name}={_word(value)}" for name, value in self.values.items())
+        return f"{words} ({size_words(self.total)})"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The largest batch whose step fits the device; the effective batch is the config's."""
+
+    device: str
+    memory: int
+    """Bytes of the device: all of a GPU's, what is free on the host."""
+    batch_size: int | None
+    """None: not even one row fits."""
+    gradient_accumulation: int | None
+    total: int
+    """At this batch, or at batch_size=1 where none fits."""
+    options: tuple[Option, ...] = ()
+    """Changes with which one row would fit, or, where none does, all that were tried."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, sizes in bytes."""
+        return dataclasses.asdict(self)
+
+    def words(self) -> str:
+        """What to set, in one or two sentences."""
+        there = f"{self.device} has {size_words(self.memory)}"
+        if self.batch_size is not None:
+            return (
+                f"{there}: batch_size={self.batch_size} gradient_accumulation="
+                f"{self.gradient_accumulation} fits (about {size_words(self.total)})"
+            )
+        enough = [str(option) for option in self.options if option.fits]
+        advice = f"would fit: {'; or '.join(enough)}" if enough else "a smaller model is needed"
+        return f"{there}, and batch_size=1 needs {size_words(self.total)}; {advice}"
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def smaller_batches(effective: int) -> list[int]:
+    """Batch sizes that divide an effective batch, largest first."""
+    return [n for n in range(effective, 0, -1) if effective % n == 0]
+
+
+def find_fit(model_config: Any, setup: MemorySetup, device: torch.device, memory: int) -> Fit:
+    """The largest batch that fits, each with as much accumulation as keeps the effective batch.
+
+    Args:
+        memory: bytes of the device.
+    """
+    effective = setup.batch_size * setup.gradient_accumulation
+    needs: dict[int, int] = {}
+
+    def does_fit(batch_size: int) -> bool:
+        changed = _with_batch(setup, batch_size, effective)
+        needs[batch_size] = estimate_memory(model_config, changed).total
+        return fits(needs[batch_size], memory, device_type=device.type)
+
+    sizes = smaller_batches(effective)
+    found = _first_true(sizes, does_fit)
+    if found is not None:
+        return Fit(str(device), memory, found, effective // found, needs[found])
+    options = tuple(_options(model_config, _with_batch(setup, 1, effective), device, memory))
+    return Fit(str(device), memory, None, None, needs[1], options)
+
+
+def _with_batch(setup: MemorySetup, batch_size: int, effective: int) -> MemorySetup:
+    return dataclasses.replace(
+        setup, batch_size=batch_size, gradient_accumulation=effective // batch_size
+    )
+
+
+def _first_true(sizes: list[int], does_fit: Callable[[int], bool]) -> int | None:
+    """By halving: what fits at one size fits at all that are smaller."""
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if does_fit(sizes[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return sizes[low] if low < len(sizes) else None
+
+
+def _options(
+    model_config: Any, setup: MemorySetup, device: torch.device, memory: int
+) -> Iterator[Option]:
+    """Changes from the mildest on, up to the first that is enough; then shorter rows as they are.
+
+    Args:
+        setup: with batch_size=1.
+    """
+    for told in _changes(setup):
+        total = estimate_memory(model_config, dataclasses.replace(setup, **told)).total
+        option = Option(_dotted(told), total, fits(total, memory, device_type=device.type))
+        yield option
+        if option.fits:
+            break
+    shorter = dataclasses.replace(setup, gradient_checkpointing=True)
+    told = {} if setup.gradient_checkpointing else {"gradient_checkpointing": True}
+    for halvings in range(1, setup.length.bit_length() - 6):
+        length = setup.length >> halvings
+        total = estimate_memory(model_config, dataclasses.replace(shorter, length=length)).total
+        if fits(total, memory, device_type=device.type):
+            yield Option(_dotted({**told, "max_length": length}), total, True)
+            return
+
+
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"optimizer": "adamw_8bit"},
+    {"optimizer": "adamw_8bit", "masters": "bf16_stochastic"},
+    {"training_mode": "lora"},
+    {"training_mode": "qlora"},
+)
+"""What is tried where one row does not fit, each with gradient checkpointing."""
+
+
+def _changes(setup: MemorySetup) -> list[dict[str, Any]]:
+    """Those of CHANGES that change something; optimizer and masters matter for full training."""
+    order, found = ("full", "lora", "qlora"), list[dict[str, Any]]()
+    for values in CHANGES:
+        mode = values.get("training_mode", setup.training_mode)
+        is_larger = order.index(mode) < order.index(setup.training_mode)
+        if is_larger or ("optimizer" in values and mode != "full"):
+            continue
+        changed = {**values, "gradient_checkpointing": True}
+        told = {name: value for name, value in changed.items() if getattr(setup, name) != value}
+        if told and told not in found:
+            found.append(told)
+    return found
+
+
+def _dotted(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"hyperparams.{name}": value for name, value in values.items()}
+
+
+# ---- what the modes need
+
+
+CARDS_GIB = (24, 80)
+
+MODES: dict[str, dict[str, Any]] = {
+    "full": {"training_mode": "full", "masters": "fp32", "optimizer": "adamw"},
+    "full, masters=bf16_stochastic": {
+        "training_mode": "full",
+        "masters": "bf16_stochastic",
+        "optimizer": "adamw",
+    },
+    "full, masters=bf16_stochastic, optimizer=adamw_8bit": {
+        "training_mode": "full",
+        "masters": "bf16_stochastic",
+        "optimizer": "adamw_8bit",
+    },
+    "lora": {"training_mode": "lora", "masters": "fp32", "optimizer": "adamw"},
+    "qlora": {"training_mode": "qlora", "masters": "fp32", "optimizer": "adamw"},
+}
+
+
+@dataclass(frozen=True)
+class ModeNeed:
+    """What a run would need in another mode."""
+
+    mode: str
+    total: int
+    cards: dict[str, bool]
+    """Whether a GPU of so many GiB is enough."""
+
+    def words(self, fit: Fit) -> str:
+        """One line, with this machine's device too."""
+        is_here = fits(self.total, fit.memory, device_type=torch.device(fit.device).type)
+        places = {"here": is_here, **{f"{gib} GiB": yes for gib, yes in self.cards.items()}}
+        found = ", ".join(place for place, yes in places.items() if yes)
+        return f"{self.mode}: {size_words(self.total)}, fits {found or 'none of them'}"
+
+
+def mode_needs(model_config: Any, setup: MemorySetup) -> Iterator[ModeNeed]:
+    """The need of each mode, with the batch and the rows of this run."""
+    for mode, values in MODES.items():
+        total = estimate_memory(model_config, dataclasses.replace(setup, **values)).total
+        cards = {str(gib): fits(total, gib * 2**30) for gib in CARDS_GIB}
+        yield ModeNeed(mode, total, cards)

@@ -19,6 +19,7 @@ import torch
 
 from trainer.config.loader import resolve
 from trainer.config.schema import TrainerConfig
+from trainer.core.batch_size import fit_batch_size, keep_found_batch_size
 from trainer.core.dry_run import DryRun, finish_dry_run
 from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.preparation import (
@@ -211,6 +212,7 @@ class TrainerEngine:
         config, tokenizer, attention = fit_to_model(config, job.observers, numerics)
         if has_folder:
             open_run_folder(job, config)
+            config = keep_found_batch_size(config, job.resumed_from)
         data = self._prepare_dataset(config, profile, tokenizer)
         total, changes = check_against_rows(config, data, job.resumed_from)
         for change in changes:
@@ -363,6 +365,8 @@ class _Stages:
     @cached_property
     def trainer(self) -> SupervisedTrainer:
         """HF's Trainer, ready to run."""
-        return self._engine._create_trainer(
+        trainer = self._engine._create_trainer(
             self.prepared.config, self.loaded.model, self.prepared.data, self.callbacks
         )
+        self.prepared = fit_batch_size(self.job, self.prepared, trainer)
+        return trainer

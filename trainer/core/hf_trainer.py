@@ -32,7 +32,7 @@ from trainer.core.loss import (
 from trainer.core.neftune import noisy_embeddings
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
-from trainer.errors import NonFiniteError
+from trainer.errors import MemoryFullError, NonFiniteError
 from trainer.models.adapter_files import save_adapter
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.step_report import StepRecord
@@ -105,6 +105,25 @@ def build_training_arguments(
     return arguments
 
 
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the host, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)
+
+
+def smaller_batch_size(batch_size: int, effective: int) -> int | None:
+    """The largest divisor of an effective batch that is at most half of `batch_size`.
+
+    Args:
+        effective: rows of one optimizer step on one device.
+    Returns:
+        None at a batch_size of 1.
+    """
+    return next((n for n in range(batch_size // 2, 0, -1) if effective % n == 0), None)
+
+
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -153,9 +172,55 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self.last_step: StepRecord | None = None
         self.num_overflows = 0
         self._overflows_in_a_row = 0
-        self._save_with = save_checkpoint
+        self.save_with(save_checkpoint)
         self._run_state, self._note_step = run_state, note_step
         self._sums: torch.Tensor | None = None
+
+    def save_with(self, save: Callable[[int, Callable[[Path], None]], None]) -> None:
+        """Save checkpoints by `save`, which gets the step and a function that writes the files."""
+        self._save_with = save
+
+    def use_batch_size(self, batch_size: int, order: EpochOrder) -> None:
+        """Cut the steps into smaller micro-batches; before training.
+
+        Args:
+            batch_size: divides the rows of one optimizer step on one device.
+            order: for that batch_size.
+        """
+        effective = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self.args.per_device_train_batch_size = self._train_batch_size = batch_size
+        self.args.gradient_accumulation_steps = effective // batch_size
+        self.order = order
+
+    def training_step(self, *args: Any, **named: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch.
+
+        Raises:
+            MemoryFullError: it does not fit; says how to go on with smaller ones.
+        """
+        try:
+            loss: torch.Tensor = super().training_step(*args, **named)
+            return loss
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            words = " ".join(str(error).split())[:160]
+        raise MemoryFullError(self._memory_advice(words))
+
+    def _memory_advice(self, words: str) -> str:
+        step, batch = self.state.global_step + 1, self.args.per_device_train_batch_size
+        effective = batch * self.args.gradient_accumulation_steps
+        smaller = smaller_batch_size(batch, effective)
+        advice = "lower max_length or set gradient_checkpointing=true in a new run"
+        if smaller is not None:
+            advice = (
+                f"go on from the last checkpoint with --resume --batch-size {smaller} "
+                f"--gradient-accumulation {effective // smaller}, which trains the same steps"
+            )
+        return (
+            f"step {step} ran out of the memory of {self.args.device} ({words}); the weights are "
+            f"those of step {step - 1}. To go on, {advice}."
+        )
 
     def compute_loss(
         self,

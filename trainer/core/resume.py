@@ -168,6 +168,7 @@ FREE_KEYS = frozenset(
         "environment.num_threads",
         "environment.num_workers",
         "environment.offline",
+        "hyperparams.auto_batch_size",
         "hyperparams.num_epochs",
         "hyperparams.max_steps",
         "hyperparams.early_stopping_patience",
@@ -255,7 +256,10 @@ def check_resumable(
         for key, value in now.items()
         if before.get(key) != value and key.split(".")[0] not in FREE_SECTIONS
     }
-    refused = [text for key, text in changed.items() if key not in FREE_KEYS]
+    free = FREE_KEYS
+    if _rows_of_step(before) == _rows_of_step(now):
+        free |= {"hyperparams.batch_size", "hyperparams.gradient_accumulation"}
+    refused = [text for key, text in changed.items() if key not in free]
     if refused:
         raise ResumeError(
             "--resume continues a run as it was, and these values differ from the checkpoint's: "
@@ -274,6 +278,11 @@ def check_resumable(
             "STEP_DIR."
         )
     return [*changed.values(), *_version_changes(metadata.get("versions", {}))]
+
+
+def _rows_of_step(values: dict[str, Any]) -> int:
+    """Of one optimizer step on one device: how they are cut changes rounding, and dropout."""
+    return int(values["hyperparams.batch_size"] * values["hyperparams.gradient_accumulation"])
 
 
 def _version_changes(before: dict[str, Any]) -> list[str]:

@@ -426,6 +426,14 @@ class Job:
             },
         )
 
+    def record_config(self, prepared: Prepared) -> None:
+        """Write a config again that has changed since `record`."""
+        if self.folder is None or not self.is_recorded:
+            return
+        resolved = resolved_config(prepared.config)
+        self.folder.write_json(self.folder.config_resolved, resolved)
+        self.folder.update_json(self.folder.run_json, {"config": resolved})
+
     @staticmethod
     def _guarded(name: str, close: Callable[[], Any]) -> None:
         for step in (lambda: before_closing and before_closing(name), close):

@@ -222,6 +222,19 @@ def _checkpoint_saver(
     return save
 
 
+def use_smaller_batches(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
+    """Have what was made for another batch size follow: evaluation, checkpoints, files of the run.
+
+    Args:
+        prepared: with the batch size that the trainer has now.
+    """
+    assert job.monitor is not None, "assemble_callbacks comes first"
+    if job.monitor.evaluation is not None:
+        job.monitor.evaluation.use(build_evaluator(prepared, _pad_id(prepared, trainer.model)))
+    trainer.save_with(_checkpoint_saver(job, prepared))
+    job.record_config(prepared)
+
+
 def _run_state(job: Job) -> dict[str, Any]:
     """What a checkpoint keeps of the run beside HF's own state."""
     assert job.stopping is not None, "built before training"

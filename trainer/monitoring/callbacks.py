@@ -186,6 +186,10 @@ class MicroEvaluation:
         self.stop_reason: str | None = None
         self._evaluate, self._observers, self._interval = evaluate, observers, interval
 
+    def use(self, evaluate: Callable[[Any], Measured] | None) -> None:
+        """Measure by another function from here on."""
+        self._evaluate = evaluate
+
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether `step` is measured: every `interval` steps, and the last one."""
         is_on = bool(self._evaluate and self._interval)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.config import TrainerConfig
+from trainer.core.batch_size import keep_found_batch_size, with_batch_size
 from trainer.core.resume import ResumePoint, check_resumable, package_versions
 from trainer.errors import ResumeError
 
@@ -47,6 +48,29 @@ def test_an_unchanged_run_goes_on_without_a_word() -> None:
 def test_what_decides_the_training_may_not_change(section: str, values: dict[str, Any]) -> None:
     with pytest.raises(ResumeError, match=f"{section}.{next(iter(values))}"):
         check(changed(section, **values))
+
+
+def test_the_same_steps_may_be_cut_in_another_way_and_that_is_told() -> None:
+    """batch_size x gradient_accumulation stays 8."""
+    found = check(changed("hyperparams", batch_size=2, gradient_accumulation=4))
+    assert found == [
+        "hyperparams.batch_size: 8 -> 2",
+        "hyperparams.gradient_accumulation: 1 -> 4",
+    ]
+    assert check(changed("hyperparams", auto_batch_size=True)) != []
+
+
+def test_auto_batch_size_keeps_what_the_run_had_found_where_the_steps_are_the_same() -> None:
+    def kept(found: tuple[int, int], **values: Any) -> tuple[int, int]:
+        record = with_batch_size(CONFIG, *found).model_dump(mode="json")
+        now = changed("hyperparams", **values)
+        hyper = keep_found_batch_size(now, point(config=record)).hyperparams
+        return hyper.batch_size, hyper.gradient_accumulation
+
+    assert kept((2, 4), auto_batch_size=True) == (2, 4)
+    assert kept((2, 4)) == (8, 1)
+    assert kept((2, 4), auto_batch_size=True, batch_size=1, gradient_accumulation=8) == (1, 8)
+    assert kept((2, 5), auto_batch_size=True) == (8, 1)
 
 
 def test_the_length_of_the_run_may_change_and_is_told() -> None:
