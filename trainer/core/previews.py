@@ -203,6 +203,13 @@ def _worker(
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
         info = client.check(hashes, profile, run.prepared.config.model.model_path)
+        travel = run.prepared.precision.name
+        if info.dtype_option == "bf16" and travel != "bf16":
+            raise ConfigError(
+                f"the preview server at {url} was started with --dtype bf16, and this run "
+                f"publishes {travel} weights, which it would round; start it with --dtype auto or "
+                "fp32, or set hyperparams.fp_precision=bf16."
+            )
         wanted = monitoring.remote_3090_model_id
         if wanted is not None and wanted != info.model_id:
             raise ConfigError(

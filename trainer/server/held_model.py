@@ -18,17 +18,25 @@ import torch
 from safetensors import safe_open
 
 from trainer.config.training_sections import ModelSection
-from trainer.errors import TrainerError
+from trainer.errors import ConfigError, TrainerError
 from trainer.models import is_adapter_folder, resolve_alias
 from trainer.models.adapter_files import load_merged, tokenizer_section
 from trainer.models.chat_template import fix_date
 from trainer.models.load import (
+    GGUF_SUFFIX,
     check_vocabulary,
     load_model,
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.precision import check_takes_weights, place, resolve_device
+from trainer.models.precision import (
+    DTYPES,
+    check_takes_weights,
+    default_precision,
+    place,
+    quantization_of,
+    resolve_device,
+)
 from trainer.publish.identity import (
     adapter_tensors,
     canonical_tensors,
@@ -61,29 +69,43 @@ class HeldModel:
         device: str,
         *,
         wait_for_weights: bool,
+        dtype: str = "auto",
         base: str | None = None,
         date: dt.date | None = None,
     ) -> None:
-        """Load the model in fp32.
+        """Load the model.
 
         Args:
             model_path: an adapter's folder too; it is merged into its base.
+            dtype: in which the weights are held and computed with: `bf16`, `fp32`, or `auto`: bf16
+                for weights that are bf16, where the device computes in it, else fp32.
             wait_for_weights: take architecture and tokenizer from `model_path`, and answer
                 nothing before a trainer has sent weights.
             base: where an adapter's base is now.
             date: of the run that made the weights; their template prints this one.
         Raises:
-            TrainerError: no such model, or no such device.
+            TrainerError: no such model, or no such device, or it does not compute in this dtype.
         """
         self.section = ModelSection(model_path=model_path)
         self._folder, self._base_path = Path(resolve_alias(model_path)), base
-        self.device = resolve_device(device)
+        self.device, self.wanted_dtype = resolve_device(device), dtype
+        if (
+            dtype == "bf16"
+            and self.device.type == "cuda"
+            and default_precision(self.device) != dtype
+        ):
+            raise ConfigError(
+                f"--dtype bf16: {torch.cuda.get_device_name(self.device)} has no bf16 arithmetic; "
+                "use auto or fp32."
+            )
         self.date: dt.date | None = None
         """What a chat template that prints the date prints over the own weights; None: today's."""
         self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
         self.date = date
         fix_date(self.tokenizer, date)
-        self.base = self._load(wait_for_weights)
+        self.base = place(self._load(wait_for_weights, self.device), self.device)
+        self.dtype: torch.dtype = self.base.dtype
+        """Of the weights as they are held now."""
         self.model: Any = self.base
         self.config_hash = config_hash(self.base.config)
         self.manifest = model_manifest(self.base, self.tokenizer)
@@ -91,19 +113,44 @@ class HeldModel:
         self.weights_id = self.base_id = self.original_id
         self._adapter: AdapterConfig | None = None
 
-    def _load(self, wait_for_weights: bool) -> Any:
+    def _dtype_for(self, *, is_bf16: bool) -> torch.dtype:
+        """In which weights are held that are bf16, or are not."""
+        if self.wanted_dtype != "auto":
+            return DTYPES[self.wanted_dtype]
+        can = is_bf16 and default_precision(self.device) == "bf16"
+        return torch.bfloat16 if can else torch.float32
+
+    def _load(self, wait_for_weights: bool, device: torch.device) -> Any:
+        """The model as it was at the start; only from a folder or the hub is it on `device`."""
         if wait_for_weights:
             from transformers import AutoModelForCausalLM
 
             config = read_model_config(self.section)
             check_takes_weights(config, f"--model {self.section.model_path}")
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            # What will be sent is not known yet: the smaller one, whose numbers mean nothing.
+            dtype = self._dtype_for(is_bf16=True)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         elif is_adapter_folder(self._folder):
             model = load_merged(self._folder, base=self._base_path)
+            model = model.to(self._dtype_for(is_bf16=False))
         else:
-            model = load_model(self.section, dtype=torch.float32, device=self.device)
+            model = load_model(self.section, dtype=self._own_dtype(), device=device)
         check_vocabulary(model, self.tokenizer)
-        return place(model, self.device).eval()
+        return model.eval()
+
+    def _own_dtype(self) -> torch.dtype:
+        """For the weights of `--model`, which its config names."""
+        if Path(resolve_alias(self.section.model_path)).suffix.lower() == GGUF_SUFFIX:
+            return self._dtype_for(is_bf16=False)
+        config = read_model_config(self.section)
+        if quantization_of(config) is not None:
+            return torch.float32
+        return self._dtype_for(is_bf16=getattr(config, "dtype", None) == torch.bfloat16)
+
+    @property
+    def dtype_name(self) -> str:
+        """`bf16` or `fp32`: what answers are computed in."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def watch_layers(self, check: Callable[..., None]) -> None:
         """Call `check` before every layer of every forward pass."""
@@ -169,9 +216,11 @@ class HeldModel:
         if path is None:
             return self._original(weights_id)
         self._check_full(_present(path))
+        dtype = self._dtype_for(is_bf16=_is_bf16(path))
 
         def change() -> None:
             self._take_off()
+            self._hold_in(dtype)
             _copy(path, canonical_tensors(self.base))
             self.base_id = weights_id
 
@@ -185,16 +234,19 @@ class HeldModel:
     def _original(self, weights_id: str) -> Change:
         if weights_id != self.original_id:
             raise UnanswerableError("this server does not hold these weights", 409)
-        try:
-            fresh = canonical_tensors(self._load(False))
+        try:  # on the CPU: the device need not have room for two models
+            loaded = self._load(False, torch.device("cpu"))
         except (TrainerError, OSError) as error:
             logger.warning("the model could not be loaded again: %s", error)
             raise UnanswerableError(
                 "the model that the server was started with is no longer there", 409
             ) from error
 
+        fresh = canonical_tensors(loaded)
+
         def change() -> None:
             self._take_off()
+            self._hold_in(loaded.dtype)
             with torch.no_grad():
                 for name, target in canonical_tensors(self.base).items():
                     target.copy_(fresh[name])
@@ -215,6 +267,18 @@ class HeldModel:
         """The plain model, without adapters."""
         if self._adapter is not None:
             self.model, self._adapter = self.model.unload(), None
+
+    def _hold_in(self, dtype: torch.dtype) -> None:
+        """Make room for weights in another dtype, one tensor after the other.
+
+        Only what is saved with a model: its code computes rotations and the like in fp32.
+        """
+        if dtype == self.dtype:
+            return
+        for tensor in canonical_tensors(self.base).values():
+            if tensor.dtype == self.dtype:
+                tensor.data = torch.empty_like(tensor, dtype=dtype)
+        self.dtype = self.base.config.dtype = dtype
 
     def _put_adapter(self, path: str, adapter: AdapterConfig) -> None:
         if self._adapter != adapter:
@@ -275,6 +339,14 @@ def _present(path: str) -> str:
             "the file of these weights no longer exists; publish them again", 409
         )
     return path
+
+
+def _is_bf16(path: str) -> bool:
+    """Whether the weights of a file, as far as they are floating numbers, are all bf16."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        found = {file.get_slice(name).get_dtype() for name in names}
+    return "BF16" in found and not found & {"F64", "F32", "F16"}
 
 
 def _compare(path: str, shapes: dict[str, tuple[int, ...]]) -> None:
