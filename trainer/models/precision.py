@@ -289,6 +289,18 @@ def place(model: Any, device: Any) -> Any:
     return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Give all floating weights that are saved with a model a dtype, in place.
+
+    `model.to(dtype)` would also round what the model computes anew, such as the frequencies of
+    rotary positions, which must stay fp32.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+
+
 # ---- saving in it
 
 

@@ -31,6 +31,7 @@ from trainer.models.load import (
 )
 from trainer.models.precision import (
     DTYPES,
+    cast_weights,
     check_takes_weights,
     default_precision,
     place,
@@ -132,7 +133,7 @@ class HeldModel:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         elif is_adapter_folder(self._folder):
             model = load_merged(self._folder, base=self._base_path)
-            model = model.to(self._dtype_for(is_bf16=False))
+            cast_weights(model, self._dtype_for(is_bf16=False))
         else:
             model = load_model(self.section, dtype=self._own_dtype(), device=device)
         check_vocabulary(model, self.tokenizer)
