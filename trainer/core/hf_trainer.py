@@ -26,6 +26,7 @@ from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import NonFiniteError
 from trainer.models.adapter_files import save_adapter
+from trainer.models.devices import is_under_torchrun
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.step_report import StepRecord
 
@@ -34,6 +35,12 @@ OWN_TRACKERS = {"tensorboard", "none"}
 
 # The rates are made by schedule.py; these names and the warm-up are what trackers show of them.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
+
+COLLECTIVE_TIMEOUT_S = 1800
+"""Seconds after which a process that waits for others in an exchange ends the run."""
 
 
 def build_training_arguments(
@@ -48,8 +55,6 @@ def build_training_arguments(
         run_dir: HF's output_dir; HF writes nothing into it.
     """
     hyper = config.hyperparams
-    if device.type == "cuda" and device.index:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # accelerate takes cuda:0 otherwise
     options: dict[str, Any] = {}
     if hyper.gradient_checkpointing:
         options["activation_checkpointing"] = True
@@ -58,7 +63,9 @@ def build_training_arguments(
         options["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             options["ddp_backend"] = "gloo"
-    arguments = TrainingArguments(
+    arguments = _on(
+        device,
+        ddp_timeout=COLLECTIVE_TIMEOUT_S,
         output_dir=str(run_dir),
         per_device_train_batch_size=hyper.batch_size,
         gradient_accumulation_steps=hyper.gradient_accumulation,
@@ -90,6 +97,27 @@ def build_training_arguments(
         log_level="error",
         **options,
     )
+    return arguments
+
+
+def _on(device: torch.device, **options: Any) -> TrainingArguments:
+    """TrainingArguments of a process that computes on `device`, whichever HF would take.
+
+    HF takes cuda:0, and accelerate what a variable names, under torchrun for every process alike.
+    """
+    before = os.environ.pop(ACCELERATE_DEVICE, None)
+    if device.type == "cuda" and not is_under_torchrun():
+        os.environ[ACCELERATE_DEVICE] = str(device)
+    try:
+        arguments = TrainingArguments(**options)
+        is_other = arguments.device != device
+    finally:
+        os.environ.pop(ACCELERATE_DEVICE, None)
+        if before is not None:
+            os.environ[ACCELERATE_DEVICE] = before
+    if is_other and device.type == "cuda" and not is_under_torchrun():
+        arguments.__dict__["_setup_devices"] = device  # a cached property, that of `device`
+        torch.cuda.set_device(device)
     if arguments.n_gpu > 1:
         # HF would wrap the model in DataParallel, which copies it at every step and goes round
         # our hook; several GPUs are used through torchrun, one process each.

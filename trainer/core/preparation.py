@@ -31,6 +31,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.models.adapter_files import SAVED_BASE, describe_base
 from trainer.models.adapters import add_lora
 from trainer.models.chat_template import fix_date
+from trainer.models.devices import cuda_problem, own_device
 from trainer.models.load import (
     check_is_model,
     check_locked,
@@ -82,7 +83,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
         torch.set_num_threads(environment.num_threads)
     if environment.offline:
         go_offline()
-    device = resolve_device(environment.device)
+    device = own_device(resolve_device(environment.device), environment.device)
     config, name = fill_precision(config, device)
     return config, Numerics(device, resolve_precision(name, hyper.training_mode, device))
 
@@ -263,6 +264,9 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
             model.enable_input_require_grads()
     job.durations_s["loading"] = time.perf_counter() - started
     job.observers.notice(f"precision: {prepared.precision.reason}")
+    problem = cuda_problem() if prepared.device.type == "cpu" else None
+    if problem is not None and config.environment.device == "auto":
+        job.observers.notice(f"trains on the CPU: the GPU cannot be used ({problem})", "warning")
     return model
 
 

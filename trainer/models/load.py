@@ -12,7 +12,7 @@ from trainer.config.training_sections import ModelSection
 from trainer.errors import ConfigError, ModelError
 from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, resolve_alias
 from trainer.models.chat_template import set_chat_template
-from trainer.models.precision import check_loadable, quantization_of
+from trainer.models.precision import check_loadable, place, quantization_of
 from trainer.net import hub_answers
 
 if TYPE_CHECKING:
@@ -172,12 +172,13 @@ def load_model(
     offline: bool = False,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load the causal language model of `model.model_path` on the CPU.
+    """Load the causal language model of `model.model_path`.
 
     Args:
         dtype: dtype of the weights as loaded.
         seed: initialises the built-in `tiny` model, which has no trained weights.
-        device: where quantized weights are loaded to, which cannot be moved later.
+        device: where the weights are to be; on a GPU they are read there one by one, so that the
+            CPU never holds a model. None: the CPU.
     Raises:
         ModelError: no such model, or one that is not a causal language model.
     """
@@ -191,7 +192,7 @@ def load_model(
                 tiny.set_attn_implementation(section.attn_implementation)
             except (ImportError, ValueError) as error:
                 raise _attention_error(section, error) from error
-        return tiny
+        return place(tiny, device or "cpu")
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"dtype": dtype}
@@ -199,14 +200,15 @@ def load_model(
         extra["attn_implementation"] = section.attn_implementation
     if Path(path).suffix.lower() != GGUF_SUFFIX:
         extra["config"] = read_model_config(section, offline=offline)
-        if quantization_of(extra["config"]) is not None:
+        is_gpu = device is not None and device.type == "cuda"
+        if is_gpu or quantization_of(extra["config"]) is not None:
             extra["device_map"] = {"": str(device or "cpu")}
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM.from_pretrained, section, path, offline, "model", **extra
     )
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         _forget_quantization(model)
-    return model
+    return place(model, device or "cpu")
 
 
 def _forget_quantization(model: Any) -> None:

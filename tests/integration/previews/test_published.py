@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -114,6 +115,29 @@ def test_pushed_over_http_the_answers_equal_the_local_ones_byte_for_byte(
     [saved] = result.model_path.glob("*model.safetensors")
     sent = result.summary["previews"]["bytes_sent"]
     assert sent == pytest.approx(num_sent * saved.stat().st_size, rel=0.1)
+
+
+def test_a_bf16_server_answers_bf16_runs_verified_and_refuses_to_round_an_fp32_run(
+    train: Callable[..., Any], model_folder: Path, tmp_path: Path, patient: None
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    words = ("--model", str(model_folder), "--api-key-file", str(keys), "--dtype", "bf16")
+    with running_server(*words) as server:
+        assert " in bf16, weights" in server.line
+        info = httpx.get(f"{server.url}/info", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert (info["dtype"], info["dtype_option"]) == ("bf16", "bf16")
+        for mode in ("full", "lora"):
+            hyper = {"fp_precision": "bf16", "training_mode": mode}
+            result = train(mode, hyperparams=hyper, monitoring=remote(server, tmp_path))
+            assert result.success, result.error_message
+            rows = previews(tmp_path / mode)
+            assert {(row["weights"], row["error_message"]) for row in rows} == {("verified", None)}
+            assert len({row["weights_id"] for row in rows}) == 4
+        refused = train("refused", monitoring=remote(server, tmp_path))
+    assert refused.exit_code == 2
+    assert "--dtype bf16, and this run publishes fp32 weights" in str(refused.error_message)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_bf16_weights_are_verified_within_the_tolerance_of_their_dtype(
