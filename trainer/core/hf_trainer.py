@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import RUN_STATE_FILE
@@ -28,6 +29,7 @@ from trainer.errors import NonFiniteError
 from trainer.models.adapter_files import save_adapter
 from trainer.models.devices import is_under_torchrun
 from trainer.models.precision import ResolvedPrecision
+from trainer.monitoring.processes import wait_for_main
 from trainer.monitoring.step_report import StepRecord
 
 OWN_TRACKERS = {"tensorboard", "none"}
@@ -280,7 +282,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             self._save_with(
                 self.state.global_step, lambda folder: self._write_state(folder, rng_states)
             )
-        self.accelerator.wait_for_everyone()
+        wait_for_main()  # writing may take longer than an exchange waits
 
     def _write_state(self, folder: Path, rng_states: list[dict[str, Any]]) -> None:
         """Write the files that HF's resume reads: weights, optimizer, schedule, RNG, position."""
@@ -292,12 +294,30 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         for rank, state in enumerate(rng_states):
-            name = "rng_state.pth" if len(rng_states) == 1 else f"rng_state_{rank}.pth"
-            torch.save(state, folder / name)
+            torch.save(state, folder / self._rng_name(rank))
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)  # a checkpoint can be opened by itself
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
         (folder / RUN_STATE_FILE).write_text(json.dumps(self._run_state(), allow_nan=False))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As HF's, but a run on the CPU leaves a GPU of its machine alone."""
+        path = Path(checkpoint or "") / self._rng_name(self.args.process_index)
+        if checkpoint is None or not path.is_file():  # made by another number of processes
+            return
+        with safe_globals():
+            state = torch.load(path, weights_only=True)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.random.set_rng_state(state["cpu"])
+        if self.args.device.type == "cuda" and "cuda" in state:
+            if _is_distributed():
+                torch.cuda.set_rng_state_all(state["cuda"])
+            else:
+                torch.cuda.set_rng_state(state["cuda"])
+
+    def _rng_name(self, rank: int) -> str:
+        return "rng_state.pth" if self.accelerator.num_processes == 1 else f"rng_state_{rank}.pth"
 
     def _rng_states(self) -> list[dict[str, Any]]:
         """The random state of every process, in order of rank."""
@@ -316,9 +336,12 @@ def _rng_state() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "cpu": torch.random.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = (
-            torch.cuda.get_rng_state_all() if is_distributed else torch.cuda.get_rng_state()
+            torch.cuda.get_rng_state_all() if _is_distributed() else torch.cuda.get_rng_state()
         )
     return state
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
