@@ -294,7 +294,8 @@ def _canary(run: PublishingRun, requests: Sequence[PreviewRequest]) -> Canary | 
 
     def score() -> torch.Tensor:
         with as_received(model, sent_as, autocast=autocast):
-            return torch.cat([golden_logprobs(model, prompt, golden) for prompt, golden in pairs])
+            scores = [golden_logprobs(model, prompt, golden) for prompt, golden in pairs]
+            return torch.cat(scores).sum()
 
     num_tokens = sum(len(golden) for _, golden in pairs)
     return Canary(rows, num_tokens, NOISE_FP32 if autocast is None else NOISE_HALF, score)
@@ -412,6 +413,7 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         requests,
         interval=monitoring.inference_interval,
         deliver=deliver_previews(job.observers),
+        is_on_gpu=prepared.device.type == "cuda",
     )
 
 

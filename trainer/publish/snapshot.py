@@ -210,6 +210,28 @@ class Snapshotter:
             self._copied = None
 
 
+def read_later(value: torch.Tensor) -> Callable[[], float]:
+    """Bring a number from where it is computed to the CPU, without waiting for it.
+
+    Returns:
+        A function that waits until it is there and gives it. It asks nothing of the device, whose
+        stream is full of training, so that another thread may call it.
+    """
+    if value.device.type != "cuda":
+        found = float(value)
+        return lambda: found
+    held = torch.empty((), dtype=value.dtype, pin_memory=True)
+    held.copy_(value, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(value.device))
+
+    def read() -> float:
+        event.synchronize()
+        return float(held)
+
+    return read
+
+
 def arena_folder(size: int, run_dir: Path) -> Path:
     """A private folder (mode 700) with room for `size` bytes: shared memory, else the run folder.
 
