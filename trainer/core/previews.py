@@ -55,7 +55,7 @@ from trainer.publish.identity import (
     config_hash,
 )
 from trainer.publish.lane import PublishedPreviews
-from trainer.publish.snapshot import Snapshotter, arena_folder
+from trainer.publish.snapshot import SHARED_MEMORY, Snapshotter, arena_folder, is_in_memory
 from trainer.publish.wire import PreviewPrompt, ServerHashes
 
 # ---- previews that are made elsewhere
@@ -97,6 +97,13 @@ def build_published(
     base = _base(run) if is_adapter else None
     room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
     folder = arena_folder(room, run.folder.path)
+    if SHARED_MEMORY.exists() and not is_in_memory(folder):
+        run.notice(
+            f"previews need {room / 2**20:.0f} MiB for copies of the weights, for which "
+            f"{SHARED_MEMORY} or the memory limit of this container has no room (docker run "
+            f"--shm-size=...): they are files in {run.folder.path}, and preview steps take longer",
+            "warning",
+        )
     try:
         canary = _canary(run, requests)
         worker, setup = _worker_and_setup(run, folder, transport, requests, local, canary)
