@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,3 +213,52 @@ def test_a_run_trains_on_the_last_gpu(job: Callable[..., Any]) -> None:
     assert str(trainer.accelerator.device) == last
     assert engine.run_job(config).success
     assert ACCELERATE_DEVICE not in os.environ
+
+
+# ---- environment.deterministic
+
+
+def test_an_operation_without_deterministic_algorithm_is_one_clear_error(
+    job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(self: Any, *args: Any, **options: Any) -> Any:
+        torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))  # one that has none anywhere
+
+    monkeypatch.setattr(hf_trainer.SupervisedTrainer, "compute_loss", loss)
+    result = TrainerEngine().run_job(job(environment={"deterministic": True}))
+    assert result.exit_code == 2
+    assert "environment.deterministic=true: put_ does not have" in str(result.error_message)
+    assert "Set it to false" in str(result.error_message)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_deterministic_runs_on_a_gpu_are_equal_bit_for_bit(
+    cli: Callable[..., Any],
+    assert_same_weights: Any,
+    model_folder: Path,
+    qa_file: Path,
+    tmp_path: Path,
+    precision: str,
+) -> None:
+    """In processes of their own: torch looks once for the variable, at the first product."""
+    for name in ("one", "two"):
+        words = [
+            "train",
+            "--model",
+            model_folder,
+            "--dataset",
+            qa_file,
+            "--output",
+            tmp_path / name,
+        ]
+        words += ["--hyperparams.fp_precision", precision, "--max-steps", "20"]
+        words += ["--environment.device", "cuda", "--environment.deterministic", "true"]
+        done = cli(*words, "--monitoring.inference_interval", "10")
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / name / "run.json").read_text())["summary"]
+        assert summary["previews"]["failed"] == 0
+    assert_same_weights(tmp_path / "one" / "final_model", tmp_path / "two" / "final_model")

@@ -31,7 +31,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.models.adapter_files import SAVED_BASE, describe_base
 from trainer.models.adapters import add_lora
 from trainer.models.chat_template import fix_date
-from trainer.models.devices import cuda_problem, own_device
+from trainer.models.devices import be_deterministic, cuda_problem, own_device
 from trainer.models.load import (
     check_is_model,
     check_locked,
@@ -81,6 +81,8 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     disable_progress_bar()  # transformers' own bars would tear the terminal view
     if environment.num_threads is not None:
         torch.set_num_threads(environment.num_threads)
+    if environment.deterministic:
+        be_deterministic()
     if environment.offline:
         go_offline()
     device = own_device(resolve_device(environment.device), environment.device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +41,31 @@ def own_device(device: torch.device, asked: str) -> torch.device:
         )
     # As accelerate counts: more processes than GPUs share them.
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+DETERMINISTIC_VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read when the first matrix product is made
+    "FLASH_ATTENTION_DETERMINISTIC": "1",  # read by transformers
+}
+
+
+def be_deterministic() -> None:
+    """From now on this process uses algorithms that give the same bits every time, or none."""
+    os.environ.update(DETERMINISTIC_VARIABLES)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def any_algorithm() -> Iterator[None]:
+    """Allow all algorithms within the block, for what no deterministic one exists for."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warns_only)
 
 
 def cuda_problem() -> str | None:
