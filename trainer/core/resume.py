@@ -162,6 +162,7 @@ FREE_SECTIONS = frozenset({"monitoring", "output", "locked"})
 
 FREE_KEYS = frozenset(
     {
+        "environment.deterministic",
         "environment.device",
         "environment.num_threads",
         "environment.num_workers",
