@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
 from tests.integration.serving import Server, running_server
 from trainer.preview.scheduler import PreviewScheduler
@@ -149,3 +150,22 @@ def test_bf16_weights_are_verified_within_the_tolerance_of_their_dtype(
         assert result.success, result.error_message
         found = [(row["weights"], row["error_message"]) for row in previews(tmp_path / name)]
         assert found == [("verified", None)] * len(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_a_run_on_a_gpu_is_verified_by_a_sidecar_on_the_gpu_and_on_the_cpu(
+    train: Callable[..., Any], tmp_path: Path, patient: None, where: str, mode: str
+) -> None:
+    result = train(
+        "out",
+        hyperparams={"fp_precision": "bf16", "training_mode": mode},
+        environment={"device": "cuda"},
+        monitoring={"preview_backend": "sidecar", "sidecar_device": where},
+    )
+    assert result.success, result.error_message
+    found = [(row["weights"], row["error_message"]) for row in previews(tmp_path / "out")]
+    assert found == [("verified", None)] * len(found)
+    assert result.summary["previews"]["stall_ms_median"] > 0

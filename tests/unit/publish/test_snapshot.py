@@ -196,7 +196,9 @@ def test_a_gpu_snapshot_holds_the_weights_of_its_step_though_the_next_step_follo
     tmp_path: Path, is_shared: bool
 ) -> None:
     device = torch.device("cuda")
-    model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(5)))  # 320 MiB
+    model = torch.nn.Sequential(
+        *(torch.nn.Linear(4096, 4096) for _ in range(10))
+    )  # 320 MiB in bf16
     snapshots = Snapshotter(canonical_tensors(model), torch.bfloat16, device)
     model.to(device)  # as where the model moves after the snapshotter was made
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
