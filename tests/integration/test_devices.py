@@ -121,6 +121,26 @@ def test_weights_are_on_the_device_of_the_run_before_the_optimizer_is_built(
     engine.close()
 
 
+def test_the_gpu_of_the_run_is_the_current_one_before_anything_is_made_on_it(
+    two_gpus: list[str], job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LoadError(Exception):
+        pass
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LoadError
+
+    monkeypatch.setattr(preparation, "load_model", refuse)
+    engine = TrainerEngine()
+    engine.prepare_dataset(job(environment={"device": "cpu"}))
+    stages = engine._open
+    assert stages is not None
+    with pytest.raises(LoadError):
+        load_for_training(dataclasses.replace(stages.prepared, device=CUDA_1), stages.job)
+    assert two_gpus == ["cuda:1"]
+    engine.close()
+
+
 def test_a_folder_is_read_onto_the_gpu_and_never_held_by_the_cpu(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

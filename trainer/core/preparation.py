@@ -244,6 +244,8 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     config, tokenizer, seed = prepared.config, prepared.tokenizer, prepared.config.environment.seed
     job.observers.phase("loading", f"loading {config.model.model_path}")
     started = time.perf_counter()
+    if prepared.device.type == "cuda":
+        torch.cuda.set_device(prepared.device)  # else a context is made on GPU 0 as well
     model = load_model(
         config.model,
         dtype=prepared.precision.load_dtype,

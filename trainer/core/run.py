@@ -422,7 +422,7 @@ class Job:
                 "data_fingerprint": data.train.fingerprint(),
                 "resumed_from_step": prepared.resume.step if prepared.resume else None,
                 "changed_since_checkpoint": list(prepared.changes),
-                "environment": environment_manifest(),
+                "environment": environment_manifest(prepared.device),
             },
         )
 

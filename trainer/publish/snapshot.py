@@ -233,8 +233,7 @@ class Snapshotter:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
         self._copied = event
-        wait: Callable[[], None] = event.synchronize
-        return wait
+        return lambda: _wait_for(event, self._cuda)
 
     def guard(self, optimizer: Any) -> None:
         """Have the device finish a copy before this optimizer changes the weights."""
@@ -257,16 +256,23 @@ def read_later(value: torch.Tensor) -> Callable[[], float]:
     if value.device.type != "cuda":
         found = float(value)
         return lambda: found
+    value_device = value.device
     held = torch.empty((), dtype=value.dtype, pin_memory=True)
     held.copy_(value, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(value.device))
+    event.record(torch.cuda.current_stream(value_device))
 
     def read() -> float:
-        event.synchronize()
+        _wait_for(event, value_device)
         return float(held)
 
     return read
+
+
+def _wait_for(event: Any, device: torch.device | None) -> None:
+    """Wait in a thread of any kind: a new one begins on GPU 0, and would make a context there."""
+    with torch.cuda.device(device):
+        event.synchronize()
 
 
 def arena_folder(size: int, run_dir: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -177,16 +178,21 @@ def test_a_number_on_a_gpu_is_brought_without_waiting(monkeypatch: pytest.Monkey
         def synchronize(self) -> None:
             done.append("wait")
 
+    def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        done.append(f"on {device}")
+        return contextlib.nullcontext()
+
     gpu = torch.device("cuda", 1)
     value: Any = SimpleNamespace(device=gpu, dtype=torch.float32)
     with monkeypatch.context() as fakes:
         fakes.setattr(torch, "empty", lambda *_, **options: options["pin_memory"] and Held())
         fakes.setattr(torch.cuda, "Event", Event)
         fakes.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        fakes.setattr(torch.cuda, "device", on)
         read = read_later(value)
-    assert done == ["copy", "mark stream of cuda:1"]
-    assert read() == 2.5
-    assert done[2:] == ["wait", "read"]
+        assert done == ["copy", "mark stream of cuda:1"]
+        assert read() == 2.5
+    assert done[2:] == ["on cuda:1", "wait", "read"]
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The random state that a checkpoint keeps is that of the devices the run computes on."""
+"""A run on the CPU of a machine with a GPU does not start CUDA, in what it saves and says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from tests.trust.reference import llama, ragged_rows
 from tests.trust.trainers import make_trainer
 from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.resume import environment_manifest
 
 STATE = torch.arange(16, dtype=torch.uint8)
 
@@ -40,6 +41,14 @@ def test_a_run_on_the_cpu_leaves_the_gpu_of_its_machine_alone(
     expected = torch.rand(3)
     made._load_rng_state(str(tmp_path))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_only_a_run_on_a_gpu_asks_for_the_names_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", touched)
+    assert environment_manifest(torch.device("cpu"))["gpus"] == []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    assert environment_manifest(torch.device("cuda", 0))["gpus"] == ["GPU 0"]
 
 
 def test_a_run_on_a_gpu_keeps_its_random_state(
