@@ -514,6 +514,7 @@ def settings() -> dict[str, Any]:
     return {
         "environment": dict(os.environ),
         "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "bars": transformers_logging.is_progress_bar_enabled(),
         "verbosity": transformers_logging.get_verbosity(),
         "offline": constants.HF_HUB_OFFLINE,

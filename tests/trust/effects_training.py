@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from tests.trust.reference import distance, flat, llama
 from trainer.commands.train import run as train_command
 from trainer.core import TrainerEngine, compiling
 from trainer.core import batch_size as core_batch_size
+from trainer.core.hf_trainer import SupervisedTrainer
 
 TRAIN_ROWS = 30
 
@@ -407,6 +409,27 @@ def seed(lab: Lab) -> None:
     same, other = (lab.run(environment={"seed": n}) for n in (42, 43))
     assert torch.equal(same.weights, lab.base.weights)
     assert distance(other.weights, lab.base.weights) > 1e-4
+
+
+@shows("environment.deterministic")
+def deterministic(lab: Lab) -> None:
+    seen: list[bool] = []
+    step = SupervisedTrainer.training_step
+
+    def noting(self: Any, *args: Any, **options: Any) -> Any:
+        is_set = os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+        seen.append(is_set and torch.are_deterministic_algorithms_enabled())
+        return step(self, *args, **options)
+
+    expected = lab.base.weights
+    with mock.patch.object(SupervisedTrainer, "training_step", noting):
+        for wanted in (True, False):
+            found = lab.run(environment={"deterministic": wanted})
+            assert seen == [wanted] * NUM_STEPS
+            seen.clear()
+            assert torch.equal(found.weights, expected), "on a CPU they are equal anyway"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 @shows("environment.num_threads")

@@ -19,6 +19,9 @@ from trainer.commands.arguments import parse
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
+SMALL_SHARED_MEMORY = 1 << 30
+"""Containers have 64 MiB where nothing else is asked for."""
+
 OPTIONAL = {
     # package: what it is for, and what pip is told
     "bitsandbytes": (
@@ -68,12 +71,19 @@ def _machine() -> list[tuple[str, str]]:
 def _devices() -> list[tuple[str, str]]:
     import torch  # takes seconds, and the rest of the command line does without it
 
-    lines = [("threads", f"torch uses {torch.get_num_threads()}")]
-    for index in range(torch.cuda.device_count()):
+    from trainer.models.devices import cuda_problem
+
+    lines = [("threads", f"torch uses {torch.get_num_threads()}"), *_shared_memory()]
+    # Without `is_available` the count may be of GPUs that torch cannot use, which raise.
+    count = torch.cuda.device_count() if (problem := cuda_problem()) is None else 0
+    precisions = ["cpu: fp32 and bf16"]
+    for index in range(count):
         gpu = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        names = "fp32, bf16 and fp16" if bf16 else "fp32 and fp16 (bf16 is emulated, and refused)"
+        precisions.append(f"cuda:{index}: {names}")
         lines.append(
             (
                 f"cuda:{index}",
@@ -81,14 +91,30 @@ def _devices() -> list[tuple[str, str]]:
                 f"compute capability {gpu.major}.{gpu.minor}, bf16 {'yes' if bf16 else 'NO'}",
             )
         )
-    if not torch.cuda.device_count():
-        lines.append(("cuda", "no GPU found"))
+    if not count:
+        lines.append(("cuda", f"CANNOT be used: {problem}" if problem else "no GPU found"))
     lines.append(("mps", "yes" if torch.backends.mps.is_available() else "no"))
     from trainer.models.attention import installed_attention
 
     lines.append(("attention", ", ".join(["sdpa", "eager", *installed_attention()])))
-    lines.append(("precision", "fp32 and bf16" + (", fp16" if torch.cuda.is_available() else "")))
+    lines.append(("precision", "; ".join(precisions)))
     return lines
+
+
+def _shared_memory() -> list[tuple[str, str]]:
+    """Where copies of the weights lie for previews that are made elsewhere."""
+    from trainer.publish.snapshot import SHARED_MEMORY, memory_left
+
+    if not SHARED_MEMORY.exists():  # macOS
+        return []
+    found = shutil.disk_usage(SHARED_MEMORY)
+    text = f"{found.free / 2**20:.0f} of {found.total / 2**20:.0f} MiB free in {SHARED_MEMORY}"
+    if found.total < SMALL_SHARED_MEMORY:
+        text += "; too small for copies of most models: docker run --shm-size=8g"
+    left = memory_left()
+    if left < psutil.virtual_memory().available:
+        text += f"; the memory limit of this container leaves {left / 2**30:.1f} GiB"
+    return [("shared memory", text)]
 
 
 def _optional() -> list[tuple[str, str]]:

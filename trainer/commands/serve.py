@@ -47,6 +47,7 @@ def run(argv: list[str]) -> int:
         words.model,
         words.device,
         wait_for_weights=words.wait_for_weights,
+        dtype=words.dtype,
         base=words.base,
         date=date,
         quantize=words.quantize,
@@ -145,7 +146,8 @@ def _describe(engine: EngineProcess) -> str:
     if engine.model_path is None:
         return "waiting for a model (POST /models/register)"
     weights = (engine.hello["weights_id"] or "awaited")[:12]
-    return f"model {engine.model_path} on {engine.hello['device']}, weights {weights}"
+    where = f"{engine.hello['device']} in {engine.hello['dtype']}"
+    return f"model {engine.model_path} on {where}, weights {weights}"
 
 
 def _end_with_stdin() -> None:
@@ -168,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="in which weights are held and computed with; auto: bf16 for weights that are bf16, "
+        "where the device computes in it, else fp32",
+    )
     parser.add_argument(
         "--api-key-file",
         type=Path,

@@ -233,6 +233,9 @@ class EnvironmentSection(Section):
     """`auto` (cuda, then mps, then cpu), `cpu`, `mps`, `cuda` or `cuda:N`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random: split, order, dropout, adapters, preview noise."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits every time on a GPU too, which are slower; an
+    operation that has none is an error. On a CPU runs are bit-equal without it."""
     num_threads: PositiveInt | None = None
     """CPU threads. Empty: torch's own choice. Results are bit-equal only at equal counts."""
     num_workers: Annotated[int, Field(ge=0)] = 0

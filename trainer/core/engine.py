@@ -51,6 +51,7 @@ from trainer.core.training import (
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
 from trainer.errors import ConfigError
+from trainer.models.devices import own_device
 from trainer.models.precision import (
     DTYPES,
     fill_precision,
@@ -300,7 +301,8 @@ class TrainerEngine:
     def _build_training_arguments(self, config: TrainerConfig) -> Any:
         """HF's TrainingArguments for this config."""
         config = resolve(config)
-        device = resolve_device(config.environment.device)
+        asked = config.environment.device
+        device = own_device(resolve_device(asked), asked)
         config, name = fill_precision(config, device)
         hyper = config.hyperparams
         put_back = process_settings()  # the device that accelerate is told

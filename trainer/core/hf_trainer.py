@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import RUN_STATE_FILE
@@ -34,7 +35,9 @@ from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import MemoryFullError, NonFiniteError
 from trainer.models.adapter_files import save_adapter
+from trainer.models.devices import is_under_torchrun
 from trainer.models.precision import ResolvedPrecision
+from trainer.monitoring.processes import wait_for_main
 from trainer.monitoring.step_report import StepRecord
 
 OWN_TRACKERS = {"tensorboard", "none"}
@@ -42,6 +45,12 @@ OWN_TRACKERS = {"tensorboard", "none"}
 
 # The rates are made by schedule.py; these names and the warm-up are what trackers show of them.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
+
+COLLECTIVE_TIMEOUT_S = 1800
+"""Seconds after which a process that waits for others in an exchange ends the run."""
 
 
 def build_training_arguments(
@@ -56,8 +65,6 @@ def build_training_arguments(
         run_dir: HF's output_dir; HF writes nothing into it.
     """
     hyper = config.hyperparams
-    if device.type == "cuda" and device.index:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # accelerate takes cuda:0 otherwise
     options: dict[str, Any] = {}
     if hyper.gradient_checkpointing:
         options["activation_checkpointing"] = True
@@ -66,7 +73,9 @@ def build_training_arguments(
         options["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             options["ddp_backend"] = "gloo"
-    arguments = TrainingArguments(
+    arguments = _on(
+        device,
+        ddp_timeout=COLLECTIVE_TIMEOUT_S,
         output_dir=str(run_dir),
         per_device_train_batch_size=hyper.batch_size,
         gradient_accumulation_steps=hyper.gradient_accumulation,
@@ -98,6 +107,27 @@ def build_training_arguments(
         log_level="error",
         **options,
     )
+    return arguments
+
+
+def _on(device: torch.device, **options: Any) -> TrainingArguments:
+    """TrainingArguments of a process that computes on `device`, whichever HF would take.
+
+    HF takes cuda:0, and accelerate what a variable names, under torchrun for every process alike.
+    """
+    before = os.environ.pop(ACCELERATE_DEVICE, None)
+    if device.type == "cuda" and not is_under_torchrun():
+        os.environ[ACCELERATE_DEVICE] = str(device)
+    try:
+        arguments = TrainingArguments(**options)
+        is_other = arguments.device != device
+    finally:
+        os.environ.pop(ACCELERATE_DEVICE, None)
+        if before is not None:
+            os.environ[ACCELERATE_DEVICE] = before
+    if is_other and device.type == "cuda" and not is_under_torchrun():
+        arguments.__dict__["_setup_devices"] = device  # a cached property, that of `device`
+        torch.cuda.set_device(device)
     if arguments.n_gpu > 1:
         # HF would wrap the model in DataParallel, which copies it at every step and goes round
         # our hook; several GPUs are used through torchrun, one process each.
@@ -346,7 +376,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             self._save_with(
                 self.state.global_step, lambda folder: self._write_state(folder, rng_states)
             )
-        self.accelerator.wait_for_everyone()
+        wait_for_main()  # writing may take longer than an exchange waits
 
     def _write_state(self, folder: Path, rng_states: list[dict[str, Any]]) -> None:
         """Write the files that HF's resume reads: weights, optimizer, schedule, RNG, position."""
@@ -358,12 +388,30 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         for rank, state in enumerate(rng_states):
-            name = "rng_state.pth" if len(rng_states) == 1 else f"rng_state_{rank}.pth"
-            torch.save(state, folder / name)
+            torch.save(state, folder / self._rng_name(rank))
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)  # a checkpoint can be opened by itself
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
         (folder / RUN_STATE_FILE).write_text(json.dumps(self._run_state(), allow_nan=False))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As HF's, but a run on the CPU leaves a GPU of its machine alone."""
+        path = Path(checkpoint or "") / self._rng_name(self.args.process_index)
+        if checkpoint is None or not path.is_file():  # made by another number of processes
+            return
+        with safe_globals():
+            state = torch.load(path, weights_only=True)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.random.set_rng_state(state["cpu"])
+        if self.args.device.type == "cuda" and "cuda" in state:
+            if _is_distributed():
+                torch.cuda.set_rng_state_all(state["cuda"])
+            else:
+                torch.cuda.set_rng_state(state["cuda"])
+
+    def _rng_name(self, rank: int) -> str:
+        return "rng_state.pth" if self.accelerator.num_processes == 1 else f"rng_state_{rank}.pth"
 
     def _rng_states(self) -> list[dict[str, Any]]:
         """The random state of every process, in order of rank."""
@@ -382,9 +430,12 @@ def _rng_state() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "cpu": torch.random.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = (
-            torch.cuda.get_rng_state_all() if is_distributed else torch.cuda.get_rng_state()
+            torch.cuda.get_rng_state_all() if _is_distributed() else torch.cuda.get_rng_state()
         )
     return state
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -29,7 +29,7 @@ from trainer.models.adapter_files import (
 )
 from trainer.models.adapters import has_true_tie, merge_adapter
 from trainer.models.load import check_vocabulary, embedding_rows
-from trainer.models.quantized import check_mergeable, quantization_of, widen
+from trainer.models.quantized import check_mergeable, quantization_of, set_dtype
 
 ROWS, ROW_LENGTH = 4, 48
 """Rows of drawn ids, and as many of the run's own texts; tokens of each."""
@@ -154,7 +154,7 @@ def _as_trained(finished: FinishedRun, rows: Sequence[torch.Tensor]) -> Quantize
             return None
     else:
         return None
-    widen(model)
+    set_dtype(model, torch.float32)
     return QuantizedBase(*_both_logits(model, rows))
 
 

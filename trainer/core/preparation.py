@@ -35,6 +35,7 @@ from trainer.models.adapter_files import SAVED_BASE, describe_base
 from trainer.models.adapters import add_lora
 from trainer.models.attention import AttentionPlan, plan_attention
 from trainer.models.chat_template import fix_date
+from trainer.models.devices import be_deterministic, cuda_problem, own_device
 from trainer.models.load import (
     check_is_model,
     check_locked,
@@ -91,9 +92,11 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     disable_progress_bar()  # transformers' own bars would tear the terminal view
     if environment.num_threads is not None:
         torch.set_num_threads(environment.num_threads)
+    if environment.deterministic:
+        be_deterministic()
     if environment.offline:
         go_offline()
-    device = resolve_device(environment.device)
+    device = own_device(resolve_device(environment.device), environment.device)
     config, name = fill_precision(config, device)
     check_optimizer(hyper, device)
     if hyper.compile != "off":
@@ -298,6 +301,8 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
     config, tokenizer, seed = prepared.config, prepared.tokenizer, prepared.config.environment.seed
     job.observers.phase("loading", f"loading {config.model.model_path}")
     started = time.perf_counter()
+    if prepared.device.type == "cuda":
+        torch.cuda.set_device(prepared.device)  # else a context is made on GPU 0 as well
     is_quantized = config.hyperparams.training_mode == "qlora"
     load = partial(
         load_base,
@@ -340,6 +345,9 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
             model.enable_input_require_grads()
     job.durations_s["loading"] = time.perf_counter() - started
     job.observers.notice(f"precision: {prepared.precision.reason}")
+    problem = cuda_problem() if prepared.device.type == "cpu" else None
+    if problem is not None and config.environment.device == "auto":
+        job.observers.notice(f"trains on the CPU: the GPU cannot be used ({problem})", "warning")
     return model
 
 

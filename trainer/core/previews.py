@@ -57,7 +57,7 @@ from trainer.publish.identity import (
     config_hash,
 )
 from trainer.publish.lane import PublishedPreviews
-from trainer.publish.snapshot import Snapshotter, arena_folder
+from trainer.publish.snapshot import SHARED_MEMORY, Snapshotter, arena_folder, is_in_memory
 from trainer.publish.wire import PreviewPrompt, ServerHashes
 
 # ---- previews that are made elsewhere
@@ -99,6 +99,13 @@ def build_published(
     base = _base(run) if is_adapter else None
     room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
     folder = arena_folder(room, run.folder.path)
+    if SHARED_MEMORY.exists() and not is_in_memory(folder):
+        run.notice(
+            f"previews need {room / 2**20:.0f} MiB for copies of the weights, for which "
+            f"{SHARED_MEMORY} or the memory limit of this container has no room (docker run "
+            f"--shm-size=...): they are files in {run.folder.path}, and preview steps take longer",
+            "warning",
+        )
     try:
         canary = _canary(run, requests)
         worker, setup = _worker_and_setup(run, folder, transport, requests, local, canary)
@@ -216,6 +223,13 @@ def _worker(
     client = WorkerClient(url, secret, run=name, transport="http", timeout_s=10.0)
     try:
         info = client.check(hashes, profile, _model_name(run), _quantize(run))
+        travel = run.prepared.precision.name
+        if info.dtype_option == "bf16" and travel != "bf16":
+            raise ConfigError(
+                f"the preview server at {url} was started with --dtype bf16, and this run "
+                f"publishes {travel} weights, which it would round; start it with --dtype auto or "
+                "fp32, or set hyperparams.fp_precision=bf16."
+            )
         wanted = monitoring.remote_3090_model_id
         if wanted is not None and wanted != info.model_id:
             raise ConfigError(
@@ -300,7 +314,8 @@ def _canary(run: PublishingRun, requests: Sequence[PreviewRequest]) -> Canary | 
 
     def score() -> torch.Tensor:
         with as_received(model, sent_as, autocast=autocast):
-            return torch.cat([golden_logprobs(model, prompt, golden) for prompt, golden in pairs])
+            scores = [golden_logprobs(model, prompt, golden) for prompt, golden in pairs]
+            return torch.cat(scores).sum()
 
     num_tokens = sum(len(golden) for _, golden in pairs)
     return Canary(rows, num_tokens, NOISE_FP32 if autocast is None else NOISE_HALF, score)
@@ -418,6 +433,7 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         requests,
         interval=monitoring.inference_interval,
         deliver=deliver_previews(job.observers),
+        is_on_gpu=prepared.device.type == "cuda",
     )
 
 

@@ -118,15 +118,19 @@ def package_versions() -> dict[str, Any]:
     }
 
 
-def environment_manifest() -> dict[str, Any]:
-    """The machine and software of this run, without names of people or variables."""
+def environment_manifest(device: torch.device) -> dict[str, Any]:
+    """The machine and software of a run on `device`, without names of people or variables.
+
+    Only a run on a GPU asks for the names of GPUs: asking makes CUDA start, or fail.
+    """
+    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     return {
         **package_versions(),
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(num_gpus)],
         "cuda": torch.version.cuda,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "git": _git(),
@@ -164,6 +168,7 @@ FREE_SECTIONS = frozenset({"monitoring", "output", "locked"})
 
 FREE_KEYS = frozenset(
     {
+        "environment.deterministic",
         "environment.device",
         "environment.num_threads",
         "environment.num_workers",

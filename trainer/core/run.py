@@ -35,10 +35,12 @@ from trainer.errors import (
     EXIT_SIGINT,
     EXIT_SIGTERM,
     EXIT_USER_INPUT,
+    ConfigError,
     StoppedError,
     TrainerError,
 )
 from trainer.models.attention import AttentionPlan
+from trainer.models.devices import DETERMINISTIC_VARIABLES
 from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
@@ -222,18 +224,22 @@ def _set_child_handler(handler: Any) -> None:
         signal_handling._SIGCHLD_handler_set = False
 
 
-VARIABLES = ("ACCELERATE_", "FSDP_", "PYTORCH_ENABLE_MPS_FALLBACK")
+VARIABLES = ("ACCELERATE_", "FSDP_", "PYTORCH_ENABLE_MPS_FALLBACK", *DETERMINISTIC_VARIABLES)
 """How the variables are called that this program, transformers and accelerate set for a run."""
 
 
 def process_settings() -> Callable[[], None]:
     """A function that puts back what a run sets in its process, as it is now.
 
-    Environment variables, threads, transformers' progress bars and log level, the hub's switch.
+    Environment variables, threads, deterministic algorithms, transformers' progress bars and log
+    level, the hub's switch.
     Random states stay where the seeds of a run have brought them.
     """
     put_hub_back = hub_setting()
     environment, num_threads = _variables(), torch.get_num_threads()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn_tries = torch.backends.cudnn.benchmark
     had_bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
 
@@ -243,6 +249,8 @@ def process_settings() -> Callable[[], None]:
             del os.environ[name]
         os.environ.update(environment)
         torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
+        torch.backends.cudnn.benchmark = cudnn_tries
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()
@@ -422,7 +430,7 @@ class Job:
                 "data_fingerprint": data.train.fingerprint(),
                 "resumed_from_step": prepared.resume.step if prepared.resume else None,
                 "changed_since_checkpoint": list(prepared.changes),
-                "environment": environment_manifest(),
+                "environment": environment_manifest(prepared.device),
             },
         )
 
@@ -517,6 +525,12 @@ class Job:
             more["ended_by"] = self.stop.by
             return self._result("stopped", more, exit_code=error.exit_code, error_message=message)
         message = _words_of(error) or type(error).__name__
+        if "use_deterministic_algorithms" in message:  # torch's words
+            error = ConfigError(
+                f"environment.deterministic=true: {' '.join(message.split())[:400]} Set it to "
+                "false, or use another model or attention."
+            )
+            message = str(error)
         if isinstance(error, TrainerError):
             return self._result("failed", more, exit_code=error.exit_code, error_message=message)
         more["traceback"] = "".join(traceback.format_exception(error))

@@ -128,7 +128,7 @@ def load_finished_model(
         dtype: of the weights; None: fp32.
         trust_remote_code: as the run was told.
         base: folder or hub id of an adapter's base, where it is no longer at its old place.
-        device: where quantized weights are loaded to; all others come on the CPU.
+        device: where the weights are to be; None: the CPU.
         quantize: make nf4 of an adapter's plain base; None: where it was trained so, and as then.
     Raises:
         ModelError: the folder holds no model, or its base cannot be loaded or is another one.

@@ -14,7 +14,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, resolve_alias
 from trainer.models.attention import attention_error
 from trainer.models.chat_template import set_chat_template
-from trainer.models.quantized import check_loadable, keep_layout, nf4, quantization_of
+from trainer.models.quantized import check_loadable, keep_layout, nf4, place, quantization_of
 from trainer.net import hub_answers
 
 if TYPE_CHECKING:
@@ -171,12 +171,13 @@ def load_model(
     device: torch.device | None = None,
     quantize: bool = False,
 ) -> PreTrainedModel:
-    """Load the causal language model of `model.model_path` on the CPU.
+    """Load the causal language model of `model.model_path`.
 
     Args:
         dtype: dtype of the weights as loaded.
         seed: initialises the built-in `tiny` model, which has no trained weights.
-        device: where quantized weights are loaded to, which cannot be moved later.
+        device: where the weights are to be; on a GPU they are read there one by one, so that the
+            CPU never holds a model. None: the CPU.
         quantize: make nf4 of plain weights; those that are quantized already stay as they are.
     Raises:
         ModelError: no such model, or one that is not a causal language model.
@@ -195,7 +196,7 @@ def load_model(
                 tiny.set_attn_implementation(section.attn_implementation)
             except (ImportError, ValueError) as error:
                 raise attention_error(section.attn_implementation, error) from error
-        return tiny
+        return place(tiny, device or "cpu")
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"dtype": dtype}
@@ -208,7 +209,8 @@ def load_model(
         is_quantized = quantization_of(extra["config"]) is not None
         if quantize and not is_quantized:
             extra["quantization_config"] = nf4(dtype)
-        if quantize or is_quantized:
+        is_gpu = device is not None and device.type == "cuda"
+        if is_gpu or quantize or is_quantized:
             extra["device_map"] = {"": str(device or "cpu")}
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM.from_pretrained, section, path, offline, "model", **extra
@@ -216,7 +218,7 @@ def load_model(
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         _forget_quantization(model)
     keep_layout(model)
-    return model
+    return place(model, device or "cpu")
 
 
 def _quantized_copy(

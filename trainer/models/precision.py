@@ -14,6 +14,7 @@ from torch import nn
 from trainer.config.schema import TrainerConfig
 from trainer.config.section import Masters, Precision, TrainingMode
 from trainer.errors import ConfigError
+from trainer.models.devices import cuda_problem
 
 DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -60,10 +61,11 @@ def resolve_device(device: str) -> torch.device:
     if wanted is None or wanted.type not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"device {device!r} is not one of auto, cpu, mps, cuda, cuda:N.")
     if wanted.type == "cuda":
-        count = torch.cuda.device_count()
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (wanted.index or 0) >= count:
+            why = "" if (problem := cuda_problem()) is None else f" that torch can use ({problem})"
             raise ConfigError(
-                f"device {device!r}: this machine has {count} CUDA devices; "
+                f"device {device!r}: this machine has {count} CUDA devices{why}; "
                 "choose one of them, or cpu."
             )
     if wanted.type == "mps" and not torch.backends.mps.is_available():

@@ -190,14 +190,19 @@ def quantized_share(model: Any) -> str:
     )
 
 
-def widen(model: Any) -> None:
-    """Compute in fp32: what is not quantized becomes fp32, products of what is are made in it."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+def set_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights in place; products with quantized ones, which stay, are made in `dtype`.
+
+    Only what is saved with a model: `model.to(dtype)` would also round what it computes anew, such
+    as the frequencies of rotary positions, which must stay fp32.
+    """
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not is_quantization_state(name):
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
     for _, layer in quantized_layers(model):
         if hasattr(layer, "compute_dtype"):
-            layer.compute_dtype, layer.compute_type_is_set = torch.float32, True
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
 STATE_NAME = re.compile(

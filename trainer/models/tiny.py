@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trainer.errors import ConfigError, OutputError
+from trainer.models.quantized import set_dtype
 
 TINY_TOKENIZER_DIR = Path(__file__).with_name("tiny_tokenizer")
 
@@ -76,8 +77,7 @@ def build_tiny_model(*, seed: int, vocab_size: int, dtype: torch.dtype) -> Qwen3
         # NOTE: not torch.manual_seed, which would seed the GPUs' generators too.
         torch.default_generator.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    model.config.dtype = dtype
-    model.to(dtype)
+    set_dtype(model, dtype)
     return model
 
 

@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, gather
+from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
 from trainer.monitoring.control import ControlFile
@@ -27,18 +25,9 @@ from trainer.monitoring.events import (
     Observers,
     PreviewsDone,
 )
+from trainer.monitoring.processes import any_process, wait_for_main
 from trainer.monitoring.step_report import LoggedReport, StepReport
 from trainer.preview.scheduler import PreviewScheduler
-
-
-def _any_process(*wants: bool) -> list[bool]:
-    """For each flag whether any process has it set; one exchange for all of them."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return list(wants)
-    flags = torch.tensor([[float(one) for one in wants]], device=state.device)  # (1, N)
-    return [bool(one) for one in gather(flags).amax(dim=0) > 0]  # (P, N) when gathered
-
 
 # ---- what is asked for while training runs
 
@@ -79,7 +68,7 @@ class Commands:
         """Look once at the end of a step."""
         file = self.file
         commands = file.poll() if file is not None else frozenset()
-        by_signal, by_file, preview, save = _any_process(
+        by_signal, by_file, preview, save = any_process(
             self._is_stop_requested(),
             "stop" in commands and step < total,  # at the last step there is nothing to stop
             "preview" in commands,
@@ -316,6 +305,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             self.report.begin(args, state, kwargs)
             if self.previews is not None and state.global_step == 0:
                 self.previews.make(0, is_last=False)
+        wait_for_main()
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -336,6 +326,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             scheduler = self.previews.scheduler if self.previews is not None else None
             is_previewed = scheduler is not None and scheduler.is_asked(step)
             self.commands.acknowledge(step, is_previewed=is_previewed)
+        wait_for_main()
         control.should_training_stop = control.should_training_stop or is_last
         if self.checkpoint_interval is not None:
             is_nth = bool(self.checkpoint_interval) and step % self.checkpoint_interval == 0
@@ -376,5 +367,6 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             record = self.report.record
             train_loss = record.train_loss if record is not None else None
             is_over = evaluation.measure(extract_model_from_parallel(model), step, train_loss)
-        is_over, is_best = _any_process(is_over, evaluation.stopping.lowest_step == step)
+        wait_for_main()
+        is_over, is_best = any_process(is_over, evaluation.stopping.lowest_step == step)
         return is_over, is_best

@@ -17,6 +17,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
+from trainer.models.devices import any_algorithm
+
 STOP_WINDOW = 48
 """Tokens at the end that are decoded to look for a stop string, at least."""
 
@@ -141,7 +143,8 @@ def generate(
     stopping = StoppingCriteriaList()
     if settings.stop_strings:
         stopping.append(StopStrings(tokenizer, settings.stop_strings, width))
-    with _own_generation_config(model):
+    # On a GPU the cumulative sum of sampling has no deterministic algorithm.
+    with _own_generation_config(model), any_algorithm():
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,40 @@ class Lane(Protocol):
         ...
 
 
+class Stall:
+    """For how long a preview kept the training thread, or the GPU, from the next step.
+
+    What is asked of a GPU runs when its turn comes, so that the thread is done before it: there
+    the time between two events on the stream of training counts. A copy of the weights has a
+    stream of its own, and what `optimizer.step()` waits for the end of it is not in here.
+    """
+
+    def __init__(self, *, is_on_gpu: bool) -> None:
+        """It begins now, or when the GPU comes to this place."""
+        self._began, self._ended = time.perf_counter(), 0.0
+        self._events: tuple[Any, Any] | None = None
+        if is_on_gpu:
+            self._events = (
+                torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
+                torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
+            )
+            self._events[0].record()
+
+    def end(self) -> None:
+        """It ends now, or when the GPU comes to this place."""
+        self._ended = time.perf_counter()
+        if self._events is not None:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """How long it was; waits for the GPU, so that it is for the end of a run."""
+        if self._events is None:
+            return self._ended - self._began
+        begin, end = self._events
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+
 @dataclass
 class PreviewCounters:
     """Counts of a run's previews, in prompts, and what they cost."""
@@ -86,8 +122,8 @@ class PreviewCounters:
     """Newest step that was answered or failed, its prompts, and how many of them failed."""
     last_error: str | None = None
     """Why the newest prompt without an answer has none."""
-    stalls_s: list[float] = field(default_factory=list)
-    """Seconds that training waited, one value per preview step."""
+    stalls: list[Stall] = field(default_factory=list)
+    """How long training stood still, one per preview step."""
     visible_s: list[float] = field(default_factory=list)
     """Seconds from step to visible answer, one value per answered step."""
 
@@ -110,6 +146,7 @@ class PreviewCounters:
     def summary(self) -> dict[str, Any]:
         """Counts, stall and latency figures as JSON values."""
         _, num_newest, num_failed = self.newest
+        stalls_s = [one.seconds() for one in self.stalls]
         return {
             "asked": self.asked,
             "done": self.done,
@@ -120,9 +157,9 @@ class PreviewCounters:
             "all_failed": self.failed > 0 and self.done == 0,
             "last_step_failed": num_newest > 0 and num_failed == num_newest,
             "last_error": self.last_error,
-            "stall_ms_median": _milliseconds(self.stalls_s, 0.5),
-            "stall_ms_p99": _milliseconds(self.stalls_s, 0.99),
-            "stall_s_total": round(sum(self.stalls_s), 3),
+            "stall_ms_median": _milliseconds(stalls_s, 0.5),
+            "stall_ms_p99": _milliseconds(stalls_s, 0.99),
+            "stall_s_total": round(sum(stalls_s), 3),
             "visible_s_median": round(statistics.median(self.visible_s), 3)
             if self.visible_s
             else None,
@@ -147,6 +184,7 @@ class PreviewScheduler:
         *,
         interval: int,
         deliver: Deliver,
+        is_on_gpu: bool = False,
     ) -> None:
         """Take the prompts once; they stay the same for the whole run.
 
@@ -155,10 +193,11 @@ class PreviewScheduler:
             deliver: called with step, results and the seconds training waited, whenever there is
                 something new; by another thread than the training one, unless the backend is
                 local.
+            is_on_gpu: training is, on the current device.
         """
         self.backend, self.requests, self.interval = backend, requests, interval
         self.counters = PreviewCounters()
-        self._deliver = deliver
+        self._deliver, self._is_on_gpu = deliver, is_on_gpu
         self._lock = threading.Lock()
         self._last_asked: int | None = None
         self._now = 0
@@ -190,12 +229,12 @@ class PreviewScheduler:
         self._last_asked = self._now = step
         with self._lock:
             self.counters.asked += len(self.requests)
-        started = time.perf_counter()
+        stall = Stall(is_on_gpu=self._is_on_gpu)
         # Not under the lock: lanes call `_finished` from threads of their own.
         self.lane.ask(step, is_kept=is_last or step == 0)
-        waited = time.perf_counter() - started
+        stall.end()
         with self._lock:
-            self.counters.stalls_s.append(waited)
+            self.counters.stalls.append(stall)
 
     def note_step(self, step: int) -> None:
         """Where training is now: an answer that arrives is so many steps behind."""

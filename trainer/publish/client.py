@@ -49,6 +49,7 @@ class ServerInfo(BaseModel):
     config_hash: str | None = None
     tokenizer_hash: str | None = None
     chat_template_hash: str | None = None
+    dtype_option: str = "auto"
     profiles: tuple[str, ...] = ()
 
 

@@ -181,7 +181,7 @@ class Canary:
     """Nats by which one token may differ. Tokens differ independently, so a sum of n may differ by
     sqrt(n) of it, and their mean by 1/sqrt(n)."""
     score: Callable[[], torch.Tensor]
-    """The trainer's own log-probabilities, (num_tokens,), under the weights as they are now."""
+    """The trainer's own sum of them under the weights as they are now: a scalar on its device."""
 
     def disagreement(self, mine: float | None, theirs: float | None) -> str | None:
         """Why the two sums cannot come from the same weights; None when they agree."""

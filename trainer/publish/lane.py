@@ -18,7 +18,7 @@ from trainer.preview.local import release_memory
 from trainer.preview.scheduler import Finished, OnFinished
 from trainer.publish.children import PublisherProcess, Worker
 from trainer.publish.identity import Canary, results_of
-from trainer.publish.snapshot import Arena, Snapshotter
+from trainer.publish.snapshot import Arena, Snapshotter, read_later
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Staged:
     slot: int
     is_kept: bool
     copied: Callable[[], None]
-    canary: torch.Tensor | None
+    canary: Callable[[], float] | None
     asked_at: float
     canary_value: float | None = None
 
@@ -137,7 +137,7 @@ class PublishedPreviews:
             return
         try:
             copied = self.snapshotter.copy(self.arenas[slot])
-            value = self.canary.score() if self.canary is not None else None
+            value = read_later(self.canary.score()) if self.canary is not None else None
         except Exception as error:  # a preview must never stop training
             reason = self._failure(step, error)
         else:
@@ -261,7 +261,7 @@ class PublishedPreviews:
             try:
                 one.copied()  # waits for the device, on a GPU, without holding anything up
                 if one.canary is not None:
-                    one.canary_value = float(one.canary.sum())
+                    one.canary_value = one.canary()
             except Exception as error:  # the device's own errors come as late as this
                 reason = self._failure(one.step, error)
             with self._changed:

@@ -13,6 +13,7 @@ The CUDA path has not run on the machines this was written on; its tests run whe
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import shutil
@@ -31,6 +32,11 @@ from trainer.publish.identity import DTYPES
 from trainer.publish.weight_file import make_header
 
 SHARED_MEMORY = Path("/dev/shm")
+
+STAGING_BYTES = 64 << 20
+"""Size of the page-locked buffer through which a GPU's weights go to a file on a disk."""
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 FOLDER_PREFIX = "trainer-weights-"
 
@@ -97,7 +103,7 @@ class Arena:
         self._map[: len(layout.header)] = layout.header
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = whole.data_ptr()
-        self._is_pinned = pin and _page_lock(self._address, layout.size)
+        self.is_pinned = pin and _page_lock(self._address, layout.size)
         whole[len(layout.header) :: mmap.PAGESIZE] = 0  # touch every page
         self.views = {
             name: _view(whole, offset, dtype, shape)
@@ -106,9 +112,9 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back and remove the file, wherever it was renamed to."""
-        if self._is_pinned:
+        if self.is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
-            self._is_pinned = False
+            self.is_pinned = False
         self.views = {}
         # Tensors over the buffer may still be alive in a caller: the map then ends with them.
         with contextlib.suppress(BufferError):
@@ -138,7 +144,17 @@ def _page_lock(address: int, size: int) -> bool:
     if not torch.cuda.is_available():
         return False
     done = torch.cuda.cudart().cudaHostRegister(address, size, 0)  # type: ignore[no-untyped-call]
-    return int(done) == 0
+    if int(done) == 0:
+        return True
+    # CUDA keeps the error and torch would raise it at the next kernel, which would be training's.
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return False
+
+
+def is_in_memory(path: Path) -> bool:
+    """Whether a file lies in shared memory, which can be page-locked; files on a disk cannot."""
+    return path.resolve().is_relative_to(SHARED_MEMORY.resolve())
 
 
 class Snapshotter:
@@ -162,6 +178,7 @@ class Snapshotter:
         if self._cuda is not None:
             self._stream = torch.cuda.Stream(self._cuda)  # type: ignore[no-untyped-call]
         self._copied: Any = None
+        self._staging: torch.Tensor | None = None
 
     @property
     def is_on_gpu(self) -> bool:
@@ -174,7 +191,7 @@ class Snapshotter:
         Raises:
             OSError: no room.
         """
-        return Arena(path, self.layout, pin=self.is_on_gpu)
+        return Arena(path, self.layout, pin=self.is_on_gpu and is_in_memory(path))
 
     def copy(self, arena: Arena) -> Callable[[], None]:
         """Copy the weights as they are now.
@@ -188,7 +205,27 @@ class Snapshotter:
                 for name, view in arena.views.items():
                     view.copy_(self.tensors[name].detach())
             return lambda: None
+        if not arena.is_pinned:
+            self._copy_staged(arena)
+            return lambda: None
         return self._copy_beside(arena)
+
+    def _copy_staged(self, arena: Arena) -> None:
+        """Copy through a small page-locked buffer; training waits for it.
+
+        Into memory that is not page-locked, CUDA copies while the thread waits in any case.
+        """
+        if self._staging is None:
+            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+        with torch.no_grad():
+            for name, view in arena.views.items():
+                there = self.tensors[name].detach().to(view.dtype).contiguous()
+                source = torch.split(there.reshape(-1).view(torch.uint8), STAGING_BYTES)
+                target = torch.split(view.reshape(-1).view(torch.uint8), STAGING_BYTES)
+                for piece, place in zip(source, target, strict=True):
+                    held = self._staging[: len(piece)]
+                    held.copy_(piece)
+                    place.copy_(held)
 
     def _copy_beside(self, arena: Arena) -> Callable[[], None]:
         """Start the copy on the side stream, behind what training has queued so far."""
@@ -202,8 +239,7 @@ class Snapshotter:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
         self._copied = event
-        wait: Callable[[], None] = event.synchronize
-        return wait
+        return lambda: _wait_for(event, self._cuda)
 
     def guard(self, optimizer: Any) -> None:
         """Have the device finish a copy before this optimizer changes the weights."""
@@ -216,10 +252,40 @@ class Snapshotter:
             self._copied = None
 
 
+def read_later(value: torch.Tensor) -> Callable[[], float]:
+    """Bring a number from where it is computed to the CPU, without waiting for it.
+
+    Returns:
+        A function that waits until it is there and gives it. It asks nothing of the device, whose
+        stream is full of training, so that another thread may call it.
+    """
+    if value.device.type != "cuda":
+        found = float(value)
+        return lambda: found
+    value_device = value.device
+    held = torch.empty((), dtype=value.dtype, pin_memory=True)
+    held.copy_(value, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(value_device))
+
+    def read() -> float:
+        _wait_for(event, value_device)
+        return float(held)
+
+    return read
+
+
+def _wait_for(event: Any, device: torch.device | None) -> None:
+    """Wait in a thread of any kind: a new one begins on GPU 0, and would make a context there."""
+    with torch.cuda.device(device):
+        event.synchronize()
+
+
 def arena_folder(size: int, run_dir: Path) -> Path:
     """A private folder (mode 700) with room for `size` bytes: shared memory, else the run folder.
 
-    What killed runs left in either is removed first.
+    Shared memory counts against the memory limit of a container, which is compared too. What
+    killed runs left in either is removed first.
 
     Raises:
         PreviewError: neither has room.
@@ -227,7 +293,10 @@ def arena_folder(size: int, run_dir: Path) -> Path:
     for parent in (SHARED_MEMORY, run_dir):
         try:
             _remove_abandoned(parent)
-            if shutil.disk_usage(parent).free > size * 1.05 and os.access(parent, os.W_OK):
+            room: float = shutil.disk_usage(parent).free
+            if parent == SHARED_MEMORY:
+                room = min(room, memory_left())
+            if room > size * 1.05 and os.access(parent, os.W_OK):
                 prefix = f"{FOLDER_PREFIX}{os.getpid()}-"
                 return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         except OSError:
@@ -237,6 +306,37 @@ def arena_folder(size: int, run_dir: Path) -> Path:
         f"{SHARED_MEMORY} nor {run_dir} has that room; free some, or use "
         "monitoring.preview_backend=local."
     )
+
+
+def memory_left() -> float:
+    """Bytes that this process's control groups may still take; infinity without a limit.
+
+    Files that were read can be dropped from memory, and are not counted.
+    """
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").partition("0::/")[2]
+    except OSError:  # not Linux
+        return math.inf
+    folder = CGROUPS / own.partition("\n")[0]
+    left = [_left_in(one) for one in (folder, *folder.parents) if one.is_relative_to(CGROUPS)]
+    return min(left, default=math.inf)
+
+
+def _left_in(group: Path) -> float:
+    """Of one control group, in either version's files."""
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = int((group / limit).read_text())
+            now = int((group / used).read_text())
+            lines = (group / limit).with_name("memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # no such file, or the word "max"
+            continue
+        dropped = dict(line.split() for line in lines).get(cached, 0)
+        return max(0, most - now + int(dropped))
+    return math.inf
 
 
 def _remove_abandoned(parent: Path) -> None:

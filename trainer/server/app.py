@@ -96,6 +96,10 @@ class Info(BaseModel):
     version: str = __version__
     model_id: str | None
     device: str | None
+    dtype: Literal["bf16", "fp32", "fp16"] | None
+    """In which the active weights are held and computed with."""
+    dtype_option: str
+    """`--dtype`: with `bf16`, weights of another dtype are refused."""
     active: Active
     queued: int
     profiles: list[str]
@@ -195,6 +199,8 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         return Info(
             model_id=service.model_id,
             device=hello.get("device"),
+            dtype=hello.get("dtype"),
+            dtype_option=queue.engine.dtype,
             active=Active(**queue.active),
             queued=queue.waiting,
             profiles=known_profiles(),

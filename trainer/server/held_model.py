@@ -20,18 +20,19 @@ from safetensors import safe_open
 from torch import nn
 
 from trainer.config.training_sections import ModelSection
-from trainer.errors import TrainerError
+from trainer.errors import ConfigError, TrainerError
 from trainer.models import is_adapter_folder, resolve_alias
 from trainer.models.adapter_files import load_merged, tokenizer_section
 from trainer.models.chat_template import chat_template_hash, fix_date, tokenizer_hash
 from trainer.models.load import (
+    GGUF_SUFFIX,
     check_vocabulary,
     load_model,
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.precision import resolve_device
-from trainer.models.quantized import check_bitsandbytes, place, quantization_of, widen
+from trainer.models.precision import DTYPES, default_precision, resolve_device
+from trainer.models.quantized import check_bitsandbytes, place, quantization_of, set_dtype
 from trainer.publish.identity import (
     adapter_tensors,
     canonical_tensors,
@@ -71,25 +72,37 @@ class HeldModel:
         device: str,
         *,
         wait_for_weights: bool,
+        dtype: str = "auto",
         base: str | None = None,
         date: dt.date | None = None,
         quantize: bool = False,
     ) -> None:
-        """Load the model in fp32, or its linear layers in the bits that they are quantized to.
+        """Load the model, its linear layers in the bits that they are quantized to.
 
         Args:
             model_path: an adapter's folder too; it is merged into its base.
+            dtype: in which the weights are held and computed with: `bf16`, `fp32`, or `auto`: bf16
+                for weights that are bf16, where the device computes in it, else fp32.
             wait_for_weights: take architecture and tokenizer from `model_path`, and answer
                 nothing before a trainer has sent weights.
             base: where an adapter's base is now.
             date: of the run that made the weights; their template prints this one.
             quantize: make nf4 of plain weights, as runs with training_mode=qlora do.
         Raises:
-            TrainerError: no such model, or no such device.
+            TrainerError: no such model, or no such device, or it does not compute in this dtype.
         """
         self.section, self._quantize = ModelSection(model_path=model_path), quantize
         self._folder, self._base_path = Path(resolve_alias(model_path)), base
-        self.device = resolve_device(device)
+        self.device, self.wanted_dtype = resolve_device(device), dtype
+        if (
+            dtype == "bf16"
+            and self.device.type == "cuda"
+            and default_precision(self.device) != dtype
+        ):
+            raise ConfigError(
+                f"--dtype bf16: {torch.cuda.get_device_name(self.device)} has no bf16 arithmetic; "
+                "use auto or fp32."
+            )
         self.date: dt.date | None = None
         """What a chat template that prints the date prints over the own weights; None: today's."""
         self.tokenizer = load_tokenizer(tokenizer_section(self.section, base))
@@ -97,8 +110,12 @@ class HeldModel:
         fix_date(self.tokenizer, date)
         self._check: Callable[..., None] | None = None
         self._adapter: AdapterConfig | None = None
-        self.base: Any = self._load(wait_for_weights)
+        self.base: Any = self._load(wait_for_weights, self.device)
+        self.dtype: torch.dtype = self.base.dtype
+        """Of the weights as they are held now, those that are not quantized."""
         self.is_quantized = quantization_of(self.base.config) is not None
+        if not (wait_for_weights and self.is_quantized):
+            self.base = place(self.base, self.device)
         self.config_hash = config_hash(self.base.config)
         self.manifest = self._manifest(wait_for_weights)
         self.model: Any = self.base
@@ -107,8 +124,18 @@ class HeldModel:
         self.original_id = None if wait_for_weights else self.manifest.weights_id
         self.weights_id = self.base_id = self.original_id
 
-    def _load(self, wait_for_weights: bool) -> Any:
-        """The model on its device; a quantized one that waits has no memory yet."""
+    def _dtype_for(self, *, is_bf16: bool) -> torch.dtype:
+        """In which weights are held that are bf16, or are not."""
+        if self.wanted_dtype != "auto":
+            return DTYPES[self.wanted_dtype]
+        can = is_bf16 and default_precision(self.device) == "bf16"
+        return torch.bfloat16 if can else torch.float32
+
+    def _load(self, wait_for_weights: bool, device: torch.device) -> Any:
+        """The model as it was at the start; only from a folder or the hub is it on `device`.
+
+        A quantized one that waits has no memory yet.
+        """
         if self._quantize:
             check_bitsandbytes("--quantize nf4")
         if wait_for_weights:
@@ -117,29 +144,41 @@ class HeldModel:
             config = read_model_config(self.section)
             if quantization_of(config) is not None:
                 return frame_of(config)
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            # What will be sent is not known yet: the smaller one, whose numbers mean nothing.
+            dtype = self._dtype_for(is_bf16=True)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         elif is_adapter_folder(self._folder):
             model = load_merged(self._folder, base=self._base_path)
+            set_dtype(model, self._dtype_for(is_bf16=False))
         else:
-            model = self._load_whole()
+            model = load_model(
+                self.section, dtype=self._own_dtype(), device=device, quantize=self._quantize
+            )
         check_vocabulary(model, self.tokenizer)
-        return place(model, self.device)
+        return model.eval()
 
-    def _load_whole(self) -> Any:
-        """The model of `--model`: quantized in its own dtype, as a run does it, else in fp32."""
-        dtype, config = torch.float32, read_model_config(self.section)
+    def _own_dtype(self) -> torch.dtype:
+        """For the weights of `--model`, which its config names."""
+        if Path(resolve_alias(self.section.model_path)).suffix.lower() == GGUF_SUFFIX:
+            return self._dtype_for(is_bf16=False)
+        config = read_model_config(self.section)
+        named = getattr(config, "dtype", None)
         if self._quantize or quantization_of(config) is not None:
-            dtype = getattr(config, "dtype", None) or torch.float32
-        return load_model(self.section, dtype=dtype, device=self.device, quantize=self._quantize)
+            return named or torch.float32  # out of which a run quantizes it too
+        return self._dtype_for(is_bf16=named == torch.bfloat16)
+
+    @property
+    def dtype_name(self) -> str:
+        """`bf16` or `fp32`: what answers are computed in."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def _manifest(self, wait_for_weights: bool) -> WeightsManifest:
-        """What the weights are before they are made fp32; of a model without any: their names."""
+        """What the weights are as they were loaded; of a model without any: their names."""
         if not (wait_for_weights and self.is_quantized):
             return model_manifest(self.base, self.tokenizer)
-        hashes = (self.config_hash, tokenizer_hash(self.tokenizer))
         return WeightsManifest(
-            config_hash=hashes[0],
-            tokenizer_hash=hashes[1],
+            config_hash=self.config_hash,
+            tokenizer_hash=tokenizer_hash(self.tokenizer),
             chat_template_hash=chat_template_hash(self.tokenizer),
             tensors=entries_of(outline_of(self.base)),
         )
@@ -147,7 +186,8 @@ class HeldModel:
     def _take_up(self, base: Any) -> None:
         """Hold this plain model from now on, and answer with it."""
         if self.is_quantized:
-            widen(base)
+            self.dtype = self._dtype_for(is_bf16=base.dtype == torch.bfloat16)
+            set_dtype(base, self.dtype)
         self.model = self.base = base.eval()
         self._adapter = None
         if self._check is not None:
@@ -220,9 +260,11 @@ class HeldModel:
         if self.is_quantized:
             return self._quantized(_present(path), weights_id)
         self._check_full(_present(path))
+        dtype = self._dtype_for(is_bf16=_is_bf16(path))
 
         def change() -> None:
             self._take_off()
+            self._hold_in(dtype)
             _copy(path, canonical_tensors(self.base))
             self.base_id = weights_id
 
@@ -251,19 +293,23 @@ class HeldModel:
     def _original(self, weights_id: str) -> Change:
         if weights_id != self.original_id:
             raise UnanswerableError("this server does not hold these weights", 409)
+        # On the CPU: the device need not have room for two models. Quantized ones are small, and
+        # come on the device by which their bits were made.
+        place_of = self.device if self.is_quantized else torch.device("cpu")
         try:
-            model = self._load(False)
+            loaded = self._load(False, place_of)
         except (TrainerError, OSError) as error:
             logger.warning("the model could not be loaded again: %s", error)
             raise UnanswerableError(
                 "the model that the server was started with is no longer there", 409
             ) from error
         if self.is_quantized:
-            return self._change_base(model, weights_id)
-        fresh = canonical_tensors(model)
+            return self._change_base(loaded, weights_id)
+        fresh = canonical_tensors(loaded)
 
         def change() -> None:
             self._take_off()
+            self._hold_in(loaded.dtype)
             with torch.no_grad():
                 for name, target in canonical_tensors(self.base).items():
                     target.copy_(fresh[name])
@@ -287,6 +333,18 @@ class HeldModel:
         """The plain model, without adapters."""
         if self._adapter is not None:
             self.model, self._adapter = self.model.unload(), None
+
+    def _hold_in(self, dtype: torch.dtype) -> None:
+        """Make room for weights in another dtype, one tensor after the other.
+
+        Only what is saved with a model: its code computes rotations and the like in fp32.
+        """
+        if dtype == self.dtype:
+            return
+        for tensor in canonical_tensors(self.base).values():
+            if tensor.dtype == self.dtype:
+                tensor.data = torch.empty_like(tensor, dtype=dtype)
+        self.dtype = self.base.config.dtype = dtype
 
     def _put_adapter(self, path: str, adapter: AdapterConfig) -> None:
         if self._adapter != adapter:
@@ -371,6 +429,14 @@ def _present(path: str) -> str:
             "the file of these weights no longer exists; publish them again", 409
         )
     return path
+
+
+def _is_bf16(path: str) -> bool:
+    """Whether the weights of a file, as far as they are floating numbers, are all bf16."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        found = {file.get_slice(name).get_dtype() for name in names}
+    return "BF16" in found and not found & {"F64", "F32", "F16"}
 
 
 def _compare(path: str, shapes: dict[str, tuple[int, ...]]) -> None:

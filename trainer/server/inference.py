@@ -22,7 +22,7 @@ from trainer.models.chat_template import fix_date
 from trainer.models.load import context_length
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.local import LocalPreviewBackend
-from trainer.preview.neutral import golden_logprobs
+from trainer.preview.neutral import as_received, golden_logprobs
 from trainer.profiles import Message, get_profile
 from trainer.publish.wire import (
     AdapterConfig,
@@ -53,6 +53,7 @@ class Engine:
         """What the API process needs to know of the model."""
         return {
             "device": str(self.held.device),
+            "dtype": self.held.dtype_name,
             "weights_id": self.held.weights_id,
             "manifest": self.held.manifest.model_dump(mode="json"),
         }
@@ -137,12 +138,15 @@ class Engine:
         asked = [row.request() for row in request.prompts]
         results = backend.preview_batch(asked, request.step)
         self.watch.check()
-        scores = [
-            golden_logprobs(self.held.model, row.prompt_token_ids, row.golden_token_ids).tolist()
-            if row.golden_token_ids and (request.golden_logprobs or index in request.canaries)
-            else None
-            for index, row in enumerate(request.prompts)
-        ]
+        model = self.held.model
+        # In fp32, layer by layer, whatever answers are computed in: the proof is as sharp then.
+        with as_received(model, lambda tensor: tensor.dtype):
+            scores = [
+                golden_logprobs(model, row.prompt_token_ids, row.golden_token_ids).tolist()
+                if row.golden_token_ids and (request.golden_logprobs or index in request.canaries)
+                else None
+                for index, row in enumerate(request.prompts)
+            ]
         canary = [scores[index] for index in request.canaries]
         return PreviewsResult(
             run=request.run,
@@ -236,6 +240,7 @@ def engine_main(numbers: SharedNumbers, lines: IO[bytes], out: IO[bytes]) -> Non
             model_path,
             setup["device"],
             wait_for_weights=setup["wait_for_weights"],
+            dtype=setup["dtype"],
             base=setup["base"],
             date=None if date is None else dt.date.fromisoformat(date),
             quantize=setup["quantize"] is not None,
@@ -317,7 +322,7 @@ def _load(held: HeldModel, body: dict[str, Any]) -> Reply:
     day = body.get("template_date")
     own = held.date if body["path"] is None else None  # the weights it began with
     fix_date(held.tokenizer, own if day is None else dt.date.fromisoformat(day))
-    return {"ok": True, "result": {"weights_id": held.weights_id}}
+    return {"ok": True, "result": {"weights_id": held.weights_id, "dtype": held.dtype_name}}
 
 
 def _send(out: IO[bytes], message: Reply) -> None:

@@ -61,6 +61,7 @@ class EngineProcess:
         device: str,
         *,
         wait_for_weights: bool = False,
+        dtype: str = "auto",
         base: str | None = None,
         date: str | None = None,
         quantize: str | None = None,
@@ -69,13 +70,14 @@ class EngineProcess:
 
         Args:
             model_path: None: to be set before `start`.
+            dtype: `auto`, `bf16` or `fp32`.
             base: where the base is, of a `model_path` that is an adapter.
             date: of the run that made the weights (YYYY-MM-DD); its template prints this one.
             quantize: `nf4`: quantize the model while it is loaded.
         """
         self.quantize = quantize
         self.model_path, self.device, self.base, self.date = model_path, device, base, date
-        self.wait_for_weights = wait_for_weights
+        self.wait_for_weights, self.dtype = wait_for_weights, dtype
         self.hello: dict[str, Any] = {}
         self.starts = 0
         self._ids = itertools.count(1)
@@ -104,6 +106,7 @@ class EngineProcess:
             "model_path": self.model_path,
             "device": self.device,
             "wait_for_weights": self.wait_for_weights,
+            "dtype": self.dtype,
             "base": self.base,
             "date": self.date,
             "quantize": self.quantize,
@@ -159,6 +162,8 @@ class EngineProcess:
                 data = process.receive()
                 reply: dict[str, Any] = json.loads(data)
                 if "text" not in reply:
+                    if operation == "load_weights" and reply["ok"]:
+                        self.hello["dtype"] = reply["result"]["dtype"]
                     return reply, len(data)
                 if on_text is not None:
                     on_text(reply["sample"], reply["text"])

@@ -80,7 +80,7 @@ class Service:
         assert self.engine.model_path is not None, "a started engine has a model"
         hello = self.engine.hello
         manifest = WeightsManifest.model_validate(hello["manifest"])
-        self.store.expect(manifest, hello["weights_id"])
+        self.store.expect(manifest, hello["weights_id"], is_bf16_only=self.engine.dtype == "bf16")
         self.model_id = public_name(self.engine.model_path)
         self.queue.engine_started()
 

@@ -68,6 +68,7 @@ class WeightStore:
         self.clock = clock
         self.expected: WeightsManifest | None = None
         self.original_id: str | None = None
+        self.is_bf16_only = False
         self.uploads: dict[str, Upload] = {}
         self.finished: OrderedDict[str, str] = OrderedDict()
         """weights_id of uploads that were committed: a commit whose answer was lost is answered
@@ -80,13 +81,17 @@ class WeightStore:
         self.names: dict[str, Tag] = {}
         """What `RUN@STEP` and `RUN:latest` mean, the newest last."""
 
-    def expect(self, manifest: WeightsManifest, original_id: str | None) -> None:
+    def expect(
+        self, manifest: WeightsManifest, original_id: str | None, *, is_bf16_only: bool = False
+    ) -> None:
         """Learn which model is loaded: an offer must fit it.
 
         Args:
             original_id: weights that the engine can load by itself; None: it started without any.
+            is_bf16_only: others would be rounded, and then are not the weights that were sent.
         """
         self.expected, self.original_id = manifest, original_id
+        self.is_bf16_only = is_bf16_only
         if original_id is not None:
             self.loads[original_id] = {"path": None, "weights_id": original_id}
             self.tags[original_id] = {"weights_id": original_id, "run": None, "step": None}
@@ -132,6 +137,15 @@ class WeightStore:
                 "this server does not hold the adapter's base weights; publish them first",
             )
         check_fit(offer.manifest, self.expected)
+        others = {entry.dtype for entry in offer.manifest.tensors} & (FLOATS - {"BF16"})
+        if self.is_bf16_only and others:
+            raise WeightsRefusedError(
+                409,
+                "other_dtype",
+                f"these weights are {' and '.join(sorted(others))}, and this server rounds to bf16 "
+                "(--dtype bf16), which makes other weights of them; start it with --dtype auto or "
+                "fp32, or train with hyperparams.fp_precision=bf16",
+            )
         if offer.transport == "dir" and self.weights_dir is None:
             raise WeightsRefusedError(
                 409, "no_weights_dir", "the server was started without --weights-dir"

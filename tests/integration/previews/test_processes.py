@@ -19,6 +19,7 @@ import pytest
 
 from tests.integration import faulty_proxy as faults
 from tests.integration.serving import Server, command, running_server
+from trainer.core import TrainerEngine
 from trainer.preview.scheduler import PreviewScheduler
 from trainer.publish import snapshot
 
@@ -352,3 +353,23 @@ def test_a_server_that_cannot_load_the_runs_model_fails_the_start(
         result = train("out", model_path=str(model), monitoring=monitoring)
     assert result.exit_code == 2
     assert "start it there with `trainer serve --model" in (result.error_message or "")
+
+
+def test_copies_that_memory_has_no_room_for_are_told_and_lie_in_the_run_folder(
+    job: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Listener:
+        def on_event(self, event: Any) -> None:
+            told.append(str(getattr(event, "text", "")))
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(snapshot, "memory_left", lambda: 0)
+    engine = TrainerEngine(observers=[Listener()])
+    engine.build_callbacks(job(monitoring={"preview_backend": "sidecar"}))
+    arenas = list((tmp_path / "out").glob("trainer-weights-*/arena-*"))
+    engine.close()
+    assert len(arenas) == 3
+    assert any("the memory limit of this container has no room" in text for text in told)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
+import torch
 
 from tests.integration.serving import Server, running_server
 from trainer.preview.scheduler import PreviewScheduler
@@ -116,6 +118,29 @@ def test_pushed_over_http_the_answers_equal_the_local_ones_byte_for_byte(
     assert sent == pytest.approx(num_sent * saved.stat().st_size, rel=0.1)
 
 
+def test_a_bf16_server_answers_bf16_runs_verified_and_refuses_to_round_an_fp32_run(
+    train: Callable[..., Any], model_folder: Path, tmp_path: Path, patient: None
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    words = ("--model", str(model_folder), "--api-key-file", str(keys), "--dtype", "bf16")
+    with running_server(*words) as server:
+        assert " in bf16, weights" in server.line
+        info = httpx.get(f"{server.url}/info", headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert (info["dtype"], info["dtype_option"]) == ("bf16", "bf16")
+        for mode in ("full", "lora"):
+            hyper = {"fp_precision": "bf16", "training_mode": mode}
+            result = train(mode, hyperparams=hyper, monitoring=remote(server, tmp_path))
+            assert result.success, result.error_message
+            rows = previews(tmp_path / mode)
+            assert {(row["weights"], row["error_message"]) for row in rows} == {("verified", None)}
+            assert len({row["weights_id"] for row in rows}) == 4
+        refused = train("refused", monitoring=remote(server, tmp_path))
+    assert refused.exit_code == 2
+    assert "--dtype bf16, and this run publishes fp32 weights" in str(refused.error_message)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_bf16_weights_are_verified_within_the_tolerance_of_their_dtype(
     train: Callable[..., Any], tmp_path: Path, server: Server, patient: None
 ) -> None:
@@ -125,3 +150,22 @@ def test_bf16_weights_are_verified_within_the_tolerance_of_their_dtype(
         assert result.success, result.error_message
         found = [(row["weights"], row["error_message"]) for row in previews(tmp_path / name)]
         assert found == [("verified", None)] * len(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_a_run_on_a_gpu_is_verified_by_a_sidecar_on_the_gpu_and_on_the_cpu(
+    train: Callable[..., Any], tmp_path: Path, patient: None, where: str, mode: str
+) -> None:
+    result = train(
+        "out",
+        hyperparams={"fp_precision": "bf16", "training_mode": mode},
+        environment={"device": "cuda"},
+        monitoring={"preview_backend": "sidecar", "sidecar_device": where},
+    )
+    assert result.success, result.error_message
+    found = [(row["weights"], row["error_message"]) for row in previews(tmp_path / "out")]
+    assert found == [("verified", None)] * len(found)
+    assert result.summary["previews"]["stall_ms_median"] > 0

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainer.core.resume import environment_manifest
 from trainer.core.run_folder import RunFolder
@@ -82,6 +83,6 @@ def test_json_files_are_replaced_and_updated_whole(tmp_path: Path) -> None:
 
 def test_the_environment_names_versions_and_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret-canary")
-    found = environment_manifest()
+    found = environment_manifest(torch.device("cpu"))
     assert found["packages"]["torch"]
     assert "secret-canary" not in json.dumps(found)

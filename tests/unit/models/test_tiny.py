@@ -134,3 +134,14 @@ def test_a_saved_folder_loads_with_plain_transformers(tmp_path: Path) -> None:
     assert loaded.apply_chat_template(TURNS, tokenize=False) == text
     assert loaded.encode(text) == TOKENIZER.encode(text)
     assert_same(weights(AutoModelForCausalLM.from_pretrained(tmp_path)), weights(model))
+
+
+def test_in_bf16_the_weights_are_bf16_and_positions_are_rotated_in_fp32() -> None:
+    found = [
+        build_tiny_model(seed=1, vocab_size=310, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert {value.dtype for value in found[1].parameters()} == {torch.bfloat16}
+    for plain, rounded in zip(found[0].buffers(), found[1].buffers(), strict=True):
+        assert torch.equal(plain, rounded)
+        assert rounded.dtype == torch.float32

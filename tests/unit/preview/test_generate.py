@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.models.devices import any_algorithm
 from trainer.preview import generate as sampling
 from trainer.preview.generate import (
     GenerationSettings,
@@ -226,3 +227,43 @@ def test_a_temperature_that_is_as_good_as_zero_is_greedy(
 ) -> None:
     greedy = run(model, tokenizer, PROMPTS)
     assert run(model, tokenizer, PROMPTS, temperature=temperature) == greedy
+
+
+def test_sampling_goes_on_where_only_deterministic_algorithms_are_allowed(
+    model: Any, tokenizer: Any
+) -> None:
+    """On a GPU its cumulative sum has none, and would raise."""
+    seen: list[bool] = []
+
+    def look(ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return scores
+
+    asked = GenerationSettings(max_new_tokens=2, temperature=1.0, seed=1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        generate(model, tokenizer, [[5, 6]], asked, [look])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_equal_scores_give_equal_tokens_on_a_gpu(is_deterministic: bool) -> None:
+    scores = torch.randn(4, 151_936, generator=torch.Generator().manual_seed(0)) * 3
+    prompts = [[1, 2], [3], [4, 5, 6], [7]]
+    found = []
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        for device in ("cpu", "cuda"):
+            processor = NoiseProcessor(prompts, 0.7, 42)
+            with any_algorithm():
+                drawn = [processor(None, scores.to(device)).argmax(-1) for _ in range(20)]
+            found.append(torch.stack(drawn).cpu())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*found)

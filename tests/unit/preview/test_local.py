@@ -120,6 +120,24 @@ def test_a_retry_starts_without_what_the_failed_attempt_held(
     assert alive[:3] == [0, 0, 0]  # attempts with 4, 2 and 1 prompts
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_retry_finds_the_memory_that_the_failed_attempt_held(
+    backend: LocalPreviewBackend,
+) -> None:
+    backend.model.to("cuda")
+    generate, share = backend.model.generate, int(torch.cuda.mem_get_info()[0] * 0.6)
+
+    def hungry(*args: Any, **kwargs: Any) -> Any:
+        held = [torch.empty(share, dtype=torch.uint8, device="cuda")]
+        if kwargs["input_ids"].shape[0] > 1:
+            held.append(torch.empty(share, dtype=torch.uint8, device="cuda"))  # out of memory
+        return generate(*args, **kwargs)
+
+    backend.model.generate = hungry
+    assert all(result.ok for result in backend.preview_batch(requests(2), 1))
+
+
 def test_any_other_failure_becomes_a_result(backend: LocalPreviewBackend) -> None:
     [result] = backend.preview_batch([PreviewRequest(prompt="x", prompt_token_ids=(999999,))], 4)
     assert result.finish_reason == "error"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
+import torch
+
 from trainer.preview.base import PreviewRequest, PreviewResult
-from trainer.preview.scheduler import PreviewScheduler
+from trainer.preview.scheduler import PreviewScheduler, Stall
 
 REQUESTS = [PreviewRequest(prompt="a", golden_answer="A"), PreviewRequest(prompt="b")]
 
@@ -113,3 +116,39 @@ def test_a_run_that_ends_early_says_what_became_of_what_was_asked() -> None:
     assert [(step, found[0].error_message) for step, found in seen] == [(0, "the run ended")]
     made.give_up("again")
     assert len(seen) == 1
+
+
+def test_on_a_gpu_the_devices_own_time_is_the_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 350.0])
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(clock)
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    stall = Stall(is_on_gpu=True)
+    stall.end()
+    assert stall.seconds() == 0.25
+    here = Stall(is_on_gpu=False)
+    here.end()
+    assert 0 <= here.seconds() < 0.25
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_work_that_a_gpu_does_later_is_a_stall() -> None:
+    torch.cuda.init()
+    torch.cuda._sleep(1_000_000_000)  # training's own, before it
+    stall = Stall(is_on_gpu=True)
+    torch.cuda._sleep(200_000_000)
+    stall.end()
+    assert stall._ended - stall._began < 0.05, "the thread does not wait"
+    assert 0.05 < stall.seconds() < 0.4

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from trainer.preview.base import PreviewRequest
 from trainer.preview.scheduler import Finished
 from trainer.publish.identity import Canary
 from trainer.publish.lane import PublishedPreviews
-from trainer.publish.snapshot import Snapshotter
+from trainer.publish.snapshot import Snapshotter, read_later
 
 REQUESTS = [PreviewRequest(prompt="a"), PreviewRequest(prompt="b")]
 
@@ -128,3 +131,77 @@ def test_what_a_failed_canary_held_is_gone_when_the_lane_goes_on(unlucky: Unluck
     unlucky.lane.canary = Canary((0,), 1, 1.0, hungry)
     unlucky.lane.ask(0, is_kept=True)
     assert [one() for one in held] == [None]
+
+
+class Watched(torch.Tensor):
+    """Notes in which thread anything is asked of it."""
+
+    threads: ClassVar[set[str]] = set()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.threads.add(threading.current_thread().name)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_the_feeding_thread_asks_nothing_of_the_device(unlucky: Unlucky) -> None:
+    value = torch.ones(()).as_subclass(Watched)
+    unlucky.lane.canary = Canary((0,), 1, 1.0, lambda: value)
+    given: list[float | None] = []
+    unlucky.lane._give = lambda one: given.append(one.canary_value)  # type: ignore[method-assign]
+    unlucky.lane.worker.url = "http://127.0.0.1:9"
+    Watched.threads.clear()
+    unlucky.lane.ask(0, is_kept=True)
+    for _ in range(200):
+        if given:
+            break
+        time.sleep(0.02)
+    assert given == [1.0]
+    assert Watched.threads == {threading.main_thread().name}
+
+
+def test_a_number_on_a_gpu_is_brought_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Held:
+        def copy_(self, value: Any, *, non_blocking: bool) -> None:
+            done.append("copy" if non_blocking else "wait")
+
+        def __float__(self) -> float:
+            done.append("read")
+            return 2.5
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            done.append(f"mark {stream}")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+    def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        done.append(f"on {device}")
+        return contextlib.nullcontext()
+
+    gpu = torch.device("cuda", 1)
+    value: Any = SimpleNamespace(device=gpu, dtype=torch.float32)
+    with monkeypatch.context() as fakes:
+        fakes.setattr(torch, "empty", lambda *_, **options: options["pin_memory"] and Held())
+        fakes.setattr(torch.cuda, "Event", Event)
+        fakes.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        fakes.setattr(torch.cuda, "device", on)
+        read = read_later(value)
+        assert done == ["copy", "mark stream of cuda:1"]
+        assert read() == 2.5
+    assert done[2:] == ["on cuda:1", "wait", "read"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_number_is_read_while_the_gpu_has_other_work() -> None:
+    value = torch.ones((), device="cuda") * 3
+    read = read_later(value)
+    torch.cuda._sleep(2_000_000_000)  # about a second of work behind the copy
+    marker = torch.cuda.Event()
+    marker.record()
+    assert read() == 3.0
+    assert not marker.query(), "the number came before the work was done"

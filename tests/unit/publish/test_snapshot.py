@@ -98,25 +98,135 @@ def test_no_room_anywhere_says_how_much_is_needed(tmp_path: Path) -> None:
         arena_folder(2**60, tmp_path)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_snapshot_holds_the_weights_of_its_step_though_the_next_step_follows_at_once(
-    make_model: Callable[..., Any], tmp_path: Path
+# ---- copies from a GPU
+
+
+class FakeStream:
+    def __init__(self, device: Any = None) -> None: ...
+
+
+def on_a_gpu(
+    model: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfloat16
+) -> Snapshotter:
+    """A snapshotter that takes the CPU for a GPU; page-locking works wherever it is tried."""
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(snapshot, "_page_lock", lambda address, size: True)
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    return Snapshotter(canonical_tensors(model), dtype, torch.device("cuda", 0))
+
+
+def test_a_file_on_a_disk_is_not_page_locked_and_is_filled_through_a_small_buffer(
+    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    snapshots = Snapshotter(canonical_tensors(model), torch.float32, torch.device("cuda"))
-    model.to("cuda")  # as the Trainer does, after the snapshotter was made
-    snapshots.guard(optimizer)
+    model.register_buffer("counts", torch.arange(3))
+    snapshots = on_a_gpu(model, monkeypatch)
+    monkeypatch.setattr(snapshot, "STAGING_BYTES", 96)  # less than most tensors have
     arena = snapshots.arena(tmp_path / "arena")
-    expected = {name: v.detach().cpu().clone() for name, v in canonical_tensors(model).items()}
-    wait = snapshots.copy(arena)
+    assert not arena.is_pinned
+    snapshots.copy(arena)()
+    expected = snapshotter(model, torch.bfloat16)
+    plain = expected.arena(tmp_path / "plain")
+    expected.copy(plain)()
+    assert arena.path.read_bytes() == plain.path.read_bytes()
+    assert snapshots._staging is not None
+    assert snapshots._staging.numel() == 96
+
+
+def test_a_file_in_shared_memory_is_page_locked(
+    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "SHARED_MEMORY", tmp_path)
+    arena = on_a_gpu(make_model(), monkeypatch).arena(tmp_path / "arena")
+    assert arena.is_pinned
+    arena.is_pinned = False  # nothing is to be unlocked here
+
+
+def test_an_error_of_page_locking_is_not_left_for_training_to_find(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in CUDA: a call that fails leaves its error, and the next kernel raises it."""
+    left: list[str] = []
+
+    class Runtime:
+        def cudaHostRegister(self, *_: Any) -> int:  # noqa: N802
+            left.append("out of memory")
+            return 2
+
+    def kernel(*_: Any, **__: Any) -> None:
+        if left:
+            raise RuntimeError(left.pop())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", kernel)
+    assert snapshot._page_lock(0, 1) is False
+    assert left == []
+
+
+def cgroup(folder: Path, most: str, now: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{most}\n")
+    (folder / "memory.current").write_text(f"{now}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+
+
+def test_shared_memory_counts_against_the_limit_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, run_dir, shm = tmp_path / "groups", tmp_path / "run", tmp_path / "shm"
+    run_dir.mkdir()
+    shm.mkdir()
+    monkeypatch.setattr(snapshot, "SHARED_MEMORY", shm)
+    monkeypatch.setattr(snapshot, "CGROUPS", groups)
+    assert snapshot.memory_left() == float("inf")
+    cgroup(groups, "max", 10**9, 0)
+    assert arena_folder(2**20, run_dir).parent == shm
+    cgroup(groups, str(2**21), 3 * 2**20, 2**19 + 2**20)
+    assert snapshot.memory_left() == 2**19
+    assert arena_folder(2**20, run_dir).parent == run_dir
+    assert not snapshot.is_in_memory(run_dir)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_gpu_snapshot_holds_the_weights_of_its_step_though_the_next_step_follows_at_once(
+    tmp_path: Path, is_shared: bool
+) -> None:
+    device = torch.device("cuda")
+    model = torch.nn.Sequential(
+        *(torch.nn.Linear(4096, 4096) for _ in range(10))
+    )  # 320 MiB in bf16
+    snapshots = Snapshotter(canonical_tensors(model), torch.bfloat16, device)
+    model.to(device)  # as where the model moves after the snapshotter was made
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    snapshots.guard(optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    wait()
-    found = load_file(arena.path)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    folder = arena_folder(snapshots.layout.size, tmp_path) if is_shared else tmp_path
+    arena = snapshots.arena(folder / "arena")
+    try:
+        assert arena.is_pinned is is_shared
+        expected = {
+            name: value.detach().to(torch.bfloat16).cpu()
+            for name, value in canonical_tensors(model).items()
+        }
+        torch.cuda._sleep(500_000_000)  # what training has queued, and the copy must wait for
+        wait = snapshots.copy(arena)
+        optimizer.step()
+        wait()
+        found = load_file(arena.path)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        changed = model[0].weight.detach().to(torch.bfloat16).cpu()
+        assert not torch.equal(found["0.weight"], changed), "the step was made"
+    finally:
+        arena.close()
+        if is_shared:
+            folder.rmdir()
+    torch.ones(1, device=device).add_(1)  # no error is left
+    torch.cuda.synchronize()
 
 
 def test_a_header_that_is_made_is_the_one_that_is_read(tmp_path: Path) -> None:

@@ -82,6 +82,15 @@ def put(upload: Upload, data: bytes) -> None:
     asyncio.run(upload.put(0, hashlib.sha256(data).hexdigest(), pieces()))
 
 
+def test_a_server_in_bf16_refuses_what_it_would_round(store: WeightStore) -> None:
+    store.expect(manifest(), None, is_bf16_only=True)
+    with pytest.raises(WeightsRefusedError, match="rounds to bf16") as refused:
+        offer(store, "in-fp32")
+    assert (refused.value.status, refused.value.code) == (409, "other_dtype")
+    store.expect(manifest(), None, is_bf16_only=False)
+    assert offer(store, "in-fp32").id in store.uploads
+
+
 def test_abandoned_offers_make_room_for_an_honest_trainer(store: WeightStore, clock: Clock) -> None:
     for number in range(MAX_UPLOADS):
         offer(store, f"crashed-{number}")
