@@ -53,6 +53,9 @@ DOCUMENT_LENGTH = 8
 COMPARED = (1, 2, 3, DOCUMENT_LENGTH - 1)
 """Tokens of a document whose prediction is compared: a convolution leaks into the first ones."""
 
+NUM_PADDED = 4
+"""Padded rows whose logits are compared with a mask and without one, at most."""
+
 REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError)
 """What models and kernels raise that do not take a batch."""
 
@@ -304,22 +307,23 @@ def needs_no_mask(model: Any, *, batch_size: int) -> bool:
 
     So it is where each token sees earlier ones only. The caller sets eval mode and autocast.
     """
-    size = _vocabulary(model)
-    _, told = _ids(model, batch_size)
+    _, told = _ids(model, min(batch_size, NUM_PADDED))
     rows = [_document(ids[: DOCUMENT_LENGTH - n % 3], (1, 2, 3)) for n, ids in enumerate(told)]
     rows.append(_document(told[0].repeat(2), (1, 2, 3, DOCUMENT_LENGTH)))  # all others are padded
     for row in rows:  # the last token before the padding too
         row["labels"][-1] = row["input_ids"][-1]
-    alone = torch.cat([_logits(model, PadCollator(0)([row])) for row in rows])
-    without = [TrainingCollator(PadCollator(pad), with_mask=False)(rows) for pad in (0, size - 1)]
+    # What the padding is must not matter either.
+    fillings = [PadCollator(pad) for pad in (0, _vocabulary(model) - 1)]
+    masked = _logits(model, fillings[0](rows))
     try:
-        one, other = (_logits(model, batch) for batch in without)
+        one, other = (
+            _logits(model, TrainingCollator(fill, with_mask=False)(rows)) for fill in fillings
+        )
     except REFUSALS:
         return False
     tolerance = RELATIVE_TOLERANCE.get(_compute_dtype(model), 1e-4)
-    return _distance(one, other, alone) <= SAME_SHAPE_TOLERANCE and (
-        _distance(one, alone) <= tolerance
-    )
+    moved, apart = _distance(one, other, masked), _distance(one, masked)
+    return moved <= SAME_SHAPE_TOLERANCE and apart <= tolerance
 
 
 def _base(model: Any) -> Any:
