@@ -65,7 +65,7 @@ def test_a_sidecar_verifies_weights_that_are_kept_in_bf16(
     result = train("sidecar", hyperparams=hyper, monitoring=asked)
     assert result.success, result.error_message
     lines = (tmp_path / "sidecar" / "previews.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if not row["is_superseded"]]
     assert {row["step"] for row in rows} >= {0, 4}
     assert {row["weights"] for row in rows} == {"verified"}
 

@@ -178,7 +178,12 @@ def build_optimizer(
         return MuonAdamW(model, learning_rate, weight_decay=weight_decay, **adam)
     groups = _decay_groups(list(_trainable(model)), weight_decay)
     package = _optimizer_package(hyperparams)
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    embeddings = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    ]
     if hyperparams.masters == "bf16_stochastic":
         is_8bit = hyperparams.optimizer == "adamw_8bit"
         kind = package.AdamW8bit if is_8bit else package._AdamW

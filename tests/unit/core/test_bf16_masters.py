@@ -21,7 +21,7 @@ from trainer.models.precision import keep_vectors_wide
 MakeModel = Callable[..., Any]
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
 """Matrices that are large enough for 8-bit moments."""
-SMALL = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
 """The smallest of them."""
 MODES = [
     ("bf16_stochastic", "adamw"),
