@@ -27,7 +27,7 @@ from tests.trust.reference import decoder, distance, llama, ragged_rows, token_m
 from tests.trust.trainers import make_trainer
 from trainer.config import create_default_config
 from trainer.config.training_sections import ModelSection
-from trainer.core import TrainerEngine, proofs
+from trainer.core import TrainerEngine, evaluation, proofs
 from trainer.core.loss import supervised_loss
 from trainer.core.proofs import (
     BatchChoice,
@@ -452,6 +452,46 @@ def test_batches_of_a_run_carry_what_the_loss_needs(
     model = trainer.model.eval()
     alone = {key: batch[key] for key in ("input_ids", "labels")}
     assert supervised_loss(model, model, batch) == supervised_loss(model, model, alone)
+
+
+def test_held_out_rows_are_measured_in_batches_of_the_kind_that_is_trained(
+    tmp_path: Path,
+    model_folder: Path,
+    qa_file: Path,
+    calls: flash.Calls,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = model_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.0}))
+    seen: dict[str, list[Any]] = {}
+    plain = evaluation.supervised_loss
+
+    def noted(model: Any, unwrapped: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        loss = plain(model, unwrapped, batch, *rest, **named)
+        batches.append(("cu_seq_lens_q" in batch, "attention_mask" in batch, float(loss)))
+        return loss
+
+    monkeypatch.setattr(evaluation, "supervised_loss", noted)
+    for name in ("sdpa", "flash_attention_2"):
+        for is_packed in (False, True):
+            batches = seen[f"{name} {is_packed}"] = []
+            run(
+                tmp_path / f"{name}-{is_packed}",
+                model_folder,
+                qa_file,
+                model={"attn_implementation": name},
+                data={"enable_packing": is_packed, "validation_split": 0.25},
+            )
+    kinds = {name: {batch[:2] for batch in batches} for name, batches in seen.items()}
+    assert kinds == {
+        "sdpa False": {(False, False)},
+        "sdpa True": {(False, True)},
+        "flash_attention_2 False": {(True, False)},
+        "flash_attention_2 True": {(True, False)},
+    }
+    for packed in ("False", "True"):
+        one, other = ([b[2] for b in seen[f"{name} {packed}"]] for name in ("sdpa", BOTH[1]))
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_names_that_are_installed_are_listed(calls: flash.Calls) -> None:
