@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 128
 IGNORED = -100
@@ -53,6 +53,12 @@ def decoder(
     if dtype == torch.float64:
         _norms_in_fp64(model)
     return model
+
+
+def lfm2(**options: Any) -> Any:
+    """Attention and convolutions, which see over the borders of documents."""
+    kinds = {"layer_types": ["conv", "full_attention"]}
+    return decoder(Lfm2ForCausalLM, Lfm2Config, **{**kinds, **options})
 
 
 def _norms_in_fp64(model: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,28 +14,19 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 from tests.trust import flash
-from tests.trust.reference import decoder, distance, llama, ragged_rows, token_mean, weights
+from tests.trust.reference import decoder, lfm2, llama, ragged_rows, weights
 from tests.trust.trainers import make_trainer
 from trainer.config import create_default_config
 from trainer.config.training_sections import ModelSection
-from trainer.core import TrainerEngine, proofs
+from trainer.core import TrainerEngine, evaluation, proofs
 from trainer.core.loss import supervised_loss
 from trainer.core.proofs import (
     BatchChoice,
-    TrainingCollator,
     attention_name,
     choose_batches,
-    needs_mask,
-    needs_no_mask,
 )
 from trainer.data.batches import JoinCollator, PackCollator, PadCollator
 from trainer.errors import ConfigError, ModelError
@@ -51,12 +42,6 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 def calls() -> Iterator[flash.Calls]:
     with flash.installed() as calls:
         yield calls
-
-
-def lfm2(**options: Any) -> Any:
-    """Attention and convolutions, which see over the borders of documents."""
-    kinds = {"layer_types": ["conv", "full_attention"]}
-    return decoder(Lfm2ForCausalLM, Lfm2Config, **{**kinds, **options})
 
 
 def choose(
@@ -300,99 +285,6 @@ def test_a_model_that_does_not_support_it_is_refused_before_its_weights(
         plan("flash_attention_2")
 
 
-# ---- the mask of padded rows
-
-
-def gpt2(**options: Any) -> Any:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 128}
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **options)).eval()
-
-
-def opt(**options: Any) -> Any:
-    """Positions counted over the mask."""
-    sizes = {"ffn_dim": 64, "word_embed_proj_dim": 64, "dropout": 0.0}
-    return decoder(OPTForCausalLM, OPTConfig, **sizes, **options).eval()
-
-
-def sees_later_tokens(**options: Any) -> Any:
-    return llama(is_causal=False, **options).eval()
-
-
-def has_no_mask(model: Any, batch_size: int) -> bool:
-    with torch.no_grad():
-        return needs_no_mask(model, batch_size=batch_size)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("make", [llama, gpt2, opt, lfm2])
-@pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_rows_padded_at_the_end_need_no_mask_where_tokens_see_earlier_ones_only(
-    make: Callable[..., Any], batch_size: int, name: str
-) -> None:
-    assert has_no_mask(make(attn_implementation=name).eval(), batch_size)
-
-
-def test_a_model_that_sees_later_tokens_keeps_its_mask() -> None:
-    assert not has_no_mask(sees_later_tokens(), 4)
-
-
-def test_a_model_that_looks_at_its_mask_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaForCausalLM
-
-    plain = LlamaForCausalLM.forward
-
-    def forward(self: Any, input_ids: Any, attention_mask: Any = None, **named: Any) -> Any:
-        output = plain(self, input_ids=input_ids, attention_mask=attention_mask, **named)
-        if attention_mask is None:  # such as a mean over a row that leaves out its padding
-            output.logits = output.logits + input_ids.float().mean(dim=1)[:, None, None]
-        return output
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    assert not has_no_mask(llama().eval(), 4)
-
-
-def step(model: Any, *, with_mask: bool, rows: Any) -> tuple[float, torch.Tensor]:
-    trainer = make_trainer(model, rows, batch_size=4, accumulation=2)
-    trainer.data_collator = TrainingCollator(PadCollator(0), with_mask=with_mask)
-    before = weights(model)
-    trainer.train()
-    assert trainer.last_step is not None
-    assert trainer.last_step.num_tokens == sum(len(ids) for ids, _ in rows)
-    return trainer.last_step.train_loss, before - weights(model)
-
-
-def check_without_mask(make: Callable[..., Any]) -> None:
-    """Loss and gradient of the real trainer are those with a mask."""
-    rows = ragged_rows(8)
-    loss, change = step(make(dtype=torch.float64), with_mask=False, rows=rows)
-    expected, with_mask = step(make(dtype=torch.float64), with_mask=True, rows=rows)
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert distance(change, with_mask) <= 1e-6
-
-
-@pytest.mark.parametrize("make", [llama, opt])
-def test_padded_rows_train_alike_without_a_mask(make: Callable[..., Any]) -> None:
-    check_without_mask(make)
-    rows = ragged_rows(8)
-    loss, _ = step(make(dtype=torch.float64), with_mask=False, rows=rows)
-    assert loss == pytest.approx(token_mean(make(dtype=torch.float64), rows).item(), rel=1e-6)
-
-
-def test_mutant_no_mask_whatever_the_model_is_killed() -> None:
-    with pytest.raises(AssertionError):
-        check_without_mask(sees_later_tokens)
-
-
-def test_a_router_loss_and_an_own_forward_keep_the_mask() -> None:
-    trainer = make_trainer(llama(), ragged_rows(4), batch_size=2)
-    assert not needs_mask(trainer)
-    trainer.router = 0.1
-    assert needs_mask(trainer)
-    trainer.router, trainer.use_own_forward = 0.0, True
-    assert needs_mask(trainer)
-
-
 # ---- whole runs
 
 
@@ -452,6 +344,46 @@ def test_batches_of_a_run_carry_what_the_loss_needs(
     model = trainer.model.eval()
     alone = {key: batch[key] for key in ("input_ids", "labels")}
     assert supervised_loss(model, model, batch) == supervised_loss(model, model, alone)
+
+
+def test_held_out_rows_are_measured_in_batches_of_the_kind_that_is_trained(
+    tmp_path: Path,
+    model_folder: Path,
+    qa_file: Path,
+    calls: flash.Calls,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = model_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.0}))
+    seen: dict[str, list[Any]] = {}
+    plain = evaluation.supervised_loss
+
+    def noted(model: Any, unwrapped: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+        loss = plain(model, unwrapped, batch, *rest, **named)
+        batches.append(("cu_seq_lens_q" in batch, "attention_mask" in batch, float(loss)))
+        return loss
+
+    monkeypatch.setattr(evaluation, "supervised_loss", noted)
+    for name in ("sdpa", "flash_attention_2"):
+        for is_packed in (False, True):
+            batches = seen[f"{name} {is_packed}"] = []
+            run(
+                tmp_path / f"{name}-{is_packed}",
+                model_folder,
+                qa_file,
+                model={"attn_implementation": name},
+                data={"enable_packing": is_packed, "validation_split": 0.25},
+            )
+    kinds = {name: {batch[:2] for batch in batches} for name, batches in seen.items()}
+    assert kinds == {
+        "sdpa False": {(False, False)},
+        "sdpa True": {(False, True)},
+        "flash_attention_2 False": {(True, False)},
+        "flash_attention_2 True": {(True, False)},
+    }
+    for packed in ("False", "True"):
+        one, other = ([b[2] for b in seen[f"{name} {packed}"]] for name in ("sdpa", BOTH[1]))
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_names_that_are_installed_are_listed(calls: flash.Calls) -> None:

@@ -12,7 +12,7 @@ import torch
 from trainer.core.checks import tiling_of
 from trainer.core.loss import Tiling, loss_share, supervised_loss
 from trainer.core.run import Prepared
-from trainer.data.batches import EncodedDataset, PadCollator, on_device
+from trainer.data.batches import EncodedDataset, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.preview.neutral import undisturbed
 
@@ -78,13 +78,13 @@ class Evaluator:
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
 
-def build_evaluator(prepared: Prepared, pad_id: int) -> Evaluator | None:
+def build_evaluator(prepared: Prepared, collate: Collate) -> Evaluator | None:
     """The micro-evaluation of a run; None where no rows are held out."""
     if prepared.data.validation is None:
         return None
     return Evaluator(
         prepared.data.validation,
-        collate=PadCollator(pad_id),
+        collate=collate,
         max_rows=prepared.config.monitoring.micro_eval_rows,
         batch_size=prepared.config.hyperparams.batch_size,
         autocast_dtype=prepared.precision.autocast_dtype,

@@ -25,11 +25,11 @@ from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler, final_evaluation
-from trainer.core.proofs import BatchChoice, TrainingCollator, choose_batches, needs_mask
+from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_batches, needs_mask
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.data.batches import PackedDataset, PadCollator, length_buckets
+from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
 from trainer.errors import ConfigError, NonFiniteError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
 from trainer.models.adapter_files import write_model
@@ -74,7 +74,7 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
             request_stop=lambda: job.stop.ask("the control file"),
         ),
         evaluation=MicroEvaluation(
-            build_evaluator(prepared, _pad_id(prepared, loaded.model)),
+            build_evaluator(prepared, _held_out(job, _pad_id(prepared, loaded.model))),
             observers,
             interval=config.monitoring.micro_eval_interval,
             stopping=_early_stopping(prepared),
@@ -92,6 +92,21 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         job.observers.add(tracker)
         callbacks.append(callback)
     return callbacks
+
+
+def _held_out(job: Job, pad_id: int) -> Collate:
+    """Rows are measured in batches of the kind they are trained in, once that is proved.
+
+    They are never packed: where packs stay rows, they are padded.
+    """
+    padded = PadCollator(pad_id)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        proved = job.trainer.data_collator if job.trainer is not None else padded
+        is_packs = isinstance(getattr(proved, "collate", None), PackCollator)
+        return dict(padded(rows) if is_packs else proved(rows))
+
+    return collate
 
 
 def _early_stopping(prepared: Prepared) -> EarlyStopping:
