@@ -1,6 +1,6 @@
 """Final losses of the 7M-parameter Qwen3: weights in fp32 or bf16 alone, moments in 32 or 8 bits.
 
-    python benchmarks/bench_masters.py [--data FILE.jsonl] [--steps 50] [--seeds 3] [--out FILE]
+    python benchmarks/bench_masters.py [--data FILE.jsonl] [--steps 30] [--seeds 3] [--out FILE]
 
 The model of bench_train.py, trained in full from random weights by the program itself. A figure is
 the loss on held-out rows after the last step; split, order of rows and rounding come from the seed.
@@ -65,7 +65,7 @@ def main() -> None:
     """Parse arguments, run every arm with every seed, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="rows with question and answer, such as GSM8K's")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     words = parser.parse_args()

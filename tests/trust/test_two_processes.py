@@ -74,6 +74,22 @@ def check_equal_to_one_process(
     assert distance(ours[0]["change"], expected) <= 2e-6
 
 
+def check_rounded_alike(ranks: Ranks, case: str) -> None:
+    """Weights in bf16 are rounded at random, and both processes have one model after it."""
+    changes = [part[case]["change"] for part in ranks]
+    assert changes[0].abs().max() > 0
+    assert torch.equal(*changes)
+
+
+def test_two_processes_round_bf16_weights_alike(ranks: Ranks) -> None:
+    check_rounded_alike(ranks, "rounded")
+
+
+def test_mutant_rounding_by_each_processs_own_numbers_is_killed(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError):
+        check_rounded_alike(ranks, "rounded_by_rank")
+
+
 def test_n4_two_processes_train_as_one(ranks: Ranks, one_process: torch.Tensor) -> None:
     check_equal_to_one_process(ranks, "right", one_process)
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from tests.trust import flash
 from tests.trust.reference import AnyRows, llama, ragged_rows, weighted_rows, weights
 from tests.trust.trainers import make_trainer
 from trainer.config.schema import DataSection
-from trainer.core import hf_trainer
+from trainer.config.training_sections import Hyperparams
+from trainer.core import bf16_masters, hf_trainer
+from trainer.core.optim import build_optimizer
 from trainer.data import batches, dataset
 from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
@@ -48,11 +50,22 @@ def patched(holder: Any, name: str, value: Any) -> Iterator[None]:
         setattr(holder, name, before)
 
 
+def bf16_adamw(model: Any) -> torch.optim.Optimizer:
+    """What steps weights whose only copy is bf16."""
+    values = {"masters": "bf16_stochastic", "learning_rate": 1e-3}
+    return build_optimizer(model, Hyperparams.model_validate(values), seed=5)
+
+
 def trained(
-    rows: AnyRows | None = None, capacity: int | None = None, **model_options: Any
+    rows: AnyRows | None = None,
+    capacity: int | None = None,
+    optimizer: Any = sgd,
+    **model_options: Any,
 ) -> dict[str, Any]:
     """Change of the weights, and the rows with something to train that this rank was given."""
     model = llama(**model_options)
+    if optimizer is bf16_adamw:
+        model = model.bfloat16()
     before = weights(model)
     trainer = make_trainer(
         model,
@@ -61,8 +74,9 @@ def trained(
         accumulation=ACCUMULATION,
         world=2,
         capacity=capacity,
-        optimizer=sgd,
+        optimizer=optimizer,
     )
+    torch.manual_seed(dist.get_rank())  # as dropout on batches of different shapes leaves it
     seen: list[list[int]] = []
     compute = trainer.compute_loss
 
@@ -106,6 +120,11 @@ def per_rank_weights() -> Any:
     return patched(hf_trainer.SupervisedTrainer, "_get_num_items_in_batch", own)
 
 
+def rounded_by_rank() -> Any:
+    """Stochastic rounding draws from the random state of each process."""
+    return patched(bf16_masters, "random_numbers_of", lambda *_: nullcontext())
+
+
 def rows_dealt_twice() -> Any:
     """The epoch is not filled up, so that the dealing sampler repeats its first rows."""
     return patched(batches.EpochOrder, "__len__", lambda self: len(self.lengths))
@@ -145,6 +164,9 @@ def main(folder: Path) -> None:
     with flash.installed():
         found["joined"] = trained(weighted, CAPACITY, **VARLEN)
         found["joined_rows"] = trained(weighted, **VARLEN)
+    found["rounded"] = trained(optimizer=bf16_adamw)
+    with rounded_by_rank():
+        found["rounded_by_rank"] = trained(optimizer=bf16_adamw)
     with per_rank_weights():
         found["per_rank_weights"] = trained(weighted)
     with per_rank_mean():

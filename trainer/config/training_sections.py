@@ -117,7 +117,7 @@ class Hyperparams(Section):
         if self.training_mode != "full":
             raise CombinationError(
                 f"masters={self.masters} is for training_mode=full; training_mode="
-                f"{self.training_mode} trains few weights, which are fp32; leave masters empty",
+                f"{self.training_mode} trains few weights, which are fp32; set masters=fp32",
                 "hyperparams.masters",
                 "hyperparams.training_mode",
             )

@@ -245,7 +245,8 @@ def use_smaller_batches(job: Job, prepared: Prepared, trainer: SupervisedTrainer
     """
     assert job.monitor is not None, "assemble_callbacks comes first"
     if job.monitor.evaluation is not None:
-        job.monitor.evaluation.use(build_evaluator(prepared, _pad_id(prepared, trainer.model)))
+        pad_id = _pad_id(prepared, trainer.model)
+        job.monitor.evaluation.use(build_evaluator(prepared, _held_out(job, pad_id)))
     trainer.save_with(_checkpoint_saver(job, prepared))
     job.record_config(prepared)
 
