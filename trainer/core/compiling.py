@@ -62,16 +62,15 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ConfigError: with the reason.
     """
-    import torch._dynamo as dynamo  # takes seconds, and only these runs need it
-    from torch._dynamo.eval_frame import is_dynamo_supported
+    from torch._dynamo import config, eval_frame  # takes seconds, and only these runs need it
 
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(
             f"{CHOICE} works on CPU and CUDA, and this run is on {device.type}; {ADVICE}"
         )
-    if not is_dynamo_supported():
+    if not eval_frame.is_dynamo_supported():
         raise ConfigError(f"{CHOICE}: torch {torch.__version__} cannot compile here; {ADVICE}")
-    if dynamo.config.disable:
+    if config.disable:
         raise ConfigError(
             f"{CHOICE}, but TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE turns compilation off in "
             f"this process; unset it, or {ADVICE}"
@@ -149,7 +148,7 @@ class CompiledBlocks(TrainerCallback):  # type: ignore[misc]
     Graphs are made at the first batch of each length, in the forward and backward pass.
     """
 
-    def __init__(self, model: nn.Module, buckets: Sequence[int], notice: Callable[..., None]):
+    def __init__(self, model: Any, buckets: Sequence[int], notice: Callable[..., None]):
         """Compile the layers in place: names of weights stay as they are.
 
         Args:
@@ -221,7 +220,8 @@ class CompiledBlocks(TrainerCallback):  # type: ignore[misc]
 
         Returns:
             graphs, recompiles (graphs of code that had one already), graph_breaks, uncompiled
-            (pieces of code that torch gave up on), seconds, lengths, limit, is_limit_reached.
+            (pieces of code that torch gave up on), seconds, lengths (those that batches are padded
+            to, in tokens), limit (of graphs), is_limit_reached.
         """
         now = self._counts()
         counts = {name: now[name] - self._before[name] for name in now}
@@ -230,7 +230,7 @@ class CompiledBlocks(TrainerCallback):  # type: ignore[misc]
             **counts,
             "recompiles": self.num_recompiles,
             "seconds": round(self.seconds, 3),
-            "lengths": len(self.buckets),
+            "lengths": list(self.buckets),
             "limit": self.limit,
             "is_limit_reached": is_over,
         }
@@ -240,7 +240,7 @@ class CompiledBlocks(TrainerCallback):  # type: ignore[misc]
         seen = self.summary()
         return (
             f"compiled {seen['graphs']} graphs in {seen['seconds']:.1f} s ({len(self._layers)} "
-            f"layers, up to {seen['lengths']} lengths), {seen['recompiles']} recompiles, "
+            f"layers, up to {len(seen['lengths'])} lengths), {seen['recompiles']} recompiles, "
             f"{seen['graph_breaks']} graph breaks"
         )
 
