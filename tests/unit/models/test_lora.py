@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -201,3 +203,52 @@ def test_wrong_names_are_answered_with_those_that_exist(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         add_lora(gpt2, LoraSection(**section), seed=0)
+
+
+def test_layers_are_chosen_by_number_in_gpt2_and_beside_experts(gpt2: Any) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    moe = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=303,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        )
+    )
+    for model, targets, layers in (
+        (gpt2, "all-linear", (1,)),
+        (moe, "all-linear", (0, 2)),
+        (moe, ("q_proj",), (2,)),
+    ):
+        section = LoraSection(layers_to_transform=layers, target_modules=targets)
+        names = list(trained(add_lora(copy.deepcopy(model), section, seed=0)))
+        found = {int(re.findall(r"\.(?:h|layers)\.(\d+)\.", name)[0]) for name in names}
+        assert found == set(layers)
+        assert not any("lm_head" in name for name in names)
+
+
+def test_all_linear_of_some_layers_is_all_linear_there(make_model: Callable[..., Any]) -> None:
+    whole = set(trained(add_lora(make_model(), LoraSection(), seed=0)))
+    part = set(trained(add_lora(make_model(), LoraSection(layers_to_transform=(0,)), seed=0)))
+    assert part == {name for name in whole if ".layers.0." in name}
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"modules_to_save": ("wte",)}, "requested `ensure_weight_tying`"),
+        ({"target_modules": ("wte",)}, "none of transformer.wte, lm_head is in lora.modules"),
+    ],
+)
+def test_a_tie_that_peft_would_not_keep_is_an_error(
+    gpt2: Any, section: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        add_lora(gpt2, LoraSection(ensure_weight_tying=True, **section), seed=0)

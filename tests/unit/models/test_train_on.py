@@ -18,7 +18,13 @@ from trainer.errors import ConfigError, ModelError
 from trainer.models.adapter_files import describe_base, save_adapter
 from trainer.models.adapters import add_lora
 from trainer.models.load import load_model, read_model_config
-from trainer.models.train_on import adapter_of, adapter_options, base_section, train_on
+from trainer.models.train_on import (
+    adapter_of,
+    adapter_options,
+    base_section,
+    load_base,
+    train_on,
+)
 from trainer.publish.identity import adapter_config, adapter_tensors
 
 BUILT = {"r": 3, "alpha": 7.0, "dropout": 0.1, "use_rslora": True}
@@ -50,7 +56,10 @@ def begin(folder: Path, dtype: torch.dtype = torch.float32, **given: Any) -> tup
     assert adapter_of(section) == folder
     where = base_section(section)
     options = adapter_options(LoraSection(**given), folder, read_model_config(where))
-    model = load_model(where, dtype=dtype)
+    model, record = load_base(
+        section, dtype=dtype, seed=0, offline=False, device=torch.device("cpu")
+    )
+    assert record["name"] == where.model_path
     return train_on(model, folder, options, seed=1), options
 
 

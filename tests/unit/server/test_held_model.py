@@ -11,11 +11,21 @@ from safetensors.torch import save_file
 
 from trainer.models.tiny import build_tiny_model, load_tiny_tokenizer
 from trainer.publish.identity import adapter_tensors, canonical_tensors, tensor_hash
-from trainer.publish.wire import AdapterConfig
+from trainer.publish.weight_file import WeightFile
+from trainer.publish.wire import AdapterConfig, ServerHashes
 from trainer.server.held_model import HeldModel, UnanswerableError, _with_adapter
+from trainer.server.problems import WeightsRefusedError
+from trainer.server.weight_store import check_fit
 
 GATE = "model.layers.0.mlp.gate_proj"
+EMBEDDING = "model.embed_tokens"
 ID = "a" * 64
+MORE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True, "use_rslora": True},
+    "ranks": {"ranks": {GATE: 7}, "alphas": {GATE: 3.0}},
+    "rows": {"trainable_tokens": {EMBEDDING: [300, 5]}},
+}
 
 
 @pytest.fixture
@@ -58,6 +68,11 @@ def odd_file(path: Path, **shapes: tuple[int, ...]) -> Path:
         adapter([GATE], r=4096),
         adapter([GATE], modules_to_save=["nowhere"]),
         adapter(["model"]),
+        adapter([GATE], trainable_tokens={EMBEDDING: [10**6]}),
+        adapter([GATE], trainable_tokens={EMBEDDING: [5, 5]}),
+        adapter([GATE], trainable_tokens={"model.norm": [5]}),
+        adapter([GATE], trainable_tokens={"nowhere": [5]}),
+        adapter([EMBEDDING], trainable_tokens={EMBEDDING: [5]}),
     ],
 )
 def test_an_adapter_that_is_none_of_this_model_is_refused_and_changes_nothing(
@@ -92,9 +107,12 @@ def test_a_rank_that_the_file_does_not_have_allocates_nothing(
     assert psutil.Process().memory_info().rss - before < 20 << 20
 
 
-def test_an_adapter_is_put_on_and_taken_off_again(held: HeldModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", MORE)
+def test_an_adapter_is_put_on_and_taken_off_again(
+    held: HeldModel, tmp_path: Path, more: str
+) -> None:
     before, base_id = state_of(held), held.base_id
-    config = adapter([GATE, "model.layers.1.self_attn.q_proj"])
+    config = adapter([GATE, "model.layers.1.self_attn.q_proj"], **MORE[more])
     path = adapter_file(tmp_path / "a", config)
     held.load_weights(str(path), ID, adapter=config, base_id=base_id)
     assert held.weights_id == ID
@@ -114,6 +132,29 @@ def test_an_adapter_is_put_on_and_taken_off_again(held: HeldModel, tmp_path: Pat
     assert base_id is not None
     held.load_weights(None, base_id)
     assert state_of(held) == before
+
+
+OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
+    ("dora", {"use_dora": False}, "lora_magnitude_vector.weight"),
+    ("dora", {"r": 5}, "lora_A.weight"),
+    ("ranks", {"ranks": {}}, f"{GATE}.lora_A.weight"),
+    ("rows", {"trainable_tokens": {EMBEDDING: [300, 5, 6]}}, "trainable_tokens_delta"),
+    ("rows", {"trainable_tokens": {}}, "trainable_tokens_delta"),
+]
+
+
+@pytest.mark.parametrize(("more", "changed", "bad"), OTHERWISE)
+def test_an_offer_must_have_the_tensors_that_it_says(
+    held: HeldModel, tmp_path: Path, more: str, changed: dict[str, Any], bad: str
+) -> None:
+    config = adapter([GATE], **MORE[more])
+    path = adapter_file(tmp_path / "a", config)
+    hashes = ServerHashes.model_validate(held.manifest.model_dump())
+    check_fit(WeightFile(path, hashes, ID, config).manifest(), held.manifest)
+    said = config.model_copy(update=changed)
+    with pytest.raises(WeightsRefusedError) as refused:
+        check_fit(WeightFile(path, hashes, ID, said).manifest(), held.manifest)
+    assert any(bad in name for name in refused.value.bad)
 
 
 @pytest.mark.parametrize("shapes", [{"x": (3,)}, {}])
