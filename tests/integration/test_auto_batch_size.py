@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,9 +156,11 @@ def test_what_a_failed_attempt_made_is_freed_before_the_next(
 
     def attempt(model: Any, unwrapped: Any, batch: Any, **options: Any) -> Any:
         alive.append(sum(one() is not None for one in made))
+        assert all(parameter.grad is None for parameter in unwrapped.parameters())
         held = torch.zeros(10)
         made.append(weakref.ref(held))
         if len(batch["input_ids"]) > 2:
+            loss(model, unwrapped, batch, **options).backward()
             raise ERRORS["cuda"]()
         return loss(model, unwrapped, batch, **options)
 
@@ -165,6 +169,33 @@ def test_what_a_failed_attempt_made_is_freed_before_the_next(
     result = train(hyperparams=hyper, monitoring=QUIET)
     assert result.success, result.error_message
     assert alive == [0, 0, 0, 0]  # 8, 4, 2, and the probe of the loop
+
+
+def test_an_attempt_computes_as_training_does_and_puts_the_model_back(
+    job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In autocast around the forward, with fp32 logits out of it, and with checkpointing."""
+    calls: list[tuple[torch.dtype, bool]] = []
+    longest = batch_size.try_longest
+
+    def noting(trainer: Any, model: Any, count: int) -> str | None:
+        def note(head: Any, args: Any, output: torch.Tensor) -> None:
+            calls.append((output.dtype, model.is_activation_checkpointing))
+
+        hook = model.lm_head.register_forward_hook(note)
+        logits = model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits
+        hook.remove()
+        assert logits.dtype == torch.float32
+        return longest(trainer, model, count)
+
+    monkeypatch.setattr(batch_size, "try_longest", noting)
+    hyper = {"auto_batch_size": True, "fp_precision": "bf16", "gradient_checkpointing": True}
+    engine = TrainerEngine()
+    trainer = engine.create_trainer(job(hyperparams=hyper, monitoring=QUIET))
+    assert calls == [(torch.bfloat16, True)]
+    assert "forward" not in vars(trainer.model)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    engine.close()
 
 
 @pytest.mark.slow
@@ -208,3 +239,62 @@ def test_out_of_memory_in_the_middle_names_the_way_on_which_trains_the_same_step
 )
 def test_sizes_divide_the_effective_batch(size: int, effective: int, wanted: int | None) -> None:
     assert smaller_batch_size(size, effective) == wanted
+
+
+LAUNCHED = """
+import os, sys
+import torch
+from trainer.cli import main
+
+forward = torch.nn.Embedding.forward
+
+def limited(self, ids):
+    if len(ids) > 2 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return forward(self, ids)
+
+torch.nn.Embedding.forward = limited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_two_processes_take_the_batch_size_that_fits_both(
+    cli: Callable[..., Any],
+    job: Callable[..., Any],
+    no_dropout: Path,
+    qa_file: Path,
+    tmp_path: Path,
+) -> None:
+    """Memory ends on the second one only; the losses are those of one process."""
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    hyper = {**EIGHT, "batch_size": 4, "max_steps": 3, "auto_batch_size": True}
+    words = ["train", "--dataset", qa_file, "--model", no_dropout, "--output", tmp_path / "two"]
+    words += ["--data.validation_split", "0.2", "--fp32", "--learning-rate", "1e-2", "--quiet"]
+    words += ["--environment.num_threads", "1", "--monitoring.inference_interval", "0"]
+    for name, value in hyper.items():
+        words += [f"--hyperparams.{name}", str(value).lower()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = cli(*words, command=[*launch, "--nproc_per_node", "2", str(script)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    found = record["config"]["hyperparams"]
+    assert (found["batch_size"], found["gradient_accumulation"]) == (2, 2)
+    one = job("one", hyperparams={**EIGHT, "max_steps": 3}, monitoring=QUIET)
+    alone = TrainerEngine().run_job(one)
+    assert alone.success, alone.error_message
+    for two, single in zip(losses(record_of(tmp_path / "two")), losses(alone), strict=True):
+        assert two == pytest.approx(single, rel=1e-5)
+
+
+def record_of(folder: Path) -> Any:
+    """What `losses` takes."""
+    return SimpleNamespace(output_dir=folder)
+
+
+@pytest.fixture
+def no_dropout(model_folder: Path) -> Path:
+    path = model_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.0}))
+    return model_folder

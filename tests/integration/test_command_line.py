@@ -95,7 +95,8 @@ def test_a_dry_run_prints_the_sums_and_trains_nothing(
     words = ["--dataset", qa_file, "--model", "tiny", "--output", out, "--max-steps", "5"]
     done = cli("train", "--dry-run", *words)
     assert done.returncode == 0, done.stderr
-    for word in ("trained", "weights", "gradients", "optimizer", "activations", "5 of"):
+    shown = ("trained", "weights", "gradients", "optimizer", "activations", "fits", "qlora", "5 of")
+    for word in shown:
         assert word in done.stdout, done.stdout
     assert [path.name for path in out.iterdir()] == ["config.resolved.json"]
 
@@ -183,6 +184,10 @@ def test_a_dry_run_prints_json_for_programs_and_little_when_quiet(
     last = [json.loads(line) for line in done.stdout.splitlines()][-1]
     assert (last["event"], last["num_steps"]) == ("DryRun", 5)
     assert last["memory"]["weights"] == 4 * last["memory"]["num_parameters"]
+    fit = last["fit"]
+    assert (fit["device"], fit["batch_size"], fit["gradient_accumulation"]) == ("cpu", 8, 1)
+    assert 0 < fit["total"] < fit["memory"]
+    assert [mode["mode"] for mode in last["modes"]][:1] == ["full"]
     quiet = cli("train", *words, "--quiet").stdout
     assert "card" not in quiet
     assert "memory" in quiet
