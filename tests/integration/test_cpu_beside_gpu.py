@@ -75,10 +75,10 @@ def test_a_run_on_the_cpu_of_a_gpu_machine_makes_no_cuda_context(
     qa_file: Path, tmp_path: Path
 ) -> None:
     words = ["train", "--model", "tiny", "--dataset", str(qa_file), "--output", str(tmp_path / "o")]
-    words += ["--max-steps", "2", "--fp32", "--environment.device", "cpu"]
+    words += ["--fp32", "--environment.device", "cpu", "--max-steps"]
     script = (
         "import torch\nfrom trainer.cli import main\n"
-        f"codes = [main({words!r}), main([*{words!r}, '--resume', '--max-steps', '3'])]\n"
+        f"codes = [main([*{words!r}, '2']), main([*{words!r}, '3', '--resume'])]\n"
         "print(torch.cuda.is_initialized(), codes)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
