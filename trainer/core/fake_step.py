@@ -290,16 +290,15 @@ def _forward(model: Any, shape: StepShape, marks: _Marks) -> torch.Tensor:
     if not is_tiled:
         return _cross_entropy(logits[0], wanted)
     del logits
-    # As in training: autocast is around the model's forward, and tiles are made after it.
     post = PostHead(cap=getattr(text, "final_logit_softcapping", None))
-    fits = kept[0].dtype == head.weight.dtype
 
     def tile(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        with contextlib.nullcontext() if fits else autocast:
-            return _cross_entropy(post(head(states[None])[0]), wanted)
+        return _cross_entropy(post(head(states[None])[0]), wanted)
 
     parts = zip(torch.split(kept.pop(), length), torch.split(wanted, length), strict=True)
-    return torch.stack([checkpoint(tile, *part, use_reentrant=False) for part in parts]).sum()
+    with autocast:
+        sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
+    return torch.stack(sums).sum()
 
 
 def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

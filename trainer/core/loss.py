@@ -215,9 +215,15 @@ def _tiled_sum(
     """
     head = head_of(unwrapped)
     hidden: list[torch.Tensor] = []
+    device = inputs["input_ids"].device.type
+    autocast = torch.autocast(device, enabled=False)
 
     def take(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal autocast
         hidden.append(_kept(args[0], positions))  # (N, D)
+        # Accelerate puts autocast around the forward alone; tiles are made as if within it.
+        dtype, is_on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        autocast = torch.autocast(device, dtype=dtype, enabled=is_on)
         return (args[0][:1, :1], *args[1:])  # the forward goes on with one position
 
     hook = head.register_forward_pre_hook(take)
@@ -234,7 +240,8 @@ def _tiled_sum(
     length = tiling.length
     weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
     parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
-    sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
+    with autocast:
+        sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
     return torch.stack(sums).sum(), output
 
 

@@ -283,10 +283,10 @@ def optimizer_bytes(model: nn.Module, setup: MemorySetup) -> Iterator[float]:
 
 def _is_packed(module: nn.Module, num: int, setup: MemorySetup) -> bool:
     """Whether an 8-bit optimizer keeps the state of this parameter in 8 bits."""
-    if setup.is_stochastic:  # torchao: whole blocks only
-        return num >= MIN_8BIT_VALUES and num % BLOCK == 0
-    # bitsandbytes: embeddings keep 32 bits, see core/optim.py.
-    return num >= MIN_8BIT_VALUES and not isinstance(module, nn.Embedding)
+    if isinstance(module, nn.Embedding):  # they keep 32 bits, see core/optim.py
+        return False
+    # torchao takes whole blocks only.
+    return num >= MIN_8BIT_VALUES and (num % BLOCK == 0 or not setup.is_stochastic)
 
 
 def _ends(model: Any) -> Iterator[nn.Parameter]:

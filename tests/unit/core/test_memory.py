@@ -25,11 +25,12 @@ from transformers import (
 )
 
 from benchmarks import memory_card
-from trainer.config.training_sections import LoraSection
+from trainer.config.training_sections import Hyperparams, LoraSection
 from trainer.core import dry_run, fake_step, memory
 from trainer.core.dry_run import find_fit, mode_needs
 from trainer.core.loss import PostHead, Tiling, supervised_loss
 from trainer.core.memory import MemorySetup, device_memory, estimate_memory, fits
+from trainer.core.optim import build_optimizer
 from trainer.models.adapters import add_lora
 
 VOCABULARY, BATCH_SIZE, LENGTH = 512, 2, 64
@@ -250,10 +251,15 @@ def test_optimizer_state_is_as_large_as_the_libraries_make_it(kind: str) -> None
                 )
         optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
     else:
-        torchao = pytest.importorskip("torchao.optim")
-        made = torchao._AdamW if kind == "torchao" else torchao.AdamW8bit
-        optimizer = made(model.parameters(), bf16_stochastic_round=True)
-        optimizer._new_buffer  # noqa: B018  # what its step makes, without compiling one
+        pytest.importorskip("torchao.optim")
+        hyper = Hyperparams(
+            learning_rate=1e-3,
+            fp_precision="bf16",
+            masters="bf16_stochastic",
+            optimizer="adamw" if kind == "torchao" else "adamw_8bit",
+        )
+        optimizer = build_optimizer(model, hyper)
+        # What its step makes, without making one.
         states = [
             optimizer._new_buffer(p, signed) for p in model.parameters() for signed in (True, False)
         ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from tests.trust import reference
 from tests.unit.core.test_loss import gradients, ragged_batch
 from trainer.core import loss
 from trainer.core.loss import PostHead, Tiling, find_post_head, prove_tiling, supervised_loss
@@ -173,3 +174,23 @@ def test_a_cap_is_found_by_logits_that_are_too_small_to_show_it() -> None:
     found = find_post_head(model, ragged_batch())
     assert found is not None
     assert found.cap == 3.0
+
+
+def test_tiles_are_made_in_the_autocast_of_the_forward_that_they_belong_to() -> None:
+    """Accelerate puts autocast around the model's forward, and nothing around the loss."""
+    model = reference.llama()
+    forward, seen = model.forward, []
+
+    def with_autocast(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **options)
+
+    model.forward = with_autocast
+    hook = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    batch = {"input_ids": torch.arange(40)[None], "labels": torch.arange(40)[None]}
+    whole = supervised_loss(model, model, batch)
+    tiled = supervised_loss(model, model, batch, tiling=Tiling(PostHead(), 7))
+    tiled.backward()
+    hook.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert float(tiled) == pytest.approx(float(whole), rel=1e-6)
