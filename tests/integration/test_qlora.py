@@ -209,6 +209,9 @@ def family_config(name: str, vocab_size: int) -> Any:
     return t.LlamaConfig(**sizes)
 
 
+ATTENTION = {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen2", "phi3", "qwen3_moe"])
 @pytest.mark.long
 def test_each_family_trains_is_previewed_elsewhere_and_merged(
@@ -224,6 +227,7 @@ def test_each_family_trains_is_previewed_elsewhere_and_merged(
         model_path=str(tmp_path / "family"),
         hyperparams={**QLORA, "max_steps": 3, "fp_precision": "bf16"},
         monitoring={"preview_backend": "sidecar"},
+        lora=ATTENTION if name == "qwen3_moe" else {},
     )
     assert result.success, result.error_message
     rows = previews(tmp_path / "out")
@@ -241,3 +245,27 @@ def test_gradient_checkpointing_changes_no_weight(
     hyper = {**QLORA, "max_steps": 3, "gradient_checkpointing": True}
     two = train("two", hyperparams=hyper, **options)
     assert_same_weights(one.model_path, two.model_path)
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_adapters_on_experts_are_previewed_here_and_refused_elsewhere(
+    mode: str, train: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = family_config("qwen3_moe", len(tokenizer))
+    config.output_router_logits = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
+    tokenizer.save_pretrained(tmp_path / "experts")
+    options: dict[str, Any] = {
+        "model_path": str(tmp_path / "experts"),
+        "hyperparams": {"training_mode": mode, "max_steps": 2, "fp_precision": "bf16"},
+    }
+    result = train("local", **options)
+    assert result.success, result.error_message
+    assert {row["error_message"] for row in previews(tmp_path / "local")} == {None}
+    result = train("sidecar", monitoring={"preview_backend": "sidecar"}, **options)
+    assert result.exit_code == 2
+    assert "parameters of experts (model.layers.0.mlp" in str(result.error_message)
+    assert not result.output_dir.exists()

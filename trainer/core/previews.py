@@ -29,6 +29,7 @@ from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError, PreviewError, TemplateError
 from trainer.exchange import AwayError
 from trainer.files import replace_file
+from trainer.models.adapters import adapted_parameters
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
 from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
@@ -93,6 +94,14 @@ def build_published(
         run.prepared.config.monitoring.preview_backend,
         hasattr(run.model, "peft_config"),
     )
+    experts = adapted_parameters(run.model) if is_adapter else []
+    if experts:
+        raise ConfigError(
+            f"monitoring.preview_backend={backend}: adapters of this run are on parameters of "
+            f"experts ({experts[0]}), which a preview server does not take; set "
+            "preview_backend=local, or name linear layers only: "
+            "lora.target_modules=q_proj,k_proj,v_proj,o_proj."
+        )
     transport = "dir" if backend == "sidecar" else "http"
     tensors = adapter_tensors(run.model) if is_adapter else canonical_tensors(run.model)
     snapshots = Snapshotter(tensors, run.prepared.precision.compute_dtype, run.prepared.device)

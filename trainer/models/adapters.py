@@ -105,6 +105,20 @@ def adapted_modules(model: Any) -> set[str]:
     return {name for name, module in modules if hasattr(module, "lora_A")}
 
 
+def adapted_parameters(model: Any) -> list[str]:
+    """Names in the plain model of parameters with adapters that belong to no linear layer.
+
+    PEFT puts them on the experts and the router of a mixture of experts, whose weights are stacked.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return sorted(
+        f"{name.removesuffix('.base_layer')}.{module.parameter_name}"
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ParamWrapper)
+    )
+
+
 def _check_names(model: Any, section: LoraSection) -> None:
     """All names are the model's, targets can be adapted, saved ones can be trained."""
     targets = () if isinstance(section.target_modules, str) else section.target_modules

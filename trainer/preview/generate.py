@@ -144,7 +144,7 @@ def generate(
     if settings.stop_strings:
         stopping.append(StopStrings(tokenizer, settings.stop_strings, width))
     # On a GPU the cumulative sum of sampling has no deterministic algorithm.
-    with _own_generation_config(model), any_algorithm():
+    with _own_generation_config(model), _without_router_loss(model), any_algorithm():
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
@@ -166,6 +166,20 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tenso
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+@contextlib.contextmanager
+def _without_router_loss(model: Any) -> Iterator[None]:
+    """Have a mixture of experts make no router loss, which wants a mask of the prompt's length."""
+    configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
+    asking = [one for one in configs if getattr(one, "output_router_logits", False)]
+    try:
+        for one in asking:
+            one.output_router_logits = False
+        yield
+    finally:
+        for one in asking:
+            one.output_router_logits = True
 
 
 @contextlib.contextmanager

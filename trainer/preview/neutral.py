@@ -177,8 +177,11 @@ class _Swap:
 
     def begin(self, *_: Any) -> None:
         for one in self.places:
-            sent = one.value.detach().to(self.sent_as(one.value))
-            one.held[one.name] = sent.float()
+            sent = one.value.detach().to(self.sent_as(one.value)).float()
+            # A parameter stays one: adapters of experts move what they wrap to another place and
+            # back meanwhile, and take anything else for a buffer.
+            is_parameter = isinstance(one.value, nn.Parameter)
+            one.held[one.name] = nn.Parameter(sent, requires_grad=False) if is_parameter else sent
 
     def end(self, *_: Any) -> None:
         for one in self.places:
