@@ -346,6 +346,7 @@ def test_batches_of_a_run_carry_what_the_loss_needs(
     assert supervised_loss(model, model, batch) == supervised_loss(model, model, alone)
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_measured_in_batches_of_the_kind_that_is_trained(
     tmp_path: Path,
     model_folder: Path,
