@@ -28,6 +28,7 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's model in double precision."""
+    from trainer.models import train_on
 
     load = train_on.load_model
     monkeypatch.setattr(
