@@ -28,11 +28,11 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's model in double precision."""
-    import trainer.core.preparation as preparation
+    from trainer.models import train_on
 
-    load = preparation.load_model
+    load = train_on.load_model
     monkeypatch.setattr(
-        preparation, "load_model", lambda *args, **named: load(*args, **named).double()
+        train_on, "load_model", lambda *args, **named: load(*args, **named).double()
     )
 
 

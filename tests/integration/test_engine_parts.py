@@ -98,7 +98,7 @@ def test_a_part_that_fails_says_so_in_the_writers_own_status(
     config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = TrainerEngine(TrainingStatusWriter(tmp_path / "status.json"))
-    monkeypatch.setattr("trainer.core.preparation.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("trainer.core.preparation.load_base", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.load_model(config("out"))
     status = json.loads((tmp_path / "status.json").read_text())
