@@ -42,13 +42,13 @@ def check_case(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, case:
     hyper = {"max_steps": 6, **sections.pop("hyperparams", {})}
     whole = figures(train("whole", hyperparams=hyper, **sections))
     lengths: list[int] = []
-    summed = loss._summed
+    summed = loss.summed_loss
 
     def noted(logits: Any, *rest: Any) -> Any:
         lengths.append(len(logits))
         return summed(logits, *rest)
 
-    monkeypatch.setattr(loss, "_summed", noted)
+    monkeypatch.setattr(loss, "summed_loss", noted)
     monkeypatch.setattr(loss, "TILE_LOGITS", 3 * 512)
     tiled = figures(train("tiled", hyperparams=hyper, **sections))
     assert len(lengths) > 2 * len(whole[0])
@@ -71,8 +71,8 @@ SCRIPT = """
 import sys
 from trainer.core import loss
 loss.TILE_LOGITS = int(sys.argv.pop(1))
-tiles, summed = [], loss._summed
-loss._summed = lambda logits, *rest: (tiles.append(len(logits)), summed(logits, *rest))[1]
+tiles, summed = [], loss.summed_loss
+loss.summed_loss = lambda logits, *rest: (tiles.append(len(logits)), summed(logits, *rest))[1]
 from trainer.cli import main
 code = main(sys.argv[1:])
 print("losses of", len(tiles), "tensors", flush=True)

@@ -183,6 +183,14 @@ def gradient_checkpointing(lab: Lab) -> None:
     assert counts == [2, 4]  # one step, and the memory probe before it
 
 
+@shows("hyperparams.loss_kernel")
+def loss_kernel(lab: Lab) -> None:
+    """`liger` is refused where it cannot run; the choice itself is tested in test_fused_loss.py."""
+    assert lab.run(hyperparams={"loss_kernel": "tiles", "max_steps": 1}).result.success
+    result = lab.refusal(hyperparams={"loss_kernel": "liger", "max_steps": 1})
+    assert "hyperparams.loss_kernel=liger" in result
+
+
 @shows("hyperparams.compile")
 def compile_blocks(lab: Lab) -> None:
     graphs: list[int] = []

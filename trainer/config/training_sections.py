@@ -78,9 +78,13 @@ class Hyperparams(Section):
     """Gradients are scaled down to this norm; 0 = off."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third slower."""
+    loss_kernel: Literal["auto", "tiles", "liger"] = "auto"
+    """Output head and loss of large batches: `tiles` computes logits part by part, and again in
+    the backward pass; `liger` (a CUDA GPU, extra `liger`) in one kernel. `auto` takes `liger` where
+    it is installed and gives the same loss and gradients on this model's head."""
     compile: Literal["off", "blocks"] = "off"
-    """`blocks` compiles the decoder layers with torch.compile: seconds to minutes at the first
-    batch of each length, for faster steps after it. Batches are padded to few different lengths;
+    """`blocks` compiles the decoder layers with torch.compile, which takes seconds to minutes at
+    the first batch of each length. Batches are padded to few different lengths;
     previews and evaluation are not compiled. On CPU (with a C++ compiler) and CUDA."""
     early_stopping_patience: Interval = 0
     """Stop after this many micro-evaluations without a lower validation loss; 0 = off. The best
@@ -92,6 +96,17 @@ class Hyperparams(Section):
     def trains_adapters(self) -> bool:
         """Whether the model's own weights are frozen."""
         return self.training_mode != "full"
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> Hyperparams:
+        if self.compile != "off" and self.training_mode == "qlora":
+            raise CombinationError(
+                "hyperparams.compile=blocks cannot compile layers in 4 bit, which "
+                "training_mode=qlora makes; set compile=off or training_mode=lora",
+                "hyperparams.compile",
+                "hyperparams.training_mode",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Hyperparams:

@@ -12,7 +12,7 @@ are computed again in the backward pass: memory for one tile in place of memory 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,10 @@ class PostHead:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
+FusedSum = Callable[[torch.Tensor, Any, torch.Tensor, torch.Tensor | None, PostHead], torch.Tensor]
+"""(N, D) states, head, (N,) targets, (N,) weights or None -> summed cross-entropy."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How the head is applied to parts of a batch's kept positions."""
@@ -62,6 +66,8 @@ class Tiling:
     post: PostHead
     length: int
     """Positions in one tile; fewer than that are not tiled."""
+    fused: FusedSum | None = None
+    """A kernel that does all tiles at once, once it is proved."""
 
     @classmethod
     def of(cls, post: PostHead, vocabulary: int) -> Tiling:
@@ -235,17 +241,19 @@ def _tiled_sum(
         return None
 
     def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
-        return _summed(tiling.post(head(states[None])[0]), wanted, by)
+        return summed_loss(tiling.post(head(states[None])[0]), wanted, by)
 
     length = tiling.length
     weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
     parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
     with autocast:
+        if tiling.fused is not None:
+            return tiling.fused(hidden[0], head, target, weights, tiling.post), output
         sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
     return torch.stack(sums).sum(), output
 
 
-def _summed(
+def summed_loss(
     logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
     """Cross-entropy of (N, V) logits, each position times its weight."""
@@ -296,7 +304,7 @@ def supervised_loss(
         )
     if found is None:
         logits, output = _forward_on(model, unwrapped, inputs, positions)
-        found = _summed(logits, wanted, weights), output
+        found = summed_loss(logits, wanted, weights), output
     total, output = found
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()

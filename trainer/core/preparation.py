@@ -21,6 +21,7 @@ from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
+from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
@@ -99,6 +100,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     device = own_device(resolve_device(environment.device), environment.device)
     config, name = fill_precision(config, device)
     check_optimizer(hyper, device)
+    check_loss_kernel(hyper.loss_kernel, device)
     if hyper.compile != "off":
         check_compiler(device)
     precision = resolve_precision(name, hyper.training_mode, device, hyper.masters)

@@ -21,6 +21,7 @@ from trainer.core.checks import (
 )
 from trainer.core.compiling import CompiledBlocks, compiler_errors
 from trainer.core.evaluation import build_evaluator
+from trainer.core.fused_loss import with_kernel
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
@@ -177,6 +178,14 @@ def assemble_trainer(
     choose_loss(trainer, rows, dtype=dtype, notice=job.observers.notice)
     with undisturbed(trainer.model), trainer.accelerator.autocast():
         trainer.tiling = tiling_of(trainer.model, rows, dtype)
+        if trainer.tiling is not None:
+            trainer.tiling = with_kernel(
+                config.hyperparams.loss_kernel,
+                trainer.tiling,
+                trainer.model,
+                dtype=dtype,
+                notice=job.observers.notice,
+            )
     with_mask = not isinstance(choice.collate, PadCollator) or needs_mask(trainer)
     trainer.data_collator = TrainingCollator(choice.collate, with_mask=with_mask)
     if trainer.tiling is None and not trainer.use_own_forward:

@@ -166,6 +166,10 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"hyperparams.masters", "hyperparams.optimizer"},
     ),
     (
+        {"hyperparams.compile": "blocks", "hyperparams.training_mode": "qlora"},
+        {"hyperparams.compile", "hyperparams.training_mode"},
+    ),
+    (
         {"hyperparams.compile": "blocks", "model.attn_implementation": "flash_attention_2"},
         {"hyperparams.compile", "model.attn_implementation"},
     ),
