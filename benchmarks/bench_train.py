@@ -219,7 +219,8 @@ def report(
 ) -> None:
     """Print the table and the ratio best over best; write JSON if asked."""
     print(
-        f"\n{torch.get_num_threads()} threads, batch {BATCH_SIZE} ({NUM_PACKS} packs), torch {torch.__version__}"
+        f"\n{torch.get_num_threads()} threads, batch {BATCH_SIZE} ({NUM_PACKS} packs), "
+        f"torch {torch.__version__}"
     )
     for name, values in sorted(figures.items(), key=lambda item: -statistics.median(item[1])):
         print(f"{name:<26} {statistics.median(values):8.0f}  ({min(values):.0f}-{max(values):.0f})")

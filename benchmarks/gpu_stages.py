@@ -1,0 +1,501 @@
+"""One stage of `benchmarks/gpu.py`, in a process of its own.
+
+    python benchmarks/gpu_stages.py STAGE --work FOLDER --out FILE.json [--rehearse]
+
+The file gets `{"figures": ...}` or `{"skipped": why}`; anything else is a failure and its last
+lines are in the log. Models are Qwen3-shaped with random weights, so nothing is downloaded, and
+their losses mean nothing. `--rehearse` runs the same code on tiny shapes, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks.arms import Clock, Task, trainer_arm, trl_arm, wait_for_device
+
+ROOT = Path(__file__).parents[1]
+
+TOLD_PACKAGES = (
+    *("transformers", "accelerate", "peft", "trl", "datasets", "bitsandbytes", "flash_attn"),
+    *("liger-kernel", "triton", "numpy"),
+)
+
+
+class SkippedError(Exception):
+    """The stage cannot run here; why."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is."""
+
+    shapes: Mapping[str, Mapping[str, int]]
+    """Model -> what its Qwen3Config is given."""
+    packs: Mapping[str, int]
+    """Model -> packs in a batch."""
+    max_length: int
+    steps: int
+    warm_steps: int
+    num_rows: int
+    every_steps: int
+    """Between previews."""
+    num_prompts: tuple[int, ...]
+    """Batches of the generation stage."""
+    new_tokens: int
+
+
+FULL = Sizes(
+    shapes={
+        "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+        "1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
+    },
+    packs={"0.6B": 4, "1.7B": 2},
+    max_length=2048,
+    steps=28,
+    warm_steps=4,
+    num_rows=1600,
+    every_steps=4,
+    num_prompts=(1, 4, 16, 64),
+    new_tokens=64,
+)
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+REHEARSAL = Sizes(
+    shapes={"0.6B": TINY, "1.7B": TINY},
+    packs={"0.6B": 2, "1.7B": 1},
+    max_length=512,
+    steps=5,
+    warm_steps=1,
+    num_rows=60,
+    every_steps=2,
+    num_prompts=(1, 2),
+    new_tokens=4,
+)
+PUBLISHED = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+REHEARSED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a stage has to work with."""
+
+    work: Path
+    sizes: Sizes
+    is_rehearsal: bool
+    data: Path | None
+    """Rows of the user's own (`question`, `answer`)."""
+
+    @property
+    def device(self) -> torch.device:
+        """The first GPU; a rehearsal is on the CPU."""
+        return torch.device("cpu" if self.is_rehearsal else "cuda")
+
+    def task(self, shape: str) -> Task:
+        """A model of this shape, the rows, and how they are batched."""
+        sizes = self.sizes
+        return Task(
+            model_dir=self.model(shape),
+            data=self.rows(),
+            steps=sizes.steps,
+            batch_size=sizes.packs[shape],
+            max_length=sizes.max_length,
+            learning_rate=1e-5,
+            warm_steps=sizes.warm_steps,
+        )
+
+    def model(self, shape: str) -> Path:
+        """The folder of a model with random weights; made by the first stage that needs it."""
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        from trainer.models.tiny import load_tiny_tokenizer
+
+        folder = self.work / shape
+        if folder.exists():
+            return folder
+        tokenizer = load_tiny_tokenizer()
+        config = Qwen3Config(
+            **self.sizes.shapes[shape],
+            **(REHEARSED if self.is_rehearsal else PUBLISHED),
+            vocab_size=len(tokenizer) if self.is_rehearsal else 151_936,
+            max_position_embeddings=40_960,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+        torch.manual_seed(0)
+        with self.device:
+            model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+        partly = folder.with_suffix(".part")  # a stage that is cut off leaves no half of a model
+        model.save_pretrained(partly)
+        tokenizer.save_pretrained(partly)
+        partly.rename(folder)
+        return folder
+
+    def rows(self) -> Path:
+        """Rows as long as GSM8K's: 161 tokens on average, drawn by a seed; or the user's."""
+        if self.data is not None:
+            return self.data
+        path = self.work / "rows.jsonl"
+        if not path.exists():
+            rng = random.Random(0)
+            words = _counted_words()
+            rows = [
+                {
+                    "question": _text(rng, words, rng.lognormvariate(4.13, 0.4)),
+                    "answer": _text(rng, words, rng.lognormvariate(4.44, 0.45)),
+                }
+                for _ in range(self.sizes.num_rows)
+            ]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+
+def _counted_words() -> list[tuple[str, int]]:
+    """Words with the number of tokens that each takes in a text."""
+    from trainer.models.tiny import load_tiny_tokenizer
+
+    tokenizer = load_tiny_tokenizer()
+    words = ["the", "sum", "of", "these", "numbers", "is", "more", "than", "what", "was", "left"]
+    numbers = [str(number) for number in range(0, 1000, 37)]
+    return [(word, len(tokenizer(" " + word)["input_ids"])) for word in (*words, *numbers)]
+
+
+def _text(rng: random.Random, words: list[tuple[str, int]], num_tokens: float) -> str:
+    """Words of about so many tokens."""
+    text: list[str] = []
+    while num_tokens > 0:
+        word, count = rng.choice(words)
+        text.append(word)
+        num_tokens -= count
+    return " ".join(text)
+
+
+def needs(*modules: str) -> None:
+    """Skip the stage where this Python lacks a module."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SkippedError(f"this Python lacks {', '.join(missing)}")
+
+
+# ---- stages
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    """What the figures were measured on."""
+    packages: dict[str, str | None] = {}
+    for name in TOLD_PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    found: dict[str, Any] = {
+        "card": "CPU (rehearsal)",
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "packages": packages,
+        "cpu_cores": os.cpu_count(),
+    }
+    if not bench.is_rehearsal:
+        properties = torch.cuda.get_device_properties(0)
+        found["card"] = properties.name
+        found["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["driver"] = _driver()
+    return found
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout else None
+
+
+def gpu_tests(bench: Bench) -> dict[str, Any]:
+    """The tests that need a CUDA device, those of packing (does a document see another?) first."""
+    needs("pytest", "pytest_timeout")
+    marked = [
+        path
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    marked.sort(key=lambda path: "packing" not in path.name)
+    report = bench.work / "tests.xml"
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
+        *(f"--junitxml={report}", *map(str, marked)),
+    ]
+    subprocess.run(command, cwd=ROOT, check=False)
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    outcomes: dict[str, list[str]] = {"failure": [], "error": [], "skipped": []}
+    for case in cases:
+        for kind, names in outcomes.items():
+            if (child := case.find(kind)) is not None:
+                why = f": {child.get('message', '')}" if kind == "skipped" else ""
+                names.append(f"{case.get('classname')}.{case.get('name')}{why}")
+    failed = outcomes["failure"] + outcomes["error"]
+    passed = len(cases) - len(failed) - len(outcomes["skipped"])
+    return {"passed": passed, "failed": failed, "skipped": outcomes["skipped"]}
+
+
+def figures_of(clock: Clock) -> dict[str, Any]:
+    """Tokens per second and peak memory."""
+    peak = clock.peak_gib
+    return {
+        "tokens_per_s": round(clock.rate),
+        "peak_gib": None if peak is None else round(peak, 2),
+        "tokens": clock.tokens,
+        "seconds": round(clock.seconds, 2),
+    }
+
+
+def ours(bench: Bench, shape: str, training_mode: str) -> dict[str, Any]:
+    """`trainer`, rows packed, in bf16 (full training: masters in fp32)."""
+    if training_mode == "qlora":
+        needs("bitsandbytes")
+    task = bench.task(shape)
+    clock = trainer_arm(task, precision="bf16", batching="packed", training_mode=training_mode)
+    return figures_of(clock)
+
+
+def trl_best(bench: Bench, shape: str, *, is_lora: bool) -> dict[str, Any]:
+    """SFTTrainer, packed as much as `trainer`, without recomputing activations."""
+    needs("trl", "datasets", "pyarrow", "pandas")
+    task = bench.task(shape)
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    options = {
+        "per_device_train_batch_size": task.batch_size,
+        "bf16": True,
+        "max_length": task.max_length,
+        "packing": True,
+        "gradient_checkpointing": False,
+        "use_liger_kernel": has_liger and not bench.is_rehearsal,
+    }
+    attention = "flash_attention_2" if has_flash else "sdpa"
+    figures = figures_of(trl_arm(task, options, attention=attention, is_lora=is_lora))
+    return {**figures, "attention": attention, "liger": options["use_liger_kernel"]}
+
+
+def trl_defaults(bench: Bench, shape: str) -> dict[str, Any]:
+    """SFTTrainer with nothing set that it has a default for."""
+    needs("trl", "datasets", "pyarrow", "pandas")
+    return figures_of(trl_arm(bench.task(shape), {}))
+
+
+@dataclass
+class Marks:
+    """When each step ended, on the device's own clock where it has one."""
+
+    steps: list[int] = field(default_factory=list)
+    marks: list[Any] = field(default_factory=list)
+
+    def on_event(self, event: Any) -> None:
+        """Note the end of a step; it comes before the preview of that step."""
+        if type(event).__name__ == "StepDone":
+            self.steps.append(event.step)
+            self.marks.append(mark())
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def stall(self, every_steps: int, warm_steps: int) -> dict[str, Any]:
+        """Milliseconds from step to step, where a preview came between, and where none did."""
+        wait_for_device()
+        gaps: dict[bool, list[float]] = {True: [], False: []}
+        for before, after, step in zip(self.marks, self.marks[1:], self.steps, strict=False):
+            if step > warm_steps:
+                gaps[step % every_steps == 0].append(between_ms(before, after))
+        asked, other = (statistics.median(gaps[kind]) for kind in (True, False))
+        return {
+            "step_ms": round(other, 2),
+            "step_with_preview_ms": round(asked, 2),
+            "stall_ms": round(asked - other, 2),
+            "stall_pct_of_step_time": round(100 * (asked - other) / (every_steps * other), 2),
+        }
+
+
+def mark() -> Any:
+    """A point in time: a CUDA event, or the host's clock."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def between_ms(before: Any, after: Any) -> float:
+    """Milliseconds between two marks."""
+    if isinstance(before, float):
+        return 1000 * float(after - before)
+    return float(before.elapsed_time(after))
+
+
+def stall(bench: Bench, sidecar: str) -> dict[str, Any]:
+    """What previews from a sidecar cost training: on this GPU, or on the CPU."""
+    needs("fastapi", "uvicorn", "httptools", "prometheus_client")
+    sizes, marks, summary = bench.sizes, Marks(), dict[str, Any]()
+    trainer_arm(
+        bench.task("0.6B"),
+        precision="bf16",
+        batching="packed",
+        monitoring={
+            "preview_backend": "sidecar",
+            "sidecar_device": "cpu" if bench.is_rehearsal else sidecar,
+            "inference_interval": sizes.every_steps,
+            "num_eval_samples": 2,
+            "preview_max_tokens": sizes.new_tokens // 2,
+            "preview_drain_timeout": 20,
+        },
+        observers=[marks],
+        found=summary,
+    )
+    counts = summary["previews"]
+    told = ("asked", "verified", "superseded", "failed", "last_error", "visible_s_median")
+    return {
+        **marks.stall(sizes.every_steps, sizes.warm_steps),
+        "host_stall_ms": counts["stall_ms_median"],
+        **{name: counts[name] for name in told},
+    }
+
+
+def snapshot(bench: Bench) -> dict[str, Any]:
+    """A copy of all weights into pinned shared memory, beside the next step."""
+    from transformers import AutoModelForCausalLM
+
+    from trainer.publish.identity import canonical_tensors
+    from trainer.publish.snapshot import Snapshotter
+
+    device, sizes = bench.device, bench.sizes
+    model = AutoModelForCausalLM.from_pretrained(bench.model("0.6B"), dtype=torch.float32)
+    model = model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    snapshots = Snapshotter(canonical_tensors(model), torch.bfloat16, device)
+    snapshots.guard(optimizer)
+    ids = torch.randint(0, 300, (sizes.packs["0.6B"], sizes.max_length // 4), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    held, plain, beside = [], [], []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        arena = snapshots.arena(Path(folder) / "arena")
+        for _ in range(sizes.warm_steps):
+            step()
+        for _ in range(sizes.steps // 2):
+            before = mark()
+            step()
+            middle = mark()
+            wait_for_device()
+            started = time.perf_counter()
+            last = mark()
+            wait = snapshots.copy(arena)
+            held.append(1000 * (time.perf_counter() - started))
+            step()
+            after = mark()
+            wait()
+            wait_for_device()
+            plain.append(between_ms(before, middle))
+            beside.append(between_ms(last, after))
+        arena.close()
+    return {
+        "mib": round(snapshots.layout.size / 2**20, 1),
+        "host_held_ms": round(statistics.median(held), 2),
+        "step_ms": round(statistics.median(plain), 2),
+        "step_with_copy_ms": round(statistics.median(beside), 2),
+    }
+
+
+def generation(bench: Bench) -> dict[str, Any]:
+    """Tokens per second of one `generate` call over more and more prompts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trainer.preview.generate import GenerationSettings, generate
+
+    folder, sizes = bench.model("0.6B"), bench.sizes
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = model.to(bench.device).eval()
+    settings = GenerationSettings(sizes.new_tokens, temperature=0.7, seed=0)
+    lines = bench.rows().read_text(encoding="utf-8").splitlines()
+    found = {}
+    for count in sizes.num_prompts:
+        prompts = [tokenizer(json.loads(line)["question"])["input_ids"] for line in lines[:count]]
+        with torch.inference_mode():
+            generate(model, tokenizer, prompts, settings)
+            wait_for_device()
+            started = time.perf_counter()
+            made = generate(model, tokenizer, prompts, settings)
+            seconds = time.perf_counter() - started
+        found[f"batch of {count}"] = round(sum(len(one.raw_ids) for one in made) / seconds, 1)
+    return {"new_tokens_per_s": found}
+
+
+STAGES: dict[str, tuple[Callable[[Bench], dict[str, Any]], float]] = {
+    "gpu tests": (gpu_tests, 150),
+    "0.6B full, trainer packed": (partial(ours, shape="0.6B", training_mode="full"), 90),
+    "0.6B full, TRL at its best": (partial(trl_best, shape="0.6B", is_lora=False), 90),
+    "0.6B full, TRL at its defaults": (partial(trl_defaults, shape="0.6B"), 90),
+    "0.6B LoRA, trainer packed": (partial(ours, shape="0.6B", training_mode="lora"), 60),
+    "0.6B LoRA, TRL at its best": (partial(trl_best, shape="0.6B", is_lora=True), 60),
+    "snapshot": (snapshot, 60),
+    "stall, sidecar on the same GPU": (partial(stall, sidecar="cuda"), 100),
+    "stall, sidecar on the CPU": (partial(stall, sidecar="cpu"), 100),
+    "0.6B QLoRA, trainer packed": (partial(ours, shape="0.6B", training_mode="qlora"), 60),
+    "1.7B full, trainer packed": (partial(ours, shape="1.7B", training_mode="full"), 90),
+    "1.7B LoRA, trainer packed": (partial(ours, shape="1.7B", training_mode="lora"), 60),
+    "1.7B QLoRA, trainer packed": (partial(ours, shape="1.7B", training_mode="qlora"), 60),
+    "generation": (generation, 60),
+}
+"""In order of worth, with the seconds that each may take."""
+
+
+def main() -> int:
+    """Run one stage and write what it found."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("stage", choices=["machine", *STAGES])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
+    words = parser.parse_args()
+    bench = Bench(
+        words.work, REHEARSAL if words.rehearse else FULL, words.rehearse, data=words.data
+    )
+    run = machine if words.stage == "machine" else STAGES[words.stage][0]
+    try:
+        found: dict[str, Any] = {"figures": run(bench)}
+    except SkippedError as why:
+        found = {"skipped": str(why)}
+    words.out.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
