@@ -112,28 +112,28 @@ def main() -> int:
         return 0
     deadline = time.monotonic() + words.budget
     try:
-        from benchmarks.gpu_stages import STAGES, torch
+        from benchmarks.gpu_stages import ALIKE, STAGES, torch
 
         wheels = lacking(FOLDER)
     except (ImportError, ValueError) as error:
         return refuse(f"{sys.executable} cannot run the stages: {error}")
     if not words.rehearse and not torch.cuda.is_available():
         return refuse(
-            f"torch {torch.__version__} of {sys.executable} sees no CUDA device. Name a Python that "
-            "does (make gpu GPU_PYTHON=...), or add GPU_FLAGS=--rehearse to try the code on the CPU."
+            f"torch {torch.__version__} of {sys.executable} sees no CUDA device. Name a Python "
+            "that does (make gpu GPU_PYTHON=...), or add GPU_FLAGS=--rehearse to try the code on "
+            "the CPU."
         )
     chosen = {name: limit for name, (_, limit) in STAGES.items() if words.only in name}
     with tempfile.TemporaryDirectory(prefix="gpu-bench-", dir=words.work) as folder:
         runner = Runner(Path(folder), Path(folder) / "site", flags(words))
         unpack(wheels, runner.site)
-        if (missing := lacked(runner.site)) is not None:
-            return refuse(
-                f"{sys.executable} cannot import `trainer`: {missing}. On a machine with a registry, "
-                "run make gpu-wheels and copy the folder gpu-wheels here with the checkout."
-            )
         machine = runner.run("machine", words.budget)
         if machine["status"] != "done":
-            return refuse("\n".join(machine.get("log", [])) + f"\n{machine['reason']}")
+            last = (machine.get("log") or [machine.get("reason")])[-1]
+            return refuse(
+                f"{sys.executable} cannot import `trainer`: {last}. On a machine with a registry, "
+                "run make gpu-wheels and copy the folder gpu-wheels here with the checkout."
+            )
         found = {
             **machine["figures"],
             "date": dt.date.today().isoformat(),
@@ -145,19 +145,21 @@ def main() -> int:
         out = words.out or default_out(found["card"], is_rehearsal=words.rehearse)
         for name, limit in chosen.items():
             left = deadline - time.monotonic()
-            result = (
-                runner.run(name, min(limit, left))
-                if left > LEAST_S
-                else {"status": "not run", "reason": NO_TIME}
-            )
+            if words.rehearse and not words.only and name in ALIKE:
+                result = {"status": "not run", "reason": "the code of another stage"}
+            elif left < LEAST_S:
+                result = {"status": "not run", "reason": NO_TIME}
+            else:
+                result = runner.run(name, min(limit, left))
             found["stages"][name] = result
             write(out, found)
             print(line_of(name, result), flush=True)
     print(f"\n{table(found)}\nresults: {out}")
     if not words.rehearse:
         write_page(found)
+    tests = found["stages"].get("gpu tests", {}).get("figures", {})
     failed = any(result["status"] == "failed" for result in found["stages"].values())
-    return 1 if failed else 0
+    return 1 if failed or tests.get("failed") else 0
 
 
 def arguments() -> argparse.Namespace:
@@ -187,18 +189,6 @@ def refuse(why: str) -> int:
     return 2
 
 
-def lacked(site: Path) -> str | None:
-    """The first module that `trainer` misses, before any stage fails of it."""
-    places = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", "import trainer.core.engine"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": places},
-    )
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
-
-
 def default_out(card: str, *, is_rehearsal: bool) -> Path:
     """`gpu-NAME.json` of the card; a rehearsal's figures are none, and go to what git ignores."""
     if is_rehearsal:
@@ -222,8 +212,9 @@ def line_of(name: str, result: Mapping[str, Any]) -> str:
     """A stage in one line."""
     if result["status"] != "done":
         return f"{name}: {result['status']} ({result['reason']})"
-    figures = ", ".join(f"{key} {value}" for key, value in result["figures"].items())
-    return f"{name}: {figures}"
+    figures = result["figures"]
+    told = {key: len(value) if isinstance(value, list) else value for key, value in figures.items()}
+    return f"{name}: {', '.join(f'{key} {value}' for key, value in told.items())}"
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -233,7 +224,8 @@ def table(found: Mapping[str, Any]) -> str:
     )
     card = f"{found['card']}, driver {found.get('driver') or 'unknown'}, torch {found['torch']}"
     lines = [
-        f"{found['date']}: {card}, Python {found['python']}, {found['cpu_cores']} CPU cores; {packages}.",
+        f"{found['date']}: {card}, Python {found['python']}, {found['cpu_cores']} CPU cores; "
+        f"{packages}.",
         "",
         "| training | tokens/s | peak GiB |",
         "|---|---|---|",
