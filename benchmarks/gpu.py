@@ -71,6 +71,8 @@ class Runner:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if "--rehearse" in self.flags:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         started = time.monotonic()
         with log.open("wb") as lines:
             process = subprocess.Popen(
@@ -112,7 +114,9 @@ def main() -> int:
         return 0
     deadline = time.monotonic() + words.budget
     try:
-        from benchmarks.gpu_stages import ALIKE, STAGES, torch
+        import torch
+
+        from benchmarks.gpu_stages import ALIKE, STAGES
 
         wheels = lacking(FOLDER)
     except (ImportError, ValueError) as error:

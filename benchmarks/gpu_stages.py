@@ -14,10 +14,10 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
@@ -302,7 +302,7 @@ def trl_best(bench: Bench, shape: str, *, is_lora: bool) -> dict[str, Any]:
 
 
 def trl_defaults(bench: Bench, shape: str) -> dict[str, Any]:
-    """SFTTrainer with nothing set that it has a default for."""
+    """SFTTrainer with its defaults for all that changes what a step computes."""
     needs("trl", "datasets", "pyarrow", "pandas")
     return figures_of(trl_arm(bench.task(shape), {}))
 
@@ -388,7 +388,7 @@ def snapshot(bench: Bench) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from trainer.publish.identity import canonical_tensors
-    from trainer.publish.snapshot import Snapshotter
+    from trainer.publish.snapshot import SHARED_MEMORY, Snapshotter, arena_folder
 
     device, sizes = bench.device, bench.sizes
     model = AutoModelForCausalLM.from_pretrained(bench.model("0.6B"), dtype=torch.float32)
@@ -405,8 +405,9 @@ def snapshot(bench: Bench) -> dict[str, Any]:
         optimizer.zero_grad()
 
     held, plain, beside = [], [], []
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        arena = snapshots.arena(Path(folder) / "arena")
+    folder = arena_folder(snapshots.layout.size, bench.work)
+    try:
+        arena = snapshots.arena(folder / "arena")
         for _ in range(sizes.warm_steps):
             step()
         for _ in range(sizes.steps // 2):
@@ -425,7 +426,10 @@ def snapshot(bench: Bench) -> dict[str, Any]:
             plain.append(between_ms(before, middle))
             beside.append(between_ms(last, after))
         arena.close()
+    finally:
+        shutil.rmtree(folder)
     return {
+        "in_shared_memory": folder.parent == SHARED_MEMORY,
         "mib": round(snapshots.layout.size / 2**20, 1),
         "host_held_ms": round(statistics.median(held), 2),
         "step_ms": round(statistics.median(plain), 2),
