@@ -11,6 +11,7 @@ installed. The standard library only: this file runs on both machines.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "gpu-wheels"
 MOST_BYTES = 56 * 2**20
+
+TRL = "TRL, where pyarrow and pandas are"
+TRL_NEEDS = ("pyarrow", "pandas")
+"""Without them `datasets` does not import, and with `datasets` there transformers imports it."""
 
 WHEELS = {
     "a training run": (
@@ -37,7 +42,7 @@ WHEELS = {
         *("prometheus_client", "opentelemetry-api"),
     ),
     "where torch came without numpy": ("numpy",),
-    "TRL, where pyarrow and pandas are": (
+    TRL: (
         *("trl", "datasets", "dill", "multiprocess", "xxhash", "python-dateutil", "Jinja2"),
         *("requests", "urllib3", "charset-normalizer", "MarkupSafe"),
     ),
@@ -142,10 +147,14 @@ def fit(folder: Path, names: Iterable[str], most_bytes: int) -> list[str]:
 def lacking(folder: Path) -> list[Path]:
     """Wheels of the folder that this Python lacks, or has in another version.
 
+    Those of TRL only where this Python has what they need besides.
+
     Raises:
         ValueError: wheels for another Python.
     """
     wanted, here = [], f"{sys.version_info.major}.{sys.version_info.minor}"
+    has_rest = all(importlib.util.find_spec(name) is not None for name in TRL_NEEDS)
+    useless = set() if has_rest else {plain(name) for name in WHEELS[TRL]}
     for path in sorted(folder.glob("*.whl")):
         if not runs_on(path, here):
             raise ValueError(
@@ -153,6 +162,8 @@ def lacking(folder: Path) -> list[Path]:
                 f"make gpu-wheels GPU_PYTHON_VERSION={here}"
             )
         name, number, *_ = path.name.split("-")
+        if plain(name) in useless:
+            continue
         try:
             has = version(name)
         except PackageNotFoundError:

@@ -146,6 +146,15 @@ def test_only_what_this_python_lacks_or_has_otherwise_is_unpacked(tmp_path: Path
         gpu_wheels.lacking(tmp_path)
 
 
+def test_wheels_of_trl_stay_packed_where_the_rest_of_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "datasets-0-py3-none-any.whl").touch()
+    assert len(gpu_wheels.lacking(tmp_path)) == 1
+    monkeypatch.setattr(gpu_wheels, "TRL_NEEDS", ("pandas", "no_such_module"))
+    assert gpu_wheels.lacking(tmp_path) == []
+
+
 def test_every_wheel_has_its_version_in_the_constraints() -> None:
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     pinned = {gpu_wheels.plain(name) for name in re.findall(r"(?m)^([\w.-]+)==", text)}
