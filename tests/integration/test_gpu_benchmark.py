@@ -21,7 +21,8 @@ TRAIN = """
 import sys
 from pathlib import Path
 import trainer.cli, trainer.commands.serve, trainer.server.inference_process
-from benchmarks.gpu_stages import Bench, REHEARSAL, ours
+from benchmarks.gpu_setup import Bench, REHEARSAL
+from benchmarks.gpu_stages import ours
 
 print(ours(Bench(Path(sys.argv[1]), REHEARSAL, True, None), "0.6B", "lora"))
 """
