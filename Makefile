@@ -6,6 +6,8 @@
 # make fuzz   500 drawn requests to every route of a real server
 # make wheel  the wheel, installed into an empty environment, runs the demo there
 # make bench  the benchmarks that need no data of yours
+# make gpu    on a machine with a GPU: tests, tokens/s and memory beside TRL, stalls; in ten minutes
+# make gpu-wheels  fills a folder with the packages that such a machine may lack
 # make screenshots  the pictures in docs/img, from a demo run (needs chromium)
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-long quick trust mutants fuzz check format docs wheel bench screenshots clean
+.PHONY: demo test test-long quick trust mutants fuzz check format docs wheel bench gpu gpu-wheels screenshots clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,6 +64,21 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_startup.py
 	$(BIN)/python benchmarks/bench_monitor.py
+
+# Installs nothing and needs no registry; GPU_PYTHON has a torch that sees the GPU.
+# GPU_FLAGS=--rehearse runs the same code on the CPU.
+GPU_PYTHON ?= python3
+GPU_FLAGS ?=
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_FLAGS)
+
+# For the Python and the C library of that machine, on one with a registry; copy the folder after.
+GPU_PYTHON_VERSION ?= 3.12
+GPU_PLATFORM ?= manylinux_2_28_x86_64
+
+gpu-wheels:
+	$(PYTHON) benchmarks/gpu_wheels.py --python-version $(GPU_PYTHON_VERSION) --platform $(GPU_PLATFORM)
 
 # A checkout has files that a wheel may lack: the demo runs where there is nothing else.
 wheel: $(STAMP)

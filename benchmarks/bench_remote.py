@@ -5,9 +5,8 @@
 Parts, in one run: stall of the training thread with training and worker on one core each; seconds
 from step to visible preview, by stage; bytes per publication (full, equal, adapter); 16 prompts in
 one batch against one by one, and against `transformers serve --continuous-batching` on the same
-model and prompts (arms take turns, both warm); upload speed over loopback. On a machine with a GPU
-also: how long the training thread is held up by a snapshot of a 0.6B-shaped model, and whether the
-copy overlaps the next step. Everything runs single-threaded.
+model and prompts (arms take turns, both warm); upload speed over loopback. Everything runs
+single-threaded. What a snapshot costs on a GPU is a stage of `benchmarks/gpu_stages.py`.
 """
 
 from __future__ import annotations
@@ -64,9 +63,6 @@ def main() -> int:
         found["training, lora"] = stall(root / "lora", words.steps // 2, "lora")
         found["worker"] = worker_speed(root / "worker", words.repeats)
         found["upload"] = upload(root / "upload", words.repeats)
-        found["gpu"] = (
-            gpu(words.repeats) if torch.cuda.is_available() else "no CUDA device: not run"
-        )
     print(json.dumps(found, indent=2))
     if words.out is not None:
         words.out.write_text(json.dumps(found, indent=2) + "\n")
@@ -337,64 +333,6 @@ def upload(folder: Path, repeats: int) -> dict[str, Any]:
         "hash_mib_per_s": spread([mebibytes / s for s in hashed]),
         "publish_mib_per_s (send, verify, load)": spread([mebibytes / s for s in pushed]),
         "equal weights": equal,
-    }
-
-
-# ---- where a GPU is
-
-
-def gpu(repeats: int) -> dict[str, Any]:
-    """A 0.6B-shaped model in bf16: how long `copy` holds the training thread, and the overlap."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    )
-    device = torch.device("cuda")
-    model = Qwen3ForCausalLM(config).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    snapshots = Snapshotter(canonical_tensors(model), torch.bfloat16, device)
-    snapshots.guard(optimizer)
-    ids = torch.randint(0, 1000, (4, 512), device=device)
-
-    def step() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        arena = snapshots.arena(Path(folder) / "arena")
-        for _ in range(3):
-            step()
-        held, plain, beside = [], [], []
-        for _ in range(repeats):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            plain.append(1000 * (time.perf_counter() - started))
-            started = time.perf_counter()
-            wait = snapshots.copy(arena)
-            held.append(1000 * (time.perf_counter() - started))
-            step()
-            torch.cuda.synchronize()
-            beside.append(1000 * (time.perf_counter() - started))
-            wait()
-        arena.close()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "mebibytes": round(snapshots.layout.size / 2**20, 1),
-        "training_thread_held_ms": spread(held),
-        "step_ms": spread(plain),
-        "step_with_copy_beside_ms": spread(beside),
     }
 
 

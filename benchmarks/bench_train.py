@@ -27,34 +27,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.arms import Clock, Task, plain_arm, trainer_arm, trl_arm
+
 BATCH_SIZE = 16
+NUM_PACKS = 4
+"""Packs of up to 1,024 tokens in a batch of the packed arms: about as many rows as in the others,
+or more."""
 VOCAB_SIZE = 8000
-MAX_LENGTH = 1024
-LEARNING_RATE = 1e-3
-
-
-class Clock:
-    """Counts real tokens and seconds from the end of the first step on."""
-
-    def __init__(self) -> None:
-        """Nothing counted yet."""
-        self.started: float | None = None
-        self.tokens = 0
-        self.seconds = 0.0
-
-    def step(self, num_tokens: int) -> None:
-        """One optimizer step over this many real tokens is done."""
-        now = time.perf_counter()
-        if self.started is None:
-            self.started = now
-            return
-        self.tokens += num_tokens
-        self.seconds = now - self.started
-
-    @property
-    def rate(self) -> float:
-        """Real tokens per second; NaN after a single step, which is not timed."""
-        return self.tokens / self.seconds if self.seconds else float("nan")
 
 
 def make_tokenizer(texts: list[str]) -> Any:
@@ -114,168 +95,48 @@ def save_model(folder: Path, rows: list[dict[str, str]]) -> None:
 # ---- arms
 
 
-def trainer_arm(model_dir: Path, data: Path, steps: int, *, precision: str, group: bool) -> float:
-    """`trainer`'s engine, previews and evaluation off."""
-    from trainer.config import create_default_config
-    from trainer.core import TrainerEngine
-    from trainer.monitoring.events import Event, StepDone
-
-    clock = Clock()
-
-    class Watch:
-        def on_event(self, event: Event) -> None:
-            if isinstance(event, StepDone):
-                clock.step(event.num_tokens)
-
-        def close(self) -> None: ...
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = create_default_config(
-            model_path=str(model_dir),
-            dataset_path=str(data),
-            output_dir=f"{folder}/run",
-            hyperparams={
-                "batch_size": BATCH_SIZE,
-                "max_steps": steps,
-                "fp_precision": precision,
-                "learning_rate": LEARNING_RATE,
-                "max_length": MAX_LENGTH,
-            },
-            data={"validation_split": 0.0, "group_by_length": group, "cache": False},
-            monitoring={"inference_interval": 0, "report_to": ()},
-        )
-        result = TrainerEngine(observers=[Watch()]).run_job(config)
-    assert result.success, result.error_message
-    return clock.rate
+Arm = Callable[[Task], Clock]
 
 
-def trl_arm(model_dir: Path, data: Path, steps: int, *, precision: str, mode: str) -> float:
-    """TRL's SFTTrainer with completion-only loss; mode: as is, grouped or packed."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    clock = Clock()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    dataset = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": row["question"]}],
-                "completion": [{"role": "assistant", "content": row["answer"]}],
-            }
-            for row in rows
-        ]
-    )
-
-    class Counting(SFTTrainer):  # type: ignore[misc]
-        pending = 0
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            mask = inputs.get("attention_mask")
-            self.pending += int(mask.sum() if mask is not None else inputs["input_ids"].numel())
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.step(trainer.pending)
-            trainer.pending = 0
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Counting(
-            model=AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
-            args=SFTConfig(
-                output_dir=folder,
-                per_device_train_batch_size=4 if mode == "packed" else BATCH_SIZE,
-                max_steps=steps,
-                bf16=precision == "bf16",
-                fp16=False,
-                use_cpu=not torch.cuda.is_available(),
-                max_length=MAX_LENGTH,
-                packing=mode == "packed",
-                completion_only_loss=True,
-                gradient_checkpointing=False,
-                train_sampling_strategy="group_by_length" if mode == "grouped" else "random",
-                learning_rate=LEARNING_RATE,
-                save_strategy="no",
-                report_to=[],
-                logging_steps=1,
-                disable_tqdm=True,
-                log_level="error",
-            ),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            callbacks=[Watch()],
-        )
-        trainer.train()
-    return clock.rate
+def trl_options(task: Task, precision: str, batching: str) -> dict[str, Any]:
+    """What SFTTrainer is told beside its defaults."""
+    return {
+        "per_device_train_batch_size": task.batch_size,
+        "bf16": precision == "bf16",
+        "fp16": False,
+        "max_length": task.max_length,
+        "packing": batching == "packed",
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "group_by_length" if batching == "grouped" else "random",
+    }
 
 
-def plain_arm(
-    model_dir: Path, data: Path, steps: int, *, precision: str, supervised: bool
-) -> float:
-    """A loop of a dozen lines: AdamW, random batches, full or supervised logits."""
-    from transformers import AutoModelForCausalLM
-
-    from trainer.core.loss import full_loss, supervised_loss
-    from trainer.data.batches import PadCollator
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).train()
-    dataset = encoded(model_dir, data)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    clock, collate = Clock(), PadCollator(0)
-    for step in range(steps):
-        batch = collate([dataset[i] for i in order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]])
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = supervised_loss(model, model, batch) if supervised else full_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.step(int(batch["attention_mask"].sum()))
-    return clock.rate
-
-
-def encoded(model_dir: Path, data: Path) -> Any:
-    """The rows as `trainer` encodes them."""
-    from trainer.config.schema import DataSection
-    from trainer.config.training_sections import ModelSection
-    from trainer.data.dataset import prepare_data
-    from trainer.data.encode import RowEncoder
-    from trainer.models.load import load_tokenizer
-    from trainer.profiles import get_profile
-
-    return prepare_data(
-        DataSection(dataset_path=str(data), validation_split=0.0, cache=False),
-        profile=get_profile("plain"),
-        encoder=RowEncoder(load_tokenizer(ModelSection(model_path=str(model_dir))), MAX_LENGTH),
-        system_prompt=None,
-        is_prompt_configured=False,
-        seed=0,
-        num_preview=0,
-    ).train
-
-
-Arm = Callable[[Path, Path, int], float]
+def trl(task: Task, *, precision: str, batching: str) -> Clock:
+    """SFTTrainer; batching: as is, grouped or packed."""
+    return trl_arm(task, trl_options(task, precision, batching))
 
 
 def arms() -> dict[str, Arm]:
     """Every arm by name."""
     found: dict[str, Arm] = {}
     for precision in ("fp32", "bf16"):
-        for name, group in (("as is", False), ("grouped", True)):
-            found[f"trainer {precision} {name}"] = partial(
-                trainer_arm, precision=precision, group=group
-            )
-        for mode in ("as is", "grouped", "packed"):
-            found[f"TRL {precision} {mode}"] = partial(trl_arm, precision=precision, mode=mode)
+        for batching in ("as is", "grouped", "packed"):
+            for name, arm in (("trainer", trainer_arm), ("TRL", trl)):
+                found[f"{name} {precision} {batching}"] = partial(
+                    arm, precision=precision, batching=batching
+                )
     full = partial(plain_arm, supervised=False)
     supervised = partial(plain_arm, supervised=True)
     found["plain fp32 full logits"] = partial(full, precision="fp32")
     found["plain fp32 supervised"] = partial(supervised, precision="fp32")
     found["plain bf16 supervised"] = partial(supervised, precision="bf16")
     return found
+
+
+def task_of(name: str, model_dir: Path, data: Path, steps: int) -> Task:
+    """What the arm of this name trains on."""
+    batch_size = NUM_PACKS if name.endswith("packed") else BATCH_SIZE
+    return Task(model_dir, data, steps, batch_size)
 
 
 # ---- launch to first step
@@ -323,7 +184,8 @@ def main() -> None:
 
         # As the other side: bf16 where the device computes in it, as TRL's own default is.
         precision = default_precision(resolve_device("auto"))
-        trl_arm(Path(words.launch_trl), words.gsm8k, 1, precision=precision, mode="grouped")
+        task = task_of("grouped", Path(words.launch_trl), words.gsm8k, 1)
+        trl(task, precision=precision, batching="grouped")
         print(time.time())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -346,7 +208,8 @@ def measure(words: argparse.Namespace, model_dir: Path, data: Path) -> dict[str,
     for block in range(words.blocks):
         names = list(chosen) if block % 2 == 0 else list(chosen)[::-1]
         for name in names:
-            figures[name].append(chosen[name](model_dir, data, words.steps))
+            task = task_of(name, model_dir, data, words.steps)
+            figures[name].append(chosen[name](task).rate)
             print(f"block {block + 1}: {name:<26} {figures[name][-1]:8.0f} tokens/s", flush=True)
     return figures
 
@@ -355,7 +218,10 @@ def report(
     figures: dict[str, list[float]], launches: dict[str, list[float]], words: argparse.Namespace
 ) -> None:
     """Print the table and the ratio best over best; write JSON if asked."""
-    print(f"\n{torch.get_num_threads()} threads, batch {BATCH_SIZE}, torch {torch.__version__}")
+    print(
+        f"\n{torch.get_num_threads()} threads, batch {BATCH_SIZE} ({NUM_PACKS} packs), "
+        f"torch {torch.__version__}"
+    )
     for name, values in sorted(figures.items(), key=lambda item: -statistics.median(item[1])):
         print(f"{name:<26} {statistics.median(values):8.0f}  ({min(values):.0f}-{max(values):.0f})")
     ours = best(figures, "trainer")

@@ -175,6 +175,23 @@ def test_a_model_with_convolutions_is_refused_and_a_transformer_is_not(
         check_documents_apart(Lfm2ForCausalLM(config).eval())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_gpu_keeps_the_documents_of_packs_apart_and_a_mask_is_noticed(
+    make_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> None:
+    model = make_model().to("cuda", dtype).eval()
+    check_documents_apart(model, batch_size=batch_size, collate=PackCollator(0))
+    add_mask(monkeypatch)
+    with pytest.raises(ConfigError, match="see each other"):
+        check_documents_apart(model, batch_size=batch_size, collate=PackCollator(0))
+
+
 def test_every_document_is_in_one_pack_and_no_pack_overflows() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 101, (500,), generator=generator).tolist()
