@@ -269,3 +269,26 @@ def test_adapters_on_experts_are_previewed_here_and_refused_elsewhere(
     assert result.exit_code == 2
     assert "parameters of experts (model.layers.0.mlp" in str(result.error_message)
     assert not result.output_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
+def test_a_server_of_any_dtype_proves_the_weights_of_a_bf16_run(
+    dtype: str,
+    train: Callable[..., Any],
+    plain: Path,
+    tmp_path: Path,
+    patient: None,  # noqa: F811
+) -> None:
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    flags = ("--model", str(plain), "--api-key-file", str(tmp_path / "keys"))
+    with running_server(*flags, "--quantize", "nf4", "--dtype", dtype) as server:
+        result = train(
+            "remote",
+            model_path=str(plain),
+            hyperparams={**QLORA, "fp_precision": "bf16"},
+            monitoring=remote(server, tmp_path),
+        )
+    assert result.success, result.error_message
+    rows = previews(tmp_path / "remote")
+    assert {(row["weights"], row["error_message"]) for row in rows} == {("verified", None)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,3 +75,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 def is_adapter_folder(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
     return (path / ADAPTER_CONFIG).is_file()
+
+
+STATE_NAME = re.compile(
+    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+    r"|\.(SCB|weight_format)$"
+)
+
+
+def is_quantization_state(name: str) -> bool:
+    """Whether a tensor of a state dict says how another one is quantized."""
+    return STATE_NAME.search(name) is not None

@@ -8,7 +8,6 @@ trained or merged into.
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from trainer.errors import ConfigError, ModelError
+from trainer.models import is_quantization_state
 
 USABLE = "bitsandbytes"
 
@@ -203,17 +203,6 @@ def set_dtype(model: Any, dtype: torch.dtype) -> None:
     for _, layer in quantized_layers(model):
         if hasattr(layer, "compute_dtype"):
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
-
-
-STATE_NAME = re.compile(
-    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
-    r"|\.(SCB|weight_format)$"
-)
-
-
-def is_quantization_state(name: str) -> bool:
-    """Whether a tensor of a state dict says how another one is quantized."""
-    return STATE_NAME.search(name) is not None
 
 
 # What makes two quantized models the same architecture; the dtype of products is each side's own.

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from trainer.files import canonical_hash
+from trainer.models import is_quantization_state
 from trainer.models.adapters import adapted_modules
 from trainer.models.chat_template import chat_template_hash, tokenizer_hash
-from trainer.models.quantized import comparable, is_quantization_state
+from trainer.models.quantized import comparable
 from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof, is_match
 from trainer.publish.wire import AdapterConfig, TensorEntry, WeightsManifest
 

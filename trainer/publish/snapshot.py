@@ -27,7 +27,7 @@ import torch
 
 from trainer.errors import PreviewError
 from trainer.files import is_alive
-from trainer.models.quantized import is_quantization_state
+from trainer.models import is_quantization_state
 from trainer.publish.identity import DTYPES
 from trainer.publish.weight_file import make_header
 

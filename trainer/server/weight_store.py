@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.models import is_quantization_state
 from trainer.publish.weight_file import MAX_HEADER, BadFileError, check_file, num_bytes
 from trainer.publish.wire import (
     PART_BYTES,
@@ -137,7 +138,10 @@ class WeightStore:
                 "this server does not hold the adapter's base weights; publish them first",
             )
         check_fit(offer.manifest, self.expected)
-        others = {entry.dtype for entry in offer.manifest.tensors} & (FLOATS - {"BF16"})
+        travels = {
+            entry.dtype for entry in offer.manifest.tensors if not is_quantization_state(entry.name)
+        }
+        others = travels & (FLOATS - {"BF16"})
         if self.is_bf16_only and others:
             raise WeightsRefusedError(
                 409,

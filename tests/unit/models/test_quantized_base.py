@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from trainer.config.training_sections import LoraSection, ModelSection
+from trainer.models import is_quantization_state
 from trainer.models.adapters import add_lora
 from trainer.models.load import load_model
-from trainer.models.quantized import is_quantization_state, quantized_layers
+from trainer.models.quantized import quantized_layers
 from trainer.preview.neutral import as_received
 from trainer.publish.identity import base_tensors, canonical_tensors
 
