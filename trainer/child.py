@@ -135,11 +135,18 @@ class Child:
                 logger.warning("process %d was killed and is still there", self.pid)
 
 
+def quiet_libraries() -> None:
+    """Keep packages that transformers imports from telling of kernels for other machines."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def own_lines() -> tuple[IO[bytes], IO[bytes]]:
     """In a child: where its lines come from and go to.
 
     What libraries print, or read, no longer meets the lines: their stdout is stderr from here on.
     """
+    quiet_libraries()
     lines_in, lines_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -16,6 +16,7 @@ import sys
 import warnings
 
 from trainer import __version__
+from trainer.child import quiet_libraries
 from trainer.errors import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -57,9 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.warnoptions:  # of libraries, about each other
         warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    # Imported by transformers wherever they are installed, they tell of kernels for other machines.
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         code = _run_told(words)
         sys.stdout.flush()  # at exit, a reader that went away would be a traceback

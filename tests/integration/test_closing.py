@@ -86,6 +86,7 @@ def act(engine: TrainerEngine, name: str, config: Any) -> Any:
         if name == "inspect":
             return engine.inspect_data(config).card.as_json()
         found = engine.dry_run(config).as_json()
+        assert found["fit"].pop("memory") > 0  # what is free at that moment
     except TrainerError as error:
         return str(error).replace(folder, "FOLDER")
     return (

@@ -58,7 +58,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW turns rounding into steps of full size where gradients are close to 0."""
 
-    def build(model: Any, hyper: Any) -> torch.optim.Optimizer:
+    def build(model: Any, hyper: Any, **_: Any) -> torch.optim.Optimizer:
         moved = [one for one in model.parameters() if one.requires_grad]
         return torch.optim.SGD(moved, lr=hyper.learning_rate)
 

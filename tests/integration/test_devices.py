@@ -22,7 +22,7 @@ from trainer.core.hf_trainer import ACCELERATE_DEVICE, build_training_arguments
 from trainer.core.optim import build_optimizer
 from trainer.core.preparation import load_for_training
 from trainer.errors import ConfigError
-from trainer.models import devices, load
+from trainer.models import devices, load, train_on
 from trainer.models.devices import cuda_problem, own_device
 from trainer.models.load import load_model
 from trainer.models.precision import resolve_device, resolve_precision
@@ -130,7 +130,7 @@ def test_the_gpu_of_the_run_is_the_current_one_before_anything_is_made_on_it(
     def refuse(*_: Any, **__: Any) -> None:
         raise LoadError
 
-    monkeypatch.setattr(preparation, "load_model", refuse)
+    monkeypatch.setattr(train_on, "load_model", refuse)
     engine = TrainerEngine()
     engine.prepare_dataset(job(environment={"device": "cpu"}))
     stages = engine._open

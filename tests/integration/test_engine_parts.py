@@ -57,7 +57,10 @@ def test_a_dry_run_after_a_part_gives_what_a_fresh_engine_gives(
     engine = TrainerEngine()
     getattr(engine, part)(config("out"))
     found = engine.dry_run(config("out")).as_json()
-    assert found == TrainerEngine().dry_run(config("fresh")).as_json()
+    fresh = TrainerEngine().dry_run(config("fresh")).as_json()
+    for one in (found, fresh):
+        assert one["fit"].pop("memory") > 0  # what is free at that moment
+    assert found == fresh
     files = [
         sorted(path.name for path in Path(config(name).output.output_dir).iterdir())
         for name in ("out", "fresh")

@@ -108,7 +108,7 @@ def publish(
     sent = folder / "model"
     model.config.save_pretrained(sent)
     tokenizer.save_pretrained(sent)
-    held = HeldModel(str(sent), "cpu", wait_for_weights=True)
+    held = HeldModel(str(sent), "cpu", wait_for_weights=True, dtype="fp32")
     hashes = ServerHashes(
         config_hash=config_hash(model.config),
         tokenizer_hash=tokenizer_hash(tokenizer),

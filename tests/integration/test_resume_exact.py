@@ -102,7 +102,9 @@ def rows_of_run(
         seen: dict[int, list[list[int]]] = {}
 
         def noted(self: Any, model: Any, inputs: dict[str, torch.Tensor], *a: Any, **k: Any) -> Any:
-            lengths = inputs["attention_mask"].sum(1).tolist()
+            # A row ends with a trained token, and padding has none.
+            trained = (inputs["labels"] != -100).long()
+            lengths = (trained * torch.arange(1, trained.shape[1] + 1)).amax(1).tolist()
             rows = [row[:n] for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
             seen.setdefault(self.state.global_step + 1, []).extend(rows)
             return compute(self, model, inputs, *a, **k)

@@ -314,7 +314,7 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
         offline=config.environment.offline,
         device=prepared.device,
     )
-    model, base = load(quantize=is_quantized)
+    model, base = load(quantize=is_quantized, is_described=config.hyperparams.trains_adapters)
     added = tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))
     if added:
         grow_embeddings(model, added)

@@ -31,7 +31,7 @@ from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
-from trainer.errors import ConfigError, NonFiniteError, StoppedError
+from trainer.errors import ConfigError, NonFiniteError, OutputError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
 from trainer.models.adapter_files import write_model
 from trainer.models.load import embedding_rows, harmless_pad_id
@@ -187,6 +187,8 @@ def assemble_trainer(
                 notice=job.observers.notice,
             )
     with_mask = not isinstance(choice.collate, PadCollator) or needs_mask(trainer)
+    if config.lora.neftune_alpha:
+        with_mask = True  # its noise is by the length of each row
     trainer.data_collator = TrainingCollator(choice.collate, with_mask=with_mask)
     if trainer.tiling is None and not trainer.use_own_forward:
         job.observers.notice(
@@ -217,7 +219,10 @@ def _tell_attention(job: Job, choice: BatchChoice) -> None:
         job.observers.notice(text, "warning")
     job.observers.notice(f"attention: {choice.attention}")
     if job.folder is not None and job.is_recorded:
-        job.folder.update_json(job.folder.run_json, {"attention": choice.attention})
+        try:
+            job.folder.update_json(job.folder.run_json, {"attention": choice.attention})
+        except (OSError, OutputError) as error:  # a full disk stops a run where it loses something
+            job.observers.notice(f"run.json could not be written ({error})", "warning")
 
 
 def _checkpoint_saver(

@@ -162,13 +162,17 @@ def load_base(
     seed: int,
     offline: bool,
     device: torch.device,
-    quantize: bool,
+    quantize: bool = False,
+    is_described: bool = True,
 ) -> tuple[Any, dict[str, Any]]:
     """The model of a run, without adapters, and what `base.json` will say of it.
 
     An adapter's base is compared with what is recorded beside the adapter, and gets the rows of
     the tokens that the adapter was trained with.
 
+    Args:
+        quantize: as of `load_model`, which takes the rest too.
+        is_described: False where all weights are trained, and no base is to be known again.
     Raises:
         ModelError: it cannot be loaded, or is not the adapter's base.
     """
@@ -177,7 +181,7 @@ def load_base(
     model = load_model(
         where, dtype=dtype, seed=seed, offline=offline, device=device, quantize=quantize
     )
-    record = describe_base(model, is_quantized_copy=is_copy)
+    record = describe_base(model, is_quantized_copy=is_copy) if is_described else {}
     if folder is not None:
         check_base(folder, model, advice=ADVICE)
         rows = token_rows(folder)

@@ -440,8 +440,8 @@ def _check_adapter(manifest: WeightsManifest, expected: WeightsManifest) -> None
 
 
 def _fp32_bytes(entry: TensorEntry) -> int:
-    """Bytes of a tensor, its quantized weights in fp32: a U8 holds two of them, an I8 one."""
-    return num_bytes(entry) * {"U8": 8, "I8": 4}.get(entry.dtype, 1)
+    """Bytes of a tensor in fp32; of quantized weights a U8 holds two, an I8 one."""
+    return num_bytes(entry) * {"U8": 8, "I8": 4, "BF16": 2, "F16": 2}.get(entry.dtype, 1)
 
 
 def _is_of_adapter(entry: TensorEntry, adapter: AdapterConfig) -> bool:
