@@ -94,14 +94,8 @@ def build_published(
         run.prepared.config.monitoring.preview_backend,
         hasattr(run.model, "peft_config"),
     )
-    experts = adapted_parameters(run.model) if is_adapter else []
-    if experts:
-        raise ConfigError(
-            f"monitoring.preview_backend={backend}: adapters of this run are on parameters of "
-            f"experts ({experts[0]}), which a preview server does not take; set "
-            "preview_backend=local, or name linear layers only: "
-            "lora.target_modules=q_proj,k_proj,v_proj,o_proj."
-        )
+    if is_adapter:
+        _check_publishable(run.model, backend)
     transport = "dir" if backend == "sidecar" else "http"
     tensors = adapter_tensors(run.model) if is_adapter else canonical_tensors(run.model)
     snapshots = Snapshotter(tensors, run.prepared.precision.compute_dtype, run.prepared.device)
@@ -143,6 +137,22 @@ def build_published(
                 f"({error.strerror}); free some room, or use monitoring.preview_backend=local."
             ) from error
         raise
+
+
+def _check_publishable(model: Any, backend: str) -> None:
+    """Refuse adapters that a preview server does not take.
+
+    Raises:
+        ConfigError: they are on the stacked weights of experts.
+    """
+    experts = adapted_parameters(model)
+    if experts:
+        raise ConfigError(
+            f"monitoring.preview_backend={backend}: adapters of this run are on parameters of "
+            f"experts ({experts[0]}), which a preview server does not take; set "
+            "preview_backend=local, or name linear layers only: "
+            "lora.target_modules=q_proj,k_proj,v_proj,o_proj."
+        )
 
 
 def _worker_and_setup(

@@ -135,9 +135,7 @@ def assemble_trainer(
         ConfigError: sharded weights, or a model that cannot be trained as asked.
     """
     assert job.monitor is not None, "assemble_callbacks comes first"
-    config, data = prepared.config, prepared.data
-    packs = data.train if isinstance(data.train, PackedDataset) else None
-    pad_id = _pad_id(prepared, model)
+    config = prepared.config
     optimizer = build_optimizer(model, config.hyperparams, seed=config.environment.seed)
     memory = MemoryProbe()
     blocks = _compiled_blocks(job, prepared, model)
@@ -146,12 +144,14 @@ def assemble_trainer(
     trainer = SupervisedTrainer(
         model=model,
         args=arguments,
-        train_dataset=data.train,
-        data_collator=PadCollator(pad_id),  # until it is known which batches are right
+        train_dataset=prepared.data.train,
+        data_collator=PadCollator(
+            _pad_id(prepared, model)
+        ),  # until it is known which batches are right
         optimizers=(optimizer, schedule),
         # Both before the previews of step 0.
         callbacks=[memory, *([] if blocks is None else [blocks]), *callbacks],
-        order=epoch_order(config, data),
+        order=epoch_order(config, prepared.data),
         save_checkpoint=_checkpoint_saver(job, prepared),
         run_state=lambda: _run_state(job),
         note_step=job.monitor.report.note,
@@ -170,8 +170,28 @@ def assemble_trainer(
     job.trainer = memory.trainer = trainer
     if blocks is not None:
         blocks.trainer = trainer
+    _prove_batches_and_loss(job, prepared, trainer, buckets=buckets)
+    forget_peak_memory(trainer.args.device)
+    return trainer
+
+
+def _prove_batches_and_loss(
+    job: Job, prepared: Prepared, trainer: SupervisedTrainer, *, buckets: Sequence[int]
+) -> None:
+    """Choose attention, batches and loss, each as it is proved on the loaded model.
+
+    Raises:
+        ModelError: the attention that was asked for does not run.
+        ConfigError: documents of a pack see each other, or another proof fails that has no way out.
+    """
+    config, data = prepared.config, prepared.data
+    packs = data.train if isinstance(data.train, PackedDataset) else None
     choice = choose_batches(
-        trainer, prepared.attention, is_packed=packs is not None, pad_id=pad_id, buckets=buckets
+        trainer,
+        prepared.attention,
+        is_packed=packs is not None,
+        pad_id=_pad_id(prepared, trainer.model),
+        buckets=buckets,
     )
     _tell_attention(job, choice)
     rows, dtype = packs.rows if packs else data.train, prepared.precision.compute_dtype
@@ -195,8 +215,6 @@ def assemble_trainer(
             "how this model changes its logits after the output head is unknown, so the "
             "logits of a whole batch are held at once; a smaller batch_size takes less memory"
         )
-    forget_peak_memory(trainer.args.device)
-    return trainer
 
 
 def _compiled_blocks(job: Job, prepared: Prepared, model: Any) -> CompiledBlocks | None:
