@@ -272,7 +272,10 @@ def test_adapters_on_experts_are_previewed_here_and_refused_elsewhere(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bf16", *(pytest.param(one, marks=pytest.mark.long) for one in ("auto", "fp32"))],
+)
 def test_a_server_of_any_dtype_proves_the_weights_of_a_bf16_run(
     dtype: str,
     train: Callable[..., Any],

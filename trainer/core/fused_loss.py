@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.core.loss import RELATIVE_TOLERANCE, FusedSum, PostHead, Tiling, summed_loss
+from trainer.core.loss import (
+    RELATIVE_TOLERANCE,
+    FusedSum,
+    PostHead,
+    Tiling,
+    head_of,
+    summed_loss,
+)
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 
@@ -55,7 +62,7 @@ def with_kernel(
         ConfigError: `liger` was asked for and gives another loss or gradient.
     """
     is_there = importlib.util.find_spec(PACKAGE) is not None
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if asked == "tiles" or not is_there or head.weight.device.type != "cuda":
         return tiling
     wrong = why_not(liger_sum, head, tiling.post, dtype)
