@@ -28,9 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/trainer demo
 
-# Tests compute in one thread each, so that two files at a time use two cores. In the order of their
-# names, the files of many short tests come last, and both cores end at about the same time.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Tests compute in one thread each, so that two files at a time use two cores.
+TWO := -n 2 --dist loadfile
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TWO) -m "not long"

@@ -48,7 +48,7 @@ def test_the_page_has_the_place_of_the_table(
     assert "Ten minutes in all" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_writes_what_each_stage_found(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     words = ["--rehearse", "--only", "generation", "--work", str(tmp_path), "--out", str(out)]

@@ -55,6 +55,7 @@ def test_an_old_run_is_not_resumed_and_one_line_says_what_changed(
     assert files_of(old) == before
 
 
+@pytest.mark.long
 def test_what_the_refusal_advises_works(cli: Callable[..., Any], old: Path) -> None:
     base = ["--dataset", "rows.jsonl", "--max-steps", "2", "--fp32", "--quiet", "--batch-size", "4"]
     for weights in ("run/checkpoints/step-00000008", "run/final_model"):

@@ -39,7 +39,7 @@ def plain(tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any]) -> Pat
     return tmp_path / "plain"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 @pytest.mark.slow
 def test_a_sidecar_gets_the_quantized_base_and_says_what_local_previews_say(
     precision: str,
@@ -88,7 +88,7 @@ def test_a_server_that_quantizes_its_own_copy_is_sent_adapters_only(
     assert "--quantize nf4" in str(result.error_message)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_with_other_bits_is_sent_the_base_once(
     train: Callable[..., Any],
     plain: Path,

@@ -104,7 +104,7 @@ def test_all_weights_of_a_quantized_base_are_not_trained(
     assert not result.output_dir.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_of_the_quantized_folder_is_sent_adapters_only(
     quantized: Callable[..., Path], job: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -145,10 +145,25 @@ def estimate_memory(model_config: Any, setup: MemorySetup) -> MemoryEstimate:
         model_config: the transformers config of the model; it is not changed.
         setup: how it is trained.
     """
+    return _estimate_of(
+        _ByContent(model_config.to_json_string(use_diff=False), model_config), setup
+    )
+
+
+@dataclass(frozen=True)
+class _ByContent:
+    """A model config that is compared by what it says: a dry run asks for some setups twice."""
+
+    text: str
+    config: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _estimate_of(content: _ByContent, setup: MemorySetup) -> MemoryEstimate:
     with warnings.catch_warnings():  # libraries' own, which the run itself shows
         warnings.simplefilter("ignore")
-        model = _meta_model(model_config, setup)
-        return _estimate(model, model_config, setup)
+        model = _meta_model(content.config, setup)
+        return _estimate(model, content.config, setup)
 
 
 def _estimate(model: Any, model_config: Any, setup: MemorySetup) -> MemoryEstimate:

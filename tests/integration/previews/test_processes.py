@@ -148,6 +148,7 @@ def test_a_killed_trainer_takes_sidecar_publisher_and_shared_memory_with_it(
     wait_until(lambda: not key_file.parent.exists(), 10)
 
 
+@pytest.mark.long
 def test_ctrl_c_while_draining_ends_the_wait_and_keeps_the_checkpoint(
     start_training: Callable[..., Any], server: Server, tmp_path: Path
 ) -> None:
@@ -314,6 +315,7 @@ def test_a_server_without_a_model_is_told_which_one_the_run_trains(
     assert result.summary["previews"]["verified"] == 8
 
 
+@pytest.mark.long
 def test_a_server_without_a_model_that_restarts_is_told_again(
     train: Callable[..., Any], before_ask: Any
 ) -> None:
