@@ -41,7 +41,13 @@ def change_numbers(folder: Path, number: int | None) -> None:
         path.write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "run/checkpoints/step-00000004"]])
+@pytest.mark.parametrize(
+    "resume",
+    [
+        ["--resume"],
+        pytest.param(["--resume", "run/checkpoints/step-00000004"], marks=pytest.mark.long),
+    ],
+)
 def test_an_old_run_is_not_resumed_and_one_line_says_what_changed(
     cli: Callable[..., Any], old: Path, resume: list[str]
 ) -> None:

@@ -76,7 +76,7 @@ def test_runs_without_failures_or_without_previews_say_nothing(train: Callable[.
     assert preview_failure_words(train("b", monitoring={"inference_interval": 0}).summary) is None
 
 
-@pytest.mark.parametrize("display", ["plain", "json"])
+@pytest.mark.parametrize("display", ["plain", pytest.param("json", marks=pytest.mark.long)])
 def test_the_last_line_of_the_terminal_says_it_and_no_artefact_has_the_password(
     cli: Callable[..., Any], qa_file: Path, tmp_path: Path, display: str
 ) -> None:
