@@ -73,7 +73,7 @@ def build_training_arguments(
         options["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             options["ddp_backend"] = "gloo"
-    arguments = _on(
+    return _on(
         device,
         ddp_timeout=COLLECTIVE_TIMEOUT_S,
         output_dir=str(run_dir),
@@ -107,7 +107,6 @@ def build_training_arguments(
         log_level="error",
         **options,
     )
-    return arguments
 
 
 def _on(device: torch.device, **options: Any) -> TrainingArguments:

@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +21,7 @@ from trainer.core.fake_step import StepBytes, StepShape, count_step, gradients_o
 from trainer.core.loss import TILE_LOGITS
 from trainer.models.adapters import add_lora
 from trainer.models.quantized import quantization_of
+from trainer.publish.snapshot import memory_left
 
 LOGIT_BYTES = 12
 """Peak bytes of one logit in a step, with softmax and gradient (benchmarks/bench_loss.py)."""
@@ -381,29 +381,13 @@ def _heads(text: Any) -> tuple[int, int, int, int]:
 # ---- what there is
 
 
-CGROUP = Path("/sys/fs/cgroup")
-
-
 def device_memory(device: torch.device) -> int:
     """Bytes that a run can fill on a device: all of a GPU's, what is free of the host's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    return min([psutil.virtual_memory().available, *_cgroup_room()])
-
-
-def _cgroup_room() -> Iterator[int]:
-    """What the container may still take, where it has a limit (cgroup 2, then 1)."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (int((CGROUP / name).read_text()) for name in (limit, used))
-        except (OSError, ValueError):  # not there, or `max`
-            continue
-        yield max(most - now, 0)
+    return int(min(psutil.virtual_memory().available, memory_left()))
 
 
 def fits(num_bytes: int, memory: int, *, device_type: str = "cuda") -> bool:

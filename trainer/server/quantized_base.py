@@ -18,14 +18,10 @@ from safetensors.torch import load_file
 from trainer.models.quantized import keep_layout, quantized_layers
 from trainer.publish.identity import DTYPES, canonical_tensors
 from trainer.publish.wire import TensorEntry
+from trainer.server.weight_store import MAX_TEXT, QUANTIZATION_TEXT
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one of their own."""
-
-MAX_BLOB = 1024
-"""Bytes of the text that says how a tensor is quantized; it has 169 for a small matrix."""
-
-BLOB = ".weight.quant_state.bitsandbytes__"
 
 UNKNOWN = "0" * 64
 
@@ -115,12 +111,12 @@ def load_quantized(path: str, config: Any, device: torch.device) -> Any:
     if odd:
         raise BadQuantizationError(f"the file's tensors differ from the model's: {odd[0][:200]!r}")
     for name, one in outline.items():
-        if BLOB not in name and not _is_alike(tensors[name], one):
+        if QUANTIZATION_TEXT not in name and not _is_alike(tensors[name], one):
             raise BadQuantizationError(f"{name} differs in shape or dtype from the model's")
     for name, layer in quantized_layers(frame):
         if hasattr(layer, "quant_state"):
             kind = layer.weight.quant_type
-            _check_blob(tensors[f"{name}{BLOB}{kind}"], layer, kind)
+            _check_blob(tensors[f"{name}.weight{QUANTIZATION_TEXT}{kind}"], layer, kind)
     config = copy.deepcopy(config)
     config.quantization_config = _record(config)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -146,7 +142,7 @@ def _check_blob(blob: torch.Tensor, layer: Any, kind: str) -> None:
     if layer.weight.compress_statistics:
         wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
     try:
-        if blob.dtype != torch.uint8 or blob.ndim != 1 or blob.numel() > MAX_BLOB:
+        if blob.dtype != torch.uint8 or blob.ndim != 1 or blob.numel() > MAX_TEXT:
             raise ValueError("not a short text")
         said = json.loads(bytes(blob.tolist()))
         dtype, offset = said.pop("dtype"), said.pop("nested_offset", 0.0)

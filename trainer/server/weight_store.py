@@ -394,6 +394,7 @@ QUANTIZATION_TEXT = ".quant_state.bitsandbytes__"
 """Tensors so named hold a short text, of another length in every set; the engine reads it."""
 
 MAX_TEXT = 1024
+"""Bytes of such a text; it has 169 for a small matrix."""
 
 
 def _fits(entry: TensorEntry, mine: TensorEntry | None) -> bool:

@@ -32,6 +32,7 @@ from trainer.core.loss import PostHead, Tiling, supervised_loss
 from trainer.core.memory import MemorySetup, device_memory, estimate_memory, fits
 from trainer.core.optim import build_optimizer
 from trainer.models.adapters import add_lora
+from trainer.publish import snapshot
 
 VOCABULARY, BATCH_SIZE, LENGTH = 512, 2, 64
 SHAPE: dict[str, Any] = {
@@ -376,7 +377,8 @@ def test_the_whole_table_of_the_page_has_the_figures_of_this_version() -> None:
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(snapshot, "CGROUPS", tmp_path)
+    (tmp_path / "memory.stat").write_text("inactive_file 0\n")
     free = device_memory(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
