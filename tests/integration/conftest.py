@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,7 +70,10 @@ def train(job: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """A function that runs `trainer WORDS` as a user would, in an empty folder."""
+    """A function that runs `trainer WORDS` as a user would, in an empty folder.
+
+    With a command or variables of a test's own, the process is a fresh one.
+    """
     here = tmp_path / "cwd"
     here.mkdir()
 
@@ -76,6 +81,14 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         environment = {
             key: value for key, value in os.environ.items() if not key.startswith("TRAINER_")
         }
+        if not options.keys() - {"cwd", "input"}:
+            return forked.run(
+                [*map(str, words)],
+                cwd=options.get("cwd", here),
+                environment={**environment, "PYTHONPATH": str(ROOT)},
+                stdin=options.get("input", ""),
+                timeout=300,
+            )
         command = options.pop("command", [sys.executable, "-m", "trainer"])
         return subprocess.run(
             [*command, *map(str, words)],
