@@ -375,6 +375,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         """As HF's, but a model that was sharded before its proofs is not prepared again."""
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume)
+        self.create_scheduler(num_training_steps=max_steps)
         if resume is not None:
             self._load_from_checkpoint(resume, self.model)
             self._load_optimizer_and_scheduler(resume)
