@@ -194,11 +194,10 @@ def loaded_behind_a_look(*, gives_back: bool) -> float:
     try:
         if not gives_back:
             neutral.resharded = lambda model: contextlib.nullcontext()
+        shards = [parameter.detach().to_local() for parameter in trainer.model.parameters()]
         evaluator(trainer.model)
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                local.zero_()
+        for local in shards:
+            local.zero_()
         return evaluator(trainer.model).loss
     finally:
         neutral.resharded = plain
