@@ -82,7 +82,7 @@ def test_mutant_n4_per_rank_mean_is_killed_on_shards(two: Ranks) -> None:
 
 
 def test_weights_that_are_loaded_behind_an_evaluation_are_used(two: Ranks) -> None:
-    """All weights are zero then, so that every token is as likely as any other."""
+    """The head is zero then, so that every token is as likely as any other."""
     uniform = torch.tensor(float(shards.llama().config.vocab_size)).log()
     for rank in two:
         assert rank["zeroed"][0] == pytest.approx(float(uniform), rel=1e-6)
