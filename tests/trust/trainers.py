@@ -48,6 +48,7 @@ def make_trainer(
     capacity: int | None = None,
     optimizer: Callable[[Any], torch.optim.Optimizer] = sgd,
     folder: Path | None = None,
+    distributed: dict[str, Any] | None = None,
     **hyper: Any,
 ) -> SupervisedTrainer:
     """A trainer over `rows`, shuffled, not clipped, at a constant rate; packed up to `capacity`."""
@@ -69,6 +70,7 @@ def make_trainer(
             **hyper,
         },
         monitoring={"report_to": ()},
+        distributed=distributed or {},
     )
     used = packed or data
     is_joined = packed is not None or takes_borders(model)

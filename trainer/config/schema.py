@@ -18,7 +18,12 @@ from pydantic import (
 )
 
 from trainer.config.section import CombinationError, Interval, PositiveInt, Section, Share
-from trainer.config.training_sections import Hyperparams, LoraSection, ModelSection
+from trainer.config.training_sections import (
+    DistributedSection,
+    Hyperparams,
+    LoraSection,
+    ModelSection,
+)
 from trainer.net import is_cut, without_secrets
 
 
@@ -269,6 +274,7 @@ class TrainerConfig(Section):
     environment: EnvironmentSection = EnvironmentSection()
     locked: LockedSection = LockedSection()
     lora: LoraSection = LoraSection()
+    distributed: DistributedSection = DistributedSection()
 
     @model_validator(mode="after")
     def _check_noise(self) -> TrainerConfig:

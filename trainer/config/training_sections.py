@@ -1,4 +1,4 @@
-"""Sections `hyperparams`, `model` and `lora`: what is trained, and how.
+"""Sections `hyperparams`, `model`, `lora` and `distributed`: what is trained, and how.
 
 No torch, no file access; see `trainer/config/schema.py` for the rules.
 """
@@ -235,3 +235,17 @@ class LoraSection(Section):
     ensure_weight_tying: bool = False
     """A head that is tied to the embedding stays so where one of them is in `modules_to_save`; else
     they are two from then on. An error where there is no such tie."""
+
+
+class DistributedSection(Section):
+    """How several processes, each with a device, train one model (torchrun, accelerate launch)."""
+
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """`ddp`: a whole copy of the model in each process. `fsdp2`: weights, gradients and optimizer
+    state are shared out. `auto`: ddp where the memory card says that a whole copy fits a device,
+    else fsdp2."""
+    reshard_after_forward: bool = True
+    """fsdp2: give a layer's gathered weights back after its forward pass, and gather them again
+    for the backward pass. False takes more memory and less traffic."""
+    cpu_offload: bool = False
+    """fsdp2: shards stay in host memory and are copied to the device for each use; slow."""

@@ -42,6 +42,7 @@ from trainer.core.run import (
     process_settings,
     stop_on_signals,
 )
+from trainer.core.strategy import with_strategy
 from trainer.core.training import (
     assemble_callbacks,
     assemble_trainer,
@@ -220,7 +221,7 @@ class TrainerEngine:
             job.observers.notice(f"changed since the checkpoint: {change}", "warning")
         lines = tuple(card_lines(data.card))
         job.observers.emit(CardShown(title="data", lines=lines, sample=data.card.sample))
-        return Prepared(
+        prepared = Prepared(
             config=config,
             device=numerics.device,
             precision=numerics.precision,
@@ -233,6 +234,7 @@ class TrainerEngine:
             num_steps=total,
             changes=changes,
         )
+        return with_strategy(prepared, job.observers.notice)
 
     def _prepare_dataset(
         self, config: TrainerConfig, profile: DataProfile, tokenizer: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,19 @@ class Evaluator:
         batch_size: int,
         autocast_dtype: torch.dtype | None,
         dtype: torch.dtype = torch.float32,
+        is_shared: bool = False,
     ) -> None:
-        """Choose the first `max_rows` rows, and batch rows of like length together."""
+        """Choose the first `max_rows` rows, and batch rows of like length together.
+
+        Args:
+            is_shared: all processes call it at the same time, and each takes its share of the
+                batches; the result is the same on all.
+        """
         chosen = sorted(range(min(len(dataset), max_rows)), key=lambda i: dataset.lengths[i])
         self.dataset, self.collate = dataset, collate
         self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
         self.autocast_dtype, self._dtype = autocast_dtype, dtype
+        self._is_shared = is_shared
         self._tiling: Tiling | None = None
         self._is_proved = False
 
@@ -60,14 +67,33 @@ class Evaluator:
             if not self._is_proved:
                 self._tiling = tiling_of(model, self.dataset, self._dtype)
                 self._is_proved = True
-            for indices in self.batches:
+            for indices, is_mine in self._share_of_batches():
                 batch = self.collate([self.dataset[i] for i in indices])
-                tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-                rows += len(indices)
-                share = share + loss_share(batch)
-                batch = on_device(batch, device)
-                total = total + self._sum(model, batch)
-        return Evaluation(float(total) / (float(share) or 1.0), rows, tokens)
+                found = self._sum(model, on_device(batch, device))
+                if is_mine:
+                    tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+                    rows += len(indices)
+                    share = share + loss_share(batch)
+                    total = total + found
+        sums = torch.tensor([float(total), float(share), tokens, rows], dtype=torch.float64)
+        if self._is_shared:
+            sums = sums.to(device)
+            torch.distributed.all_reduce(sums)
+        summed, weight, num_tokens, num_rows = sums.tolist()
+        return Evaluation(summed / (weight or 1.0), int(num_rows), int(num_tokens))
+
+    def _share_of_batches(self) -> Iterator[tuple[list[int], bool]]:
+        """Rows of each forward pass of this process, and whether its loss counts.
+
+        Every process makes as many passes: a sharded layer is gathered by all of them at once.
+        """
+        if not self._is_shared:
+            yield from ((batch, True) for batch in self.batches)
+            return
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        for start in range(0, len(self.batches), world):
+            is_mine = start + rank < len(self.batches)
+            yield self.batches[start + rank if is_mine else start], is_mine
 
     def _sum(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return supervised_loss(model, model, batch, 1, tiling=self._tiling).double().cpu()
@@ -89,4 +115,5 @@ def build_evaluator(prepared: Prepared, collate: Collate) -> Evaluator | None:
         batch_size=prepared.config.hyperparams.batch_size,
         autocast_dtype=prepared.precision.autocast_dtype,
         dtype=prepared.precision.compute_dtype,
+        is_shared=prepared.is_sharded,
     )

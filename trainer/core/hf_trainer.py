@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
@@ -31,6 +32,7 @@ from trainer.core.loss import (
     supervised_loss,
 )
 from trainer.core.neftune import noisy_embeddings
+from trainer.core.sharding import allow_sharding, sharding_options
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import MemoryFullError, NonFiniteError
@@ -73,7 +75,8 @@ def build_training_arguments(
         options["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             options["ddp_backend"] = "gloo"
-    return _on(
+    options |= sharding_options(config)
+    arguments = _on(
         device,
         ddp_timeout=COLLECTIVE_TIMEOUT_S,
         output_dir=str(run_dir),
@@ -107,6 +110,8 @@ def build_training_arguments(
         log_level="error",
         **options,
     )
+    allow_sharding(arguments)
+    return arguments
 
 
 def _on(device: torch.device, **options: Any) -> TrainingArguments:
@@ -186,7 +191,10 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             use_own_forward: compute the loss by the model's own forward instead of ours.
             neftune_alpha: of the noise on embeddings, which nothing but training gets.
         """
+        optimizers = kwargs.pop("optimizers", (None, None))
         super().__init__(*args, **kwargs)
+        # Not handed on: HF refuses them in a sharded run, where ours are sharded by `shard`.
+        self.optimizer, self.lr_scheduler = optimizers
         # HF counts num_items_in_batch over labels[:, 1:] only when both of these are set.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -313,6 +321,8 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last stop before `optimizer.step()`: take the step's numbers, refuse bad ones."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         assert self._sums is not None, "a step without a forward pass"
         sums = self._sums
         self._sums = None
@@ -360,6 +370,20 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         """Take weights and position of a checkpoint, and train nothing."""
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume: Any) -> Any:
+        """As HF's, but a model that was sharded before its proofs is not prepared again."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume)
+        self.create_scheduler(num_training_steps=max_steps)
+        if resume is not None:
+            self._load_from_checkpoint(resume, self.model)
+            self._load_optimizer_and_scheduler(resume)
+            self._load_scaler(resume)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         return self.order

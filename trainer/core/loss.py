@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from trainer.data.batches import LOSS_WEIGHTS
@@ -217,7 +219,7 @@ def _tiled_sum(
         target: (N,) token ids that follow the positions.
         weights: (N,), or None.
     Returns:
-        None where the head was not called as expected.
+        None where the head was not called as expected, or its weights are in shards again.
     """
     head = head_of(unwrapped)
     hidden: list[torch.Tensor] = []
@@ -237,20 +239,48 @@ def _tiled_sum(
         output = model(**inputs, use_cache=False)
     finally:
         hook.remove()
-    if len(hidden) != 1:
+    if len(hidden) != 1 or any(isinstance(one, DTensor) for one in head.parameters()):
         return None
 
     def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
-        return summed_loss(tiling.post(head(states[None])[0]), wanted, by)
+        # Past the hooks of the module: those of FSDP would give its weights back, and reduce their
+        # gradients, behind each tile. The forward above has gathered them.
+        return summed_loss(tiling.post(head.forward(states[None])[0]), wanted, by)
 
     length = tiling.length
     weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
     parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
     with autocast:
         if tiling.fused is not None:
-            return tiling.fused(hidden[0], head, target, weights, tiling.post), output
-        sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum(), output
+            total = tiling.fused(hidden[0], head, target, weights, tiling.post)
+        else:
+            sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
+            total = torch.stack(sums).sum()
+    return _through(total, output.logits) if isinstance(unwrapped, FSDPModule) else total, output
+
+
+class _Through(torch.autograd.Function):
+    """The first argument; the second gets a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        [logits] = ctx.saved_tensors
+        return gradient, torch.zeros_like(logits)
+
+
+def _through(total: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A loss that is made beside the model's output, with the output in its graph.
+
+    The backward hooks of FSDP are at the output. Where they did not run, this process would gather
+    and reduce in another order than one whose batch was too small for tiles, and both would wait.
+    """
+    found: torch.Tensor = _Through.apply(total, logits)  # type: ignore[no-untyped-call]
+    return found
 
 
 def summed_loss(

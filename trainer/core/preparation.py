@@ -312,7 +312,8 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
         dtype=prepared.precision.load_dtype,
         seed=seed,
         offline=config.environment.offline,
-        device=prepared.device,
+        # Shards go to their devices one by one: whole weights need not fit there.
+        device=torch.device("cpu") if prepared.is_sharded else prepared.device,
     )
     model, base = load(quantize=is_quantized, is_described=config.hyperparams.trains_adapters)
     added = tokenizer.convert_tokens_to_ids(list(config.model.add_tokens))

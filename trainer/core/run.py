@@ -285,11 +285,18 @@ class Prepared:
     """Optimizer steps of the whole run."""
     changes: tuple[str, ...] = ()
     """What differs from the checkpoint that is resumed, in words."""
+    strategy: str = "one process"
+    """How the processes share the model, and why, in words."""
 
     @property
     def start_step(self) -> int:
         """Optimizer steps that were done before this process."""
         return self.resume.step if self.resume is not None else 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return self.config.distributed.strategy == "fsdp2"
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_b
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
+from trainer.core.sharding import shard, whole_copy
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
-from trainer.errors import ConfigError, NonFiniteError, OutputError, StoppedError
+from trainer.errors import NonFiniteError, OutputError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
 from trainer.models.adapter_files import write_model
 from trainer.models.load import embedding_rows, harmless_pad_id
@@ -78,6 +79,7 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
             build_evaluator(prepared, _held_out(job, _pad_id(prepared, loaded.model))),
             observers,
             interval=config.monitoring.micro_eval_interval,
+            is_shared=prepared.is_sharded,
             stopping=_early_stopping(prepared),
         ),
         previews=Previews(scheduler, observers, max_tokens=config.monitoring.preview_max_tokens)
@@ -158,11 +160,8 @@ def assemble_trainer(
         tokenizer=prepared.tokenizer,
         neftune_alpha=config.lora.neftune_alpha,
     )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError(
-            "this run was started under FSDP or DeepSpeed, whose sharded weights this version "
-            "cannot save; start it with plain torchrun (DDP)."
-        )
+    if trainer.is_fsdp_enabled:
+        shard(trainer, prepared.precision)
     if job.scheduler is not None and isinstance(job.scheduler.lane, PublishedPreviews):
         job.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
@@ -403,6 +402,9 @@ def finish_training(
         raise StoppedError(words, exit_code=job.stop.exit_code)
     if not job.stop.is_set:
         check_weights_moved(job.step - prepared.start_step, trainer.num_overflows)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if prepared.is_sharded:
+        model = whole_copy(model, prepared.precision.compute_dtype)
     if job.folder is None:
         return job.ended(None, None)
     if prepared.config.monitoring.final_eval_prompts:
@@ -413,11 +415,14 @@ def finish_training(
             )
         observers.phase("training", f"answering {len(data.final_prompts)} held-out prompts")
     evaluation = final_evaluation(
-        prepared, loaded.model, job.step, job.folder.final_evaluation_jsonl
+        prepared,
+        model if prepared.is_sharded else loaded.model,
+        job.step,
+        job.folder.final_evaluation_jsonl,
     )
     observers.phase("saving", "saving the final model")
     path = save_final_model(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         prepared.tokenizer,
         job.folder.final_model_dir,
         dtype=prepared.precision.compute_dtype,

@@ -163,13 +163,16 @@ class MicroEvaluation:
         *,
         interval: int,
         stopping: EarlyStopping | None = None,
+        is_shared: bool = False,
     ) -> None:
         """Measure nothing yet.
 
         Args:
             evaluate: unwrapped model -> what it found; None: nothing is held out.
             interval: steps between evaluations; 0 = none.
+            is_shared: all processes measure together, each its share of the rows.
         """
+        self.is_shared = is_shared
         self.stopping = stopping or EarlyStopping()
         self.last_loss: float | None = None
         self.stop_reason: str | None = None
@@ -363,7 +366,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         if not evaluation.is_due(step, is_last=is_last):
             return False, False
         is_over = False
-        if is_main:
+        if is_main or evaluation.is_shared:
             record = self.report.record
             train_loss = record.train_loss if record is not None else None
             is_over = evaluation.measure(extract_model_from_parallel(model), step, train_loss)

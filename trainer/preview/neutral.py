@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 @contextlib.contextmanager
@@ -74,9 +75,24 @@ def uncompiled(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Both of the above, without gradients: for anything done with a model between two steps."""
-    with rng_preserved(), evaluating(model), torch.no_grad():
+    """All of the above, without gradients: for anything done with a model between two steps."""
+    with rng_preserved(), evaluating(model), resharded(model), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def resharded(model: Any) -> Iterator[None]:
+    """Give gathered weights back behind a forward pass that no backward pass follows.
+
+    Some layers of a sharded model keep theirs until then: what is loaded into the shards meanwhile
+    would not be seen by the next forward pass.
+    """
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 # ---- log-probabilities of a golden answer under a model's weights: one forward pass, no sampling

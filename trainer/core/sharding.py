@@ -1,0 +1,123 @@
+"""Weights in shards: set up once, before the first forward pass, and whole weights out of them.
+
+Under FSDP2 each process holds its part of every weight, gradient and optimizer state; a layer is
+gathered while it runs. Sharding is accelerate's. Everything behind it (proofs, evaluation,
+training) runs on shards, on all processes alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from trainer.config.schema import TrainerConfig
+from trainer.models.precision import ResolvedPrecision
+
+
+def sharding_options(config: TrainerConfig) -> dict[str, Any]:
+    """TrainingArguments of a sharded run; none of any other."""
+    section = config.distributed
+    if section.strategy != "fsdp2":
+        return {}
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "reshard_after_forward": section.reshard_after_forward,
+            "cpu_offload": section.cpu_offload,
+            "state_dict_type": "SHARDED_STATE_DICT",
+        },
+    }
+
+
+def allow_sharding(arguments: TrainingArguments) -> None:
+    """Have accelerate shard on a CPU too, where it would fall back to DDP without a word."""
+    state = arguments.distributed_state
+    if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def shard(trainer: Any, precision: ResolvedPrecision) -> None:
+    """Share the weights out, and the parameters of the optimizer with them.
+
+    Args:
+        trainer: a `SupervisedTrainer` whose optimizer holds the model's whole parameters.
+        precision: matrices are gathered in its compute dtype; gradients are reduced in fp32.
+    Raises:
+        RuntimeError: accelerate has not sharded.
+    """
+    accelerator = trainer.accelerator
+    if not accelerator.is_fsdp2:
+        raise RuntimeError("accelerate has fallen back from FSDP2 to another strategy")
+    plugin = accelerator.state.fsdp_plugin
+    half = precision.compute_dtype if precision.autocast_dtype is not None else None
+    # accelerate would reduce gradients in the compute dtype as well.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=half, reduce_dtype=torch.float32
+    )
+    model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model = trainer.model_wrapped = model
+    trainer.optimizer = optimizer
+
+
+def mesh_words(model: Any) -> str:
+    """The device mesh that a sharded model lies on, such as `fsdp 4 (cpu)`."""
+    one = next(p for p in model.parameters() if isinstance(p, DTensor))
+    mesh = one.device_mesh
+    names = mesh.mesh_dim_names or ("fsdp",)
+    sizes = ", ".join(f"{name} {size}" for name, size in zip(names, mesh.shape, strict=True))
+    return f"{sizes} ({mesh.device_type})"
+
+
+# ---- whole weights out of shards
+
+
+def gathered(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Every tensor of the state dict whole, one after the other; all processes walk together.
+
+    Args:
+        dtype: of floating ones while they travel and after; None: their own.
+    Yields:
+        The names that share a tensor, and the tensor, on the device of its shards.
+    """
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    for key, tensor in tensors.items():
+        part = tensor.detach()
+        if dtype is not None and part.is_floating_point():
+            part = part.to(dtype)
+        yield names[key], part.full_tensor() if isinstance(part, DTensor) else part
+
+
+def whole_copy(model: Any, dtype: torch.dtype) -> Any:
+    """The sharded model as a plain one on the CPU; None on all processes but the main one.
+
+    Args:
+        model: sharded, without adapters.
+        dtype: of its floating weights.
+    """
+    state: dict[str, torch.Tensor] = {}
+    is_main = torch.distributed.get_rank() == 0
+    for names, tensor in gathered(model, dtype):
+        if is_main:
+            state |= dict.fromkeys(names, tensor.cpu())
+    if not is_main:
+        return None
+    with torch.device("meta"):
+        shell: Any = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    shell.load_state_dict(state, strict=True, assign=True)
+    shell.tie_weights()
+    shell.generation_config = model.generation_config
+    return shell
