@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 
 SMALL, LARGE = 2**20, 2**40
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+RANK = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+TWO = {"WORLD_SIZE": "2", **RANK}
 """As the main one of two processes finds them; what is refused is refused before the other is
 asked."""
 
@@ -44,6 +45,11 @@ REFUSED: dict[str, tuple[dict[str, str], list[str], str]] = {
     ),
     "dynamo": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], "or set hyperparams.compile"),
     "precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "or set hyperparams.fp_precision"),
+    "a number alone": (
+        {"WORLD_SIZE": "2"},
+        [],
+        "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not",
+    ),
     "mpi": ({"OMPI_COMM_WORLD_SIZE": "2"}, [], "started by MPI"),
     "cpu flag": (
         {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"},

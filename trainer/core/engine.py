@@ -213,7 +213,8 @@ class TrainerEngine:
     def _prepare(self, config: TrainerConfig, job: Job, *, has_folder: bool = True) -> Prepared:
         """The steps before the weights: they fail on the user's mistakes."""
         config, numerics = check_config(config)
-        check_launcher(config)
+        if has_folder:
+            check_launcher(config)
         profile = get_profile(config.profile.name, dict(config.profile.options))
         config, tokenizer, attention = fit_to_model(config, job.observers, numerics)
         if has_folder:

@@ -204,6 +204,8 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (tensor or context parallel)",
 }
 
+WITH_WORLD_SIZE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -257,6 +259,12 @@ def _contradict(variable: str, told: str, value: str) -> None:
 def _check_number() -> None:
     """Refuse processes that do not know of each other: each would train the whole run alone."""
     if "WORLD_SIZE" in os.environ:
+        missing = [name for name in WITH_WORLD_SIZE if name not in os.environ]
+        if num_processes() > 1 and missing:
+            raise ConfigError(
+                f"WORLD_SIZE={num_processes()} is set and {', '.join(missing)} is not, so that this "
+                "process cannot meet the others; start it with torchrun, or unset WORLD_SIZE."
+            )
         return
     mpi = next((name for name in MPI_SIZES if int(os.environ.get(name, "1")) > 1), None)
     if mpi is not None:
