@@ -120,7 +120,7 @@ def test_two_machines_meet_and_only_the_main_process_writes(qa_file: Path, tmp_p
     [main] = [one for one in machines if (one / "run").exists()]
     found = record(main / "run")
     assert (found["strategy"], found["world_size"], found["mesh"]) == ("ddp", 2, None)
-    assert all(len(list((one / "cache").glob("*.npz"))) == 1 for one in machines)
+    assert all(len(list((one / "cache").glob("*.cache"))) == 1 for one in machines)
 
 
 @pytest.mark.long

@@ -85,7 +85,8 @@ def words(rows: Path, output: Path, *more: str) -> list[str]:
         *("train", "--dataset", str(rows), "--model", "tiny", "--output", str(output)),
         *("--environment.device", "cpu", "--max-steps", "2", "--batch-size", "2"),
         *("--monitoring.inference_interval", "0", "--monitoring.micro_eval_interval", "0"),
-        *("--output.checkpoint_interval", "0", "--monitoring.display", "plain"),
+        *("--output.checkpoint_interval", "0"),
+        *([] if "--json" in given else ["--monitoring.display", "plain"]),
         *([] if "--bf16" in given else ["--fp32"]),
         *more,
     ]
@@ -99,8 +100,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+Runs = tuple[Path, dict[str, Ended]]
+
+
 @pytest.fixture(scope="module")
-def runs(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+def runs(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every refusal, and what needs two processes; all in one start, which takes long."""
     folder = tmp_path_factory.mktemp("runs")
 
     def case(name: str, *more: str, **options: Any) -> Case:
@@ -110,28 +115,39 @@ def runs(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         name: case(name, *more, env=variables) for name, (variables, more, _) in REFUSED.items()
     }
     cases |= {
-        "roomy": case("roomy", world=2, rooms=[LARGE, LARGE]),
-        "small": case("small", world=2, rooms=[SMALL, SMALL]),
-        "uneven": case("uneven", "--distributed.strategy", "auto", world=2, rooms=[LARGE, SMALL]),
+        "roomy": case("roomy", "--dry-run", "--json", world=2, rooms=[LARGE, LARGE]),
+        "uneven": case("uneven", world=2, rooms=[LARGE, SMALL]),
         "small, muon": case(
             "small, muon", "--hyperparams.optimizer", "muon", world=2, rooms=[SMALL, SMALL]
         ),
         "dry": case("dry", "--dry-run", "--json", world=2, rooms=[SMALL, SMALL]),
-        "four": case(
-            *("four", "--hyperparams.training_mode", "lora", "--distributed.strategy", "ddp"),
-            *("--data.cache_dir", str(folder / "cache")),
-            world=4,
-        ),
     }
     return folder, run_cases(folder, cases)
 
 
-Runs = tuple[Path, dict[str, Ended]]
+@pytest.fixture(scope="module")
+def more_runs(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("more")
+    lora = ("--hyperparams.training_mode", "lora")
+    cache = ("--data.cache_dir", str(folder / "cache"))
+    cases = {
+        "small": Case(words(rows, folder / "small/out"), world=2, rooms=[SMALL, SMALL]),
+        "four": Case(words(rows, folder / "four/out", *lora, *cache), world=4, rooms=[LARGE] * 4),
+    }
+    return folder, run_cases(folder, cases)
 
 
 def record(runs: Runs, name: str) -> Any:
     """The part `processes` of run.json."""
     return json.loads((runs[0] / name / "out" / "run.json").read_text())["processes"]
+
+
+def dry_run(runs: Runs, name: str) -> Any:
+    """What a dry run of two processes found; one of them makes it."""
+    ended = runs[1][name]
+    assert ended.codes == [0, 0], ended.texts
+    assert ended.texts[1] == ""
+    return json.loads(ended.texts[0].splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -146,16 +162,15 @@ def test_what_is_not_possible_is_refused_in_one_line_and_nothing_is_written(
 
 
 def test_auto_takes_whole_copies_where_the_memory_card_has_room(runs: Runs) -> None:
-    assert runs[1]["roomy"].codes == [0, 0], runs[1]["roomy"].texts
-    found = record(runs, "roomy")
-    assert (found["strategy"], found["world_size"], found["mesh"]) == ("ddp", 2, None)
+    found = dry_run(runs, "roomy")["processes"]
+    assert (found["strategy"], found["world_size"]) == ("ddp", 2)
     assert "of the 1024.0 GiB per process, so each of 2 processes has one" in found["reason"]
-    assert f"strategy: ddp ({found['reason']})" in runs[1]["roomy"].texts[0]
 
 
-def test_auto_shares_the_weights_out_where_it_has_not(runs: Runs) -> None:
-    assert runs[1]["small"].codes == [0, 0], runs[1]["small"].texts
-    found = record(runs, "small")
+@pytest.mark.long
+def test_auto_shares_the_weights_out_where_it_has_not(more_runs: Runs) -> None:
+    assert more_runs[1]["small"].codes == [0, 0], more_runs[1]["small"].texts
+    found = record(more_runs, "small")
     assert (found["strategy"], found["world_size"]) == ("fsdp2", 2)
     assert found["mesh"] == "fsdp 2 (cpu)"
     assert "of the 1 MiB per process, so the weights are shared out among 2" in found["reason"]
@@ -165,8 +180,9 @@ def test_auto_shares_the_weights_out_where_it_has_not(runs: Runs) -> None:
 def test_processes_that_see_different_rooms_take_one_strategy(runs: Runs) -> None:
     assert runs[1]["uneven"].codes == [0, 0], runs[1]["uneven"].texts
     found = record(runs, "uneven")
-    assert found["strategy"] == "fsdp2"
+    assert (found["strategy"], found["mesh"]) == ("fsdp2", "fsdp 2 (cpu)")
     assert "and another process has less" in found["reason"]
+    assert f"strategy: fsdp2 ({found['reason']})" in runs[1]["uneven"].texts[0]
 
 
 def test_auto_refuses_what_fits_neither_whole_nor_in_shards(runs: Runs) -> None:
@@ -177,25 +193,23 @@ def test_auto_refuses_what_fits_neither_whole_nor_in_shards(runs: Runs) -> None:
     assert told.endswith("distributed.strategy=ddp tries whole copies anyway.")
 
 
-def test_a_dry_run_of_several_processes_is_made_by_one_and_says_the_strategy(runs: Runs) -> None:
-    ended = runs[1]["dry"]
-    assert ended.codes == [0, 0]
-    assert ended.texts[1] == ""
-    found = json.loads(ended.texts[0].splitlines()[-1])
+def test_a_dry_run_counts_what_each_of_its_processes_needs(runs: Runs) -> None:
+    found, whole = dry_run(runs, "dry"), dry_run(runs, "roomy")
     assert found["processes"]["strategy"] == "fsdp2"
-    assert found["processes"]["world_size"] == 2
     assert set(found["shards"]) == {"2", "4", "8"}
-    assert found["memory"]["total"] == found["shards"]["2"]
+    assert found["memory"]["total"] == found["shards"]["2"] < whole["memory"]["total"]
+    assert found["shards"] == whole["shards"]
 
 
-def test_four_processes_fill_an_empty_cache_of_rows_and_save_the_base_once(runs: Runs) -> None:
-    folder, ended = runs
+@pytest.mark.long
+def test_four_processes_fill_an_empty_cache_and_save_the_base_once(more_runs: Runs) -> None:
+    folder, ended = more_runs
     assert ended["four"].codes == [0] * 4, ended["four"].texts
     [entry] = (folder / "cache").iterdir()
-    assert entry.suffix == ".npz"
+    assert entry.suffix == ".cache"
     adapter = json.loads((folder / "four/out/final_model/adapter_config.json").read_text())
     assert Path(adapter["base_model_name_or_path"]).is_dir()
-    assert record(runs, "four")["world_size"] == 4
+    assert record(more_runs, "four")["world_size"] == 4
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def _check_number() -> None:
         missing = [name for name in WITH_WORLD_SIZE if name not in os.environ]
         if num_processes() > 1 and missing:
             raise ConfigError(
-                f"WORLD_SIZE={num_processes()} is set and {', '.join(missing)} is not, so that this "
+                f"WORLD_SIZE={num_processes()} is set and {', '.join(missing)} is not, so this "
                 "process cannot meet the others; start it with torchrun, or unset WORLD_SIZE."
             )
         return
