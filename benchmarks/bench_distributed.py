@@ -120,6 +120,7 @@ def count(folder: Path, strategy: str, world: int) -> dict[str, Any]:
     """Payload of the collectives of one step and of the gathering of all weights, by kind."""
     from benchmarks.collectives import Collectives
     from trainer.core import TrainerEngine
+    from trainer.core.checks import MemoryProbe
     from trainer.core.sharding import gathered
 
     config = config_of(
@@ -130,6 +131,7 @@ def count(folder: Path, strategy: str, world: int) -> dict[str, Any]:
     is_sharded = strategy == "fsdp2"
     assert trainer.accelerator.num_processes == world
     assert bool(getattr(trainer.accelerator, "is_fsdp2", False)) == is_sharded
+    trainer.remove_callback(MemoryProbe)  # a pass of its own
     trainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
     with Collectives() as steps:
         trainer.train()
