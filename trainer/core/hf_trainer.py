@@ -111,7 +111,8 @@ def build_training_arguments(
             **options,
             **sharding_options(config),
         )
-    allow_sharding(arguments)
+    if config.distributed.strategy == "fsdp2":
+        allow_sharding(arguments)
     return arguments
 
 

@@ -68,7 +68,7 @@ def offload_told(config: TrainerConfig) -> Iterator[None]:
 def allow_sharding(arguments: TrainingArguments) -> None:
     """Have accelerate shard on a CPU too, where it would fall back to DDP without a word."""
     state = arguments.distributed_state
-    if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+    if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
