@@ -214,22 +214,31 @@ def _sharded_estimate(model: Any, model_config: Any, setup: MemorySetup) -> Memo
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     state = int(sum(optimizer_bytes(model, setup)))
     gathered = gathered_bytes(model, is_resharded=setup.is_resharded)
-    gradients, whole = 4 * trained, gradients_of(model)  # trained shards are fp32
+    gradients = math.ceil(4 * trained / world)  # trained shards are fp32
+    whole = gradients_of(model)
     num_parameters = sum(p.numel() for p in model.parameters())
     # With gradients that are there before, the count is of what comes beside them.
     step, is_counted = _step_bytes(
         model, model_config, dataclasses.replace(setup, gradient_accumulation=2)
     )
+    beside = step.peak - whole
+    layers = _heads(model_config.get_text_config())[0]
+    late = beside - step.activations + step.activations // max(layers, 1)
+    # Gradients come as activations go; those of one more micro-batch are all there beside the sum.
+    if setup.gradient_accumulation > 1:
+        most = max(gradients + beside, 2 * gradients + late)
+    else:
+        most = max(beside, gradients + late)
     return MemoryEstimate(
         num_parameters=num_parameters,
         num_trainable=trained,
         weights=math.ceil((4 * trained + frozen) / world),
-        gradients=math.ceil(gradients / world),
+        gradients=gradients,
         optimizer=math.ceil(state / world),
         copies=gathered,
         activations=step.activations,
         loss=step.loss,
-        step=step.peak - whole + gathered + math.ceil(gradients / world),
+        step=gathered + most,
         previews=_cache_bytes(model_config, setup),
         host=setup.arenas * trained * setup.compute_dtype.itemsize,
         is_counted=is_counted,

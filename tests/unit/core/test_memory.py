@@ -421,6 +421,8 @@ def test_shards_hold_their_part_and_what_is_gathered_for_a_layer(
     assert many.total < few.total
     rest = many.step - many.copies
     assert many.activations < rest < 1.05 * max(alone.step, alone.activations + alone.loss)
+    more = dataclasses.replace(setup, is_sharded=True, num_processes=2, gradient_accumulation=2)
+    assert estimate_memory(config, more).step >= few.step + few.gradients
 
 
 def test_gathered_are_the_ends_two_layers_and_the_gradients_of_the_largest_unit() -> None:
