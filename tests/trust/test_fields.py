@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 
-for part in ("training", "data", "monitoring"):
+for part in ("training", "data", "distributed", "monitoring"):
     pytest.register_assert_rewrite(f"tests.trust.effects_{part}")
 
-from tests.trust import effects_data, effects_monitoring, effects_training  # noqa: E402, F401
+from tests.trust import (  # noqa: E402
+    effects_data,  # noqa: F401
+    effects_distributed,  # noqa: F401
+    effects_monitoring,  # noqa: F401
+    effects_training,  # noqa: F401
+)
 from tests.trust.effects import EFFECTS  # noqa: E402
 from tests.trust.lab import Lab  # noqa: E402
 from trainer.config.flags import config_fields  # noqa: E402

@@ -93,12 +93,27 @@ def _devices() -> list[tuple[str, str]]:
         )
     if not count:
         lines.append(("cuda", f"CANNOT be used: {problem}" if problem else "no GPU found"))
+    lines.append(("processes", _processes(count)))
     lines.append(("mps", "yes" if torch.backends.mps.is_available() else "no"))
     from trainer.models.attention import installed_attention
 
     lines.append(("attention", ", ".join(["sdpa", "eager", *installed_attention()])))
     lines.append(("precision", "; ".join(precisions)))
     return lines
+
+
+def _processes(num_gpus: int) -> str:
+    """How several of them train together here."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return "one only: this torch has no torch.distributed"
+    names = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    backends = [name for name, is_there in names.items() if is_there]
+    words = f"torchrun starts several; they exchange by {', '.join(backends) or 'nothing'}"
+    if num_gpus > 1:
+        words += f": torchrun --nproc_per_node {num_gpus} -m trainer train ..."
+    return words
 
 
 def _shared_memory() -> list[tuple[str, str]]:

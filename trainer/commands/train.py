@@ -75,6 +75,10 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
 
 def _dry_run(loaded: LoadedConfig) -> int:
     from trainer.core.engine import TrainerEngine
+    from trainer.core.run import is_main_process
+
+    if not is_main_process():  # one process says it for all
+        return EXIT_COMPLETED
 
     display = loaded.config.monitoring.display
     kind: DisplayKind = display if display in ("json", "quiet") else "plain"
@@ -84,17 +88,21 @@ def _dry_run(loaded: LoadedConfig) -> int:
     if display == "json":
         print(json.dumps({"event": "DryRun", **found.as_json(), "config": str(resolved)}))
         return EXIT_COMPLETED
-    rows = hyper.batch_size * hyper.gradient_accumulation
+    world = found.strategy.num_processes
+    rows = hyper.batch_size * hyper.gradient_accumulation * world
+    each = f" on each of {world} processes" if world > 1 else ""
     lines: Sequence[tuple[str, str]] = [
+        ("processes", str(found.strategy)),
         ("precision", found.precision.reason),
         ("attention", found.attention),
         *found.memory.lines(),
         ("fits", found.fit.words()),
         *(("" if nth else "modes", words) for nth, words in enumerate(found.mode_lines())),
+        *([("shards", found.shard_words())] if found.shards else []),
         (
             "steps",
             f"{found.num_steps:,} of {rows} rows ({hyper.batch_size} rows x "
-            f"{hyper.gradient_accumulation} forward passes)",
+            f"{hyper.gradient_accumulation} forward passes{each})",
         ),
         ("config", str(resolved)),
     ]

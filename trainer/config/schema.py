@@ -277,6 +277,17 @@ class TrainerConfig(Section):
     distributed: DistributedSection = DistributedSection()
 
     @model_validator(mode="after")
+    def _check_shards(self) -> TrainerConfig:
+        problem = self.hyperparams.sharding_problem
+        if self.distributed.strategy == "fsdp2" and problem is not None:
+            raise CombinationError(
+                f"distributed.strategy=fsdp2 asks for shards, but {problem[1]}",
+                "distributed.strategy",
+                f"hyperparams.{problem[0]}",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_noise(self) -> TrainerConfig:
         if self.lora.neftune_alpha and self.hyperparams.training_mode == "full":
             raise CombinationError(

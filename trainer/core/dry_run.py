@@ -20,7 +20,7 @@ from trainer.core.memory import (
     size_words,
 )
 from trainer.core.previews import NUM_SLOTS
-from trainer.core.run import Prepared
+from trainer.core.run import Prepared, Strategy
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.data.batches import PackedDataset
 from trainer.data.dataset import RunData
@@ -35,29 +35,39 @@ class DryRun:
 
     config: TrainerConfig
     data: RunData
+    strategy: Strategy
     precision: ResolvedPrecision
     attention: str
     """What is planned; the loaded model is what it is proved on."""
     memory: MemoryEstimate
     fit: Fit
     modes: tuple[ModeNeed, ...]
+    shards: dict[int, int]
+    """Number of processes -> bytes that each needs where they share the weights out (FSDP2)."""
     num_steps: int
 
     def as_json(self) -> dict[str, Any]:
         """The figures as plain JSON values, sizes in bytes."""
         return {
+            "processes": self.strategy.as_json(),
             "precision": self.precision.reason,
             "attention": self.attention,
             "num_steps": self.num_steps,
             "memory": self.memory.as_json(),
             "fit": self.fit.as_json(),
             "modes": [dataclasses.asdict(mode) for mode in self.modes],
+            "shards": self.shards,
             "data_card": self.data.card.as_json(),
         }
 
     def mode_lines(self) -> list[str]:
         """For each mode what it needs, and where that is there."""
         return [mode.words(self.fit) for mode in self.modes]
+
+    def shard_words(self) -> str:
+        """What several processes need each, in one line; "" where shards are not possible."""
+        found = ", ".join(f"{size_words(n)} each of {world}" for world, n in self.shards.items())
+        return f"{found} processes (FSDP2)" if found else ""
 
 
 def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
@@ -74,11 +84,15 @@ def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
     return DryRun(
         config=config,
         data=data,
+        strategy=prepared.strategy,
         precision=prepared.precision,
         attention=prepared.attention.reason,
         memory=estimate_memory(model_config, setup),
         fit=find_fit(model_config, setup, prepared.device, device_memory(prepared.device)),
         modes=tuple(mode_needs(model_config, setup)),
+        shards=shard_needs(model_config, setup)
+        if config.hyperparams.sharding_problem is None
+        else {},
         num_steps=prepared.num_steps,
     )
 
@@ -105,7 +119,9 @@ def memory_setup(prepared: Prepared) -> MemorySetup:
         attention=config.model.attn_implementation,
         lora=config.lora,
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        preview_rows=prompts if backend == "local" else 0,
+        is_sharded=prepared.is_sharded,
+        is_resharded=config.distributed.reshard_after_forward,
+        preview_rows=prompts if backend == "local" and not prepared.is_sharded else 0,
         preview_tokens=row + monitoring.preview_max_tokens,
         arenas={"sidecar": NUM_SLOTS["dir"], "remote_3090": NUM_SLOTS["http"]}.get(
             backend or "", 0
@@ -250,6 +266,8 @@ def _changes(setup: MemorySetup) -> list[dict[str, Any]]:
     order, found = ("full", "lora", "qlora"), list[dict[str, Any]]()
     for values in CHANGES:
         mode = values.get("training_mode", setup.training_mode)
+        if setup.is_sharded and ("optimizer" in values or mode == "qlora"):
+            continue
         is_larger = order.index(mode) < order.index(setup.training_mode)
         if is_larger or ("optimizer" in values and mode != "full"):
             continue
@@ -304,8 +322,26 @@ class ModeNeed:
 
 
 def mode_needs(model_config: Any, setup: MemorySetup) -> Iterator[ModeNeed]:
-    """The need of each mode, with the batch and the rows of this run."""
+    """The need of each mode in one process, with the batch and the rows of this run."""
+    setup = dataclasses.replace(setup, is_sharded=False)
     for mode, values in MODES.items():
         total = estimate_memory(model_config, dataclasses.replace(setup, **values)).total
         cards = {str(gib): fits(total, gib * 2**30) for gib in CARDS_GIB}
         yield ModeNeed(mode, total, cards)
+
+
+SHARDS = (2, 4, 8)
+
+
+def shard_needs(model_config: Any, setup: MemorySetup) -> dict[int, int]:
+    """What each of several processes needs that share the weights out.
+
+    Returns:
+        Number of processes -> bytes; the number of this run is among them.
+    """
+    worlds = sorted({*SHARDS, setup.num_processes} - {1})
+    found = {}
+    for world in worlds:
+        shared = dataclasses.replace(setup, is_sharded=True, num_processes=world, preview_rows=0)
+        found[world] = estimate_memory(model_config, shared).total
+    return found

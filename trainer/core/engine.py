@@ -42,7 +42,7 @@ from trainer.core.run import (
     process_settings,
     stop_on_signals,
 )
-from trainer.core.strategy import with_strategy
+from trainer.core.strategy import check_launcher, true_for_all, with_strategy
 from trainer.core.training import (
     assemble_callbacks,
     assemble_trainer,
@@ -184,7 +184,10 @@ class TrainerEngine:
         """
         self.close()
         with self._dropped_job(config) as job, stop_on_signals(job.stop), job.stop.work():
-            return finish_dry_run(self._prepare(config, job), job.folder)
+            prepared = self._prepare(config, job)
+            # One process makes it, whatever the others see.
+            prepared = with_strategy(prepared, job.observers.notice, agree=lambda mine: mine)
+            return finish_dry_run(prepared, job.folder)
 
     def inspect_data(self, config: TrainerConfig) -> RunData:
         """The rows as a run would train on them; nothing is written but the cache of rows.
@@ -210,6 +213,8 @@ class TrainerEngine:
     def _prepare(self, config: TrainerConfig, job: Job, *, has_folder: bool = True) -> Prepared:
         """The steps before the weights: they fail on the user's mistakes."""
         config, numerics = check_config(config)
+        if has_folder:
+            check_launcher(config)
         profile = get_profile(config.profile.name, dict(config.profile.options))
         config, tokenizer, attention = fit_to_model(config, job.observers, numerics)
         if has_folder:
@@ -221,7 +226,7 @@ class TrainerEngine:
             job.observers.notice(f"changed since the checkpoint: {change}", "warning")
         lines = tuple(card_lines(data.card))
         job.observers.emit(CardShown(title="data", lines=lines, sample=data.card.sample))
-        prepared = Prepared(
+        return Prepared(
             config=config,
             device=numerics.device,
             precision=numerics.precision,
@@ -234,7 +239,6 @@ class TrainerEngine:
             num_steps=total,
             changes=changes,
         )
-        return with_strategy(prepared, job.observers.notice)
 
     def _prepare_dataset(
         self, config: TrainerConfig, profile: DataProfile, tokenizer: Any
@@ -347,7 +351,8 @@ class _Stages:
     @cached_property
     def prepared(self) -> Prepared:
         """The run before its weights; nothing is recorded yet."""
-        return self._engine._prepare(self._asked, self.job)
+        prepared = self._engine._prepare(self._asked, self.job)
+        return with_strategy(prepared, self.job.observers.notice, agree=true_for_all)
 
     @cached_property
     def recorded(self) -> Prepared:

@@ -32,7 +32,7 @@ from trainer.core.loss import (
     supervised_loss,
 )
 from trainer.core.neftune import noisy_embeddings
-from trainer.core.sharding import allow_sharding, sharding_options
+from trainer.core.sharding import allow_sharding, offload_told, sharding_options
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import MemoryFullError, NonFiniteError
@@ -75,42 +75,44 @@ def build_training_arguments(
         options["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             options["ddp_backend"] = "gloo"
-    options |= sharding_options(config)
-    arguments = _on(
-        device,
-        ddp_timeout=COLLECTIVE_TIMEOUT_S,
-        output_dir=str(run_dir),
-        per_device_train_batch_size=hyper.batch_size,
-        gradient_accumulation_steps=hyper.gradient_accumulation,
-        num_train_epochs=hyper.num_epochs,
-        max_steps=hyper.max_steps or -1,
-        learning_rate=hyper.learning_rate,
-        lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler],
-        warmup_steps=hyper.warmup_steps,
-        weight_decay=hyper.weight_decay,
-        adam_beta1=hyper.adam_beta1,
-        adam_beta2=hyper.adam_beta2,
-        adam_epsilon=hyper.adam_epsilon,
-        max_grad_norm=hyper.max_grad_norm,
-        bf16=precision.use_bf16,
-        fp16=precision.use_fp16,
-        seed=config.environment.seed,
-        data_seed=config.environment.seed,
-        dataloader_num_workers=config.environment.num_workers,
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        logging_strategy="steps",
-        logging_steps=config.monitoring.status_update_interval,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it hides NaN losses in the log
-        report_to=[name for name in config.monitoring.report_to if name not in OWN_TRACKERS],
-        save_strategy="no",
-        eval_strategy="no",
-        disable_tqdm=True,
-        log_level="error",
-        **options,
-    )
-    allow_sharding(arguments)
+    with offload_told(config):
+        arguments = _on(
+            device,
+            ddp_timeout=COLLECTIVE_TIMEOUT_S,
+            output_dir=str(run_dir),
+            per_device_train_batch_size=hyper.batch_size,
+            gradient_accumulation_steps=hyper.gradient_accumulation,
+            num_train_epochs=hyper.num_epochs,
+            max_steps=hyper.max_steps or -1,
+            learning_rate=hyper.learning_rate,
+            lr_scheduler_type=SCHEDULERS[hyper.lr_scheduler],
+            warmup_steps=hyper.warmup_steps,
+            weight_decay=hyper.weight_decay,
+            adam_beta1=hyper.adam_beta1,
+            adam_beta2=hyper.adam_beta2,
+            adam_epsilon=hyper.adam_epsilon,
+            max_grad_norm=hyper.max_grad_norm,
+            bf16=precision.use_bf16,
+            fp16=precision.use_fp16,
+            seed=config.environment.seed,
+            data_seed=config.environment.seed,
+            dataloader_num_workers=config.environment.num_workers,
+            dataloader_pin_memory=device.type == "cuda",
+            remove_unused_columns=False,
+            logging_strategy="steps",
+            logging_steps=config.monitoring.status_update_interval,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # it hides NaN losses in the log
+            report_to=[name for name in config.monitoring.report_to if name not in OWN_TRACKERS],
+            save_strategy="no",
+            eval_strategy="no",
+            disable_tqdm=True,
+            log_level="error",
+            **options,
+            **sharding_options(config),
+        )
+    if config.distributed.strategy == "fsdp2":
+        allow_sharding(arguments)
     return arguments
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from trainer.config.training_sections import LoraSection
 from trainer.core.fake_step import StepBytes, StepShape, count_step, gradients_of
 from trainer.core.loss import TILE_LOGITS
+from trainer.core.sharding import gathered_bytes
 from trainer.models.adapters import add_lora
 from trainer.models.quantized import quantization_of
 from trainer.publish.snapshot import memory_left
@@ -63,6 +65,10 @@ class MemorySetup:
     """`eager` keeps its matrix; all others count as sdpa."""
     lora: LoraSection = field(default_factory=LoraSection)
     num_processes: int = 1
+    is_sharded: bool = False
+    """Processes share out weights, gradients and optimizer state (FSDP2); else each has a copy."""
+    is_resharded: bool = True
+    """Shards: a layer's gathered weights are given back after its forward pass."""
     preview_rows: int = 0
     """Prompts that are answered at once on this device."""
     preview_tokens: int = 0
@@ -88,10 +94,12 @@ class MemoryEstimate:
     num_parameters: int
     num_trainable: int
     weights: int
+    """Of this process: its shards, where weights are shared out; so are gradients and optimizer."""
     gradients: int
     optimizer: int
     copies: int
-    """Of fp32 weights in the compute dtype, which autocast keeps from forward to backward."""
+    """Of fp32 weights in the compute dtype, which autocast keeps from forward to backward; of
+    shards: what is gathered at once, see `gathered_bytes`."""
     activations: int
     """Of one micro-batch of the longest rows, as the forward pass leaves them."""
     loss: int
@@ -167,6 +175,8 @@ def _estimate_of(content: _ByContent, setup: MemorySetup) -> MemoryEstimate:
 
 
 def _estimate(model: Any, model_config: Any, setup: MemorySetup) -> MemoryEstimate:
+    if setup.is_sharded:
+        return _sharded_estimate(model, model_config, setup)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     gradients = gradients_of(model)
@@ -193,6 +203,48 @@ def _estimate(model: Any, model_config: Any, setup: MemorySetup) -> MemoryEstima
     )
 
 
+def _sharded_estimate(model: Any, model_config: Any, setup: MemorySetup) -> MemoryEstimate:
+    """Each process has 1/N of weights, gradients and optimizer state, and gathers layers in turn.
+
+    Args:
+        model: its matrices in the compute dtype, in which they are gathered.
+    """
+    world = setup.num_processes
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    state = int(sum(optimizer_bytes(model, setup)))
+    gathered = gathered_bytes(model, is_resharded=setup.is_resharded)
+    gradients = math.ceil(4 * trained / world)  # trained shards are fp32
+    whole = gradients_of(model)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    # With gradients that are there before, the count is of what comes beside them.
+    step, is_counted = _step_bytes(
+        model, model_config, dataclasses.replace(setup, gradient_accumulation=2)
+    )
+    beside = step.peak - whole
+    layers = _heads(model_config.get_text_config())[0]
+    late = beside - step.activations + step.activations // max(layers, 1)
+    # Gradients come as activations go; those of one more micro-batch are all there beside the sum.
+    if setup.gradient_accumulation > 1:
+        most = max(gradients + beside, 2 * gradients + late)
+    else:
+        most = max(beside, gradients + late)
+    return MemoryEstimate(
+        num_parameters=num_parameters,
+        num_trainable=trained,
+        weights=math.ceil((4 * trained + frozen) / world),
+        gradients=gradients,
+        optimizer=math.ceil(state / world),
+        copies=gathered,
+        activations=step.activations,
+        loss=step.loss,
+        step=gathered + most,
+        previews=_cache_bytes(model_config, setup),
+        host=setup.arenas * trained * setup.compute_dtype.itemsize,
+        is_counted=is_counted,
+    )
+
+
 def size_words(num_bytes: int) -> str:
     """In GiB, or in MiB below one."""
     gib = num_bytes / 2**30
@@ -209,7 +261,8 @@ def _meta_model(model_config: Any, setup: MemorySetup) -> Any:
     for one in {id(c): c for c in (config, config.get_text_config())}.values():
         vars(one).pop("quantization_config", None)
     is_full = setup.training_mode == "full"
-    dtype = torch.float32 if is_full and not setup.is_stochastic else setup.compute_dtype
+    has_masters = is_full and not setup.is_stochastic and not setup.is_sharded
+    dtype = torch.float32 if has_masters else setup.compute_dtype
     options: dict[str, Any] = {"dtype": dtype}
     if setup.attention == "eager":
         options["attn_implementation"] = "eager"
@@ -382,12 +435,16 @@ def _heads(text: Any) -> tuple[int, int, int, int]:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that a run can fill on a device: all of a GPU's, what is free of the host's."""
+    """Bytes that a process can fill on a device: all of a GPU's, its part of the host's free ones.
+
+    The processes that a launcher starts on one machine share its memory.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    return int(min(psutil.virtual_memory().available, memory_left()))
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(min(psutil.virtual_memory().available, memory_left())) // sharers
 
 
 def fits(num_bytes: int, memory: int, *, device_type: str = "cuda") -> bool:

@@ -265,6 +265,34 @@ def _variables() -> dict[str, str]:
 # ---- what a run is prepared with
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """How the processes of a run share the model."""
+
+    name: str
+    """`one` process, `ddp` or `fsdp2`."""
+    reason: str
+    """In words, for the user."""
+    num_processes: int
+
+    def __str__(self) -> str:
+        """Name and reason in one line."""
+        return self.reason if self.name == "one" else f"{self.name} ({self.reason})"
+
+    def as_json(self, mesh: str | None = None) -> dict[str, Any]:
+        """The part `processes` of run.json.
+
+        Args:
+            mesh: what shards lie on; None before that is known, and for whole copies.
+        """
+        return {
+            "strategy": self.name,
+            "reason": self.reason,
+            "world_size": self.num_processes,
+            "mesh": mesh,
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """Everything of a run before its weights: fixed from here on."""
@@ -285,8 +313,8 @@ class Prepared:
     """Optimizer steps of the whole run."""
     changes: tuple[str, ...] = ()
     """What differs from the checkpoint that is resumed, in words."""
-    strategy: str = "one process"
-    """How the processes share the model, and why, in words."""
+    strategy: Strategy = field(default_factory=lambda: Strategy("one", "one process", 1))
+    """How the processes share the model, and why."""
 
     @property
     def start_step(self) -> int:
@@ -431,6 +459,7 @@ class Job:
                 "precision": prepared.precision.reason,
                 "attention": prepared.attention.reason,
                 "device": str(prepared.device),
+                "processes": prepared.strategy.as_json(),
                 "data_card": data.card.as_json(),
                 "data_card_lines": card_lines(data.card),
                 "data_files_sha256": data.file_hashes,

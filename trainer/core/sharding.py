@@ -7,6 +7,8 @@ training) runs on shards, on all processes alike.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,8 @@ def sharding_options(config: TrainerConfig) -> dict[str, Any]:
     if section.strategy != "fsdp2":
         return {}
     return {
+        # Else every process keeps whole gradients from one micro-batch to the next.
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
         "fsdp": True,
         "fsdp_config": {
             "version": 2,
@@ -37,10 +41,34 @@ def sharding_options(config: TrainerConfig) -> dict[str, Any]:
     }
 
 
+OFFLOAD_VARIABLES = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
+
+
+@contextlib.contextmanager
+def offload_told(config: TrainerConfig) -> Iterator[None]:
+    """Within the block accelerate joins the processes for tensors on the CPU too, if need be.
+
+    With `distributed.cpu_offload` the norm of gradients is summed there; accelerate asks its
+    launcher's variables, not the arguments.
+    """
+    is_needed = config.distributed.strategy == "fsdp2" and config.distributed.cpu_offload
+    before = {name: os.environ.get(name) for name in OFFLOAD_VARIABLES}
+    if is_needed:
+        os.environ.update(OFFLOAD_VARIABLES)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is not None:
+                os.environ[name] = value
+            elif is_needed:
+                os.environ.pop(name, None)
+
+
 def allow_sharding(arguments: TrainingArguments) -> None:
     """Have accelerate shard on a CPU too, where it would fall back to DDP without a word."""
     state = arguments.distributed_state
-    if arguments.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+    if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
@@ -121,3 +149,29 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
     shell.tie_weights()
     shell.generation_config = model.generation_config
     return shell
+
+
+# ---- bytes
+
+
+def gathered_bytes(model: nn.Module, *, is_resharded: bool) -> int:
+    """Most of whole weights and whole gradients that a process holds for a moment.
+
+    The layers are gathered one after the other, the next one while one runs; embedding, last norm
+    and head are counted as if they stayed. A gradient is whole until it is summed, in fp32.
+    """
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one)]
+    blocks = max(lists, key=_bytes_of, default=nn.ModuleList())
+    sizes = [_bytes_of(block) for block in blocks]
+    all_bytes = _bytes_of(model)
+    outside = all_bytes - sum(sizes)
+    weights = outside + 2 * max(sizes, default=0) if is_resharded else all_bytes
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    ends = [p for p in model.parameters() if id(p) not in inside]
+    units = [ends, *(list(block.parameters()) for block in blocks)]
+    gradients = [sum(4 * p.numel() for p in unit if p.requires_grad) for unit in units]
+    return weights + max(gradients)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -30,7 +30,7 @@ from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_b
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.core.sharding import shard, whole_copy
+from trainer.core.sharding import mesh_words, shard, whole_copy
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
 from trainer.errors import NonFiniteError, OutputError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
@@ -162,6 +162,8 @@ def assemble_trainer(
     )
     if trainer.is_fsdp_enabled:
         shard(trainer, prepared.precision)
+        processes = prepared.strategy.as_json(mesh_words(trainer.model))
+        _update_record(job, {"processes": processes})
     if job.scheduler is not None and isinstance(job.scheduler.lane, PublishedPreviews):
         job.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
@@ -235,9 +237,14 @@ def _tell_attention(job: Job, choice: BatchChoice) -> None:
     for text in choice.notices:
         job.observers.notice(text, "warning")
     job.observers.notice(f"attention: {choice.attention}")
+    _update_record(job, {"attention": choice.attention})
+
+
+def _update_record(job: Job, values: dict[str, Any]) -> None:
+    """Put into run.json what is known only once the model is loaded."""
     if job.folder is not None and job.is_recorded:
         try:
-            job.folder.update_json(job.folder.run_json, {"attention": choice.attention})
+            job.folder.update_json(job.folder.run_json, values)
         except (OSError, OutputError) as error:  # a full disk stops a run where it loses something
             job.observers.notice(f"run.json could not be written ({error})", "warning")
 

@@ -28,7 +28,7 @@ def own_device(device: torch.device, asked: str) -> torch.device:
         device: what `asked` means to a process that is alone.
         asked: `environment.device`.
     Raises:
-        ConfigError: all processes are sent to the same GPU.
+        ConfigError: all processes are sent to the same GPU, or there are more of them than GPUs.
     """
     if device.type != "cuda":
         return device
@@ -39,8 +39,15 @@ def own_device(device: torch.device, asked: str) -> torch.device:
             f"environment.device={asked}: under torchrun each process has a GPU of its own; use "
             "cuda or auto, and name the GPUs in the environment variable CUDA_VISIBLE_DEVICES."
         )
-    # As accelerate counts: more processes than GPUs share them.
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1))
+    if started > count:
+        raise ConfigError(
+            f"{started} processes were started on this machine, which has {count} "
+            f"{'GPU' if count == 1 else 'GPUs'}; each needs one of its own: start {count} "
+            f"(torchrun --nproc_per_node {count} ...), or set environment.device=cpu."
+        )
+    return torch.device("cuda", rank)
 
 
 DETERMINISTIC_VARIABLES = {

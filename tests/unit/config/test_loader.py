@@ -150,6 +150,14 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
     ),
     (
+        {"distributed.strategy": "fsdp2", "hyperparams.optimizer": "muon"},
+        {"distributed.strategy", "hyperparams.optimizer"},
+    ),
+    (
+        {"distributed.strategy": "ddp", "distributed.cpu_offload": True},
+        {"distributed.strategy", "distributed.cpu_offload"},
+    ),
+    (
         {"lora.neftune_alpha": 5.0},
         {"lora.neftune_alpha", "hyperparams.training_mode"},
     ),
@@ -200,6 +208,27 @@ def test_a_rule_over_several_options_names_where_those_were_set_and_no_others(
     rule, _, where = told.partition(" Set here: ")
     assert set(re.findall(r"(\S+) from file", where)) == taking_part
     assert all(key.split(".")[1] in rule for key in taking_part)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optimizer": "adamw_8bit"}, "works on whole matrices"),
+        ({"masters": "bf16_stochastic"}, "is for whole weights"),
+        ({"compile": "blocks"}, "not proved on shards"),
+        ({"training_mode": "qlora"}, "a base of 4-bit weights cannot be shared out"),
+        ({"auto_batch_size": True}, "tries batches on a whole model"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_not_proved_on_shards_is_refused_with_the_option(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"hyperparams": values, "distributed": {"strategy": "fsdp2"}}))
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(path)
+    assert all(f"hyperparams.{name} from file" in str(caught.value) for name in values)
 
 
 def test_options_that_are_defaults_are_not_said_to_be_set() -> None:

@@ -8,6 +8,7 @@ import itertools
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from trainer.core.dry_run import find_fit, mode_needs
 from trainer.core.loss import PostHead, Tiling, supervised_loss
 from trainer.core.memory import MemorySetup, device_memory, estimate_memory, fits
 from trainer.core.optim import build_optimizer
+from trainer.core.sharding import gathered_bytes
 from trainer.models.adapters import add_lora
 from trainer.publish import snapshot
 
@@ -385,6 +387,63 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert device_memory(torch.device("cpu")) > free / 2
     (tmp_path / "memory.max").write_text("5000\n")
     assert device_memory(torch.device("cpu")) == 4000
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=4096))
+    for sharers, room in ((1, 4096), (4, 1024)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sharers))
+        assert device_memory(torch.device("cpu")) == room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "moe"])
+def test_shards_hold_their_part_and_what_is_gathered_for_a_layer(
+    family: str, mode: str, dtype: torch.dtype
+) -> None:
+    config = FAMILIES[family]
+    setup = dataclasses.replace(SETUP, training_mode=mode, compute_dtype=dtype)
+    alone = estimate_memory(config, setup)
+    few, many = (
+        estimate_memory(config, dataclasses.replace(setup, is_sharded=True, num_processes=n))
+        for n in (2, 1000)
+    )
+    assert few.is_counted
+    assert (few.num_parameters, few.num_trainable) == (alone.num_parameters, alone.num_trainable)
+    for name in ("weights", "gradients", "optimizer"):
+        whole = getattr(alone, name)
+        if name == "weights" and mode == "full":
+            assert whole == 4 * alone.num_parameters
+        assert getattr(few, name) == pytest.approx(whole / 2, abs=1)
+    # The batch of a process is no smaller, whatever their number.
+    assert few.activations == many.activations <= alone.activations
+    assert many.total < few.total
+    rest = many.step - many.copies
+    assert many.activations < rest < 1.05 * max(alone.step, alone.activations + alone.loss)
+    more = dataclasses.replace(setup, is_sharded=True, num_processes=2, gradient_accumulation=2)
+    assert estimate_memory(config, more).step >= few.step + few.gradients
+
+
+def test_gathered_are_the_ends_two_layers_and_the_gradients_of_the_largest_unit() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    ends = 2 * VOCABULARY * 64 + 64
+    assert gathered_bytes(model, is_resharded=True) == 4 * (ends + 2 * layer) + 4 * max(ends, layer)
+    assert gathered_bytes(model, is_resharded=False) == 4 * (ends + 5 * layer) + 4 * max(
+        ends, layer
+    )
+    model.requires_grad_(False)
+    assert gathered_bytes(model, is_resharded=True) == 4 * (ends + 2 * layer)
+
+
+def test_a_dry_run_proposes_for_shards_what_shards_can_do() -> None:
+    setup = dataclasses.replace(SETUP, is_sharded=True, num_processes=2)
+    told = [set(values) for values in dry_run._changes(setup)]
+    assert {"gradient_checkpointing"} in told
+    assert not any({"optimizer", "masters"} & values for values in told)
+    assert all(values.get("training_mode") != "qlora" for values in dry_run._changes(setup))
 
 
 def test_a_gpu_keeps_room_for_its_context() -> None:
