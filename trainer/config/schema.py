@@ -226,6 +226,19 @@ class OutputSection(Section):
     """Write `report.html` into the run folder at the end: curves, previews, config, in one file."""
 
 
+class DistributedSection(Section):
+    """Runs of several processes, started by torchrun or accelerate."""
+
+    heartbeat_timeout_s: Annotated[float, Field(ge=1.0)] = 30
+    """Seconds after which a process that is stopped, or whose machine is silent, counts as hanging
+    and ends the run. One that is busy, for however long, does not; one that died is found at
+    once."""
+    timeout_s: Annotated[int, Field(ge=60)] = 1800
+    """Seconds that a process waits for the others in an exchange (such as that of gradients) before
+    it ends the run. Previews, evaluations and checkpoints of the main process are not waited for
+    in one."""
+
+
 class EnvironmentSection(Section):
     """The machine and the seed."""
 
@@ -267,6 +280,7 @@ class TrainerConfig(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
     output: OutputSection = OutputSection()
     environment: EnvironmentSection = EnvironmentSection()
+    distributed: DistributedSection = DistributedSection()
     locked: LockedSection = LockedSection()
     lora: LoraSection = LoraSection()
 

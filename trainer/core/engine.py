@@ -21,6 +21,7 @@ from trainer.config.loader import resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.batch_size import fit_batch_size, keep_found_batch_size
 from trainer.core.dry_run import DryRun, finish_dry_run
+from trainer.core.faults import watch_ranks
 from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.preparation import (
     check_against_rows,
@@ -99,11 +100,14 @@ class TrainerEngine:
                 stages = self._stages(config)
             job, stages.is_busy = stages.job, True
             job.stop = stop
+            watch_ranks(job, config)
             try:
                 with stop.work():
                     self._execute_training(stages.trainer, stages.prepared.config)
                     result = finish_training(job, stages.prepared, stages.loaded, stages.trainer)
+                job.ending.acquire()
             except BaseException as error:  # a signal's StoppedError, and what libraries raise
+                job.ending.acquire()
                 result = job.failed(error)
             ignore_dead_workers()
             self._open = self._job = None

@@ -49,9 +49,6 @@ SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
 
-COLLECTIVE_TIMEOUT_S = 1800
-"""Seconds after which a process that waits for others in an exchange ends the run."""
-
 
 def build_training_arguments(
     config: TrainerConfig, *, precision: ResolvedPrecision, device: torch.device, run_dir: Path
@@ -75,7 +72,7 @@ def build_training_arguments(
             options["ddp_backend"] = "gloo"
     return _on(
         device,
-        ddp_timeout=COLLECTIVE_TIMEOUT_S,
+        ddp_timeout=config.distributed.timeout_s,
         output_dir=str(run_dir),
         per_device_train_batch_size=hyper.batch_size,
         gradient_accumulation_steps=hyper.gradient_accumulation,
