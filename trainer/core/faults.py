@@ -64,7 +64,7 @@ def tell_failure(message: str | None) -> None:
 def let_the_end_be_told() -> None:
     """Have SIGTERM do nothing when the run is over.
 
-    A launcher sends it as soon as one process has ended, while the main one still writes the report.
+    A launcher sends it once one process has ended, while the main one still writes the report.
     """
     signal.signal(signal.SIGTERM, lambda *_: None)
 

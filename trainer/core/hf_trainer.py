@@ -11,7 +11,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -311,27 +311,31 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         """The last stop before `optimizer.step()`: take the step's numbers, refuse bad ones."""
         norm = super()._get_grad_norm(model, grad_norm)
         assert self._sums is not None, "a step without a forward pass"
-        sums = self._sums
+        sums, losses = self._sums, self._sums[:0]
         self._sums = None
         if self.accelerator.num_processes > 1:
             gathered = self.accelerator.gather(sums[None])
+            losses = gathered[:, 0]
             sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum(), gathered[:, 2].sum()])
         # One wait for the device per optimizer step, for all numbers at once.
-        loss, tokens, trained, value = torch.cat(
-            [sums, torch.as_tensor(norm, device=sums.device).detach().float().reshape(1)]
+        loss, tokens, trained, value, *of_ranks = torch.cat(
+            [sums, torch.as_tensor(norm, device=sums.device).detach().float().reshape(1), losses]
         ).tolist()
         self.last_step = StepRecord(
             loss, value, self._get_learning_rate(), int(tokens), int(trained)
         )
-        self._guard(loss, value)
+        self._guard(loss, value, of_ranks)
         self._note_step(self.last_step)
         return norm
 
-    def _guard(self, loss: float, grad_norm: float) -> None:
+    def _guard(self, loss: float, grad_norm: float, of_ranks: Sequence[float]) -> None:
         step = self.state.global_step + 1
         if not math.isfinite(loss):
+            bad = [f"rank {rank}" for rank, one in enumerate(of_ranks) if not math.isfinite(one)]
+            of_whom = f" of {', '.join(bad)}" if bad else ""
             raise NonFiniteError(
-                f"step {step}: the loss is {loss}; the weights are those of step {step - 1}. "
+                f"step {step}: the loss{of_whom} is {loss}; the weights are those of step "
+                f"{step - 1}. "
                 "Lower hyperparams.learning_rate or look at the rows of this step."
             )
         if math.isfinite(grad_norm):

@@ -43,6 +43,7 @@ from trainer.errors import (
 from trainer.models.attention import AttentionPlan
 from trainer.models.devices import DETERMINISTIC_VARIABLES
 from trainer.models.precision import ResolvedPrecision
+from trainer.monitoring.beats import TO_CONTINUE
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
 from trainer.monitoring.ranks import RankWatch
@@ -140,6 +141,13 @@ class StopRequest:
     def ask(self, who: str) -> None:
         """Ask for a stop at the end of the step, with everything that the end of a run makes."""
         self.asked_by = self.asked_by or who
+
+    def agree(self, number: int) -> None:
+        """Stop as all processes of the run do, by a signal; 0: because the control file asks."""
+        if number:
+            self.signal = self.signal or signal.Signals(number)
+        else:
+            self.ask("the control file")
 
     @property
     def exit_code(self) -> int:
@@ -526,7 +534,7 @@ class Job:
         if self.checkpoint is None or self.folder is None:
             return ""
         if self.ranks is not None:
-            return "; continue with the same launch command and --resume"
+            return TO_CONTINUE
         folder = shlex.quote(str(self.folder.path))
         return f"; continue with: trainer train --resume --output {folder}"
 
@@ -563,7 +571,7 @@ class Job:
             return error
         number = self.stop.signal if isinstance(error, StoppedError) else None
         fault = self.ranks.answer(error, number.name if number is not None else None)
-        if fault is None:
+        if fault is None or (fault.signal is not None and self.stop.is_signalled):
             return error
         if fault.signal is None:
             return RankError(str(fault), fault.exit_code)

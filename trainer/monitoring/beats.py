@@ -2,9 +2,9 @@
 
     python -m trainer.monitoring.beats {"rank": 1, ...}      started by `trainer.monitoring.ranks`
 
-A process, not a thread: while C code holds Python's lock no thread of the rank runs, and a rank that
-is busy for minutes must not be taken for dead; and it outlives a rank that is killed, so that it can
-say so. It needs no lock of the rank to see whether that is stopped or gone: the system knows.
+A process, not a thread: while C code holds Python's lock no thread of the rank runs, and a rank
+that is busy for minutes must not be taken for dead. Whether the rank is stopped or gone this one
+asks the system. And it outlives a rank that is killed, so that somebody can say so.
 
 The watcher of rank 0 hears all others and decides once, for all, who failed first. Lines of JSON:
 
@@ -58,6 +58,8 @@ START_LIMITS = 10
 """Times the limit of a beat that a rank may take to begin: it loads libraries first."""
 
 MAX_LINE = 1 << 16
+
+TO_CONTINUE = "; continue with the same launch command and --resume"
 
 ENDED_STATES = ("completed", "stopped", "failed")
 
@@ -238,7 +240,9 @@ class Watcher:
                 self.watched.descriptor, selectors.EVENT_READ, self._look_at_rank
             )
         if self.is_main:
-            self._server = socket.create_server((settings.host, settings.port), backlog=512)
+            family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+            place = (settings.host, settings.port)
+            self._server = socket.create_server(place, family=family, backlog=512)
             self._selector.register(self._server, selectors.EVENT_READ, self._accept)
             self._tell_rank("port", port=self._server.getsockname()[1])
 
@@ -314,9 +318,9 @@ class Watcher:
                 continue
             if heard.has_joined and now - heard.at > limit:
                 self._decide(self._silent(rank, is_stopped=heard.is_stopped))
-            elif not heard.has_joined and now - self.began > START_LIMITS * limit:
-                if not self.settings.port:  # else ranks may have ended before this watcher began
-                    self._decide(Fault(rank, f"did not begin within {START_LIMITS * limit:g} s"))
+            is_again = self.settings.port > 0  # then ranks may have ended before
+            if not (heard.has_joined or is_again) and now - self.began > START_LIMITS * limit:
+                self._decide(Fault(rank, f"did not begin within {START_LIMITS * limit:g} s"))
 
     def _silent(self, rank: int, *, is_stopped: bool) -> Fault:
         why = "its process is stopped" if is_stopped else "nothing comes from its machine"
@@ -426,13 +430,15 @@ def write_end(folder: Path, fault: Fault, *, since: float) -> None:
     Args:
         since: seconds since the epoch: a status that was written before is another run's.
     """
-    status_json, run_json, message = folder / STATUS_NAME, folder / "run.json", str(fault)
+    status_json, run_json = folder / STATUS_NAME, folder / "run.json"
     try:
         with (folder / LOCK).open("r+") as lock:
             _take_lock(lock.fileno())
             status, run = read_json_object(status_json), read_json_object(run_json)
             if status is None or status["state"] in ENDED_STATES or status["updated_at"] < since:
                 return
+            is_saved = status["last_checkpoint"] is not None
+            message = str(fault) + (TO_CONTINUE if is_saved else "")
             error = {"type": fault.error_type, "message": message}
             status |= {"state": "failed", "phase": "failed", "eta_s": None, "error": error}
             status["updated_at"] = time.time()

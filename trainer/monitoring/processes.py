@@ -24,11 +24,16 @@ _numbers = itertools.count()
 
 def any_process(*wants: bool) -> list[bool]:
     """For each flag whether any process has it set; one exchange for all of them."""
+    return [number > 0 for number in highest(*wants)]
+
+
+def highest(*numbers: int) -> list[int]:
+    """Of each number the highest that any process has; one exchange for all of them."""
     state = PartialState()
     if state.num_processes == 1:
-        return list(wants)
-    flags = torch.tensor([[float(one) for one in wants]], device=state.device)  # (1, N)
-    return [bool(one) for one in gather(flags).amax(dim=0) > 0]  # (P, N) when gathered
+        return list(map(int, numbers))
+    mine = torch.tensor([[float(one) for one in numbers]], device=state.device)  # (1, N)
+    return [int(one) for one in gather(mine).amax(dim=0).tolist()]  # (P, N) when gathered
 
 
 def wait_for_main() -> None:

@@ -39,6 +39,10 @@ POLL_S = 0.1
 AGENT_S = 1.0
 """A rank that died is heard of in less, and its launcher looks ten times a second."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+REACH_S = 5.0
+
 TOLD_S = 10.0
 """Longest wait until the others know what this rank ended by."""
 
@@ -70,6 +74,7 @@ class RankWatch:
             on_fault: called once, in a thread, with what ends the run.
         """
         self.rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._place = _place_of_main() if self.rank == 0 else ("", "")
         self._settings = Settings(
             rank=self.rank,
             world_size=world,
@@ -77,6 +82,7 @@ class RankWatch:
             timeout_s=timeout_s,
             folder=str(folder.absolute()),
             token=secrets.token_hex(16) if self.rank == 0 else "",
+            host=self._place[0],
         )
         self._on_fault = on_fault
         self.fault: Fault | None = None
@@ -136,8 +142,6 @@ class RankWatch:
         with self._lock:
             if self._is_closed:
                 return None
-            if self._settings.rank == 0 and not self._settings.host:
-                self._settings = replace(self._settings, host=_listening_host())
             words = json.dumps(asdict(self._settings))
             self._child = Child(["trainer.monitoring.beats", words])
             with contextlib.suppress(BrokenPipeError):
@@ -150,7 +154,7 @@ class RankWatch:
             if self.rank == 0 and not self._settings.port:
                 port = int(json.loads(child.receive())["port"])
                 self._settings = replace(self._settings, port=port)
-                place = {"host": _own_host(), "port": port, "token": self._settings.token}
+                place = {"host": self._place[1], "port": port, "token": self._settings.token}
                 self._store().set(KEY, json.dumps(place))
             elif self.rank != 0 and not any(b'"join"' in line for line in self._said):
                 place = self._find_main()
@@ -184,23 +188,22 @@ class RankWatch:
                     self._child.send(line)
 
 
-def _listening_host() -> str:
-    """Loopback where all ranks are on one machine, else all interfaces."""
-    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    return "127.0.0.1" if is_alone else ""
-
-
-def _own_host() -> str:
-    """Where the other machines reach this one."""
-    if _listening_host():
-        return "127.0.0.1"
+def _place_of_main() -> tuple[str, str]:
+    """Where rank 0's watcher listens ("": on all interfaces), and by what the others reach it."""
     master = os.environ["MASTER_ADDR"]
-    with contextlib.suppress(OSError):
-        with socket.create_connection((master, int(os.environ["MASTER_PORT"]))) as connection:
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"] or master in LOOPBACK:
+        return LOOPBACK[0], LOOPBACK[0]
+    try:  # the address of this machine on its way there; that machine may be another one
+        address = (master, int(os.environ["MASTER_PORT"]))
+        with socket.create_connection(address, timeout=REACH_S) as connection:
             own = str(connection.getsockname()[0])
+    except OSError:  # nobody listens yet: then rank 0 is to, at that address
+        with contextlib.suppress(OSError):
+            own = socket.gethostbyname(master)
+    with contextlib.suppress(ValueError, UnboundLocalError):
         if not ipaddress.ip_address(own.partition("%")[0]).is_loopback:
-            return own
-    return master  # it is this machine, and all have found it by that name
+            return own, own
+    return "", master  # its own name for itself is loopback, and the others know it by that name
 
 
 def fault_of(error: BaseException, rank: int, exit_code: int, signal: str | None) -> Fault:
