@@ -93,10 +93,12 @@ class NonFiniteError(TrainerError):
 class RankError(TrainerError):
     """Another process of the run died, does not answer, or failed."""
 
-    def __init__(self, message: str, exit_code: int = EXIT_FAILED) -> None:
-        """Keep what all processes of the run end with."""
+    def __init__(
+        self, message: str, exit_code: int = EXIT_FAILED, traceback: str | None = None
+    ) -> None:
+        """Keep what all processes of the run end with, and where the other one failed."""
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.traceback = exit_code, traceback
 
 
 class MemoryFullError(TrainerError):

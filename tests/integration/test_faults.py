@@ -200,6 +200,8 @@ def test_an_error_of_one_rank_is_told_by_all(start: Start) -> None:
     assert "[rank 1] error: KeyError: 'no such column'" in run.text_of(1)
     assert "[rank 1] ERROR trainer.core.run: the run failed\nTraceback" in run.text_of(1)
     assert "Traceback" not in run.text_of(0)
+    summary = json.loads((run.out / "run.json").read_text())["summary"]
+    assert "in compute_loss" in summary["traceback"]
 
 
 @pytest.mark.long

@@ -503,7 +503,8 @@ def heartbeat_timeout(lab: Lab) -> None:
             settings = Settings(
                 0, 2, process.pid, vars(job.ranks)["timeout_s"], str(lab.folder), host="127.0.0.1"
             )
-            watcher = Child(["trainer.monitoring.beats", json.dumps(asdict(settings))])
+            watcher = Child(["trainer.monitoring.beats"])
+            watcher.send(json.dumps(asdict(settings)).encode())
             assert b"port" in watcher.receive(60)
             process.send_signal(signal.SIGSTOP)
             with contextlib.suppress(TimeoutError):

@@ -234,9 +234,9 @@ class DistributedSection(Section):
     and ends the run. One that is busy, for however long, does not; one that died is found at
     once."""
     timeout_s: Annotated[int, Field(ge=60)] = 1800
-    """Seconds that a process waits for the others in an exchange (such as that of gradients) before
-    it ends the run. Previews, evaluations and checkpoints of the main process are not waited for
-    in one."""
+    """Seconds that a process waits for the others in an exchange (such as that of gradients), or to
+    begin, before it ends the run. Previews, evaluations and checkpoints of the main process are not
+    waited for in one."""
 
 
 class EnvironmentSection(Section):

@@ -100,9 +100,9 @@ class TrainerEngine:
                 stages = self._stages(config)
             job, stages.is_busy = stages.job, True
             job.stop = stop
-            watch_ranks(job, config)
             try:
                 with stop.work():
+                    watch_ranks(job, config)
                     self._execute_training(stages.trainer, stages.prepared.config)
                     result = finish_training(job, stages.prepared, stages.loaded, stages.trainer)
                 job.ending.acquire()

@@ -32,6 +32,7 @@ def watch_ranks(job: Job, config: TrainerConfig) -> None:
     if job.ranks is None and is_launched and int(os.environ["WORLD_SIZE"]) > 1:
         job.ranks = RankWatch(
             timeout_s=config.distributed.heartbeat_timeout_s,
+            start_s=config.distributed.timeout_s,
             folder=Path(config.output.output_dir),
             on_fault=partial(_end_with, job),
         )
@@ -50,7 +51,7 @@ def _end_with(job: Job, fault: Fault) -> None:
     if handler is job.stop:  # wakes it from whatever Python code it is in
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     if job.ending.acquire(timeout=GRACE_S):
-        result = job.failed(RankError(str(fault), fault.exit_code))
+        result = job.failed(RankError(str(fault), fault.exit_code, fault.traceback))
         job.end(result)
         tell_failure(result.error_message)
         leave(result.exit_code)

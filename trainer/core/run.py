@@ -558,6 +558,7 @@ class Job:
             message = str(error)
         if isinstance(error, RankError):
             message += self._how_to_continue()
+            more |= {"traceback": error.traceback} if error.traceback else {}
         if isinstance(error, TrainerError):
             return self._result("failed", more, exit_code=error.exit_code, error_message=message)
         more["traceback"] = "".join(traceback.format_exception(error))
@@ -574,7 +575,7 @@ class Job:
         if fault is None or (fault.signal is not None and self.stop.is_signalled):
             return error
         if fault.signal is None:
-            return RankError(str(fault), fault.exit_code)
+            return RankError(str(fault), fault.exit_code, fault.traceback)
         self.stop.signal = signal.Signals[fault.signal]
         return StoppedError(f"by {fault.signal} of rank {fault.rank}", exit_code=fault.exit_code)
 

@@ -1,6 +1,6 @@
 """The process beside each rank that tells the others whether that rank is alive. No torch here.
 
-    python -m trainer.monitoring.beats {"rank": 1, ...}      started by `trainer.monitoring.ranks`
+    python -m trainer.monitoring.beats      started by `trainer.monitoring.ranks`
 
 A process, not a thread: while C code holds Python's lock no thread of the rank runs, and a rank
 that is busy for minutes must not be taken for dead. Whether the rank is stopped or gone this one
@@ -8,7 +8,8 @@ asks the system. And it outlives a rank that is killed, so that somebody can say
 
 The watcher of rank 0 hears all others and decides once, for all, who failed first. Lines of JSON:
 
-    -> join {host, port}     -> failed {fault}     -> ended          from the rank
+    -> Settings (first line) -> join {host, port, token}
+    -> failed {fault}     -> ended          from the rank
     <- port {port}           <- fault {fault}                        to the rank
     hello {token, rank}, beat {is_stopped}, failed, fault, ended     between watchers
 """
@@ -54,10 +55,10 @@ SEND_S = 1.0
 
 LOCK_S = 5.0
 
-START_LIMITS = 10
-"""Times the limit of a beat that a rank may take to begin: it loads libraries first."""
+ABSENT_S = 1.5
+"""A watcher that was away for longer (all of a job is suspended, now and then) has heard nobody."""
 
-MAX_LINE = 1 << 16
+MAX_LINE = 1 << 18
 
 TO_CONTINUE = "; continue with the same launch command and --resume"
 
@@ -72,6 +73,7 @@ class Fault:
     what: str
     """In words that follow its name, such as `died (SIGKILL)`."""
     error_type: str = "RankError"
+    traceback: str | None = None
     exit_code: int = EXIT_FAILED
     """For all ranks."""
     signal: str | None = None
@@ -95,6 +97,8 @@ class Settings:
     """Without a beat for so long a rank counts as hanging."""
     folder: str
     """Of the run."""
+    start_s: float = 1800.0
+    """How long it may take to begin: it loads libraries first."""
     token: str = ""
     host: str = ""
     """Where the watcher of rank 0 listens; empty: on all interfaces."""
@@ -224,6 +228,7 @@ class Watcher:
         self.own = _Own()
         self.fault: Fault | None = None
         """What was decided."""
+        self._was_here = self.began
         self._decided = self._next_look = self._next_beat = 0.0
         self._pending: Fault | None = None
         """Of this rank, until rank 0's watcher has decided."""
@@ -252,6 +257,11 @@ class Watcher:
             for key, _ in self._selector.select(TICK_S):
                 key.data()
             now = time.monotonic()
+            if now - self._was_here > min(ABSENT_S, self.settings.timeout_s / 2):
+                self.own.ran_at = now
+                for heard in self.heard.values():
+                    heard.at = now
+            self._was_here = now
             if now >= self._next_look:
                 self._next_look = now + TICK_S
                 self._look_at_rank()
@@ -319,8 +329,8 @@ class Watcher:
             if heard.has_joined and now - heard.at > limit:
                 self._decide(self._silent(rank, is_stopped=heard.is_stopped))
             is_again = self.settings.port > 0  # then ranks may have ended before
-            if not (heard.has_joined or is_again) and now - self.began > START_LIMITS * limit:
-                self._decide(Fault(rank, f"did not begin within {START_LIMITS * limit:g} s"))
+            if not (heard.has_joined or is_again) and now - self.began > self.settings.start_s:
+                self._decide(Fault(rank, f"did not begin within {self.settings.start_s:g} s"))
 
     def _silent(self, rank: int, *, is_stopped: bool) -> Fault:
         why = "its process is stopped" if is_stopped else "nothing comes from its machine"
@@ -468,12 +478,23 @@ def _take_lock(descriptor: int) -> None:
         time.sleep(TICK_S)
 
 
+def _first_line(descriptor: int) -> bytes:
+    """One line and not a byte more: the rest is read as it comes."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            sys.exit("the rank has ended")
+        line += byte
+    return line
+
+
 def main() -> None:
     """Watch as the command line says."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with its rank, and not before
     lines_in, lines_out = own_lines()
-    settings = Settings(**json.loads(sys.argv[1]))
+    settings = Settings(**json.loads(_first_line(lines_in.fileno())))
 
     def tell(kind: str, **values: Any) -> None:
         with contextlib.suppress(OSError, ValueError):  # the rank is gone

@@ -19,13 +19,14 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, rendezvous
 
 from trainer.child import Child
-from trainer.errors import EXIT_FAILED, StoppedError
+from trainer.errors import EXIT_FAILED, StoppedError, TrainerError
 from trainer.monitoring.beats import ECHO_S, Fault, Settings
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ TOLD_S = 10.0
 MAX_STARTS = 5
 """Of one rank's watcher: whatever ends it goes on doing so."""
 
+MAX_WORDS, MAX_TRACEBACK = 2000, 20_000
+"""Characters of an error that the others are told."""
+
 ECHOES = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """Words of exchanges that broke because the process at the other end is gone."""
 
@@ -64,12 +68,13 @@ class RankWatch:
     """The watcher of this rank, started again where it dies."""
 
     def __init__(
-        self, *, timeout_s: float, folder: Path, on_fault: Callable[[Fault], None]
+        self, *, timeout_s: float, start_s: float, folder: Path, on_fault: Callable[[Fault], None]
     ) -> None:
         """Start it; the others are found in a thread.
 
         Args:
             timeout_s: without a beat for so long a rank counts as hanging.
+            start_s: how long a rank may take to come here.
             folder: of the run, which this machine may see or not.
             on_fault: called once, in a thread, with what ends the run.
         """
@@ -81,6 +86,7 @@ class RankWatch:
             pid=os.getpid(),
             timeout_s=timeout_s,
             folder=str(folder.absolute()),
+            start_s=start_s,
             token=secrets.token_hex(16) if self.rank == 0 else "",
             host=self._place[0],
         )
@@ -142,10 +148,9 @@ class RankWatch:
         with self._lock:
             if self._is_closed:
                 return None
-            words = json.dumps(asdict(self._settings))
-            self._child = Child(["trainer.monitoring.beats", words])
+            self._child = Child(["trainer.monitoring.beats"])
             with contextlib.suppress(BrokenPipeError):
-                self._child.send(*self._said)
+                self._child.send(json.dumps(asdict(self._settings)).encode(), *self._said)
             return self._child
 
     def _serve(self, child: Child) -> None:
@@ -208,11 +213,13 @@ def _place_of_main() -> tuple[str, str]:
 
 def fault_of(error: BaseException, rank: int, exit_code: int, signal: str | None) -> Fault:
     """What the others are told of an error that ends this rank."""
-    name, words = type(error).__name__, " ".join(str(error).split())[:2000]
+    name, words = type(error).__name__, " ".join(str(error).split())[:MAX_WORDS]
+    is_told = isinstance(error, TrainerError | StoppedError)  # needs no traceback
     return Fault(
         rank,
         f"was stopped by {signal}" if signal else f"raised {name}: {words}",
         error_type=name,
+        traceback=None if is_told else "".join(format_exception(error))[-MAX_TRACEBACK:],
         exit_code=exit_code,
         signal=signal,
         is_echo=is_echo(error),

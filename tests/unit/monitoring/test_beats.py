@@ -32,13 +32,15 @@ class Rank:
     def __init__(self, rank: int, world: int, timeout_s: float, folder: Path) -> None:
         self.process = subprocess.Popen(["sleep", "300"])
         self.settings = Settings(
-            rank, world, self.process.pid, timeout_s, str(folder), TOKEN, "127.0.0.1"
+            rank, world, self.process.pid, timeout_s, str(folder), token=TOKEN, host="127.0.0.1"
         )
         self.watcher = self.start(self.settings)
 
     @staticmethod
     def start(settings: Settings) -> Child:
-        return Child(["trainer.monitoring.beats", json.dumps(asdict(settings))])
+        child = Child(["trainer.monitoring.beats"])
+        child.send(json.dumps(asdict(settings)).encode())
+        return child
 
     def say(self, kind: str, **values: Any) -> None:
         self.watcher.send(json.dumps({"kind": kind, **values}).encode())
@@ -117,6 +119,18 @@ def test_a_rank_that_goes_on_in_time_is_not_named(begin: Begin) -> None:
     time.sleep(0.7)
     ranks[1].process.send_signal(signal.SIGCONT)
     ranks[0].hears_nothing(2.5)
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(begin: Begin) -> None:
+    ranks = begin(1.0)
+    pids = [pid for rank in ranks for pid in (rank.process.pid, rank.watcher.pid)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.0)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    ranks[0].hears_nothing(1.5)
+    ranks[1].hears_nothing(0.1)
 
 
 def test_a_machine_that_is_silent_is_named(begin: Begin) -> None:
