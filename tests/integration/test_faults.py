@@ -147,7 +147,7 @@ def test_a_rank_that_dies_ends_all_and_says_so(start: Start) -> None:
     run = start("--output.checkpoint_interval", "2")
     run.wait_for_step(3)
     run.send(1, signal.SIGKILL)
-    assert run.ends(20) == [1, -9]
+    assert run.ends() == [1, -9]
     run.check_failed("rank 1 died (SIGKILL)", "--resume")
 
 
@@ -155,7 +155,7 @@ def test_a_rank_that_is_stopped_ends_all_and_says_so(start: Start) -> None:
     run = start("--distributed.heartbeat_timeout_s", "2")
     run.wait_for_step(3)
     run.send(1, signal.SIGSTOP)
-    assert run.ends(20) == [1, -9]
+    assert run.ends() == [1, -9]
     run.check_failed("rank 1 did not answer for 2 s (its process is stopped)")
 
 
@@ -182,7 +182,7 @@ def test_of_a_main_rank_that_dies_its_watcher_tells_and_the_run_goes_on_exactly(
     words = ("--output.checkpoint_interval", "2")
     dies = at_step("if rank == 0 and step == 5: os.kill(os.getpid(), signal.SIGKILL)")
     run = start(*words, patch=dies, steps=8)
-    assert run.ends(20) == [-9, 1]
+    assert run.ends() == [-9, 1]
     run.check_failed("rank 0 died (SIGKILL)", "--resume")
     assert "[rank 1] error: rank 0 died (SIGKILL)" in run.text_of(1)
     again = start(*words, "--resume", steps=8)
@@ -195,7 +195,7 @@ def test_of_a_main_rank_that_dies_its_watcher_tells_and_the_run_goes_on_exactly(
 
 def test_an_error_of_one_rank_is_told_by_all(start: Start) -> None:
     run = start(patch=at_step("if rank == 1 and step == 3: raise KeyError('no such column')"))
-    assert run.ends(20) == [1, 1], run.texts()
+    assert run.ends() == [1, 1], run.texts()
     run.check_failed("rank 1 raised KeyError: 'no such column'")
     assert "[rank 1] error: KeyError: 'no such column'" in run.text_of(1)
     assert "[rank 1] ERROR trainer.core.run: the run failed\nTraceback" in run.text_of(1)
@@ -208,7 +208,7 @@ def test_an_error_of_one_rank_is_told_by_all(start: Start) -> None:
 def test_a_rank_that_runs_out_of_memory_says_so_to_all(start: Start) -> None:
     full = "import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
     run = start(patch=at_step(f"if rank == 1 and step == 3:\n        {full}"))
-    assert run.ends(20) == [1, 1], run.texts()
+    assert run.ends() == [1, 1], run.texts()
     run.check_failed("rank 1 raised MemoryFullError: step 4 ran out of the memory of cpu")
 
 
@@ -226,7 +226,7 @@ preparation.check_files = check
 
 def test_an_error_of_one_rank_before_training_leaves_no_folder(start: Start) -> None:
     run = start(patch=MISSING)
-    assert run.ends(20) == [2, 2], run.texts()
+    assert run.ends() == [2, 2], run.texts()
     assert "error: rank 1 raised DataError: rows.jsonl: no such file" in run.text_of(0)
     assert "[rank 1] error: rows.jsonl: no such file" in run.text_of(1)
     assert not run.out.exists()
@@ -257,7 +257,7 @@ SupervisedTrainer._guard = guarded
 def test_a_nan_of_one_rank_stops_all_before_any_weight_moves(start: Start, tmp_path: Path) -> None:
     patch = NAN.replace("FOLDER", str(tmp_path))
     run = start("--output.checkpoint_interval", "3", patch=patch)
-    assert run.ends(20) == [1, 1], run.texts()
+    assert run.ends() == [1, 1], run.texts()
     run.check_failed("step 4: the loss of rank 1 is nan; the weights are those of step 3")
     saved = weights_of(run.out / "checkpoints" / "step-00000003")
     for rank in range(2):
@@ -283,11 +283,11 @@ def check_busy(start: Start, limit_s: float, busy_s: float, length: int) -> None
     assert run.ends(600) == [0, 0], run.texts()
     times = [float(line.split()[2]) for line in run.text_of(0).splitlines() if "BUSY" in line]
     assert len(times) == 3
-    assert min(times) >= busy_s
+    assert min(times) > limit_s
 
 
 def test_a_rank_that_is_busy_for_longer_than_the_limit_goes_on(start: Start) -> None:
-    check_busy(start, 1.0, 2.5, 24)
+    check_busy(start, 1.0, 2.5, 25)
 
 
 @pytest.mark.long
@@ -299,12 +299,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(start: Start) -> Non
     run = start()
     run.wait_for_step(3)
     run.send(1, signal.SIGINT)
-    assert run.ends(20) == [130, 130], run.texts()
+    assert run.ends() == [130, 130], run.texts()
     status = status_of(run.out)
     assert (status["state"], status["summary"]["ended_by"]) == ("stopped", "SIGINT")
     assert status["phase"].startswith(f"by SIGINT after step {status['step']}")
-    [_, newest] = sorted((run.out / "checkpoints").iterdir())[-2:]
-    assert newest.name == f"step-{status['step']:08d}"
+    names = [path.name for path in (run.out / "checkpoints").iterdir()]
+    assert names == [f"step-{status['step']:08d}"]
     assert not (run.out / "final_model").exists()
 
 
@@ -323,7 +323,7 @@ preparation.load_base = load_base
 @pytest.mark.long
 def test_an_error_of_one_rank_while_others_wait_to_begin_leaves_no_folder(start: Start) -> None:
     run = start(patch=LOADS)
-    assert run.ends(30) == [2, 2], run.texts()
+    assert run.ends() == [2, 2], run.texts()
     assert "error: rank 1 raised ModelError: weights: no such file" in run.text_of(0)
     assert not run.out.exists()
 
@@ -355,7 +355,7 @@ def test_a_rank_in_c_code_is_ended_by_its_watcher(start: Start) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     run.send(1, signal.SIGKILL)
-    assert run.ends(40) == [-9, -9]
+    assert run.ends() == [-9, -9]
     run.check_failed("rank 1 died (SIGKILL)")
 
 
@@ -370,5 +370,5 @@ def test_watchers_that_are_killed_are_started_again(start: Start) -> None:
     time.sleep(6)
     run.wait_for_step(run.steps() + 3)
     run.send(1, signal.SIGKILL)
-    assert run.ends(20) == [1, -9]
+    assert run.ends() == [1, -9]
     run.check_failed("rank 1 died (SIGKILL)")

@@ -349,6 +349,7 @@ class Watcher:
             return  # at the next look again
         link = self._keep(connection, self._from_other)
         link.rank = 0
+        self.heard[0].has_joined, self.heard[0].at = True, time.monotonic()
         link.send("hello", token=token, rank=self.settings.rank)
         if self._pending is not None:
             link.send("failed", fault=asdict(self._pending))

@@ -23,7 +23,8 @@ from traceback import format_exception
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, rendezvous
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.child import Child
 from trainer.errors import EXIT_FAILED, StoppedError, TrainerError

@@ -143,8 +143,8 @@ def test_a_machine_that_is_silent_is_named(begin: Begin) -> None:
 
 def test_the_main_machine_that_is_silent_is_named(begin: Begin) -> None:
     ranks = begin(1.0)
+    os.kill(ranks[0].watcher.pid, signal.SIGKILL)  # first: it would say that its rank died
     ranks[0].process.kill()
-    os.kill(ranks[0].watcher.pid, signal.SIGKILL)
     words = "rank 0 did not answer for 1 s (nothing comes from its machine)"
     assert {rank.hears() for rank in ranks[1:]} == {words}
 
