@@ -117,10 +117,12 @@ def start(launcher: subprocess.Popen[str], qa_file: Path, tmp_path: Path) -> Ite
     """A function that starts a run of two processes."""
     launches: list[Launch] = []
 
-    def start(*words: str, patch: str = "", out: str = "out", steps: int = 100000) -> Launch:
+    def start(
+        *words: str, patch: str = "", out: str = "out", steps: int = 100000, previews: str = "0"
+    ) -> Launch:
         usual = ["--dataset", qa_file, "--model", "tiny", "--output", tmp_path / out, "--fp32"]
         usual += ["--environment.device", "cpu", "--batch-size", "2", "--max-length", "64"]
-        usual += ["--max-steps", steps, "--monitoring.inference_interval", "0", "--quiet"]
+        usual += ["--max-steps", steps, "--monitoring.inference_interval", previews, "--quiet"]
         usual += ["--monitoring.micro_eval_interval", "0", "--monitoring.report_to", "none"]
         usual += ["--environment.num_threads", "1", "--output.report", "false"]
         folder = tmp_path / f"{out}-texts-{len(launches)}"
@@ -336,7 +338,7 @@ def test_a_sidecar_does_not_outlive_the_run(
     start: Start, victim: int, number: signal.Signals
 ) -> None:
     words = ["--distributed.heartbeat_timeout_s", "3", "--monitoring.preview_backend", "sidecar"]
-    run = start(*words, "--monitoring.inference_interval", "2")
+    run = start(*words, previews="2")
     run.wait_for_step(3)
     assert any("trainer.publish.publisher" in one.cmdline() for one in run.family)
     run.send(victim, number)

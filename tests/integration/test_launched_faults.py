@@ -81,7 +81,7 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
     """A function that starts a run of two processes, on one machine or on two."""
     with contextlib.ExitStack() as stack:
 
-        def begin(*words: str, machines: int = 1) -> Launched:
+        def begin(*words: str, machines: int = 1, previews: str = "0") -> Launched:
             out = tmp_path / "out"
             with socket.create_server(("127.0.0.1", 0)) as server:
                 port = server.getsockname()[1]
@@ -90,7 +90,7 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
             launch += ["--local-addr", "127.0.0.1", "-m", "trainer", "train"]
             usual = ["--dataset", qa_file, "--model", "tiny", "--output", out, "--fp32", "--quiet"]
             usual += ["--environment.device", "cpu", "--batch-size", "2", "--max-length", "64"]
-            usual += ["--max-steps", "100000", "--monitoring.inference_interval", "0"]
+            usual += ["--max-steps", "100000", "--monitoring.inference_interval", previews]
             usual += ["--monitoring.micro_eval_interval", "0", "--monitoring.report_to", "none"]
             texts = [tmp_path / f"machine-{number}.txt" for number in range(machines)]
             agents = []
@@ -117,7 +117,7 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def test_a_rank_that_dies_under_torchrun_is_no_stop_by_its_sigterm(start: Start) -> None:
-    run = start("--monitoring.preview_backend", "sidecar", "--monitoring.inference_interval", "2")
+    run = start("--monitoring.preview_backend", "sidecar", previews="2")
     run.wait_for_step(3)
     assert any("trainer.publish.publisher" in one.cmdline() for one in run.family)
     run.ranks[1].kill()
