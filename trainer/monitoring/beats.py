@@ -273,7 +273,8 @@ class Watcher:
                 self._decide(self._echo[1])
         if self.own.has_ended:
             self._send_all("ended")
-        elif self.fault is not None and (self.is_main or self.fault.rank == 0):
+        is_untold = not self.own.has_ended if self.is_main else True
+        if self.fault is not None and is_untold and (self.is_main or self.fault.rank == 0):
             write_end(Path(self.settings.folder), self.fault, since=self.began_at)
 
     # ---- what is seen and heard
