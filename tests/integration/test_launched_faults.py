@@ -117,9 +117,8 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def test_a_rank_that_dies_under_torchrun_is_no_stop_by_its_sigterm(start: Start) -> None:
-    run = start("--monitoring.preview_backend", "sidecar", previews="2")
+    run = start()
     run.wait_for_step(3)
-    assert any("trainer.publish.publisher" in one.cmdline() for one in run.family)
     run.ranks[1].kill()
     assert run.ends() == [1]
     assert run.status()["error"]["message"] == "rank 1 died (SIGKILL)"
