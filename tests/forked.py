@@ -27,7 +27,7 @@ def _enter(words: list[str], cwd: str, environment: dict[str, str], streams: lis
         with open(name, mode) as file:
             os.dup2(file.fileno(), number)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, encoding="utf-8", closefd=False)
+        os.fdopen(number, mode, encoding="utf-8", closefd=False)
         for number, mode in enumerate(("r", "w", "w"))
     )
     sys.argv = ["trainer", *words]

@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     if not sys.warnoptions:  # of libraries, about each other
         warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    rank = f"[rank {os.environ['RANK']}] " if "LOCAL_RANK" in os.environ else ""
+    logging.basicConfig(format=f"{rank}%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     quiet_libraries()
     try:
         code = _run_told(words)

@@ -11,6 +11,7 @@
     |   `-- ResumeError          nothing to resume, or state that does not fit the run
     |-- CheckpointError          a checkpoint that is damaged or could not be written
     |-- NonFiniteError           a loss or gradient that is NaN or infinite
+    |-- RankError            another process of the run died, hung or failed
     |-- MemoryFullError          a step that did not fit into the memory of the device
     `-- PreviewError             a preview that could not be made (never stops training)
 
@@ -87,6 +88,17 @@ class CheckpointError(TrainerError):
 
 class NonFiniteError(TrainerError):
     """A loss or gradient is NaN or infinite; the weights were not moved."""
+
+
+class RankError(TrainerError):
+    """Another process of the run died, does not answer, or failed."""
+
+    def __init__(
+        self, message: str, exit_code: int = EXIT_FAILED, traceback: str | None = None
+    ) -> None:
+        """Keep what all processes of the run end with, and where the other one failed."""
+        super().__init__(message)
+        self.exit_code, self.traceback = exit_code, traceback
 
 
 class MemoryFullError(TrainerError):

@@ -28,6 +28,11 @@ from trainer.errors import OutputError
 
 CHECKPOINTS_NAME = "checkpoints"
 
+STATUS_NAME = "status.json"
+
+LOCK = ".lock"
+"""File that the process which runs in a folder holds a lock on."""
+
 SAVED_BASE = "base_model"
 """Folder in a run's folder, for the base of an adapter that is on no disk and no hub."""
 

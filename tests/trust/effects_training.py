@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
+import subprocess
+from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
@@ -15,10 +19,15 @@ from safetensors.torch import load_file
 from tests.trust.effects import shows
 from tests.trust.lab import BATCH_SIZE, LORA, NUM_STEPS, RATE, Lab, Seen
 from tests.trust.reference import distance, flat, llama
+from trainer.child import Child
 from trainer.commands.train import run as train_command
 from trainer.core import TrainerEngine, compiling
 from trainer.core import batch_size as core_batch_size
+from trainer.core.faults import watch_ranks
 from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.run import Job
+from trainer.monitoring.beats import Settings
+from trainer.monitoring.ranks import RankWatch
 
 TRAIN_ROWS = 30
 
@@ -467,6 +476,42 @@ def num_workers(lab: Lab) -> None:
 
         trainer.data_collator = noting
         assert int(next(iter(trainer.get_train_dataloader()))["workers"]) == count
+
+
+@shows("distributed.timeout_s")
+def distributed_timeout(lab: Lab) -> None:
+    assert lab.trainer(distributed={"timeout_s": 77}).args.ddp_timeout == 77
+
+
+@shows("distributed.heartbeat_timeout_s")
+def heartbeat_timeout(lab: Lab) -> None:
+    """A process that stands still for two seconds is named with a limit of 1 s, not of 60 s."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    told: dict[float, str] = {}
+    for limit in (1.0, 60.0):
+        config = lab.config(distributed={"heartbeat_timeout_s": limit})
+        with (
+            mock.patch.dict(os.environ, ranks),
+            mock.patch.object(
+                RankWatch, "__init__", lambda self, **options: vars(self).update(options)
+            ),
+        ):
+            job = Job(config, [])
+            watch_ranks(job, config)
+        assert job.ranks is not None
+        with subprocess.Popen(["sleep", "60"]) as process:
+            settings = Settings(
+                0, 2, process.pid, vars(job.ranks)["timeout_s"], str(lab.folder), host="127.0.0.1"
+            )
+            watcher = Child(["trainer.monitoring.beats"])
+            watcher.send(json.dumps(asdict(settings)).encode())
+            assert b"port" in watcher.receive(60)
+            process.send_signal(signal.SIGSTOP)
+            with contextlib.suppress(TimeoutError):
+                told[limit] = json.loads(watcher.receive(2.5))["fault"]["what"]
+            process.kill()
+            watcher.end(0.0)
+    assert told == {1.0: "did not answer for 1 s (its process is stopped)"}
 
 
 @shows("environment.offline")

@@ -33,11 +33,18 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
     from trainer.core.engine import TrainerEngine
+    from trainer.core.faults import leave, let_the_end_be_told, tell_failure
     from trainer.core.run import is_main_process
     from trainer.views.report import RunRecords
 
+    is_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_several:
+        let_the_end_be_told()
     if not is_main_process():
-        return TrainerEngine().run_job(loaded.config).exit_code
+        result = TrainerEngine().run_job(loaded.config)
+        if result.state == "failed":  # a stop is told by the main process
+            tell_failure(result.error_message)
+        return result.exit_code if result.success else leave(result.exit_code)
     records = RunRecords(loaded.origins, is_report=loaded.config.output.report)
     observers = [create_display(display_name), records]
     result = TrainerEngine(observers=observers).run_job(loaded.config)
@@ -50,7 +57,7 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
         failure = preview_failure_words(result.summary)
         if failure is not None:
             print(f"warning: {failure}")
-    return result.exit_code
+    return result.exit_code if result.success or not is_several else leave(result.exit_code)
 
 
 def load_config(flags: ParsedFlags) -> LoadedConfig:

@@ -273,6 +273,15 @@ class DistributedSection(Section):
     cpu_offload: bool = False
     """fsdp2 on GPUs: shards stay in host memory and are copied to the device for each use; slow."""
 
+    heartbeat_timeout_s: Annotated[float, Field(ge=1.0)] = 30
+    """Seconds after which a process that is stopped, or whose machine is silent, counts as hanging
+    and ends the run. One that is busy, for however long, does not; one that died is found at
+    once."""
+    timeout_s: Annotated[int, Field(ge=60)] = 1800
+    """Seconds that a process waits for the others in an exchange (such as that of gradients), or to
+    begin, before it ends the run. Previews, evaluations and checkpoints of the main process are not
+    waited for in one."""
+
     @model_validator(mode="after")
     def _check_copies(self) -> DistributedSection:
         changed = [name for name in ("reshard_after_forward", "cpu_offload") if self._is_set(name)]

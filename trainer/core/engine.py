@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from trainer.config.loader import resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.batch_size import fit_batch_size, keep_found_batch_size
 from trainer.core.dry_run import DryRun, finish_dry_run
+from trainer.core.faults import watch_ranks
 from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.preparation import (
     check_against_rows,
@@ -42,7 +43,7 @@ from trainer.core.run import (
     process_settings,
     stop_on_signals,
 )
-from trainer.core.strategy import check_launcher, true_for_all, with_strategy
+from trainer.core.strategy import check_launcher, with_strategy
 from trainer.core.training import (
     assemble_callbacks,
     assemble_trainer,
@@ -60,6 +61,7 @@ from trainer.models.precision import (
     resolve_precision,
 )
 from trainer.monitoring.events import CardShown, Observer
+from trainer.monitoring.processes import true_for_all
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.profiles import DataProfile, get_profile
 
@@ -102,9 +104,12 @@ class TrainerEngine:
             job.stop = stop
             try:
                 with stop.work():
+                    watch_ranks(job, config)
                     self._execute_training(stages.trainer, stages.prepared.config)
                     result = finish_training(job, stages.prepared, stages.loaded, stages.trainer)
+                job.ending.acquire()
             except BaseException as error:  # a signal's StoppedError, and what libraries raise
+                job.ending.acquire()
                 result = job.failed(error)
             ignore_dead_workers()
             self._open = self._job = None
@@ -352,7 +357,8 @@ class _Stages:
     def prepared(self) -> Prepared:
         """The run before its weights; nothing is recorded yet."""
         prepared = self._engine._prepare(self._asked, self.job)
-        return with_strategy(prepared, self.job.observers.notice, agree=true_for_all)
+        agree = partial(true_for_all, timeout_s=prepared.config.distributed.timeout_s)
+        return with_strategy(prepared, self.job.observers.notice, agree=agree)
 
     @cached_property
     def recorded(self) -> Prepared:

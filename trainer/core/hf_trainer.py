@@ -11,7 +11,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,6 @@ SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
 
-COLLECTIVE_TIMEOUT_S = 1800
-"""Seconds after which a process that waits for others in an exchange ends the run."""
-
 
 def build_training_arguments(
     config: TrainerConfig, *, precision: ResolvedPrecision, device: torch.device, run_dir: Path
@@ -78,7 +75,7 @@ def build_training_arguments(
     with offload_told(config):
         arguments = _on(
             device,
-            ddp_timeout=COLLECTIVE_TIMEOUT_S,
+            ddp_timeout=config.distributed.timeout_s,
             output_dir=str(run_dir),
             per_device_train_batch_size=hyper.batch_size,
             gradient_accumulation_steps=hyper.gradient_accumulation,
@@ -326,27 +323,31 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         assert self._sums is not None, "a step without a forward pass"
-        sums = self._sums
+        sums, losses = self._sums, self._sums[:0]
         self._sums = None
         if self.accelerator.num_processes > 1:
             gathered = self.accelerator.gather(sums[None])
+            losses = gathered[:, 0]
             sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum(), gathered[:, 2].sum()])
         # One wait for the device per optimizer step, for all numbers at once.
-        loss, tokens, trained, value = torch.cat(
-            [sums, torch.as_tensor(norm, device=sums.device).detach().float().reshape(1)]
+        loss, tokens, trained, value, *of_ranks = torch.cat(
+            [sums, torch.as_tensor(norm, device=sums.device).detach().float().reshape(1), losses]
         ).tolist()
         self.last_step = StepRecord(
             loss, value, self._get_learning_rate(), int(tokens), int(trained)
         )
-        self._guard(loss, value)
+        self._guard(loss, value, of_ranks)
         self._note_step(self.last_step)
         return norm
 
-    def _guard(self, loss: float, grad_norm: float) -> None:
+    def _guard(self, loss: float, grad_norm: float, of_ranks: Sequence[float]) -> None:
         step = self.state.global_step + 1
         if not math.isfinite(loss):
+            bad = [f"rank {rank}" for rank, one in enumerate(of_ranks) if not math.isfinite(one)]
+            of_whom = f" of {', '.join(bad)}" if bad else ""
             raise NonFiniteError(
-                f"step {step}: the loss is {loss}; the weights are those of step {step - 1}. "
+                f"step {step}: the loss{of_whom} is {loss}; the weights are those of step "
+                f"{step - 1}. "
                 "Lower hyperparams.learning_rate or look at the rows of this step."
             )
         if math.isfinite(grad_norm):

@@ -36,14 +36,17 @@ from trainer.errors import (
     EXIT_SIGTERM,
     EXIT_USER_INPUT,
     ConfigError,
+    RankError,
     StoppedError,
     TrainerError,
 )
 from trainer.models.attention import AttentionPlan
 from trainer.models.devices import DETERMINISTIC_VARIABLES
 from trainer.models.precision import ResolvedPrecision
+from trainer.monitoring.beats import TO_CONTINUE
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
+from trainer.monitoring.ranks import RankWatch
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.net import hub_setting
 from trainer.preview.scheduler import PreviewScheduler
@@ -114,6 +117,8 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.asked_by: str | None = None
         """Who asked without a signal, in words."""
+        self.is_fault = False
+        """Another process of the run has failed: nothing is waited for."""
         self.can_wait = False
         """True while training: the stop then waits for the end of the step."""
         self._may_abort = False
@@ -136,6 +141,13 @@ class StopRequest:
     def ask(self, who: str) -> None:
         """Ask for a stop at the end of the step, with everything that the end of a run makes."""
         self.asked_by = self.asked_by or who
+
+    def agree(self, number: int) -> None:
+        """Stop as all processes of the run do, by a signal; 0: because the control file asks."""
+        if number:
+            self.signal = self.signal or signal.Signals(number)
+        else:
+            self.ask("the control file")
 
     @property
     def exit_code(self) -> int:
@@ -164,6 +176,10 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: remember the first signal, abort at the second or outside a step."""
+        if self.is_fault:
+            if self._may_abort:
+                self._abort()
+            return
         is_second = self.is_signalled
         self.signal = self.signal or signal.Signals(number)
         if self._may_abort and (is_second or not self.can_wait):
@@ -376,6 +392,10 @@ class Job:
         self.blocks: CompiledBlocks | None = None
         """The compiled layers of the model; None where `hyperparams.compile` is off."""
         self.result: TrainingResult | None = None
+        self.ranks: RankWatch | None = None
+        """Tells what the other processes of the run do; None where there are none."""
+        self.ending = threading.Lock()
+        """Held by the thread that ends the run: the main one, unless it hangs in an exchange."""
         self._closing = contextlib.ExitStack()
         # In the order of opening: run.json is written after every observer has told the end, and
         # nobody else may take the folder before that.
@@ -415,6 +435,8 @@ class Job:
         """Say how the run ended, to observers and in run.json, and close everything."""
         self.result = result
         self.close()
+        if self.ranks is not None:
+            self.ranks.close()
 
     def give_up(self) -> None:
         """End a run that somebody began in parts and does not want any more."""
@@ -547,11 +569,14 @@ class Job:
     def _how_to_continue(self) -> str:
         if self.checkpoint is None or self.folder is None:
             return ""
+        if self.ranks is not None:
+            return TO_CONTINUE
         folder = shlex.quote(str(self.folder.path))
         return f"; continue with: trainer train --resume --output {folder}"
 
     def failed(self, error: BaseException) -> TrainingResult:
         """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""
+        error = self._first_fault(error)
         more: dict[str, Any] = {"error_type": type(error).__name__, "ended_by": "error"}
         if isinstance(error, KeyboardInterrupt):  # not from our handler: a script has its own
             self.stop.signal = self.stop.signal or signal.SIGINT
@@ -567,12 +592,28 @@ class Job:
                 "false, or use another model or attention."
             )
             message = str(error)
+        if isinstance(error, RankError):
+            message += self._how_to_continue()
+            more |= {"traceback": error.traceback} if error.traceback else {}
         if isinstance(error, TrainerError):
             return self._result("failed", more, exit_code=error.exit_code, error_message=message)
         more["traceback"] = "".join(traceback.format_exception(error))
         logger.error("the run failed\n%s", more["traceback"])
         message = f"{type(error).__name__}: {message}"
         return self._result("failed", more, exit_code=EXIT_FAILED, error_message=message)
+
+    def _first_fault(self, error: BaseException) -> BaseException:
+        """The error, or what another rank did that led to it; the others hear of this one."""
+        if self.ranks is None:
+            return error
+        number = self.stop.signal if isinstance(error, StoppedError) else None
+        fault = self.ranks.answer(error, number.name if number is not None else None)
+        if fault is None or (fault.signal is not None and self.stop.is_signalled):
+            return error
+        if fault.signal is None:
+            return RankError(str(fault), fault.exit_code, fault.traceback)
+        self.stop.signal = signal.Signals[fault.signal]
+        return StoppedError(f"by {fault.signal} of rank {fault.rank}", exit_code=fault.exit_code)
 
     def _result(
         self,

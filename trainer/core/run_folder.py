@@ -14,10 +14,8 @@ from typing import IO, Any
 
 from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
-from trainer.files import CHECKPOINTS_NAME, SAVED_BASE, replace_file
+from trainer.files import CHECKPOINTS_NAME, LOCK, SAVED_BASE, STATUS_NAME, replace_file
 from trainer.monitoring.events import plain_values
-
-LOCK = ".lock"
 
 OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
 
@@ -30,7 +28,7 @@ class RunFolder:
 
     RUN_JSON = "run.json"
     CONFIG = "config.resolved.json"
-    STATUS = "status.json"
+    STATUS = STATUS_NAME
     CHECKPOINTS = CHECKPOINTS_NAME
     FINAL_MODEL = "final_model"
 

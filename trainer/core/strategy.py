@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.dry_run import memory_setup
-from trainer.core.hf_trainer import COLLECTIVE_TIMEOUT_S
 from trainer.core.memory import MemorySetup, device_memory, estimate_memory, fits, size_words
 from trainer.core.run import Prepared, Strategy
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError
 from trainer.models.load import read_model_config
 from trainer.models.train_on import base_section
+from trainer.monitoring.processes import num_processes
 
 Agree = Callable[[bool], bool]
 """Whether something is so on every process of the run."""
@@ -117,59 +114,7 @@ def check_shardable(config: TrainerConfig, why: str) -> None:
         raise ConfigError(f"{why}, but {problem[1]}.")
 
 
-# ---- what the processes agree on before there are exchanges
-
-
-PAUSE_S = 0.05
-
-_numbers = itertools.count()
-_stores: list[TCPStore] = []
-"""Kept: the main process may be the server that the others, and torch itself, talk to."""
-
-
-def true_for_all(mine: bool) -> bool:
-    """Whether all processes of the run say so; each calls it once, in the same place.
-
-    Raises:
-        TrainerError: another process has not come here.
-    """
-    world, rank = num_processes(), int(os.environ.get("RANK", "0"))
-    if world == 1:
-        return mine
-    store = _store(rank)
-    number = next(_numbers)
-    store.set(f"trainer/agree/{number}/{rank}", str(int(mine)))
-    keys = [f"trainer/agree/{number}/{other}" for other in range(world)]
-    deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
-    while not store.check(keys):  # not the store's own `wait`, in which no signal would be heard
-        if time.monotonic() > deadline:
-            raise TrainerError("another process of this run has not come as far as this one.")
-        time.sleep(PAUSE_S)
-    return all(store.get(key) == b"1" for key in keys)
-
-
-def _store(rank: int) -> TCPStore:
-    """The store by which the launcher has the processes find each other."""
-    if not _stores:
-        is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        _stores.append(
-            TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=rank == 0 and not is_served,
-                wait_for_workers=False,
-                multi_tenant=True,  # torch's own use of this port is another client of the same
-            )
-        )
-    return _stores[0]
-
-
 # ---- how this process was started
-
-
-def num_processes() -> int:
-    """Processes of this run, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_launched_sharded() -> bool:

@@ -72,8 +72,8 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         ),
         commands=Commands(
             ControlFile(job.folder.path, observers.notice) if job.folder is not None else None,
-            is_stop_requested=lambda: job.stop.is_signalled,
-            request_stop=lambda: job.stop.ask("the control file"),
+            signal_that_came=lambda: job.stop.signal or 0,
+            request_stop=job.stop.agree,
         ),
         evaluation=MicroEvaluation(
             build_evaluator(prepared, _held_out(job, _pad_id(prepared, loaded.model))),

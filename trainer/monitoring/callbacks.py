@@ -25,7 +25,7 @@ from trainer.monitoring.events import (
     Observers,
     PreviewsDone,
 )
-from trainer.monitoring.processes import any_process, wait_for_main
+from trainer.monitoring.processes import any_process, highest, wait_for_main
 from trainer.monitoring.step_report import LoggedReport, StepReport
 from trainer.preview.scheduler import PreviewScheduler
 
@@ -50,36 +50,39 @@ class Commands:
         self,
         file: ControlFile | None,
         *,
-        is_stop_requested: Callable[[], bool],
-        request_stop: Callable[[], None],
+        signal_that_came: Callable[[], int],
+        request_stop: Callable[[int], None],
     ) -> None:
         """Ask nobody yet.
 
         Args:
             file: the control file; the main process has it.
-            is_stop_requested: asked once per step: whether a signal came.
-            request_stop: told, on every process, when the control file asks to stop.
+            signal_that_came: asked once per step: the number of one that asks to stop; 0: none.
+            request_stop: told, on every process, to stop, by a signal of this number, which another
+                process may have got; 0: the control file asks.
         """
         self.file = file
         self.stop_reason: str | None = None
-        self._is_stop_requested, self._request_stop = is_stop_requested, request_stop
+        self._signal_that_came, self._request_stop = signal_that_came, request_stop
 
     def poll(self, step: int, total: int) -> Asked:
         """Look once at the end of a step."""
         file = self.file
         commands = file.poll() if file is not None else frozenset()
-        by_signal, by_file, preview, save = any_process(
-            self._is_stop_requested(),
+        number, by_file, preview, save = highest(
+            self._signal_that_came(),
             "stop" in commands and step < total,  # at the last step there is nothing to stop
             "preview" in commands,
             file is not None and file.is_save_asked(step),
         )
+        by_signal = number > 0
         if by_file:
-            self._request_stop()
+            self._request_stop(0)
             self.stop_reason = f"the control file asked to stop after step {step}"
         if by_signal:
+            self._request_stop(number)
             self.stop_reason = "asked to stop"
-        return Asked(by_signal or by_file, by_signal, preview, save)
+        return Asked(by_signal or bool(by_file), by_signal, bool(preview), bool(save))
 
     def acknowledge(self, step: int, *, is_previewed: bool) -> None:
         """Say what became of the control file's commands."""

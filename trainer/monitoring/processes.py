@@ -8,27 +8,82 @@ do not wait in an exchange: they look into the store by which the processes foun
 from __future__ import annotations
 
 import itertools
+import os
 import time
+from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from trainer.errors import TrainerError
 
 MAX_PAUSE_S = 0.2
 
 KEY = "trainer/main"
 
-_numbers = itertools.count()
+_numbers, _questions = itertools.count(), itertools.count()
 """Every process passes the same places in the same order, so that equal numbers are one place."""
+
+STORE_TIMEOUT_S = 300
+
+_kept: list[Any] = []
+"""Rank 0 may be the one that serves the others, and torch's own exchanges."""
+
+
+def num_processes() -> int:
+    """Processes of this run, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_store() -> Any:
+    """A connection to the store by which the launcher has the processes find each other.
+
+    It is the process group's, whoever serves it, and is there before there is a group.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
+    _kept.append(store)
+    return PrefixStore("trainer", store)
+
+
+def true_for_all(mine: bool, *, timeout_s: float) -> bool:
+    """Whether all processes of the run say so, before there are exchanges between them.
+
+    Each calls it at the same places.
+
+    Raises:
+        TrainerError: another process has not come here in time.
+    """
+    world, rank = num_processes(), int(os.environ.get("RANK", "0"))
+    if world == 1:
+        return mine
+    store, number = launch_store(), next(_questions)
+    store.set(f"agree/{number}/{rank}", str(int(mine)))
+    keys = [f"agree/{number}/{other}" for other in range(world)]
+    deadline, pause_s = time.monotonic() + timeout_s, 0.001
+    while not store.check(keys):  # not the store's own `wait`, in which no signal would be heard
+        if time.monotonic() > deadline:
+            raise TrainerError("another process of this run has not come as far as this one.")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)
+    return all(store.get(key) == b"1" for key in keys)
 
 
 def any_process(*wants: bool) -> list[bool]:
     """For each flag whether any process has it set; one exchange for all of them."""
+    return [number > 0 for number in highest(*wants)]
+
+
+def highest(*numbers: int) -> list[int]:
+    """Of each number the highest that any process has; one exchange for all of them."""
     state = PartialState()
     if state.num_processes == 1:
-        return list(wants)
-    flags = torch.tensor([[float(one) for one in wants]], device=state.device)  # (1, N)
-    return [bool(one) for one in gather(flags).amax(dim=0) > 0]  # (P, N) when gathered
+        return list(map(int, numbers))
+    mine = torch.tensor([[float(one) for one in numbers]], device=state.device)  # (1, N)
+    return [int(one) for one in gather(mine).amax(dim=0).tolist()]  # (P, N) when gathered
 
 
 def wait_for_main() -> None:

@@ -15,7 +15,7 @@ import orjson
 from pydantic import ValidationError
 
 from trainer.errors import OutputError
-from trainer.files import read_whole_lines
+from trainer.files import STATUS_NAME, read_whole_lines
 from trainer.monitoring.status_schema import SCHEMA_VERSION, TrainingStatus
 from trainer.preview.base import PreviewResult
 
@@ -114,8 +114,6 @@ class LineTail:
 
 
 logger = logging.getLogger(__name__)
-
-STATUS_NAME = "status.json"
 
 METRICS_NAME = "metrics.jsonl"
 

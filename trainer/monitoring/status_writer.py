@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.files import append_lines, remove_stale, replace_file
+from trainer.files import STATUS_NAME, append_lines, remove_stale, replace_file
 from trainer.monitoring.events import (
     CheckpointSaved,
     EvaluationDone,
@@ -33,7 +33,6 @@ from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
     RESUMED,
-    STATUS_NAME,
     TrainingStatusReader,
 )
 from trainer.monitoring.status_schema import (

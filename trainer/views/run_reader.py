@@ -17,13 +17,18 @@ from typing import Any
 import psutil
 
 from trainer.errors import OutputError
-from trainer.files import CHECKPOINTS_NAME, checkpoint_steps, read_json_object, require_folder
+from trainer.files import (
+    CHECKPOINTS_NAME,
+    STATUS_NAME,
+    checkpoint_steps,
+    read_json_object,
+    require_folder,
+)
 from trainer.monitoring.events import TRAINING
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
     RESUMED,
-    STATUS_NAME,
     LineTail,
     TrainingStatusReader,
     as_preview,

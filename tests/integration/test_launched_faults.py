@@ -1,0 +1,186 @@
+"""Faults of runs that torchrun started, on one machine and on two; what signals to it do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+WAIT_S, LIMIT_S = 120, 60
+
+
+class Launched:
+    """torchrun, once per machine, and the ranks that it started."""
+
+    def __init__(self, out: Path, texts: list[Path], agents: list[subprocess.Popen[bytes]]) -> None:
+        self.out, self.texts, self.agents = out, texts, agents
+        self.ranks: dict[int, psutil.Process] = {}
+        self.family: list[psutil.Process] = []
+
+    def wait_for_step(self, step: int) -> None:
+        path, deadline = self.out / "metrics.jsonl", time.monotonic() + WAIT_S
+        while not path.exists() or path.read_text().count("StepDone") < step:
+            assert time.monotonic() < deadline, self.text()
+            assert all(agent.poll() is None for agent in self.agents), self.text()
+            time.sleep(0.05)
+        for agent in self.agents:
+            started = psutil.Process(agent.pid).children()
+            self.ranks |= {int(one.environ()["RANK"]): one for one in started}
+            self.family += psutil.Process(agent.pid).children(recursive=True)
+
+    def watcher_of(self, rank: int) -> psutil.Process:
+        children = self.ranks[rank].children()
+        [found] = [one for one in children if "trainer.monitoring.beats" in one.cmdline()]
+        return found
+
+    def ends(self) -> list[int]:
+        """Exit codes of torchrun; nothing that it started is alive."""
+        codes = [agent.wait(LIMIT_S) for agent in self.agents]
+        _, alive = psutil.wait_procs(self.family, timeout=20)
+        assert not alive, self.text()
+        return codes
+
+    def text(self) -> str:
+        return "".join(path.read_text() for path in self.texts)
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads((self.out / "status.json").read_text())
+        return status
+
+    def end(self) -> None:
+        family = [
+            *self.family,
+            *(psutil.Process(one.pid) for one in self.agents if one.poll() is None),
+        ]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in [*one.children(recursive=True), one]:
+                    child.kill()
+        for agent in self.agents:
+            agent.wait()
+
+
+Start = Callable[..., Launched]
+
+
+@pytest.fixture
+def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
+    """A function that starts a run of two processes, on one machine or on two."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*words: str, machines: int = 1, previews: str = "0") -> Launched:
+            out = tmp_path / "out"
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+            launch = ["--nnodes", machines, "--nproc-per-node", 2 // machines, "--rdzv-id", "x"]
+            launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+            launch += ["--local-addr", "127.0.0.1", "-m", "trainer", "train"]
+            usual = ["--dataset", qa_file, "--model", "tiny", "--output", out, "--fp32", "--quiet"]
+            usual += ["--environment.device", "cpu", "--batch-size", "2", "--max-length", "64"]
+            usual += ["--max-steps", "100000", "--monitoring.inference_interval", previews]
+            usual += ["--monitoring.micro_eval_interval", "0", "--monitoring.report_to", "none"]
+            texts = [tmp_path / f"machine-{number}.txt" for number in range(machines)]
+            agents = []
+            for path in texts:
+                with path.open("wb") as file:
+                    agents.append(
+                        subprocess.Popen(
+                            [
+                                *(sys.executable, "-m", "torch.distributed.run"),
+                                *map(str, [*launch, *usual, *words]),
+                            ],
+                            env={**os.environ, "PYTHONPATH": str(ROOT)},
+                            cwd=tmp_path,
+                            stdout=file,
+                            stderr=file,
+                            start_new_session=True,
+                        )
+                    )
+            launched = Launched(out, texts, agents)
+            stack.callback(launched.end)
+            return launched
+
+        yield begin
+
+
+def test_a_rank_that_dies_under_torchrun_is_no_stop_by_its_sigterm(start: Start) -> None:
+    run = start()
+    run.wait_for_step(3)
+    run.ranks[1].kill()
+    assert run.ends() == [1]
+    assert run.status()["error"]["message"] == "rank 1 died (SIGKILL)"
+    assert "error: rank 1 died (SIGKILL)" in run.text()
+    assert "stopped: by SIGTERM" not in run.text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("number", "to_group"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)],
+    ids=["SIGTERM", "SIGINT", "Ctrl-C"],
+)
+def test_a_signal_to_torchrun_saves_a_checkpoint(
+    start: Start, number: signal.Signals, to_group: bool
+) -> None:
+    run = start()
+    run.wait_for_step(3)
+    [agent] = run.agents
+    os.killpg(agent.pid, number) if to_group else agent.send_signal(number)
+    assert run.ends() == [1]
+    status = run.status()
+    assert (status["state"], status["summary"]["ended_by"]) == ("stopped", number.name)
+    names = sorted(path.name for path in (run.out / "checkpoints").iterdir())
+    assert names == [f"step-{status['step']:08d}"]
+
+
+@pytest.mark.long
+def test_a_rank_that_dies_on_another_machine_ends_all(start: Start) -> None:
+    run = start(machines=2)
+    run.wait_for_step(3)
+    run.ranks[1].kill()
+    assert run.ends() == [1, 1]
+    assert run.status()["error"]["message"] == "rank 1 died (SIGKILL)"
+
+
+@pytest.mark.long
+def test_a_machine_that_is_gone_ends_all(start: Start) -> None:
+    """Also the status file is written, by a rank that sees the same folder."""
+    run = start("--distributed.heartbeat_timeout_s", "4", machines=2)
+    run.wait_for_step(3)
+    other = run.ranks[1].ppid()
+    [first] = [agent for agent in run.agents if agent.pid != other]
+    watcher = run.watcher_of(0)
+    first.kill()
+    watcher.kill()
+    run.ranks[0].kill()
+    assert sorted(run.ends()) == [-9, 1]
+    words = "rank 0 did not answer for 4 s (nothing comes from its machine)"
+    assert run.status()["error"]["message"] == words
+    assert f"[rank 1] error: {words}" in run.text()
+
+
+@pytest.mark.long
+def test_a_machine_that_is_frozen_ends_all(start: Start) -> None:
+    run = start("--distributed.heartbeat_timeout_s", "4", machines=2)
+    run.wait_for_step(3)
+    [second] = [agent for agent in run.agents if agent.pid == run.ranks[1].ppid()]
+    frozen = [psutil.Process(second.pid), run.watcher_of(1), run.ranks[1]]
+    for one in frozen:
+        one.suspend()
+    [first] = [agent for agent in run.agents if agent is not second]
+    assert first.wait(LIMIT_S) == 1
+    words = "rank 1 did not answer for 4 s (nothing comes from its machine)"
+    assert run.status()["error"]["message"] == words
