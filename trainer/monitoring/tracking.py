@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.monitoring.events import EvaluationDone, Event, PreviewsDone, printable
+from trainer.monitoring.events import (
+    DriftMeasured,
+    EvaluationDone,
+    Event,
+    PreviewsDone,
+    printable,
+)
 from trainer.preview.base import PreviewResult
 
 logger = logging.getLogger(__name__)
@@ -147,6 +153,9 @@ class TensorBoardPreviews:
         """Send what an event brings, if it is a preview or an evaluation."""
         if isinstance(event, EvaluationDone):
             self.writer.add_scalar("val_loss", event.val_loss, event.step)
+        elif isinstance(event, DriftMeasured):
+            self.writer.add_scalar("drift/kl", event.kl, event.step)
+            self.writer.add_scalar("drift/changed_answers", event.num_changed, event.step)
         elif isinstance(event, PreviewsDone) and not event.is_superseded:
             for index, result in enumerate(event.results):
                 tag = f"previews/{result.prompt_id or f'prompt-{index}'}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.views.run_reader import RunReader
-from trainer.views.words import duration_words
+from trainer.views.words import drift_summary_words, duration_words
 
 
 def live_figures(reader: RunReader) -> list[tuple[str, str]]:
@@ -32,6 +32,10 @@ def live_figures(reader: RunReader) -> list[tuple[str, str]]:
         trend = reader.previews.history().trend()
         value = f"{right} of {of}" + (f", {trend}" if trend else "")
         rows.append((f"previews that match, step {step}", value))
+    if metrics.drifts:
+        drift = metrics.drifts[-1]
+        value = f"{drift.kl:.4f} nats per token, {drift.num_changed} of {drift.num_prompts} changed"
+        rows.append((f"drift, step {drift.step}", value))
     return [(label, value) for label, value in rows if value]
 
 
@@ -84,6 +88,7 @@ def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
     rows = [("previews", accuracy_words(reader))]
     summary = reader.status.summary if reader.status is not None else {}
     rows += final_figures(reader)
+    rows.append(("drift from the answers before training", drift_summary_words(summary) or ""))
     previews, durations = summary.get("previews"), summary.get("durations_s")
     waited = previews.get("stall_s_total") if isinstance(previews, dict) else None
     trained = durations.get("training") if isinstance(durations, dict) else None
@@ -133,6 +138,9 @@ ACCURACY_DROP = 0.2
 
 NEVER_STOP_SHARE = 0.5
 
+DRIFT_KL = 1.0
+"""Nats per token; TODO measured."""
+
 Level = Literal["info", "warning", "error"]
 
 
@@ -151,6 +159,7 @@ def alerts_of(reader: RunReader) -> list[Alert]:
         *_loss_alerts(reader),
         *_speed_alerts(reader),
         *_preview_alerts(reader),
+        *_drift_alerts(reader),
         *_file_alerts(reader),
     ]
     order = {"error": 0, "warning": 1, "info": 2}
@@ -249,6 +258,22 @@ def _accuracy_alerts(reader: RunReader) -> list[Alert]:
         names = ", ".join(repr(one.prompt[:60]) for one in lost[:3])
         found.append(Alert("info", f"answered correctly before, wrong now: {names}"))
     return found
+
+
+def _drift_alerts(reader: RunReader) -> list[Alert]:
+    if not reader.metrics.drifts:
+        return []
+    newest = reader.metrics.drifts[-1]
+    if not newest.kl > DRIFT_KL:
+        return []
+    return [
+        Alert(
+            "warning",
+            f"the model forgets: drift of {newest.kl:.2f} nats per token at step {newest.step} on "
+            f"prompts that are not trained, {newest.num_changed} of {newest.num_prompts} greedy "
+            f"answers changed, most {newest.worst_prompt[:60]!r}",
+        )
+    ]
 
 
 def _file_alerts(reader: RunReader) -> list[Alert]:
