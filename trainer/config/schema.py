@@ -172,6 +172,9 @@ class MonitoringConfig(Section):
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed; `none` alone
     turns them off."""
+    tracker_texts: bool = False
+    """Trackers get the texts of previews too: prompt, golden answer, what was generated. `false`:
+    they get numbers only. From tensorboard, wandb and trackio; others get no texts."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 
@@ -187,7 +190,25 @@ class MonitoringConfig(Section):
         if self.preview_backend == "openai":
             self._check_openai()
         self._check_canary_set()
+        self._check_texts()
         return self
+
+    def _check_texts(self) -> None:
+        if self.tracker_texts and not {"tensorboard", "wandb", "trackio"} & set(self.report_to):
+            raise CombinationError(
+                f"tracker_texts=true, and report_to ({', '.join(self.report_to) or 'none'}) names "
+                "no tracker that takes texts; add tensorboard, wandb or trackio, or set "
+                "tracker_texts=false",
+                "monitoring.tracker_texts",
+                "monitoring.report_to",
+            )
+        if self.tracker_texts and not self.inference_interval:
+            raise CombinationError(
+                "tracker_texts=true sends the texts of previews, and inference_interval=0 makes "
+                "none; change one of them",
+                "monitoring.tracker_texts",
+                "monitoring.inference_interval",
+            )
 
     def _check_canary_set(self) -> None:
         if self.canary_set == "off":

@@ -45,6 +45,7 @@ from trainer.monitoring.callbacks import (
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
 from trainer.monitoring.step_report import StepReport
+from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables, keep_console_out
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.scheduler import PreviewScheduler
@@ -86,12 +87,24 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         checkpoint_interval=config.output.checkpoint_interval,
     )
     callbacks: list[Any] = [job.monitor]
-    if "tensorboard" in config.monitoring.report_to and job.folder is not None:
+    with_texts, names = config.monitoring.tracker_texts, config.monitoring.report_to
+    if "tensorboard" in names and job.folder is not None:
         callback, tracker = tensorboard_callback(
-            job.folder.logs_dir, start_step=prepared.start_step
+            job.folder.logs_dir, start_step=prepared.start_step, with_texts=with_texts
         )
         job.observers.add(tracker)
         callbacks.append(callback)
+    if with_texts:
+        tables = TrackerTables(names)
+        job.observers.add(tables)
+        callbacks.insert(0, tables)  # it finds the trackers' runs before the previews of step 0
+        without = [name for name in names if name not in ("tensorboard", *WITH_TABLES)]
+        if without:
+            observers.notice(f"{', '.join(without)}: gets no texts of previews", "warning")
+    elif "wandb" in names:
+        told = keep_console_out()
+        if told is not None:
+            observers.notice(told, "warning")
     return callbacks
 
 
@@ -167,6 +180,9 @@ def assemble_trainer(
         job.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
+    for callback in callbacks:
+        if isinstance(callback, TrackerTables):
+            callback.hold_open(trainer.callback_handler.callbacks)
     job.trainer = memory.trainer = trainer
     if blocks is not None:
         blocks.trainer = trainer

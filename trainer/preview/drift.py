@@ -32,6 +32,8 @@ DIGITS = 6
 
 MAX_PROMPTS = 256
 
+TEXT_CHARS = 20_000
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 Logprob = Annotated[float, Field(le=1e-3, ge=-1e4, allow_inf_nan=False)]
@@ -48,12 +50,14 @@ class BaseAnswer(DriftPart):
 
     answer_ids: Annotated[list[TokenId], Field(min_length=1, max_length=512)]
     """(T,): the greedy answer, with the token that ends it."""
-    text: Annotated[str, Field(max_length=20_000)]
+    text: Annotated[str, Field(max_length=TEXT_CHARS)]
     """The same, for people."""
-    top_ids: Annotated[list[Annotated[list[TokenId], Field(min_length=1, max_length=256)]], Field()]
+    top_ids: Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1, max_length=256)]], Field(max_length=512)
+    ]
     """(T, K): the likeliest tokens at each place, the likeliest first."""
     top_logprobs: Annotated[
-        list[Annotated[list[Logprob], Field(min_length=1, max_length=256)]], Field()
+        list[Annotated[list[Logprob], Field(min_length=1, max_length=256)]], Field(max_length=512)
     ]
     """(T, K): their log-probabilities, nats."""
 

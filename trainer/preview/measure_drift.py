@@ -18,6 +18,7 @@ import torch
 from trainer.preview.drift import (
     ANSWER_TOKENS,
     DIGITS,
+    TEXT_CHARS,
     TOP,
     BaseAnswer,
     Drift,
@@ -61,7 +62,7 @@ def base_answers(
             found.append(
                 BaseAnswer(
                     answer_ids=answer.raw_ids,
-                    text=tokenizer.decode(answer.token_ids, clean_up_tokenization_spaces=False),
+                    text=_text(tokenizer, answer.token_ids),
                     top_ids=top.indices.cpu().tolist(),
                     top_logprobs=[[min(0.0, round(v, DIGITS)) for v in row] for row in kept],
                 )
@@ -95,6 +96,11 @@ def drift_from(
             found.append(max(0.0, float(kl.mean())))
             changed.append(bool((now.argmax(-1) != ids[:, 0]).any()))
     return found, changed
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text[:TEXT_CHARS]
 
 
 def _logprobs(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:

@@ -52,6 +52,9 @@ MAX_REFUSALS = 3
 
 NICENESS = 10
 
+UNPROCESSABLE = 422
+"""Status of a request with a field that the server does not know."""
+
 AGAIN = (
     *("base_missing", "not_active", "no_upload", "no_file", "parts_missing"),
     *("bad_part_hash", "bad_tensors", "bad_file"),
@@ -157,6 +160,7 @@ class Publisher:
         self.breaker = Breaker()
         self.base_id: str | None = None
         self.base_answers: list[BaseAnswer] | None = None
+        self.drift_refusal: str | None = None
         self.is_server_known = setup.model is None
 
     def run(self) -> None:
@@ -228,7 +232,7 @@ class Publisher:
         try:
             num_prompts = len(request.prompts) + len(self.setup.drift_prompts)
             limit = self.setup.timeout_s * num_prompts
-            found = self.client.previews(request, timeout_s=limit)
+            found = self._ask(request, limit)
         except TooSlowError:
             tries.slow += 1
             raise
@@ -239,10 +243,21 @@ class Publisher:
         }
         return pushed.weights_id, found
 
+    def _ask(self, request: PreviewsRequest, timeout_s: float) -> PreviewsResult:
+        """Previews, without drift where the server does not know it: an older one refuses it."""
+        try:
+            return self.client.previews(request, timeout_s=timeout_s)
+        except RefusedError as error:
+            if request.drift is None or error.status != UNPROCESSABLE:
+                raise
+            self.drift_refusal = f"the preview server refuses to measure it ({error})"
+            plain = request.model_copy(update={"drift": None})
+            return self.client.previews(plain, timeout_s=timeout_s)
+
     def _drift(self, step: int) -> DriftRequest | None:
         """What is asked of drift: at step 0 for the base answers, later by them."""
         prompts, path = self.setup.drift_prompts, self.setup.drift_path
-        if not prompts or path is None:
+        if not prompts or path is None or self.drift_refusal is not None:
             return None
         if step > 0 and self.base_answers is None:
             self.base_answers = load_base(Path(path), prompts)
@@ -250,16 +265,17 @@ class Publisher:
                 return None
         return DriftRequest(prompts=prompts, base=self.base_answers if step > 0 else None)
 
-    def _drift_found(self, found: Drift | None) -> dict[str, Any] | None:
+    def _drift_found(self, step: int, found: Drift | None) -> dict[str, Any] | None:
         """What a server says of drift, as far as it can be true; base answers are kept here."""
         prompts, path = self.setup.drift_prompts, self.setup.drift_path
         if not prompts or path is None:
             return None
         if found is None:
-            found = Drift(error="the weights before training were not asked")
+            reason = self.drift_refusal or "the weights before training were not asked"
+            found = Drift(error=reason)
         elif not found.is_of(len(prompts)):
             found = Drift(error="the preview server answered with something else")
-        elif found.base is not None and len(found.base) == len(prompts):
+        elif step == 0 and found.base is not None and len(found.base) == len(prompts):
             self.base_answers = found.base
             try:
                 save_base(Path(path), prompts, found.base)
@@ -311,7 +327,7 @@ class Publisher:
             results=[one.model_dump(mode="json") for one in found.results],
             golden_logprobs=found.golden_logprobs,
             canary_logprob=found.canary_logprob,
-            drift=self._drift_found(found.drift),
+            drift=self._drift_found(give.step, found.drift),
         )
 
     def _failed(self, give: Give, tries: Tries, error: Exception) -> None:

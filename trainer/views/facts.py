@@ -269,9 +269,9 @@ def _drift_alerts(reader: RunReader) -> list[Alert]:
     return [
         Alert(
             "warning",
-            f"the model forgets: drift of {newest.kl:.2f} nats per token at step {newest.step} on "
-            f"prompts that are not trained, {newest.num_changed} of {newest.num_prompts} greedy "
-            f"answers changed, most {newest.worst_prompt[:60]!r}",
+            f"drift of {newest.kl:.2f} nats per token from the answers before training, at step "
+            f"{newest.step} on prompts that are not trained: {newest.num_changed} of "
+            f"{newest.num_prompts} greedy answers changed, most {newest.worst_prompt[:60]!r}",
         )
     ]
 

@@ -37,7 +37,7 @@ def read_back(folder) -> EventAccumulator:
 def test_previews_go_in_as_text_and_accuracy_and_validation_as_curves(
     tmp_path, previews, evaluated, step_done
 ):
-    tracker = TensorBoardPreviews(tmp_path)
+    tracker = TensorBoardPreviews(tmp_path, with_texts=True)
     for event in (step_done(1), previews(10, [True, False, None]), evaluated(10, 2.5)):
         tracker.on_event(event)
     tracker.close()
