@@ -69,7 +69,10 @@ def run(
     return make
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", needs("wandb"), needs("trackio")])
+@pytest.mark.parametrize(
+    "tracker",
+    [pytest.param("tensorboard", marks=pytest.mark.long), needs("wandb"), needs("trackio")],
+)
 def test_without_tracker_texts_no_file_of_a_tracker_has_a_text_of_a_row(
     run: Callable[..., Path], tracker: str
 ) -> None:

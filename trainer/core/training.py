@@ -180,9 +180,6 @@ def assemble_trainer(
         job.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
     guard_trackers(trainer)
-    for callback in callbacks:
-        if isinstance(callback, TrackerTables):
-            callback.hold_open(trainer.callback_handler.callbacks)
     job.trainer = memory.trainer = trainer
     if blocks is not None:
         blocks.trainer = trainer

@@ -1,13 +1,13 @@
 """Texts of previews in Weights & Biases and trackio: a table at each preview step, or nothing.
 
-Their curves are transformers' own callbacks'. Both have to be kept from ending before the last
-previews are there, and W&B from taking texts that nobody sent it: it records what a process prints.
+Their curves are transformers' own callbacks'. Answers that arrive after the last step go into the
+same runs. W&B has to be kept from taking texts that nobody sent it: it records what is printed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -49,7 +49,6 @@ class TrackerTables(TrainerCallback):  # type: ignore[misc]
         """Take the trackers of `monitoring.report_to`; those without tables are left alone."""
         self.names = [name for name in names if name in WITH_TABLES]
         self._runs: dict[str, Any] = {}
-        self._endings: list[Callable[[], Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the runs that the trackers' own callbacks have just begun.
@@ -67,18 +66,6 @@ class TrackerTables(TrainerCallback):  # type: ignore[misc]
             import trackio
 
             self._runs["trackio"] = trackio.context_vars.current_run.get()
-
-    def hold_open(self, callbacks: Sequence[Any]) -> None:
-        """Have trackers end with this observer, not with HF's loop: previews come after it too."""
-        for callback in callbacks:
-            if type(callback).__name__ == "TrackioCallback" and "trackio" in self.names:
-                callback.on_train_end = self._later(callback.on_train_end)
-
-    def _later(self, end: Callable[..., Any]) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            self._endings.append(lambda: end(*args, **kwargs))
-
-        return call
 
     def on_event(self, event: Event) -> None:
         """Send the answers of a preview step."""
@@ -99,11 +86,8 @@ class TrackerTables(TrainerCallback):  # type: ignore[misc]
             run.log({KEY: table, "train/global_step": event.step})
 
     def close(self) -> None:
-        """End what was held open; may be called twice."""
-        endings, self._endings = self._endings, []
+        """Let the runs go: their own callbacks end them."""
         self._runs.clear()
-        for end in endings:
-            end()
 
 
 def table_of(results: Sequence[PreviewResult]) -> tuple[list[str], list[list[Any]]]:
