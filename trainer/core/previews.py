@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import torch
 
 from trainer.config.schema import MonitoringConfig
-from trainer.core.drift import DriftPlan, plan_drift
+from trainer.core.drift_plan import DriftPlan, plan_drift
 from trainer.core.proofs import takes_borders
 from trainer.core.run import Job, Prepared
 from trainer.core.run_folder import RunFolder
