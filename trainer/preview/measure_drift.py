@@ -56,7 +56,7 @@ def base_answers(
             answers = [generate(model, tokenizer, [one], settings)[0] for one in prompts]
         found = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            logprobs = _logprobs(model, prompt, answer.raw_ids)
+            logprobs, _ = _logprobs(model, prompt, answer.raw_ids)
             top = logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
             kept = top.values.clamp(min=-100.0).double().cpu().tolist()
             found.append(
@@ -77,7 +77,8 @@ def drift_from(
 
     The tokens that were not kept are one token here, on both sides, so that the number is a lower
     bound of the KL over the whole vocabulary. Where the likeliest token changes anywhere along the
-    base answer, so does the greedy answer, from the first such place on.
+    base answer, so does the greedy answer, from the first such place on. Tokens that are as likely
+    as each other, as far as the logits' dtype can tell, are a toss-up before and now: that is none.
 
     Returns:
         (num_prompts,) nats per token, and as many flags.
@@ -86,7 +87,7 @@ def drift_from(
     changed: list[bool] = []
     with undisturbed(model):
         for prompt, one in zip(prompts, base, strict=True):
-            now = _logprobs(model, prompt, one.answer_ids)
+            now, resolution = _logprobs(model, prompt, one.answer_ids)
             ids = torch.tensor(one.top_ids, device=now.device)
             before = torch.tensor(one.top_logprobs, dtype=torch.float64)
             after = now.gather(1, ids).double().cpu()
@@ -94,7 +95,8 @@ def drift_from(
             rest = rests[0] * (rests[0].log() - rests[1].log())
             kl = (before.exp() * (before - after)).sum(-1) + rest  # (T,)
             found.append(max(0.0, float(kl.mean())))
-            changed.append(bool((now.argmax(-1) != ids[:, 0]).any()))
+            behind = now.amax(-1) - now.gather(1, ids[:, :1])[:, 0]
+            changed.append(bool((behind > resolution).any()))
     return found, changed
 
 
@@ -103,15 +105,21 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
     return text[:TEXT_CHARS]
 
 
-def _logprobs(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """(T, V) float32: of the next token at each place of an answer.
+def _logprobs(
+    model: Any, prompt: Sequence[int], answer: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the next token at each place of an answer.
 
     One prompt at a time: nothing is padded, and the logits of one answer are all that is held.
+
+    Returns:
+        (T, V) float32, and (T,) float32: differences that the rounding of two logits can make.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([[*prompt, *answer]], device=device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits.float(), -1)
+    resolution = 2 * torch.finfo(logits.dtype).eps * logits.abs().amax(-1).float()
+    return torch.log_softmax(logits.float(), -1), resolution
 
 
 def base_settings(settings: GenerationSettings, limit: int = ANSWER_TOKENS) -> GenerationSettings:

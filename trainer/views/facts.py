@@ -139,8 +139,8 @@ ACCURACY_DROP = 0.2
 NEVER_STOP_SHARE = 0.5
 
 DRIFT_KL = 0.15
-"""Nats per token, which is 10 for an answer of 64. Seen with an instruct model of 135M: 0.07 at most
-after a run on GSM8K, 0.2 or more after one of the same length on answers of emoji only."""
+"""Nats per token, which is 10 for an answer of 64. Seen with an instruct model of 135M: at most
+0.07 after a run on GSM8K, at least 0.2 after one as long on answers of emoji only."""
 
 Level = Literal["info", "warning", "error"]
 

@@ -148,7 +148,7 @@ def test_a_tracker_that_fails_later_is_reported_once_and_one_that_cannot_start_r
 class Scored(PreviewResult):
     """An answer with scores, as far as a result brings them."""
 
-    scores: Any = {}
+    scores: Any = None
 
 
 def test_scores_of_answers_stand_beside_their_texts_in_tables_and_text():
