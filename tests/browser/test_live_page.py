@@ -228,6 +228,29 @@ def test_a_run_that_hangs_turns_amber_and_frames_without_data_are_not_drawn(
     assert page.locator(".state-silent").count() == 0
 
 
+def test_drift_has_a_curve_a_figure_and_an_alert(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "status.json").write_text(json.dumps(helpers.status_of(step=50, total_steps=400)))
+    rows: list[dict[str, Any]] = [
+        {"type": "StepDone", "step": n, "train_loss": 2.0} for n in range(1, 51)
+    ]
+    counts = {"num_changed": 12, "num_prompts": 20, "worst_prompt": "Hamlet?", "worst_kl": 2.0}
+    rows += [
+        {"type": "DriftMeasured", "step": step, "kl": kl, "duration_s": 0.5, **counts}
+        for step, kl in ((0, 0.0), (50, 1.25))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = open_page(monitor(run), wait_for=".alert")
+    assert "drift of 1.25 nats per token" in page.inner_text(".alert")
+    assert "1.2500 nats per token, 12 of 20 changed" in page.inner_text(".figures")
+    title = page.get_by_text("drift from the answers before training, nats per token")
+    assert title.is_visible()
+    assert title.locator("xpath=..").locator("canvas").is_visible()
+
+
 def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
     open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
 ) -> None:

@@ -81,6 +81,21 @@ def preview_golden_logprobs(lab: Lab) -> None:
     assert all(found and max(found) <= 0 for found in ask(True))
 
 
+@shows("monitoring.canary_set")
+def canary_set(lab: Lab) -> None:
+    """Its prompts are measured at each preview step, by what was answered at step 0."""
+    path = lab.path("canaries.jsonl")
+    path.write_text('"what is 3 plus 3?"\n{"prompt": "who?"}\n')
+    asked = {"inference_interval": 2, "canary_set": str(path)}
+    seen = lab.run(monitoring=asked)
+    found = seen.events("DriftMeasured")
+    assert [(one.step, one.num_prompts) for one in found] == [(0, 2), (2, 2), (4, 2)]
+    assert found[0].kl == 0 < found[1].kl
+    assert (seen.folder / "drift_base.json").exists()
+    assert lab.run(monitoring={"inference_interval": 2}).events("DriftMeasured") == []
+    assert "no such file" in lab.refusal(monitoring={**asked, "canary_set": "generla"})
+
+
 @shows("monitoring.max_output_tokens")
 def max_output_tokens(lab: Lab) -> None:
     """Texts in status.json have at most four characters a token, and say that they were cut."""
@@ -231,6 +246,20 @@ def report_to(lab: Lab) -> None:
     assert list((seen.folder / "logs").glob("events.out.tfevents*"))
     assert not list(lab.base.folder.glob("logs/events*"))
     assert "'tensorbord'" in lab.refusal(monitoring={"report_to": ["tensorbord"]})
+
+
+@shows("monitoring.tracker_texts")
+def tracker_texts(lab: Lab) -> None:
+    """What a row says is in the tracker's file, or in none of its files."""
+
+    def logged(is_on: bool) -> bytes:
+        asked = {"inference_interval": 1000, "report_to": ["tensorboard"], "tracker_texts": is_on}
+        folder = lab.run(monitoring=asked, hyperparams={"max_steps": 1}).folder
+        return b"".join(path.read_bytes() for path in folder.glob("logs/events*"))
+
+    assert b"what is " in logged(True)
+    assert b"what is " not in logged(False)
+    assert "names no tracker that takes texts" in lab.refusal(monitoring={"tracker_texts": True})
 
 
 @shows("monitoring.display")

@@ -142,6 +142,11 @@ class MonitoringConfig(Section):
     preview_golden_logprobs: bool = False
     """Also say how likely each token of the golden answer is: one forward pass a prompt. Not from
     `openai`."""
+    canary_set: str = "off"
+    """Prompts that tell what the model forgets: `general` (a built-in set) or a JSONL file of
+    prompts. What the weights before training answer to them is kept at step 0, and each preview
+    step says how far the model has drifted from it. `off`: nothing is asked, as it takes time at
+    each preview step. Not from `openai`."""
     preview_drain_timeout: Annotated[float, Field(ge=0.0)] = 60
     """Seconds that the end of a run waits for previews still being made elsewhere."""
     preview_max_tokens: PositiveInt = 256
@@ -172,6 +177,9 @@ class MonitoringConfig(Section):
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers: tensorboard, and wandb, mlflow, trackio and others where installed; `none` alone
     turns them off."""
+    tracker_texts: bool = False
+    """Trackers get the texts of previews too: prompt, golden answer, what was generated. `false`:
+    they get numbers only. From tensorboard, wandb and trackio; others get no texts."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 
@@ -186,7 +194,45 @@ class MonitoringConfig(Section):
             )
         if self.preview_backend == "openai":
             self._check_openai()
+        self._check_canary_set()
+        self._check_texts()
         return self
+
+    def _check_texts(self) -> None:
+        if self.tracker_texts and not {"tensorboard", "wandb", "trackio"} & set(self.report_to):
+            raise CombinationError(
+                f"tracker_texts=true, and report_to ({', '.join(self.report_to) or 'none'}) names "
+                "no tracker that takes texts; add tensorboard, wandb or trackio, or set "
+                "tracker_texts=false",
+                "monitoring.tracker_texts",
+                "monitoring.report_to",
+            )
+        if self.tracker_texts and not self.inference_interval:
+            raise CombinationError(
+                "tracker_texts=true sends the texts of previews, and inference_interval=0 makes "
+                "none; change one of them",
+                "monitoring.tracker_texts",
+                "monitoring.inference_interval",
+            )
+
+    def _check_canary_set(self) -> None:
+        if self.canary_set == "off":
+            return
+        if not self.inference_interval or not (self.num_eval_samples or self.preview_prompts):
+            raise CombinationError(
+                f"canary_set={self.canary_set} is asked at preview steps, and this run has none; "
+                "set inference_interval and num_eval_samples above 0, or canary_set=off",
+                "monitoring.canary_set",
+                "monitoring.inference_interval",
+                "monitoring.num_eval_samples",
+            )
+        if self.preview_backend == "openai":
+            raise CombinationError(
+                f"canary_set={self.canary_set} measures this run's weights, and "
+                "preview_backend=openai has its own; change one of them",
+                "monitoring.canary_set",
+                "monitoring.preview_backend",
+            )
 
     @field_serializer("openai_base_url")
     def _write_no_secret(self, value: str | None) -> str | None:

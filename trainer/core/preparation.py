@@ -65,6 +65,7 @@ from trainer.models.train_on import (
 from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
+from trainer.preview.canary_set import read_canary_set
 from trainer.profiles import DataProfile
 
 DEFAULT_MAX_LENGTH = 2048
@@ -89,6 +90,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     check_trackers(config.monitoring.report_to)
     config = resolve(config)
     check_files(config.data)
+    read_canary_set(config.monitoring.canary_set)
     environment, hyper = config.environment, config.hyperparams
     disable_progress_bar()  # transformers' own bars would tear the terminal view
     if environment.num_threads is not None:

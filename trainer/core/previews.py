@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import torch
 
 from trainer.config.schema import MonitoringConfig
+from trainer.core.drift_plan import DriftPlan, plan_drift
 from trainer.core.proofs import takes_borders
 from trainer.core.run import Job, Prepared
 from trainer.core.run_folder import RunFolder
@@ -34,12 +35,13 @@ from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer
 from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
 from trainer.models.train_on import base_section
-from trainer.monitoring.callbacks import deliver_previews
+from trainer.monitoring.callbacks import deliver_drift, deliver_previews
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
 from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.measure_drift import LocalDrift
 from trainer.preview.neutral import SentAs, as_received, golden_logprobs
 from trainer.preview.openai import OpenAIPreviewBackend
 from trainer.preview.scheduler import Lane, PreviewScheduler
@@ -79,6 +81,7 @@ class PublishingRun:
     model: Any
     folder: RunFolder
     notice: Callable[[str, Literal["info", "warning", "error"]], None]
+    drift: DriftPlan | None = None
 
 
 def build_published(
@@ -187,6 +190,8 @@ def _worker_and_setup(
         if is_dated(run.prepared.tokenizer)
         else None,
         "previews": _previews(run, requests, local, profile, canary),
+        "drift_prompts": run.drift.prompts if run.drift is not None else [],
+        "drift_path": str(run.drift.path.resolve()) if run.drift is not None else None,
     }
 
 
@@ -432,6 +437,7 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         )
         for index, text in enumerate(monitoring.preview_prompts)
     ]
+    drift = plan_drift(job, prepared, local)
     backend: PreviewBackend | Lane = local
     if monitoring.preview_backend == "openai":
         backend = openai_backend(prepared, job.observers.notice)
@@ -443,7 +449,7 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         )
     elif monitoring.preview_backend in PUBLISHED:
         assert job.folder is not None, "previews are the main process's"
-        publishing = PublishingRun(prepared, model, job.folder, job.observers.notice)
+        publishing = PublishingRun(prepared, model, job.folder, job.observers.notice, drift)
         backend = build_published(publishing, requests, local)
     elif monitoring.preview_backend != "local":
         backend = create_preview_backend(monitoring)
@@ -453,6 +459,8 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         interval=monitoring.inference_interval,
         deliver=deliver_previews(job.observers),
         is_on_gpu=prepared.device.type == "cuda",
+        drift=LocalDrift(local, drift.prompts, drift.path) if drift is not None else None,
+        deliver_drift=deliver_drift(job.observers, drift.texts if drift is not None else ()),
     )
 
 

@@ -16,8 +16,12 @@ from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
 from trainer.files import CHECKPOINTS_NAME, LOCK, SAVED_BASE, STATUS_NAME, replace_file
 from trainer.monitoring.events import plain_values
+from trainer.preview.drift import BASE_NAME
 
-OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
+OWN_FILES = (
+    *("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json"),
+    BASE_NAME,
+)
 
 SHARED_NAMES = ("config.resolved.json", "logs", SAVED_BASE)
 """What a run writes too, and a folder may have had before it: of a dry run, or of the user."""
@@ -158,6 +162,11 @@ class RunFolder:
     def worker_json(self) -> Path:
         """Where this run's preview server is, while it has one."""
         return self.path / "worker.json"
+
+    @property
+    def drift_base(self) -> Path:
+        """What the weights before training answer to general prompts."""
+        return self.path / BASE_NAME
 
     @property
     def final_evaluation_jsonl(self) -> Path:

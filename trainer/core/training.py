@@ -46,6 +46,7 @@ from trainer.monitoring.callbacks import (
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
 from trainer.monitoring.step_report import StepReport
+from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables, keep_console_out
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.scheduler import PreviewScheduler
@@ -88,12 +89,24 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         checkpoint_interval=config.output.checkpoint_interval,
     )
     callbacks: list[Any] = [job.monitor]
-    if "tensorboard" in config.monitoring.report_to and job.folder is not None:
+    with_texts, names = config.monitoring.tracker_texts, config.monitoring.report_to
+    if "tensorboard" in names and job.folder is not None:
         callback, tracker = tensorboard_callback(
-            job.folder.logs_dir, start_step=prepared.start_step
+            job.folder.logs_dir, start_step=prepared.start_step, with_texts=with_texts
         )
         job.observers.add(tracker)
         callbacks.append(callback)
+    if with_texts:
+        tables = TrackerTables(names)
+        job.observers.add(tables)
+        callbacks.insert(0, tables)  # it finds the trackers' runs before the previews of step 0
+        without = [name for name in names if name not in ("tensorboard", *WITH_TABLES)]
+        if without:
+            observers.notice(f"{', '.join(without)}: gets no texts of previews", "warning")
+    elif "wandb" in names:
+        told = keep_console_out()
+        if told is not None:
+            observers.notice(told, "warning")
     return callbacks
 
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import (
     TRAINING,
+    DriftMeasured,
     EvaluationDone,
     Observer,
     Observers,
@@ -27,6 +28,7 @@ from trainer.monitoring.events import (
 )
 from trainer.monitoring.processes import any_process, highest, wait_for_main
 from trainer.monitoring.step_report import LoggedReport, StepReport
+from trainer.preview.drift import Drift
 from trainer.preview.scheduler import PreviewScheduler
 
 # ---- what is asked for while training runs
@@ -254,6 +256,33 @@ def deliver_previews(observers: Observers) -> Callable[[int, list[Any], float], 
 
     def deliver(step: int, results: list[Any], waited_s: float) -> None:
         observers.emit(PreviewsDone(step=step, results=tuple(results), duration_s=waited_s))
+
+    return deliver
+
+
+def deliver_drift(observers: Observers, prompts: Sequence[str]) -> Callable[[int, Drift], None]:
+    """What a PreviewScheduler calls with measured drift: observers are told; of a failure once."""
+    told: set[str] = set()
+
+    def deliver(step: int, drift: Drift) -> None:
+        if drift.error is not None:
+            if drift.error not in told:
+                text = f"drift at step {step} could not be measured: {drift.error}"
+                observers.notice(text, "warning")
+            told.add(drift.error)
+            return
+        worst = max(range(len(prompts)), key=lambda index: drift.kl[index])
+        observers.emit(
+            DriftMeasured(
+                step=step,
+                kl=drift.mean_kl,
+                num_changed=sum(drift.is_changed),
+                num_prompts=len(prompts),
+                worst_prompt=prompts[worst],
+                worst_kl=drift.kl[worst],
+                duration_s=drift.seconds,
+            )
+        )
 
     return deliver
 

@@ -168,6 +168,24 @@ class PreviewsDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DriftMeasured:
+    """How far the weights of `step` are from those before training, on general prompts."""
+
+    step: int
+    kl: float
+    """KL(base || now) of the next token along the base model's own answers: nats per token, the
+    mean over the prompts."""
+    num_changed: int
+    """Prompts whose greedy answer is another one than before training."""
+    num_prompts: int
+    worst_prompt: str
+    """The prompt whose answer drifted most."""
+    worst_kl: float
+    duration_s: float
+    """What measuring took, where the weights are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowShown:
     """A copy of one row of the batch just trained, without generation."""
 
@@ -211,6 +229,7 @@ Event = (
     | StepDone
     | EvaluationDone
     | PreviewsDone
+    | DriftMeasured
     | RowShown
     | CheckpointSaved
     | Notice

@@ -202,7 +202,8 @@ class TrainingStatusReader:
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl that count, in order; none when there is no file.
 
-        Each has `type` (`StepDone` or `EvaluationDone`), `created_at` and the event's fields.
+        Each has `type` (`StepDone`, `EvaluationDone` or `DriftMeasured`), `created_at` and the
+        event's fields.
         """
         return self._lines(METRICS_NAME)
 

@@ -173,6 +173,26 @@ class AccuracyStatus(StatusPart):
     """num_matched / num_previews, from 0 to 1."""
 
 
+class DriftStatus(StatusPart):
+    """How far the newest measured weights are from those before training."""
+
+    step: int
+    """The weights of this step were measured."""
+    kl: float | None
+    """KL of the next token, before training against now, along the answers of before; nats per
+    token, the mean over the prompts."""
+    num_changed: int
+    """Prompts whose greedy answer is another one than before training."""
+    num_prompts: int
+    """Prompts of `monitoring.canary_set`."""
+    worst_prompt: str
+    """The prompt that drifted most."""
+    worst_kl: float | None
+    """Its own value."""
+    duration_s: float
+    """What measuring took."""
+
+
 class RowStatus(StatusPart):
     """One row of a batch that was trained on, as text."""
 
@@ -280,6 +300,8 @@ class TrainingStatus(StatusPart):
     """The same over the last 50."""
     accuracy_trend: Trend | None = None
     """Last 20 against the 20 before, flat within 0.1; null with fewer than 40 previews."""
+    drift: DriftStatus | None = None
+    """Drift from the weights before training; null where it is not measured."""
     training_row: RowStatus | None = None
     """A row of a recent batch."""
     last_checkpoint: CheckpointStatus | None = None

@@ -17,6 +17,7 @@ from typing import Any
 from trainer.files import STATUS_NAME, append_lines, remove_stale, replace_file
 from trainer.monitoring.events import (
     CheckpointSaved,
+    DriftMeasured,
     EvaluationDone,
     Event,
     Notice,
@@ -40,6 +41,7 @@ from trainer.monitoring.status_schema import (
     NUM_NOTICES,
     SHORT_WINDOW,
     AccuracyStatus,
+    DriftStatus,
     MatchHistory,
     PreviewStatus,
     TrainingStatus,
@@ -106,6 +108,8 @@ class StatusBuilder:
                 if not event.is_superseded:
                     self.set_previews(event.results)
                     self._history.add(event.results)
+            case DriftMeasured():
+                self.fields["drift"] = {**values, "worst_prompt": self._cut(event.worst_prompt)[0]}
             case RowShown():
                 self.fields["training_row"] = self._cut_texts(values, "prompt", "golden_answer")
             case CheckpointSaved():
@@ -118,7 +122,10 @@ class StatusBuilder:
         self._report_odd(event, odd)
 
     def restore(
-        self, results: Iterable[PreviewResult], evaluation: Mapping[str, Any] | None
+        self,
+        results: Iterable[PreviewResult],
+        evaluation: Mapping[str, Any] | None,
+        drift: Mapping[str, Any] | None = None,
     ) -> None:
         """Take over what the interrupted part of a resumed run had found."""
         known = [result for result in results if not result.is_superseded]
@@ -129,6 +136,8 @@ class StatusBuilder:
             self.set_previews([result for result in known if result.step == newest])
         if evaluation is not None:
             self.set_evaluation(evaluation)
+        if drift is not None:
+            self.fields["drift"] = {name: drift.get(name) for name in DriftStatus.model_fields}
 
     def set_evaluation(self, values: Mapping[str, Any]) -> None:
         """Take over an EvaluationDone, as plain values."""
@@ -279,7 +288,7 @@ class TrainingStatusWriter:
         if isinstance(event, RunStarted):
             self._continue_files(event.start_step)
         self._builder.apply(event)
-        if isinstance(event, StepDone | EvaluationDone):
+        if isinstance(event, StepDone | EvaluationDone | DriftMeasured):
             self._append(METRICS_NAME, _metrics_line(event))
         elif isinstance(event, PreviewsDone):
             self._append(PREVIEWS_NAME, "".join(_preview_line(one) for one in event.results))
@@ -335,8 +344,9 @@ class TrainingStatusWriter:
     def _restore(self) -> None:
         assert self.run_dir is not None, "restoring needs a run folder"
         reader = TrainingStatusReader(self.run_dir)
-        evaluations = [line for line in reader.metrics() if line.get("type") == "EvaluationDone"]
-        self._builder.restore(reader.previews(), evaluations[-1] if evaluations else None)
+        newest = {line.get("type"): line for line in reader.metrics()}
+        evaluation, drift = newest.get("EvaluationDone"), newest.get("DriftMeasured")
+        self._builder.restore(reader.previews(), evaluation, drift)
 
     def _try(self, path: Path, action: Callable[[], None], consequence: str) -> None:
         """Do something with a file; say once per file that it failed, and what that means."""
@@ -362,7 +372,7 @@ def _has_content(path: Path) -> bool:
         return False
 
 
-def _metrics_line(event: StepDone | EvaluationDone) -> str:
+def _metrics_line(event: StepDone | EvaluationDone | DriftMeasured) -> str:
     odd: dict[str, str] = {}
     line = {"type": type(event).__name__, "created_at": time.time(), **plain_values(event, odd)}
     return json_line({**line, "non_finite": odd} if odd else line)

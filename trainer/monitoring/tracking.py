@@ -1,6 +1,7 @@
 """Trackers of `monitoring.report_to`: which are there, and that none of them can stop training.
 
-TensorBoard gets previews as text, their accuracy and the validation loss beside HF's own curves.
+TensorBoard gets the accuracy of previews, drift and the validation loss beside HF's own curves.
+Texts of rows and answers go where `monitoring.tracker_texts` says so, and nowhere else.
 
 Imports torch and tensorboard when a tracker is made, not when this module is imported.
 """
@@ -15,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.monitoring.events import EvaluationDone, Event, PreviewsDone, printable
+from trainer.monitoring.events import (
+    DriftMeasured,
+    EvaluationDone,
+    Event,
+    PreviewsDone,
+    printable,
+)
 from trainer.preview.base import PreviewResult
 
 logger = logging.getLogger(__name__)
@@ -94,13 +101,14 @@ def _guarded(method: Callable[..., Any], tracker: type) -> Callable[..., Any]:
 
 
 def tensorboard_callback(
-    log_dir: str | Path, *, start_step: int = 0
+    log_dir: str | Path, *, start_step: int = 0, with_texts: bool = False
 ) -> tuple[Any, TensorBoardPreviews]:
     """HF's TensorBoard callback and the tracker of previews, writing into one event file.
 
     Args:
         log_dir: folder of the event files.
         start_step: above 0 after a resume; curves drop what an earlier process wrote after it.
+        with_texts: prompts, golden answers and answers too.
     Raises:
         ConfigError: tensorboard is not installed or `log_dir` cannot be written.
     """
@@ -108,7 +116,7 @@ def tensorboard_callback(
     # transformers loads torch.
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(writer), TensorBoardPreviews(writer)
+    return TensorBoardCallback(writer), TensorBoardPreviews(writer, with_texts=with_texts)
 
 
 def summary_writer(log_dir: str | Path, *, start_step: int = 0) -> Any:
@@ -134,12 +142,15 @@ def summary_writer(log_dir: str | Path, *, start_step: int = 0) -> Any:
 class TensorBoardPreviews:
     """An observer that sends previews and validation losses to TensorBoard."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, *, with_texts: bool = False) -> None:
         """Take a SummaryWriter, which stays its owner's, or the folder of one of our own.
 
+        Args:
+            with_texts: prompts, golden answers and answers too.
         Raises:
             ConfigError: tensorboard is not installed or the folder cannot be written.
         """
+        self.with_texts = with_texts
         self._is_own = isinstance(target, str | Path)
         self.writer = summary_writer(target) if self._is_own else target
 
@@ -147,8 +158,11 @@ class TensorBoardPreviews:
         """Send what an event brings, if it is a preview or an evaluation."""
         if isinstance(event, EvaluationDone):
             self.writer.add_scalar("val_loss", event.val_loss, event.step)
+        elif isinstance(event, DriftMeasured):
+            self.writer.add_scalar("drift/kl", event.kl, event.step)
+            self.writer.add_scalar("drift/changed_answers", event.num_changed, event.step)
         elif isinstance(event, PreviewsDone) and not event.is_superseded:
-            for index, result in enumerate(event.results):
+            for index, result in enumerate(event.results if self.with_texts else ()):
                 tag = f"previews/{result.prompt_id or f'prompt-{index}'}"
                 self.writer.add_text(tag, preview_markdown(result), event.step)
             compared = [one.matches for one in event.results if one.matches is not None]
@@ -168,7 +182,9 @@ class TensorBoardPreviews:
 def preview_markdown(result: PreviewResult) -> str:
     """A preview as Markdown in which nothing of its texts is Markdown or HTML."""
     verdicts = {True: "matches", False: "does not match", None: "not compared"}
-    parts = [f"step {result.step}: {verdicts[result.matches]}", "prompt", _block(result.prompt)]
+    head = f"step {result.step}: {verdicts[result.matches]}"
+    scores = [f"{name} {score:.4g}" for name, score in scores_of(result).items()]
+    parts = [", ".join([head, *scores]), "prompt", _block(result.prompt)]
     if result.golden_answer is not None:
         parts += ["golden", _block(result.golden_answer)]
     if result.ok:
@@ -176,6 +192,12 @@ def preview_markdown(result: PreviewResult) -> str:
     else:
         parts += ["failed", _block(str(result.error_message))]
     return "\n\n".join(parts)
+
+
+def scores_of(result: PreviewResult) -> dict[str, float]:
+    """The numbers that an answer was given, by name, as far as there are any."""
+    found = getattr(result, "scores", None) or {}
+    return {str(name): float(score) for name, score in found.items() if score is not None}
 
 
 def _block(text: str) -> str:

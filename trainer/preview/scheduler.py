@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
+from trainer.preview.drift import Drift
+from trainer.preview.measure_drift import LocalDrift
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class Finished:
     """Seconds that training waited for it."""
     is_superseded: bool = False
     """A newer step took its place before it was answered."""
+    drift: Drift | None = None
+    """How far these weights are from those before training, where that is measured."""
 
 
 OnFinished = Callable[[Finished], None]
@@ -126,6 +130,10 @@ class PreviewCounters:
     """How long training stood still, one per preview step."""
     visible_s: list[float] = field(default_factory=list)
     """Seconds from step to visible answer, one value per answered step."""
+    drift: tuple[int, Drift] | None = None
+    """Newest step whose drift was measured, and what was found."""
+    drift_s: list[float] = field(default_factory=list)
+    """Seconds that measuring drift took where it was measured, one value per step after 0."""
 
     def note(self, finished: Finished) -> None:
         """Count what became of a step."""
@@ -140,6 +148,10 @@ class PreviewCounters:
         self.done += sum(result.ok for result in results)
         self.matched += sum(result.matches is True for result in results)
         self.verified += sum(result.weights == "verified" for result in results)
+        if finished.drift is not None and finished.drift.error is None:
+            self.drift = finished.step, finished.drift
+            if finished.step > 0:  # step 0 is asked to answer, which takes longer
+                self.drift_s.append(finished.drift.seconds)
         seen = [one.visible_s for one in results if one.ok and one.visible_s is not None]
         self.visible_s += seen[:1]
 
@@ -163,6 +175,17 @@ class PreviewCounters:
             "visible_s_median": round(statistics.median(self.visible_s), 3)
             if self.visible_s
             else None,
+            **({"drift": self._drift_summary(*self.drift)} if self.drift is not None else {}),
+        }
+
+    def _drift_summary(self, step: int, drift: Drift) -> dict[str, Any]:
+        seconds = round(statistics.fmean(self.drift_s), 3) if self.drift_s else None
+        return {
+            "step": step,
+            "kl": drift.mean_kl,
+            "num_changed": sum(drift.is_changed),
+            "num_prompts": len(drift.kl),
+            "s_per_preview_step": seconds,
         }
 
 
@@ -185,6 +208,8 @@ class PreviewScheduler:
         interval: int,
         deliver: Deliver,
         is_on_gpu: bool = False,
+        drift: LocalDrift | None = None,
+        deliver_drift: Callable[[int, Drift], None] = lambda step, drift: None,
     ) -> None:
         """Take the prompts once; they stay the same for the whole run.
 
@@ -194,17 +219,22 @@ class PreviewScheduler:
                 something new; by another thread than the training one, unless the backend is
                 local.
             is_on_gpu: training is, on the current device.
+            drift: measures it where previews are made in the training thread.
+            deliver_drift: called with step and what was measured, like `deliver`.
         """
         self.backend, self.requests, self.interval = backend, requests, interval
         self.counters = PreviewCounters()
         self._deliver, self._is_on_gpu = deliver, is_on_gpu
+        self._deliver_drift = deliver_drift
         self._lock = threading.Lock()
         self._last_asked: int | None = None
         self._now = 0
         self.lane: Lane
         if isinstance(backend, PreviewBackend):
             is_local = backend.backend_type == "local"
-            self.lane = (InlineLane if is_local else ThreadLane)(backend, requests)
+            self.lane = (
+                InlineLane(backend, requests, drift) if is_local else ThreadLane(backend, requests)
+            )
         else:
             self.lane = backend
         self.lane.start(self._finished)
@@ -270,6 +300,8 @@ class PreviewScheduler:
         with self._lock:
             self.counters.note(finished)
         self._deliver(finished.step, results, finished.waited_s)
+        if finished.drift is not None:
+            self._deliver_drift(finished.step, finished.drift)
 
     def close(self) -> None:
         """Let go of the lane."""
@@ -291,9 +323,14 @@ def answers_of(
 class InlineLane:
     """Answers in the training thread, between two steps, while training waits."""
 
-    def __init__(self, backend: PreviewBackend, requests: list[PreviewRequest]) -> None:
-        """Take who answers what."""
-        self.backend, self.requests = backend, requests
+    def __init__(
+        self,
+        backend: PreviewBackend,
+        requests: list[PreviewRequest],
+        drift: LocalDrift | None = None,
+    ) -> None:
+        """Take who answers what, and what else is measured with the same weights."""
+        self.backend, self.requests, self.drift = backend, requests, drift
 
     def start(self, on_finished: OnFinished) -> None:
         """Remember whom to tell."""
@@ -305,7 +342,9 @@ class InlineLane:
         results = answers_of(self.backend, self.requests, step)
         waited = time.perf_counter() - started
         results = [one.model_copy(update={"visible_s": round(waited, 3)}) for one in results]
-        self._on_finished(Finished(step, results, waited))
+        drift = self.drift.measure(step) if self.drift is not None else None
+        waited = time.perf_counter() - started
+        self._on_finished(Finished(step, results, waited, drift=drift))
 
     def pending(self) -> list[int]:
         """Never anything."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.drift import Drift
 from trainer.preview.local import release_memory
 from trainer.preview.scheduler import Finished, OnFinished
 from trainer.publish.children import PublisherProcess, Worker
@@ -377,7 +378,11 @@ class PublishedPreviews:
                 return  # given up meanwhile
             self._state.delivering.append(step)
         try:
-            self._hand_over(Finished(step, self._judged(one, answer)))
+            results = self._judged(one, answer)
+            # Weights that are not proved say nothing of drift either.
+            drift = answer.get("drift") if any(result.ok for result in results) else None
+            found = Drift.model_validate(drift) if drift is not None else None
+            self._hand_over(Finished(step, results, drift=found))
         finally:
             with self._changed:
                 self._state.delivering.remove(step)

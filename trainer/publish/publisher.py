@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict
 from trainer.child import own_lines
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError, RefusedError, TooSlowError
+from trainer.preview.drift import BaseAnswer, Drift, DriftRequest, load_base, save_base
 from trainer.publish.client import Transport, WorkerClient
 from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import AdapterConfig, PreviewsRequest, PreviewsResult, ServerHashes
@@ -50,6 +51,9 @@ MAX_REFUSALS = 3
 """Refusals after which a step is published again before it counts as failed."""
 
 NICENESS = 10
+
+UNPROCESSABLE = 422
+"""Status of a request with a field that the server does not know."""
 
 AGAIN = (
     *("base_missing", "not_active", "no_upload", "no_file", "parts_missing"),
@@ -88,6 +92,10 @@ class Setup(PublisherMessage):
     """Full weights under the adapter, as a safetensors file."""
     previews: dict[str, Any]
     """A PreviewsRequest without run, step and weights_id."""
+    drift_prompts: list[list[int]] = []
+    """Token ids of the prompts by which drift is measured; none: it is not."""
+    drift_path: str | None = None
+    """Where the base answers are kept."""
 
 
 class Give(PublisherMessage):
@@ -151,6 +159,8 @@ class Publisher:
         )
         self.breaker = Breaker()
         self.base_id: str | None = None
+        self.base_answers: list[BaseAnswer] | None = None
+        self.drift_refusal: str | None = None
         self.is_server_known = setup.model is None
 
     def run(self) -> None:
@@ -216,11 +226,13 @@ class Publisher:
                 "run": self.setup.run,
                 "step": give.step,
                 "weights_id": pushed.weights_id,
+                "drift": self._drift(give.step),
             }
         )
         try:
-            limit = self.setup.timeout_s * len(request.prompts)
-            found = self.client.previews(request, timeout_s=limit)
+            num_prompts = len(request.prompts) + len(self.setup.drift_prompts)
+            limit = self.setup.timeout_s * num_prompts
+            found = self._ask(request, limit)
         except TooSlowError:
             tries.slow += 1
             raise
@@ -230,6 +242,46 @@ class Publisher:
             "generate_s": time.monotonic() - sent,
         }
         return pushed.weights_id, found
+
+    def _ask(self, request: PreviewsRequest, timeout_s: float) -> PreviewsResult:
+        """Previews, without drift where the server does not know it: an older one refuses it."""
+        try:
+            return self.client.previews(request, timeout_s=timeout_s)
+        except RefusedError as error:
+            if request.drift is None or error.status != UNPROCESSABLE:
+                raise
+            self.drift_refusal = f"the preview server refuses to measure it ({error})"
+            plain = request.model_copy(update={"drift": None})
+            return self.client.previews(plain, timeout_s=timeout_s)
+
+    def _drift(self, step: int) -> DriftRequest | None:
+        """What is asked of drift: at step 0 for the base answers, later by them."""
+        prompts, path = self.setup.drift_prompts, self.setup.drift_path
+        if not prompts or path is None or self.drift_refusal is not None:
+            return None
+        if step > 0 and self.base_answers is None:
+            self.base_answers = load_base(Path(path), prompts)
+            if self.base_answers is None:
+                return None
+        return DriftRequest(prompts=prompts, base=self.base_answers if step > 0 else None)
+
+    def _drift_found(self, step: int, found: Drift | None) -> dict[str, Any] | None:
+        """What a server says of drift, as far as it can be true; base answers are kept here."""
+        prompts, path = self.setup.drift_prompts, self.setup.drift_path
+        if not prompts or path is None:
+            return None
+        if found is None:
+            reason = self.drift_refusal or "the weights before training were not asked"
+            found = Drift(error=reason)
+        elif not found.is_of(len(prompts)):
+            found = Drift(error="the preview server answered with something else")
+        elif step == 0 and found.base is not None and len(found.base) == len(prompts):
+            self.base_answers = found.base
+            try:
+                save_base(Path(path), prompts, found.base)
+            except OSError as error:  # they are known as long as this process lives
+                found = Drift(error=f"{path}: cannot be written ({error.strerror})")
+        return found.model_dump(mode="json", exclude={"base"})
 
     def _know_server(self) -> None:
         """Compare a server that was away with this run, and name the model to one without.
@@ -275,6 +327,7 @@ class Publisher:
             results=[one.model_dump(mode="json") for one in found.results],
             golden_logprobs=found.golden_logprobs,
             canary_logprob=found.canary_logprob,
+            drift=self._drift_found(give.step, found.drift),
         )
 
     def _failed(self, give: Give, tries: Tries, error: Exception) -> None:

@@ -22,6 +22,7 @@ from pydantic import (
 
 from trainer.files import canonical_hash
 from trainer.preview.base import FinishReason, PreviewRequest, PreviewResult
+from trainer.preview.drift import Drift, DriftRequest
 
 PART_BYTES = 16 << 20
 """Bytes of a part; only the last part of an upload is shorter."""
@@ -310,6 +311,9 @@ class PreviewsRequest(Body):
     canary: Row | Annotated[list[Row], Field(min_length=1, max_length=MAX_BATCH)] | None = None
     """Index of the prompt, or of the prompts, whose golden answers are scored to prove the
     weights."""
+    drift: DriftRequest | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How far these weights are from others; left out where nobody asks, so that a server that
+    does not know it yet can be asked."""
 
     @model_validator(mode="after")
     def _canaries_are_prompts(self) -> PreviewsRequest:
@@ -336,6 +340,8 @@ class PreviewsResult(Body):
     """Nats per golden token and prompt; None for a prompt without golden ids."""
     canary_logprob: float | None = None
     """Sum of the golden log-probabilities of the canary's rows, nats."""
+    drift: Drift | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What `drift` asked for; only where it was."""
     seq: int = 0
     """Number of this batch on the server, for `GET /previews?after=`."""
 

@@ -14,6 +14,7 @@ import logging
 import secrets
 import signal
 import sys
+import time
 from typing import IO, Any
 
 from trainer.child import own_lines
@@ -21,7 +22,9 @@ from trainer.errors import TrainerError
 from trainer.models.chat_template import fix_date
 from trainer.models.load import context_length
 from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.drift import Drift, DriftRequest, of_base
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.measure_drift import base_answers, base_settings, drift_from
 from trainer.preview.neutral import as_received, golden_logprobs
 from trainer.profiles import Message, get_profile
 from trainer.publish.wire import (
@@ -148,6 +151,7 @@ class Engine:
                 for index, row in enumerate(request.prompts)
             ]
         canary = [scores[index] for index in request.canaries]
+        drift = self._drift(request.drift, backend) if request.drift is not None else None
         return PreviewsResult(
             run=request.run,
             step=request.step,
@@ -155,7 +159,35 @@ class Engine:
             results=[self._signed(result) for result in results],
             golden_logprobs=scores if request.golden_logprobs else None,
             canary_logprob=sum(map(sum, filter(None, canary))) if all(canary) and canary else None,
+            drift=drift,
         )
+
+    def _drift(self, asked: DriftRequest, backend: LocalPreviewBackend) -> Drift:
+        """Answer as the base, or measure against it, computing as answers are computed.
+
+        What fails here costs this figure only.
+        """
+        for index, prompt in enumerate(asked.prompts):
+            self._check_ids([*prompt, *(asked.base[index].answer_ids if asked.base else ())])
+        for answer in asked.base or ():
+            self._check_rows(max(map(max, answer.top_ids)))
+        started = time.perf_counter()
+        try:
+            found = self._measure(asked, backend)
+        except Exception as error:
+            logger.exception("drift could not be measured")
+            found = Drift(error=f"{type(error).__name__}; details are in the server's log")
+        self.watch.check()
+        return found.model_copy(update={"seconds": time.perf_counter() - started})
+
+    def _measure(self, asked: DriftRequest, backend: LocalPreviewBackend) -> Drift:
+        model = self.held.model
+        if asked.base is not None:
+            kl, is_changed = drift_from(model, asked.prompts, asked.base)
+            return Drift(kl=kl, is_changed=is_changed)
+        settings = base_settings(backend.settings, asked.max_new_tokens)
+        base = base_answers(model, self.held.tokenizer, asked.prompts, settings)
+        return of_base(base).model_copy(update={"base": base})
 
     def _backend(
         self,
@@ -185,14 +217,17 @@ class Engine:
         return backend.render(request.prompt or "")
 
     def _check_ids(self, ids: list[int]) -> None:
-        rows = self.held.model.get_input_embeddings().weight.shape[0]
         if not ids:
             raise UnanswerableError("the prompt has no token")
-        if max(ids) >= rows:
-            raise UnanswerableError(f"token id {max(ids)} is not below the model's {rows} rows")
+        self._check_rows(max(ids))
         longest = context_length(self.held.model.config)
         if longest is not None and len(ids) >= longest:
             raise UnanswerableError(f"{len(ids)} tokens fill the context of {longest} tokens")
+
+    def _check_rows(self, largest: int) -> None:
+        rows = self.held.model.get_input_embeddings().weight.shape[0]
+        if largest >= rows:
+            raise UnanswerableError(f"token id {largest} is not below the model's {rows} rows")
 
     def _answer(
         self, backend: LocalPreviewBackend, asked: PreviewRequest, prompt_tokens: int

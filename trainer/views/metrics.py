@@ -207,6 +207,18 @@ class EvaluationPoint:
     """NaN where it is not known."""
 
 
+@dataclass(frozen=True)
+class DriftPoint:
+    """How far weights are from those before training."""
+
+    step: int
+    kl: float
+    """Nats per token; NaN where it is not known."""
+    num_changed: int
+    num_prompts: int
+    worst_prompt: str
+
+
 class MetricsTable:
     """Steps and evaluations in the order of the file; a value that is missing is NaN."""
 
@@ -219,6 +231,7 @@ class MetricsTable:
         self.steps = array("q")
         self.columns: dict[str, array[float]] = {name: array("d") for name in COLUMNS}
         self.evaluations: list[EvaluationPoint] = []
+        self.drifts: list[DriftPoint] = []
         self.non_finite: dict[int, str] = {}
         """Step -> what was not finite in it, such as `train_loss nan`; the first hundred."""
         self._is_sorted = True
@@ -228,7 +241,7 @@ class MetricsTable:
         return len(self.steps)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take one line of metrics.jsonl; other types than StepDone and EvaluationDone are left."""
+        """Take one line of metrics.jsonl; types that are not known are left."""
         step, kind = row["step"], row.get("type")
         if kind == "StepDone":
             self._is_sorted = self._is_sorted and (not self.steps or step >= self.steps[-1])
@@ -240,6 +253,11 @@ class MetricsTable:
         elif kind == "EvaluationDone":
             losses = (_number(row.get("val_loss")), _number(row.get("train_loss")))
             self.evaluations.append(EvaluationPoint(step, *losses))
+        elif kind == "DriftMeasured":
+            counts = (row.get("num_changed"), row.get("num_prompts"))
+            changed, of = (one if isinstance(one, int) else 0 for one in counts)
+            prompt = str(row.get("worst_prompt") or "")
+            self.drifts.append(DriftPoint(step, _number(row.get("kl")), changed, of, prompt))
 
     def add_steps(self, rows: list[dict[str, Any]]) -> None:
         """Take many StepDone lines at once: the same as `add` on each, several times faster."""
@@ -268,6 +286,7 @@ class MetricsTable:
     def drop_after(self, step: int) -> None:
         """Forget the steps above `step`: a resumed run makes them again."""
         self.evaluations = [one for one in self.evaluations if one.step <= step]
+        self.drifts = [one for one in self.drifts if one.step <= step]
         self.non_finite = {at: text for at, text in self.non_finite.items() if at <= step}
         if self._is_sorted:
             keep: Any = slice(0, int(np.searchsorted(self.steps, step, side="right")))
@@ -280,6 +299,10 @@ class MetricsTable:
         self.steps = array("q", np.asarray(self.steps)[mask].tolist())
         for name, column in self.columns.items():
             self.columns[name] = array("d", np.asarray(column)[mask].tolist())
+
+    def drift_points(self) -> list[tuple[int, float]]:
+        """(step, nats per token) of what was measured."""
+        return [(one.step, one.kl) for one in self.drifts if math.isfinite(one.kl)]
 
     def has(self, name: str) -> bool:
         """Whether a column has a value."""

@@ -158,6 +158,11 @@ def charts_of(reader: RunReader) -> list[Chart]:
     found = [
         make_chart("loss", "nats per trained token", loss, can_be_log=True),
         make_chart("previews that match", "%", [("matches", "extra", accuracy)]),
+        make_chart(
+            "drift from the answers before training",
+            "nats per token",
+            [("drift", "extra", metrics.drift_points())],
+        ),
     ]
     for name, title, unit in (
         ("learning_rate", "learning rate", ""),

@@ -14,6 +14,7 @@ from trainer.monitoring.events import (
     TRAINING,
     CardShown,
     CheckpointSaved,
+    DriftMeasured,
     EvaluationDone,
     Event,
     Notice,
@@ -34,6 +35,7 @@ from trainer.views.words import (
     card_words,
     checkpoint_words,
     closing_words,
+    drift_words,
     evaluation_words,
     left_words,
     mark_of,
@@ -167,6 +169,8 @@ class PlainDisplay(_Display):
                     line(self._step_line(event))
             case EvaluationDone():
                 line(evaluation_words(event))
+            case DriftMeasured():
+                line(drift_words(event))
             case PreviewsDone():
                 self._write_previews(event)
             case CheckpointSaved():

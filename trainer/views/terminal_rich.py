@@ -25,6 +25,7 @@ from trainer.monitoring.events import (
     TRAINING,
     CardShown,
     CheckpointSaved,
+    DriftMeasured,
     EvaluationDone,
     Event,
     Notice,
@@ -40,6 +41,7 @@ from trainer.preview.base import PreviewResult
 from trainer.views.words import (
     checkpoint_words,
     closing_words,
+    drift_words,
     duration_words,
     is_silent,
     mark_of,
@@ -85,6 +87,7 @@ class LiveView:
         self.step: StepDone | None = None
         self.evaluation: EvaluationDone | None = None
         self.previews: PreviewsDone | None = None
+        self.drift: DriftMeasured | None = None
         self.end: RunEnded | None = None
         self._history = MatchHistory()
         self._phase_at = self._step_at = clock()
@@ -123,10 +126,12 @@ class LiveView:
         if self.step is not None:
             yield self._bar(self.step, options.max_width)
             yield _one_line(_figures(self.step, self.evaluation))
+        if self.drift is not None:
+            yield _one_line(Text(drift_words(self.drift), "dim"))
         if self.previews is not None:
             yield Text()
             yield _one_line(self._preview_title(self.previews))
-            rows = console.size.height - HEADER_ROWS - 1
+            rows = console.size.height - HEADER_ROWS - 1 - (self.drift is not None)
             yield from preview_lines(self.previews.results, options.max_width, rows)
 
     def _headline(self, console: Console, is_ascii: bool) -> Text:
@@ -366,6 +371,8 @@ class RichDisplay:
                 view.evaluation = event
             case PreviewsDone():
                 view.set_previews(event)
+            case DriftMeasured():
+                view.drift = event
             case CheckpointSaved():
                 self._print(checkpoint_words(event), "dim")
             case Notice():

@@ -12,6 +12,7 @@ from typing import Any
 from trainer.errors import EXIT_COMPLETED, EXIT_FAILED, OutputError
 from trainer.monitoring.events import (
     TRAINING,
+    DriftMeasured,
     EvaluationDone,
     Event,
     Notice,
@@ -33,10 +34,15 @@ from trainer.monitoring.status_reader import (
 )
 from trainer.monitoring.status_schema import TrainingStatus
 from trainer.preview.base import PreviewResult
-from trainer.views.run_reader import STEP_DONE, RunReader
+from trainer.views.run_reader import RunReader
 from trainer.views.timeline import PreviewBook
 
 POLL_S = 0.5
+
+METRIC_EVENTS = {one.__name__: one for one in (StepDone, EvaluationDone, DriftMeasured)}
+
+NO_NUMBERS = {"EvaluationDone.train_loss", "DriftMeasured.worst_prompt"}
+"""Fields of theirs that may be something else than a number."""
 
 NUM_PREVIEWS_BEFORE = 10
 """Preview steps from before attaching that a live view is told, for its accuracy."""
@@ -98,7 +104,7 @@ class Follower:
         if self._is_attached:
             yield from (event for event in events if event is not None)
             return
-        for kind in (EvaluationDone, StepDone):
+        for kind in (EvaluationDone, DriftMeasured, StepDone):
             newest = [event for event in events if isinstance(event, kind)][-1:]
             yield from newest
 
@@ -197,13 +203,12 @@ def _ending(status: TrainingStatus) -> RunEnded:
 
 def _metric(row: Mapping[str, Any]) -> Event | None:
     """The event of a line of metrics.jsonl; a number that JSON could not hold is NaN."""
-    kind: Any = StepDone if row.get("type") == STEP_DONE else EvaluationDone
-    if row.get("type") not in (STEP_DONE, "EvaluationDone"):
+    kind: Any = METRIC_EVENTS.get(str(row.get("type")))
+    if kind is None:
         return None
     values = {item.name: row.get(item.name) for item in fields(kind)}
-    optional = {"train_loss"} if kind is EvaluationDone else set()
     for name, value in values.items():
-        if not isinstance(value, int | float) and name not in optional:
+        if not isinstance(value, int | float) and f"{kind.__name__}.{name}" not in NO_NUMBERS:
             values[name] = float("nan")
     event: Event = kind(**values)
     return event

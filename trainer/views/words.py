@@ -11,6 +11,7 @@ from trainer.monitoring.events import (
     TRAINING,
     CardShown,
     CheckpointSaved,
+    DriftMeasured,
     EvaluationDone,
     Notice,
     RunEnded,
@@ -138,6 +139,9 @@ def closing_words(
     if evaluation is not None:
         parts.append(f"val loss {evaluation.val_loss:.4f}")
     since = f" since step {started.start_step}" if started.start_step else ""
+    drift = drift_summary_words(event.summary)
+    if drift is not None:
+        parts.append(drift)
     parts.append(duration_words(elapsed_s) + since)
     parts.append(f"folder {printable(started.output_dir, 200)}")
     failure = preview_failure_words(event.summary)
@@ -281,6 +285,33 @@ def evaluation_words(event: EvaluationDone) -> str:
         f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, "
         f"{event.num_rows} rows, {duration_words(event.duration_s)}"
     )
+
+
+def drift_words(event: DriftMeasured) -> str:
+    """How far the weights are from those before training, in one line."""
+    return (
+        f"drift at step {event.step}: {event.kl:.4f} nats per token from the answers before "
+        f"training, {event.num_changed} of {event.num_prompts} greedy answers changed, "
+        f"{duration_words(event.duration_s)}"
+    )
+
+
+def drift_summary_words(summary: Mapping[str, Any]) -> str | None:
+    """Drift at the end of a run and what a preview step pays for it; None where it has none.
+
+    Args:
+        summary: of the run, as in TrainingResult and RunEnded.
+    """
+    previews = summary.get("previews")
+    drift = previews.get("drift") if isinstance(previews, dict) else None
+    if not isinstance(drift, dict) or not isinstance(drift.get("kl"), float):
+        return None
+    words = (
+        f"drift {drift['kl']:.4f} nats per token ({drift['num_changed']} of "
+        f"{drift['num_prompts']} answers changed"
+    )
+    seconds = drift.get("s_per_preview_step")
+    return f"{words}; {seconds:.2f} s per preview step)" if seconds is not None else f"{words})"
 
 
 def checkpoint_words(event: CheckpointSaved) -> str:

@@ -14,23 +14,10 @@ import pytest
 import torch
 
 from tests.integration.serving import Server, running_server
-from trainer.preview.scheduler import PreviewScheduler
 
 pytestmark = pytest.mark.slow
 KEY = "k" * 20
 SHOWN = ("step", "prompt_id", "text", "raw_text", "matches", "tokens_generated", "finish_reason")
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training waits for each preview, so that none is superseded: for comparing all of them."""
-    ask = PreviewScheduler.ask
-
-    def ask_and_wait(self: PreviewScheduler, step: int, **options: Any) -> None:
-        ask(self, step, **options)
-        self.drain(120)
-
-    monkeypatch.setattr(PreviewScheduler, "ask", ask_and_wait)
 
 
 @pytest.fixture

@@ -158,6 +158,30 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"distributed.strategy", "distributed.cpu_offload"},
     ),
     (
+        {"monitoring.canary_set": "general", "monitoring.inference_interval": 0},
+        {
+            "monitoring.canary_set",
+            "monitoring.inference_interval",
+            "monitoring.num_eval_samples",
+        },
+    ),
+    (
+        {
+            "monitoring.canary_set": "general",
+            "monitoring.preview_backend": "openai",
+            "monitoring.openai_base_url": "http://127.0.0.1/v1",
+        },
+        {"monitoring.canary_set", "monitoring.preview_backend"},
+    ),
+    (
+        {"monitoring.tracker_texts": True, "monitoring.report_to": ["none"]},
+        {"monitoring.tracker_texts", "monitoring.report_to"},
+    ),
+    (
+        {"monitoring.tracker_texts": True, "monitoring.inference_interval": 0},
+        {"monitoring.tracker_texts", "monitoring.inference_interval"},
+    ),
+    (
         {"lora.neftune_alpha": 5.0},
         {"lora.neftune_alpha", "hyperparams.training_mode"},
     ),

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.monitoring.events import EvaluationDone, StepDone
+from trainer.monitoring.events import DriftMeasured, EvaluationDone, StepDone
 from trainer.monitoring.status_schema import (
     AccuracyStatus,
     CheckpointStatus,
+    DriftStatus,
     ErrorStatus,
     NoticeStatus,
     PreviewStatus,
@@ -24,6 +25,7 @@ HEADINGS = {
     "## status.json": TrainingStatus,
     "### An entry of `last_previews`": PreviewStatus,
     "### `accuracy_last_20` and `accuracy_last_50`": AccuracyStatus,
+    "### `drift`": DriftStatus,
     "### `training_row`": RowStatus,
     "### `last_checkpoint`": CheckpointStatus,
     "### An entry of `notices`": NoticeStatus,
@@ -38,7 +40,7 @@ def test_every_field_has_its_row_in_order(heading):
     assert rows == list(HEADINGS[heading].model_fields)
 
 
-@pytest.mark.parametrize("event", [StepDone, EvaluationDone])
+@pytest.mark.parametrize("event", [StepDone, EvaluationDone, DriftMeasured])
 def test_metrics_lines_are_described(event):
     row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
     assert row is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from trainer.errors import ConfigError
+from trainer.monitoring.events import DriftMeasured
+from trainer.monitoring.tracker_texts import keep_console_out, table_of
 from trainer.monitoring.tracking import (
     TensorBoardPreviews,
     check_trackers,
@@ -22,6 +26,7 @@ from trainer.monitoring.tracking import (
     summary_writer,
     tensorboard_callback,
 )
+from trainer.preview.base import PreviewResult
 
 torch.set_num_threads(1)
 
@@ -37,7 +42,7 @@ def read_back(folder) -> EventAccumulator:
 def test_previews_go_in_as_text_and_accuracy_and_validation_as_curves(
     tmp_path, previews, evaluated, step_done
 ):
-    tracker = TensorBoardPreviews(tmp_path)
+    tracker = TensorBoardPreviews(tmp_path, with_texts=True)
     for event in (step_done(1), previews(10, [True, False, None]), evaluated(10, 2.5)):
         tracker.on_event(event)
     tracker.close()
@@ -138,3 +143,57 @@ def test_a_tracker_that_fails_later_is_reported_once_and_one_that_cannot_start_r
     with pytest.raises(AttributeError):
         callback.on_train_begin(SimpleNamespace(output_dir="x"), state, None)
     tracker.close()
+
+
+class Scored(PreviewResult):
+    """An answer with scores, as far as a result brings them."""
+
+    scores: Any = None
+
+
+def test_scores_of_answers_stand_beside_their_texts_in_tables_and_text():
+    answers = [
+        Scored(step=4, prompt="p", text="t", golden_answer="g", scores={"f1": 0.5, "json": None}),
+        Scored(step=4, prompt="q", text="", error_message="too slow", scores={}),
+        PreviewResult(step=4, prompt="r", text="x" * 10_000, matches=True),
+    ]
+    columns, rows = table_of(answers)
+    assert columns[-1] == "score.f1"
+    assert [dict(zip(columns, row, strict=True))["score.f1"] for row in rows] == [0.5, None, None]
+    first = dict(zip(columns, rows[0], strict=True))
+    assert [first[name] for name in ("step", "prompt", "golden", "generated")] == [4, "p", "g", "t"]
+    assert [row[columns.index("matches")] for row in rows] == ["", "", "yes"]
+    assert rows[1][columns.index("error")] == "too slow"
+    assert len(rows[2][columns.index("generated")]) == 8192
+    assert preview_markdown(answers[0]).startswith("step 4: not compared, f1 0.5\n")
+
+
+def test_without_texts_tensorboard_gets_numbers_only(tmp_path, previews):
+    tracker = TensorBoardPreviews(tmp_path)
+    tracker.on_event(previews(10, [True, False]))
+    tracker.on_event(
+        DriftMeasured(
+            step=10,
+            kl=0.25,
+            num_changed=3,
+            num_prompts=20,
+            worst_prompt="zebra",
+            worst_kl=0.5,
+            duration_s=0.1,
+        )
+    )
+    tracker.close()
+    events = read_back(tmp_path)
+    assert events.Tags()["tensors"] == []
+    assert events.Scalars("preview_accuracy")[0].value == 0.5
+    assert events.Scalars("drift/kl")[0].value == 0.25
+    assert events.Scalars("drift/changed_answers")[0].value == 3
+
+
+def test_what_is_printed_is_kept_from_wandb_whatever_was_asked_for(monkeypatch):
+    monkeypatch.delenv("WANDB_CONSOLE", raising=False)
+    assert keep_console_out() is None
+    assert os.environ["WANDB_CONSOLE"] == "off"
+    monkeypatch.setenv("WANDB_CONSOLE", "wrap")
+    assert "WANDB_CONSOLE=wrap" in str(keep_console_out())
+    assert os.environ["WANDB_CONSOLE"] == "off"

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunEnded, RunStarted, StepDone
+from trainer.monitoring.events import (
+    DriftMeasured,
+    EvaluationDone,
+    PreviewsDone,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.preview.base import PreviewResult
 from trainer.views.run_reader import RunReader
@@ -79,6 +86,20 @@ class MadeUpRun:
             for i, value in enumerate(matches)
         )
         self.writer.on_event(PreviewsDone(step=step, results=results, duration_s=0.1))
+
+    def drift(self, step: int, kl: float, *, num_changed: int = 12) -> None:
+        """How far the weights are from those before training."""
+        self.writer.on_event(
+            DriftMeasured(
+                step=step,
+                kl=kl,
+                num_changed=num_changed,
+                num_prompts=20,
+                worst_prompt="Who wrote Hamlet?",
+                worst_kl=2 * kl,
+                duration_s=0.5,
+            )
+        )
 
     def end(self, state: Any = "completed", step: int = 1000, **changes: Any) -> None:
         """The run is over."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainer.views.facts import alerts_of
+from trainer.views.facts import DRIFT_KL, alerts_of
 from trainer.views.timeline import mark_of
 
 MakeRun = Callable[..., Any]
@@ -51,6 +51,22 @@ def test_accuracy_that_falls_names_the_prompts(made_up_run: MakeRun) -> None:
     warning, info = texts_of(run)
     assert warning == "accuracy falls: 50 % of the previews match at step 100, 100 % did at step 50"
     assert info == "answered correctly before, wrong now: 'max of 4 and 2?'"
+
+
+def test_drift_above_the_threshold_names_the_prompt(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.drift(0, 0.0, num_changed=0)
+    run.drift(50, DRIFT_KL, num_changed=20)  # many answers that changed a word are no alarm
+    assert texts_of(run) == []
+    run.drift(100, DRIFT_KL + 1)
+    [text] = texts_of(run)
+    assert text.startswith(f"drift of {DRIFT_KL + 1:.2f} nats per token")
+    assert text.endswith("12 of 20 greedy answers changed, most 'Who wrote Hamlet?'")
+    assert "at step 100" in text
+    run.drift(150, 0.1)  # the newest one counts
+    assert texts_of(run) == []
+    run.drift(200, float("nan"))
+    assert texts_of(run) == []
 
 
 def test_previews_that_never_stop(made_up_run: MakeRun) -> None:

@@ -141,6 +141,14 @@ def metric_chart(reader: RunReader, name: str, *, is_dark: bool) -> dict[str, An
     return chart([line(name, points, COLOURS[is_dark]["train"])], is_dark=is_dark)
 
 
+def drift_chart(reader: RunReader, *, is_dark: bool) -> dict[str, Any]:
+    """How far the weights are from those before training."""
+    points = [(float(step), kl) for step, kl in reader.metrics.drift_points()]
+    picked = pick_points(np.array([kl for _, kl in points]), SMALL_POINTS)
+    shown = [points[index] for index in picked.tolist()]
+    return chart([line("drift", shown, COLOURS[is_dark]["extra"], dots=True)], is_dark=is_dark)
+
+
 def match_line(name: str, reader: RunReader, colour: str) -> dict[str, Any]:
     """Share of previews that match, by step, in percent."""
     accuracy = reader.previews.accuracy()

@@ -18,7 +18,7 @@ from trainer.views.facts import (
 )
 from trainer.views.metrics import SMOOTHING_SHARE, is_spread_wide
 from trainer.views.page.actions import ActBox, AskBox
-from trainer.views.page.charts import loss_chart, match_chart, metric_chart
+from trainer.views.page.charts import drift_chart, loss_chart, match_chart, metric_chart
 from trainer.views.page.elements import (
     Colours,
     answer,
@@ -122,6 +122,10 @@ class RunPage:
             with self._match_box:
                 text("h3", "previews that match, %")
                 self._matches = ui.echart({"series": []})
+            self._drift_box = box("div")
+            with self._drift_box:
+                text("h3", "drift from the answers before training, nats per token")
+                self._drift = ui.echart({"series": []})
             self._small: dict[str, tuple[Any, Any]] = {}
             for name, title in SMALL_CHARTS.items():
                 with box("div") as frame:
@@ -202,6 +206,8 @@ class RunPage:
             # A frame without data only asks what is wrong with it.
             self._match_box.set_visibility(bool(reader.previews.accuracy()))
             set_options(self._matches, match_chart(reader, is_dark=is_dark))
+            self._drift_box.set_visibility(bool(reader.metrics.drift_points()))
+            set_options(self._drift, drift_chart(reader, is_dark=is_dark))
             for name, (frame, chart) in self._small.items():
                 frame.set_visibility(reader.metrics.has(name))
                 set_options(chart, metric_chart(reader, name, is_dark=is_dark))
