@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     JsonValue,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
@@ -134,9 +135,9 @@ class MonitoringConfig(Section):
     """Who generates previews: `local` (this process, training waits), `sidecar` (a process of its
     own on this machine), `remote_3090` (a `trainer serve` on another machine; this run sends it its
     weights) or `openai` (any OpenAI-compatible server, with the weights it has: unverified)."""
-    preview_golden_logprobs: bool = False
-    """Also say how likely each token of the golden answer is: one forward pass a prompt. Not from
-    `openai`."""
+    preview_golden_logprobs: Literal["auto", "on", "off"] = "auto"
+    """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`: for
+    up to 16 prompts, and never from `openai`."""
     preview_drain_timeout: Annotated[float, Field(ge=0.0)] = 60
     """Seconds that the end of a run waits for previews still being made elsewhere."""
     preview_max_tokens: PositiveInt = 256
@@ -170,6 +171,14 @@ class MonitoringConfig(Section):
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 
+    @field_validator("preview_golden_logprobs", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: object) -> object:
+        """It was true or false once, and YAML reads `on` and `off` as these."""
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _check_remote(self) -> MonitoringConfig:
         if self.preview_backend == "remote_3090" and not self.remote_3090_host:
@@ -201,9 +210,9 @@ class MonitoringConfig(Section):
                 "monitoring.preview_backend",
                 "monitoring.openai_base_url",
             )
-        if self.preview_golden_logprobs:
+        if self.preview_golden_logprobs == "on":
             raise CombinationError(
-                "preview_golden_logprobs=true needs this run's weights, and preview_backend=openai "
+                "preview_golden_logprobs=on needs this run's weights, and preview_backend=openai "
                 "has its own; change one of them",
                 "monitoring.preview_golden_logprobs",
                 "monitoring.preview_backend",

@@ -34,10 +34,11 @@ from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer
 from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
 from trainer.models.train_on import base_section
-from trainer.monitoring.callbacks import deliver_previews
+from trainer.monitoring.delivery import Delivery
 from trainer.monitoring.preview_backend import create_preview_backend
+from trainer.monitoring.status_reader import TrainingStatusReader
 from trainer.net import remember_key_file, url_of
-from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
+from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult, to_json_line
 from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.neutral import SentAs, as_received, golden_logprobs
@@ -367,7 +368,7 @@ def _previews(
         "max_new_tokens": monitoring.preview_max_tokens,
         "temperature": monitoring.preview_temperature,
         "seed": run.prepared.config.environment.seed,
-        "golden_logprobs": monitoring.preview_golden_logprobs,
+        "golden_logprobs": measures_golden(monitoring, len(requests)),
         "canary": list(canary.rows) if canary is not None else None,
     }
 
@@ -395,8 +396,22 @@ PROMPTS_AT_ONCE = 50
 """Batch of the final evaluation; previews are one batch of their own."""
 
 
-def local_backend(prepared: Prepared, model: Any) -> LocalPreviewBackend:
-    """A backend on the model in training, computing as training does."""
+GOLDEN_PROMPTS = 16
+"""Up to so many prompts have their golden answers scored without being asked."""
+
+
+def measures_golden(monitoring: MonitoringConfig, num_prompts: int) -> bool:
+    """Whether golden answers are scored (monitoring.preview_golden_logprobs)."""
+    wanted = monitoring.preview_golden_logprobs
+    return wanted == "on" or (wanted == "auto" and num_prompts <= GOLDEN_PROMPTS)
+
+
+def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPreviewBackend:
+    """A backend on the model in training, computing as training does.
+
+    Args:
+        num_prompts: how many it will be asked.
+    """
     config, data = prepared.config, prepared.data
     backend = create_preview_backend(
         "local",
@@ -410,7 +425,7 @@ def local_backend(prepared: Prepared, model: Any) -> LocalPreviewBackend:
         stop_ids=data.encoder.template.stop_ids,
         autocast_dtype=prepared.precision.autocast_dtype,
         max_length=context_length(model.config),
-        with_golden_logprobs=config.monitoring.preview_golden_logprobs,
+        with_golden_logprobs=measures_golden(config.monitoring, num_prompts),
     )
     assert isinstance(backend, LocalPreviewBackend), "asked for local"
     return backend
@@ -421,8 +436,8 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
     monitoring = prepared.config.monitoring
     if not monitoring.inference_interval:
         return None
-    local = local_backend(prepared, model)
     requests = list(prepared.data.preview_prompts)
+    local = local_backend(prepared, model, len(requests) + len(monitoring.preview_prompts))
     requests += [
         PreviewRequest(
             prompt=text,
@@ -451,9 +466,17 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         backend,
         requests,
         interval=monitoring.inference_interval,
-        deliver=deliver_previews(job.observers),
+        deliver=Delivery(job.observers, known=_known_previews(job, prepared)),
         is_on_gpu=prepared.device.type == "cuda",
     )
+
+
+def _known_previews(job: Job, prepared: Prepared) -> list[PreviewResult]:
+    """What an earlier process of a resumed run was answered, up to where it goes on."""
+    if prepared.resume is None or job.folder is None:
+        return []
+    reader = TrainingStatusReader(job.folder.path)
+    return [one for one in reader.previews() if one.step <= prepared.resume.step]
 
 
 def openai_backend(prepared: Prepared, notice: Callable[..., None]) -> OpenAIPreviewBackend:
@@ -515,7 +538,7 @@ def final_evaluation(
     requests = prepared.data.final_prompts
     if not requests:
         return None
-    backend = local_backend(prepared, model)
+    backend = local_backend(prepared, model, len(requests))
     backend.settings = dataclasses.replace(
         backend.settings, temperature=0.0, max_new_tokens=prepared.config.monitoring.max_eval_tokens
     )

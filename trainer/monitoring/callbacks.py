@@ -23,7 +23,6 @@ from trainer.monitoring.events import (
     EvaluationDone,
     Observer,
     Observers,
-    PreviewsDone,
 )
 from trainer.monitoring.processes import any_process, wait_for_main
 from trainer.monitoring.step_report import LoggedReport, StepReport
@@ -241,15 +240,6 @@ class Previews:
         )
         self.scheduler.ask(step, is_last=is_last)
         self._observers.pause(TRAINING)
-
-
-def deliver_previews(observers: Observers) -> Callable[[int, list[Any], float], None]:
-    """What a PreviewScheduler calls with finished previews: observers are told."""
-
-    def deliver(step: int, results: list[Any], waited_s: float) -> None:
-        observers.emit(PreviewsDone(step=step, results=tuple(results), duration_s=waited_s))
-
-    return deliver
 
 
 # ---- all of it, in HF's Trainer

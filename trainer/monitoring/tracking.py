@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.monitoring.events import EvaluationDone, Event, PreviewsDone, printable
+from trainer.monitoring.events import (
+    EvaluationDone,
+    Event,
+    PreviewsDone,
+    ScoresDone,
+    printable,
+)
 from trainer.preview.base import PreviewResult
 
 logger = logging.getLogger(__name__)
@@ -155,6 +161,11 @@ class TensorBoardPreviews:
             if compared:
                 share = sum(compared) / len(compared)
                 self.writer.add_scalar("preview_accuracy", share, event.step)
+            self.writer.flush()
+
+        elif isinstance(event, ScoresDone):
+            for figure in event.figures:
+                self.writer.add_scalar(f"{event.source}/{figure.name}", figure.mean, event.step)
             self.writer.flush()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.views.run_reader import RunReader
+from trainer.views.score_words import figure_rows
 from trainer.views.words import duration_words
 
 
@@ -25,6 +26,7 @@ def live_figures(reader: RunReader) -> list[tuple[str, str]]:
     rows.append(("learning rate", _number(metrics.newest("learning_rate"), "{:.2e}")))
     rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
     rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
+    rows += figure_rows(metrics.newest_scores())
     accuracy = reader.previews.accuracy()
     if accuracy:
         step = max(accuracy)
@@ -82,6 +84,7 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
 def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
     """Accuracy, the final evaluation, and what previews cost."""
     rows = [("previews", accuracy_words(reader))]
+    rows += figure_rows(reader.metrics.newest_scores())
     summary = reader.status.summary if reader.status is not None else {}
     rows += final_figures(reader)
     previews, durations = summary.get("previews"), summary.get("durations_s")

@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
+
+from trainer.monitoring.events import ScoresDone
+from trainer.scores.figures import ScoreFigure
+from trainer.views.score_words import curve_name, shown_figures
 
 WIDTH, HEIGHT = 760, 260
 
@@ -207,6 +212,18 @@ class EvaluationPoint:
     """NaN where it is not known."""
 
 
+def scores_of_line(row: Mapping[str, Any]) -> ScoresDone | None:
+    """The means that a line of metrics.jsonl tells; None where it is no such line."""
+    source, figures = row.get("source"), row.get("figures")
+    if source not in ("previews", "evaluation") or not isinstance(figures, list):
+        return None
+    try:
+        found = tuple(ScoreFigure.model_validate(one) for one in figures)
+    except ValidationError:
+        return None
+    return ScoresDone(step=row["step"], source=source, figures=found)
+
+
 class MetricsTable:
     """Steps and evaluations in the order of the file; a value that is missing is NaN."""
 
@@ -219,6 +236,8 @@ class MetricsTable:
         self.steps = array("q")
         self.columns: dict[str, array[float]] = {name: array("d") for name in COLUMNS}
         self.evaluations: list[EvaluationPoint] = []
+        self.scores: dict[str, dict[int, ScoresDone]] = {}
+        """Source -> step -> means of what its prompts were answered."""
         self.non_finite: dict[int, str] = {}
         """Step -> what was not finite in it, such as `train_loss nan`; the first hundred."""
         self._is_sorted = True
@@ -228,7 +247,8 @@ class MetricsTable:
         return len(self.steps)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take one line of metrics.jsonl; other types than StepDone and EvaluationDone are left."""
+        """Take one line of metrics.jsonl; other types than StepDone, EvaluationDone and
+        ScoresDone are left."""
         step, kind = row["step"], row.get("type")
         if kind == "StepDone":
             self._is_sorted = self._is_sorted and (not self.steps or step >= self.steps[-1])
@@ -240,6 +260,10 @@ class MetricsTable:
         elif kind == "EvaluationDone":
             losses = (_number(row.get("val_loss")), _number(row.get("train_loss")))
             self.evaluations.append(EvaluationPoint(step, *losses))
+        elif kind == "ScoresDone":
+            found = scores_of_line(row)
+            if found is not None:
+                self.scores.setdefault(found.source, {})[step] = found
 
     def add_steps(self, rows: list[dict[str, Any]]) -> None:
         """Take many StepDone lines at once: the same as `add` on each, several times faster."""
@@ -269,6 +293,10 @@ class MetricsTable:
         """Forget the steps above `step`: a resumed run makes them again."""
         self.evaluations = [one for one in self.evaluations if one.step <= step]
         self.non_finite = {at: text for at, text in self.non_finite.items() if at <= step}
+        self.scores = {
+            source: {at: one for at, one in found.items() if at <= step}
+            for source, found in self.scores.items()
+        }
         if self._is_sorted:
             keep: Any = slice(0, int(np.searchsorted(self.steps, step, side="right")))
             if keep.stop == len(self.steps):
@@ -280,6 +308,21 @@ class MetricsTable:
         self.steps = array("q", np.asarray(self.steps)[mask].tolist())
         for name, column in self.columns.items():
             self.columns[name] = array("d", np.asarray(column)[mask].tolist())
+
+    def newest_scores(self) -> list[ScoresDone]:
+        """The newest means of each source."""
+        return [found[max(found)] for found in self.scores.values() if found]
+
+    def score_curves(self) -> dict[str, list[tuple[float, float]]]:
+        """Curve of each figure that is a share, in percent, by its source and name."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for source, found in self.scores.items():
+            for step in sorted(found):
+                for figure in shown_figures(found[step].figures):
+                    if figure.is_share:
+                        name = curve_name(source, figure.name)
+                        curves.setdefault(name, []).append((float(step), 100 * figure.mean))
+        return curves
 
     def has(self, name: str) -> bool:
         """Whether a column has a value."""

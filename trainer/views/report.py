@@ -35,6 +35,7 @@ from trainer.views.metrics import (
     make_chart,
 )
 from trainer.views.run_reader import MANIFEST_NAME, ORIGINS_NAME, RunReader, config_rows
+from trainer.views.score_words import certainty_words, curve_name, value_words
 from trainer.views.timeline import (
     MARK_WORDS,
     Piece,
@@ -111,6 +112,7 @@ def render_report(reader: RunReader) -> str:
         timelines=[(line, *_answers(line)) for line in _lines(book)],
         evaluations=reader.metrics.evaluations,
         accuracy=book.accuracy(),
+        scores=_scores(reader.metrics),
         first_answers=book.of_step(0),
         card=card_rows(reader.manifest),
         sample=card_sample(reader.manifest),
@@ -158,6 +160,10 @@ def charts_of(reader: RunReader) -> list[Chart]:
     found = [
         make_chart("loss", "nats per trained token", loss, can_be_log=True),
         make_chart("previews that match", "%", [("matches", "extra", accuracy)]),
+        *(
+            make_chart(name, "%", [(name, "extra", points)])
+            for name, points in metrics.score_curves().items()
+        ),
     ]
     for name, title, unit in (
         ("learning_rate", "learning rate", ""),
@@ -170,6 +176,22 @@ def charts_of(reader: RunReader) -> list[Chart]:
             make_chart(title, unit, [(title, "train", points)], can_be_log=name == "grad_norm")
         )
     return [chart for chart in found if chart is not None]
+
+
+def _scores(metrics: MetricsTable) -> list[tuple[int, str, str, str, int]]:
+    """(step, score, mean, interval and differences, prompts) of every mean, the newest first."""
+    return [
+        (
+            step,
+            curve_name(source, figure.name),
+            value_words(figure.mean, is_share=figure.is_share),
+            certainty_words(figure),
+            figure.num_prompts,
+        )
+        for source, found in metrics.scores.items()
+        for step in sorted(found, reverse=True)
+        for figure in found[step].figures
+    ]
 
 
 def _evaluations(metrics: MetricsTable) -> list[tuple[float, float]]:

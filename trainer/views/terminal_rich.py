@@ -32,11 +32,13 @@ from trainer.monitoring.events import (
     PreviewsDone,
     RunEnded,
     RunStarted,
+    ScoresDone,
     StepDone,
     printable,
 )
 from trainer.monitoring.status_schema import SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult
+from trainer.views.score_words import scores_words
 from trainer.views.words import (
     checkpoint_words,
     closing_words,
@@ -85,6 +87,7 @@ class LiveView:
         self.step: StepDone | None = None
         self.evaluation: EvaluationDone | None = None
         self.previews: PreviewsDone | None = None
+        self.scores: dict[str, ScoresDone] = {}
         self.end: RunEnded | None = None
         self._history = MatchHistory()
         self._phase_at = self._step_at = clock()
@@ -109,6 +112,10 @@ class LiveView:
         self._history.add(event.results)
         self.previews = event
 
+    def set_scores(self, event: ScoresDone) -> None:
+        """The newest means of the previews, or of the evaluation prompts."""
+        self.scores = {**self.scores, event.source: event}
+
     def set_end(self, event: RunEnded) -> None:
         """The run is over; the view no longer moves."""
         self.end, self.phase = event, None
@@ -126,7 +133,9 @@ class LiveView:
         if self.previews is not None:
             yield Text()
             yield _one_line(self._preview_title(self.previews))
-            rows = console.size.height - HEADER_ROWS - 1
+            for event in self.scores.values():
+                yield _one_line(Text(scores_words(event)))
+            rows = console.size.height - HEADER_ROWS - 1 - len(self.scores)
             yield from preview_lines(self.previews.results, options.max_width, rows)
 
     def _headline(self, console: Console, is_ascii: bool) -> Text:
@@ -366,6 +375,8 @@ class RichDisplay:
                 view.evaluation = event
             case PreviewsDone():
                 view.set_previews(event)
+            case ScoresDone():
+                view.set_scores(event)
             case CheckpointSaved():
                 self._print(checkpoint_words(event), "dim")
             case Notice():

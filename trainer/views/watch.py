@@ -20,6 +20,7 @@ from trainer.monitoring.events import (
     PreviewsDone,
     RunEnded,
     RunStarted,
+    ScoresDone,
     StepDone,
 )
 from trainer.monitoring.status_reader import (
@@ -33,6 +34,7 @@ from trainer.monitoring.status_reader import (
 )
 from trainer.monitoring.status_schema import TrainingStatus
 from trainer.preview.base import PreviewResult
+from trainer.views.metrics import scores_of_line
 from trainer.views.run_reader import STEP_DONE, RunReader
 from trainer.views.timeline import PreviewBook
 
@@ -98,7 +100,7 @@ class Follower:
         if self._is_attached:
             yield from (event for event in events if event is not None)
             return
-        for kind in (EvaluationDone, StepDone):
+        for kind in (EvaluationDone, ScoresDone, StepDone):
             newest = [event for event in events if isinstance(event, kind)][-1:]
             yield from newest
 
@@ -197,6 +199,8 @@ def _ending(status: TrainingStatus) -> RunEnded:
 
 def _metric(row: Mapping[str, Any]) -> Event | None:
     """The event of a line of metrics.jsonl; a number that JSON could not hold is NaN."""
+    if row.get("type") == "ScoresDone":
+        return scores_of_line(row)
     kind: Any = StepDone if row.get("type") == STEP_DONE else EvaluationDone
     if row.get("type") not in (STEP_DONE, "EvaluationDone"):
         return None
