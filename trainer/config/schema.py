@@ -136,10 +136,20 @@ class MonitoringConfig(Section):
     own on this machine), `remote_3090` (a `trainer serve` on another machine; this run sends it its
     weights) or `openai` (any OpenAI-compatible server, with the weights it has: unverified)."""
     preview_golden_logprobs: Literal["auto", "on", "off"] = "auto"
-    """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`: for
-    up to 16 prompts, and never from `openai`."""
+    """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`:
+    for up to 16 prompts, and never from `openai`."""
+    scores: tuple[str, ...] = ()
+    """Scores of the answers: `exact`, `contains`, `f1`, `rouge_l`, `number` (the last number of
+    both), `json` (parses), `json_schema:FILE`, `regex:PATTERN`, `tool_calls` (names and arguments),
+    or a function of yours, `package.module:function`. `NAME=SCORE` gives one another name."""
+    score_columns: dict[str, str] = {}
+    """Parameter of a score function -> the row's column (or `golden_answer`, or `prompt`) that it
+    gets, such as `solution=golden_answer`."""
+    score_timeout: Annotated[float, Field(gt=0.0)] = 60
+    """Seconds that a score may take for the answers of one step; then it has no value there."""
     preview_drain_timeout: Annotated[float, Field(ge=0.0)] = 60
-    """Seconds that the end of a run waits for previews still being made elsewhere."""
+    """Seconds that the end of a run waits for previews still being made elsewhere, and for
+    scores."""
     preview_max_tokens: PositiveInt = 256
     """Longest preview, in tokens."""
     preview_temperature: Annotated[float, Field(ge=0.0)] = 0.7
@@ -190,6 +200,24 @@ class MonitoringConfig(Section):
             )
         if self.preview_backend == "openai":
             self._check_openai()
+        return self
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> MonitoringConfig:
+        if self.score_columns and not any(":" in entry for entry in self.scores):
+            raise CombinationError(
+                "score_columns names what functions of monitoring.scores get, and there is none; "
+                "name a function (package.module:function) or leave score_columns empty",
+                "monitoring.score_columns",
+                "monitoring.scores",
+            )
+        if self.scores and not (self.inference_interval or self.final_eval_prompts):
+            raise CombinationError(
+                "scores are of previews and of the final evaluation, and inference_interval=0 and "
+                "final_eval_prompts=0 turn both off; set one of them, or leave scores empty",
+                "monitoring.scores",
+                "monitoring.inference_interval",
+            )
         return self
 
     @field_serializer("openai_base_url")

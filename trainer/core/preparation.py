@@ -66,6 +66,8 @@ from trainer.monitoring.events import Observers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
 from trainer.profiles import DataProfile
+from trainer.scores.scorer import check_scores
+from trainer.scores.spec import is_function
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -87,6 +89,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     """
     required_for_training(config)
     check_trackers(config.monitoring.report_to)
+    check_scores(config.monitoring)
     config = resolve(config)
     check_files(config.data)
     environment, hyper = config.environment, config.hyperparams
@@ -236,6 +239,7 @@ def encode_rows(
         seed=config.environment.seed,
         num_preview=config.monitoring.num_eval_samples,
         num_final=config.monitoring.final_eval_prompts,
+        with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
     )
     if config.data.enable_packing:

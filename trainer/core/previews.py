@@ -61,6 +61,8 @@ from trainer.publish.identity import (
 from trainer.publish.lane import PublishedPreviews
 from trainer.publish.snapshot import SHARED_MEMORY, Snapshotter, arena_folder, is_in_memory
 from trainer.publish.wire import PreviewPrompt, ServerHashes
+from trainer.scores.scorer import Scorer
+from trainer.scores.spec import parse_scores
 
 # ---- previews that are made elsewhere
 
@@ -462,12 +464,37 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         backend = build_published(publishing, requests, local)
     elif monitoring.preview_backend != "local":
         backend = create_preview_backend(monitoring)
+    delivery = build_delivery(job, prepared, requests)
+    job.on_close("scores", delivery.close)
     return PreviewScheduler(
         backend,
         requests,
         interval=monitoring.inference_interval,
-        deliver=Delivery(job.observers, known=_known_previews(job, prepared)),
+        deliver=delivery.previews,
+        delivery=delivery,
         is_on_gpu=prepared.device.type == "cuda",
+    )
+
+
+def build_scorer(job: Job, monitoring: MonitoringConfig) -> Scorer | None:
+    """What computes `monitoring.scores`; None where there are none."""
+    if not monitoring.scores:
+        return None
+    return Scorer(
+        parse_scores(monitoring.scores),
+        columns=monitoring.score_columns,
+        timeout_s=monitoring.score_timeout,
+        log=job.folder.log("scores") if job.folder is not None else None,
+    )
+
+
+def build_delivery(job: Job, prepared: Prepared, requests: Sequence[PreviewRequest]) -> Delivery:
+    """Who scores the answers and tells of them."""
+    return Delivery(
+        job.observers,
+        scorer=build_scorer(job, prepared.config.monitoring),
+        requests=requests,
+        known={"previews": _known_previews(job, prepared)},
     )
 
 

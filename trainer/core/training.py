@@ -364,7 +364,7 @@ def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
 
 def _drain_previews(job: Job, scheduler: PreviewScheduler, timeout_s: float) -> None:
     """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""
-    if not scheduler.lane.pending():
+    if not scheduler.is_pending:
         return
     job.observers.phase("training", "waiting for the last previews")
     started = time.perf_counter()

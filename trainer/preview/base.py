@@ -142,7 +142,8 @@ def golden_figures(nats: Sequence[float]) -> dict[str, Any]:
     """What a result says of its golden tokens' log-probabilities."""
     probabilities = [math.exp(min(one, 0.0)) for one in nats]
     mean = sum(probabilities) / len(probabilities) if probabilities else None
-    return {"golden_logprobs": tuple(nats), "golden_probability": mean}
+    # Files hold a number for each token of each prompt and step: no more digits than anybody reads.
+    return {"golden_logprobs": tuple(round(one, 5) for one in nats), "golden_probability": mean}
 
 
 def is_match(

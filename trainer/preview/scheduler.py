@@ -74,6 +74,19 @@ class Lane(Protocol):
         ...
 
 
+class Settling(Protocol):
+    """What answers go through on their way to people."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether an answer is on its way."""
+        ...
+
+    def settle(self, timeout_s: float, *, should_stop: Callable[[], bool] = ...) -> None:
+        """Wait until none is, no longer than this."""
+        ...
+
+
 class Stall:
     """For how long a preview kept the training thread, or the GPU, from the next step.
 
@@ -184,6 +197,7 @@ class PreviewScheduler:
         *,
         interval: int,
         deliver: Deliver,
+        delivery: Settling | None = None,
         is_on_gpu: bool = False,
     ) -> None:
         """Take the prompts once; they stay the same for the whole run.
@@ -193,11 +207,12 @@ class PreviewScheduler:
             deliver: called with step, results and the seconds training waited, whenever there is
                 something new; by another thread than the training one, unless the backend is
                 local.
+            delivery: what `deliver` hands answers on to, where that takes time.
             is_on_gpu: training is, on the current device.
         """
         self.backend, self.requests, self.interval = backend, requests, interval
         self.counters = PreviewCounters()
-        self._deliver, self._is_on_gpu = deliver, is_on_gpu
+        self._deliver, self._delivery, self._is_on_gpu = deliver, delivery, is_on_gpu
         self._lock = threading.Lock()
         self._last_asked: int | None = None
         self._now = 0
@@ -240,23 +255,34 @@ class PreviewScheduler:
         """Where training is now: an answer that arrives is so many steps behind."""
         self._now = step
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether an answer is under way."""
+        return bool(self.lane.pending()) or (
+            self._delivery is not None and self._delivery.is_pending
+        )
+
     def drain(self, timeout_s: float, *, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Wait for what is under way, no longer than `timeout_s`; the rest counts as failed."""
         deadline = time.monotonic() + timeout_s
         while self.lane.pending():
-            if should_stop():
-                self.lane.give_up("the run was stopped before the answer came")
-                return
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                self.lane.give_up("no answer before the run ended")
-                return
+            if should_stop() or remaining <= 0:
+                was_stopped = "the run was stopped before the answer came"
+                self.lane.give_up(
+                    was_stopped if should_stop() else "no answer before the run ended"
+                )
+                break
             self.lane.wait(min(WAIT_S, remaining))
+        if self._delivery is not None:
+            self._delivery.settle(deadline - time.monotonic(), should_stop=should_stop)
 
     def give_up(self, reason: str) -> None:
         """Finish what is pending with this error; nothing where nothing is."""
         if self.lane.pending():
             self.lane.give_up(reason)
+        if self._delivery is not None:
+            self._delivery.settle(0.0)
 
     def summary(self) -> dict[str, Any]:
         """Counts and figures of this run's previews."""

@@ -1,1 +1,1 @@
-"""Scores of answers: what they measure, how they are computed, and what can be said of their means."""
+"""Scores of answers: how they are computed, and what can be said of their means."""

@@ -1,6 +1,6 @@
 """What a mean over prompts can tell: intervals at 95 %, exact tests of pairs. No packages needed.
 
-Scores of 0 and 1 get Wilson's interval and McNemar's exact test. Others get Student's t on the mean.
+Scores of 0 and 1 get Wilson's interval and McNemar's exact test, others Student's t on the mean.
 Neither says anything below MIN_PROMPTS.
 """
 
@@ -64,9 +64,9 @@ def is_binary(values: Sequence[float]) -> bool:
 def interval_of(values: Sequence[float]) -> Interval | None:
     """Where the mean over all such prompts lies, at 95 %.
 
-    t takes the spread of the values for the spread of all prompts. Where nearly all values are equal,
-    it has not been seen yet: there, values from 0 to 1 get Wilson's interval of their mean, which
-    holds for the widest spread that such a mean allows, so that a column that is all right never
+    t takes the spread of the values for the spread of all prompts. Where nearly all values are
+    equal, it has not been seen yet: there, values from 0 to 1 get Wilson's interval of their mean,
+    which holds for the widest spread that such a mean allows. So a column that is all right never
     has an interval of width 0.
 
     Returns:

@@ -74,6 +74,7 @@ class Answer:
     previous: Sequence[Piece] | None
     facts: Sequence[str]
     knows: str | None
+    """Whether the weights of `last_step` know the golden answer, as its tokens say."""
     tokens: Sequence[Any] = field(default_factory=tuple)
 
     @property
@@ -215,8 +216,8 @@ def _answers(line: Timeline) -> tuple[list[Answer], int]:
             golden=line.golden_diff(group[0]),
             previous=line.previous_diff(group[0]),
             facts=facts_of(line[group[0]]),
-            knows=golden_words(line[group[0]]),
-            tokens=golden_tokens(line[group[0]]),
+            knows=golden_words(line[group[-1]]),
+            tokens=golden_tokens(line[group[-1]]),
         )
         for group in shown
     ]
@@ -226,8 +227,7 @@ def _answers(line: Timeline) -> tuple[list[Answer], int]:
 def _is_same(one: PreviewResult, other: PreviewResult) -> bool:
     """Whether two answers tell the reader the same."""
     names = ("text", "raw_text", "matches", "health", "finish_reason", "error_message", "weights")
-    is_measured = one.golden_logprobs or other.golden_logprobs
-    return not is_measured and all(getattr(one, name) == getattr(other, name) for name in names)
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _config(reader: RunReader) -> list[tuple[str, str, str]]:

@@ -117,6 +117,4 @@ def figure_rows(events: Sequence[ScoresDone]) -> list[tuple[str, str]]:
 def shown_figures(figures: Sequence[ScoreFigure]) -> list[ScoreFigure]:
     """Those for people: a log-probability says once more what the probability says."""
     names = {one.name for one in figures}
-    return [
-        one for one in figures if one.name != GOLDEN_LOGPROB or GOLDEN_PROBABILITY not in names
-    ]
+    return [one for one in figures if one.name != GOLDEN_LOGPROB or GOLDEN_PROBABILITY not in names]
