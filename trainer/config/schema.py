@@ -147,6 +147,9 @@ class MonitoringConfig(Section):
     gets, such as `solution=golden_answer`."""
     score_timeout: Annotated[float, Field(gt=0.0)] = 60
     """Seconds that a score may take for the answers of one step; then it has no value there."""
+    num_score_prompts: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts that are answered for scores only (greedily, at step 0, every
+    `micro_eval_interval` steps and after the last one), besides those of `num_eval_samples`."""
     preview_drain_timeout: Annotated[float, Field(ge=0.0)] = 60
     """Seconds that the end of a run waits for previews still being made elsewhere, and for
     scores."""
@@ -211,6 +214,8 @@ class MonitoringConfig(Section):
                 "monitoring.score_columns",
                 "monitoring.scores",
             )
+        if self.num_score_prompts:
+            self._check_score_prompts()
         if self.scores and not (self.inference_interval or self.final_eval_prompts):
             raise CombinationError(
                 "scores are of previews and of the final evaluation, and inference_interval=0 and "
@@ -219,6 +224,29 @@ class MonitoringConfig(Section):
                 "monitoring.inference_interval",
             )
         return self
+
+    def _check_score_prompts(self) -> None:
+        needed = {
+            "scores": not self.scores and self.preview_golden_logprobs != "on",
+            "micro_eval_interval": not self.micro_eval_interval,
+            "inference_interval": not self.inference_interval,
+        }
+        for name, is_missing in needed.items():
+            if is_missing:
+                raise CombinationError(
+                    "num_score_prompts are answered at the steps of micro_eval_interval, by "
+                    "whoever makes the previews, and get the scores of monitoring.scores; "
+                    f"{name} is empty: set it, or num_score_prompts=0",
+                    "monitoring.num_score_prompts",
+                    f"monitoring.{name}",
+                )
+        if self.preview_backend == "openai":
+            raise CombinationError(
+                "num_score_prompts measures this run's weights, and preview_backend=openai has its "
+                "own, which stay the same; change one of them",
+                "monitoring.num_score_prompts",
+                "monitoring.preview_backend",
+            )
 
     @field_serializer("openai_base_url")
     def _write_no_secret(self, value: str | None) -> str | None:

@@ -239,6 +239,7 @@ def encode_rows(
         seed=config.environment.seed,
         num_preview=config.monitoring.num_eval_samples,
         num_final=config.monitoring.final_eval_prompts,
+        num_score=config.monitoring.num_score_prompts,
         with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
     )
@@ -265,6 +266,11 @@ def check_against_rows(
     if hyper.early_stopping_patience and data.validation is None:
         raise ConfigError(
             "hyperparams.early_stopping_patience is set, but no rows are held out "
+            f"({data.card.validation}); hold some out or set it to 0."
+        )
+    if config.monitoring.num_score_prompts and data.validation is None:
+        raise ConfigError(
+            "monitoring.num_score_prompts is set, but no rows are held out "
             f"({data.card.validation}); hold some out or set it to 0."
         )
     if resume is None:

@@ -1,14 +1,12 @@
 """From a run to its previews: backend, fixed prompts, schedule, weights published for them.
 
 Previews made elsewhere get a worker, snapshots, a canary and a publisher here; what these do is in
-`trainer/publish`. The final evaluation is made here as well.
+`trainer/publish`, scores and evaluations in `scoring.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import os
 import re
 import secrets
@@ -24,6 +22,7 @@ from trainer.config.schema import MonitoringConfig
 from trainer.core.proofs import takes_borders
 from trainer.core.run import Job, Prepared
 from trainer.core.run_folder import RunFolder
+from trainer.core.scoring import build_delivery, build_evaluation, local_backend, measures_golden
 from trainer.data.rows import golden_text
 from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError, PreviewError, TemplateError
@@ -31,19 +30,16 @@ from trainer.exchange import AwayError
 from trainer.files import replace_file
 from trainer.models.adapters import adapted_parameters
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
-from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
 from trainer.models.train_on import base_section
-from trainer.monitoring.delivery import Delivery
 from trainer.monitoring.preview_backend import create_preview_backend
-from trainer.monitoring.status_reader import TrainingStatusReader
 from trainer.net import remember_key_file, url_of
-from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult, to_json_line
+from trainer.preview.base import PreviewBackend, PreviewRequest
 from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.neutral import SentAs, as_received, golden_logprobs
 from trainer.preview.openai import OpenAIPreviewBackend
-from trainer.preview.scheduler import Lane, PreviewScheduler
+from trainer.preview.scheduler import Lane, PreviewScheduler, batches_of
 from trainer.profiles import DataProfile, Message, known_profiles
 from trainer.publish.children import Announce, RemoteWorker, SidecarWorker, Worker
 from trainer.publish.client import WorkerClient
@@ -61,8 +57,6 @@ from trainer.publish.identity import (
 from trainer.publish.lane import PublishedPreviews
 from trainer.publish.snapshot import SHARED_MEMORY, Snapshotter, arena_folder, is_in_memory
 from trainer.publish.wire import PreviewPrompt, ServerHashes
-from trainer.scores.scorer import Scorer
-from trainer.scores.spec import parse_scores
 
 # ---- previews that are made elsewhere
 
@@ -85,10 +79,15 @@ class PublishingRun:
 
 
 def build_published(
-    run: PublishingRun, requests: list[PreviewRequest], local: LocalPreviewBackend
+    run: PublishingRun,
+    requests: list[PreviewRequest],
+    local: LocalPreviewBackend,
+    evaluation: Sequence[PreviewRequest] = (),
 ) -> PublishedPreviews:
     """The lane of `sidecar` and `remote_3090`.
 
+    Args:
+        evaluation: prompts that are answered for scores only.
     Raises:
         ConfigError: the server is misconfigured; one that is away is only told.
         PreviewError: no room for copies of the weights.
@@ -115,6 +114,7 @@ def build_published(
     try:
         canary = _canary(run, requests)
         worker, setup = _worker_and_setup(run, folder, transport, requests, local, canary)
+        setup["evaluation"] = _evaluation_bodies(run, setup["previews"], evaluation)
         if base is not None:
             setup["adapter"] = adapter_config(run.model).model_dump()
             setup["base_path"] = str(_write_base(base, folder))
@@ -129,6 +129,7 @@ def build_published(
             matches=run.prepared.profile.matches,
             decode=lambda token: str(run.prepared.tokenizer.decode([token])),
             backend_type=backend,
+            evaluation=evaluation,
             notice=lambda text: run.notice(text, "warning"),
             log=run.folder.log("publisher"),
         )
@@ -375,6 +376,23 @@ def _previews(
     }
 
 
+def _evaluation_bodies(
+    run: PublishingRun, previews: Mapping[str, Any], requests: Sequence[PreviewRequest]
+) -> list[dict[str, Any]]:
+    """The same for the prompts that are answered for scores only: greedily, and batch by batch."""
+    measures = measures_golden(run.prepared.config.monitoring, len(requests))
+    return [
+        {
+            **previews,
+            "prompts": [PreviewPrompt.values_of(one) for one in batch],
+            "temperature": 0.0,
+            "golden_logprobs": measures,
+            "canary": None,
+        }
+        for batch in batches_of(requests)
+    ]
+
+
 def _base(run: PublishingRun) -> Snapshotter:
     return Snapshotter(
         base_tensors(run.model), run.prepared.precision.load_dtype, run.prepared.device
@@ -388,49 +406,11 @@ def _write_base(base: Snapshotter, folder: Path) -> Path:
     return arena.path
 
 
-# ---- the schedule, whoever answers, and the final evaluation
+# ---- the schedule, whoever answers
 
 
 PUBLISHED = ("sidecar", "remote_3090")
 """Backends that get this run's weights; others have weights of their own."""
-
-PROMPTS_AT_ONCE = 50
-"""Batch of the final evaluation; previews are one batch of their own."""
-
-
-GOLDEN_PROMPTS = 16
-"""Up to so many prompts have their golden answers scored without being asked."""
-
-
-def measures_golden(monitoring: MonitoringConfig, num_prompts: int) -> bool:
-    """Whether golden answers are scored (monitoring.preview_golden_logprobs)."""
-    wanted = monitoring.preview_golden_logprobs
-    return wanted == "on" or (wanted == "auto" and num_prompts <= GOLDEN_PROMPTS)
-
-
-def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPreviewBackend:
-    """A backend on the model in training, computing as training does.
-
-    Args:
-        num_prompts: how many it will be asked.
-    """
-    config, data = prepared.config, prepared.data
-    backend = create_preview_backend(
-        "local",
-        model=model,
-        tokenizer=prepared.tokenizer,
-        profile=prepared.profile,
-        system_prompt=data.system_prompt,
-        max_new_tokens=config.monitoring.preview_max_tokens,
-        temperature=config.monitoring.preview_temperature,
-        seed=config.environment.seed,
-        stop_ids=data.encoder.template.stop_ids,
-        autocast_dtype=prepared.precision.autocast_dtype,
-        max_length=context_length(model.config),
-        with_golden_logprobs=measures_golden(config.monitoring, num_prompts),
-    )
-    assert isinstance(backend, LocalPreviewBackend), "asked for local"
-    return backend
 
 
 def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewScheduler | None:
@@ -461,10 +441,10 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
     elif monitoring.preview_backend in PUBLISHED:
         assert job.folder is not None, "previews are the main process's"
         publishing = PublishingRun(prepared, model, job.folder, job.observers.notice)
-        backend = build_published(publishing, requests, local)
+        backend = build_published(publishing, requests, local, prepared.data.score_prompts)
     elif monitoring.preview_backend != "local":
         backend = create_preview_backend(monitoring)
-    delivery = build_delivery(job, prepared, requests)
+    delivery = build_delivery(job, prepared, [*requests, *prepared.data.score_prompts])
     job.on_close("scores", delivery.close)
     return PreviewScheduler(
         backend,
@@ -472,38 +452,9 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         interval=monitoring.inference_interval,
         deliver=delivery.previews,
         delivery=delivery,
+        evaluation=build_evaluation(job, prepared, model, delivery),
         is_on_gpu=prepared.device.type == "cuda",
     )
-
-
-def build_scorer(job: Job, monitoring: MonitoringConfig) -> Scorer | None:
-    """What computes `monitoring.scores`; None where there are none."""
-    if not monitoring.scores:
-        return None
-    return Scorer(
-        parse_scores(monitoring.scores),
-        columns=monitoring.score_columns,
-        timeout_s=monitoring.score_timeout,
-        log=job.folder.log("scores") if job.folder is not None else None,
-    )
-
-
-def build_delivery(job: Job, prepared: Prepared, requests: Sequence[PreviewRequest]) -> Delivery:
-    """Who scores the answers and tells of them."""
-    return Delivery(
-        job.observers,
-        scorer=build_scorer(job, prepared.config.monitoring),
-        requests=requests,
-        known={"previews": _known_previews(job, prepared)},
-    )
-
-
-def _known_previews(job: Job, prepared: Prepared) -> list[PreviewResult]:
-    """What an earlier process of a resumed run was answered, up to where it goes on."""
-    if prepared.resume is None or job.folder is None:
-        return []
-    reader = TrainingStatusReader(job.folder.path)
-    return [one for one in reader.previews() if one.step <= prepared.resume.step]
 
 
 def openai_backend(prepared: Prepared, notice: Callable[..., None]) -> OpenAIPreviewBackend:
@@ -551,35 +502,3 @@ def answer_text(
             said = list(itertools.takewhile(lambda i: i not in template.stop_ids, found.ids))
             return golden_text(template.tokenizer, said, ())
     return None
-
-
-def final_evaluation(
-    prepared: Prepared, model: Any, step: int, path: Path
-) -> dict[str, Any] | None:
-    """Answer every prompt of the final evaluation greedily, and write one line each.
-
-    Returns:
-        exact_match (share), matched, num_prompts, failed, and the path of the answers; None
-        where none was asked for.
-    """
-    requests = prepared.data.final_prompts
-    if not requests:
-        return None
-    backend = local_backend(prepared, model, len(requests))
-    backend.settings = dataclasses.replace(
-        backend.settings, temperature=0.0, max_new_tokens=prepared.config.monitoring.max_eval_tokens
-    )
-    results = []
-    with path.open("w", encoding="utf-8") as file:
-        for start in range(0, len(requests), PROMPTS_AT_ONCE):
-            batch = backend.preview_batch(list(requests[start : start + PROMPTS_AT_ONCE]), step)
-            file.writelines(json.dumps(to_json_line(result)) + "\n" for result in batch)
-            results += batch
-    matched = sum(result.matches is True for result in results)
-    return {
-        "exact_match": matched / len(results),
-        "matched": matched,
-        "num_prompts": len(results),
-        "failed": sum(not result.ok for result in results),
-        "answers": str(path),
-    }

@@ -19,7 +19,10 @@ from trainer.monitoring.events import plain_values
 
 LOCK = ".lock"
 
-OWN_FILES = ("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json")
+OWN_FILES = (
+    *("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "evaluations.jsonl"),
+    "worker.json",
+)
 
 SHARED_NAMES = ("config.resolved.json", "logs", SAVED_BASE)
 """What a run writes too, and a folder may have had before it: of a dry run, or of the user."""

@@ -7,12 +7,13 @@ what became of every step that was asked for; nothing is dropped in silence.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +27,9 @@ Deliver = Callable[[int, list[PreviewResult], float], None]
 
 WAIT_S = 0.25
 
+COUNTS = ("asked", "done", "failed", "superseded", "verified")
+"""What a summary says of evaluations."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -33,6 +37,7 @@ class Finished:
 
     step: int
     results: list[PreviewResult]
+    """Of the previews, and behind them of the evaluation set where it was asked too."""
     waited_s: float = 0.0
     """Seconds that training waited for it."""
     is_superseded: bool = False
@@ -42,6 +47,22 @@ class Finished:
 OnFinished = Callable[[Finished], None]
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts that are answered for their scores, at steps of their own."""
+
+    requests: list[PreviewRequest]
+    interval: int
+    """Steps between evaluations; step 0 and the last step always have one."""
+    deliver: Deliver
+    backend: PreviewBackend | None = None
+    """Answers them in the training process; None: the lane knows how."""
+
+    def is_due(self, step: int, *, is_last: bool) -> bool:
+        """Whether `step` is evaluated."""
+        return is_last or step % self.interval == 0
+
+
 class Lane(Protocol):
     """A way of getting answers."""
 
@@ -49,8 +70,12 @@ class Lane(Protocol):
         """Begin; `on_finished` may be called from any thread, once per step that was asked."""
         ...
 
-    def ask(self, step: int, *, is_kept: bool) -> None:
-        """Answer with the weights as they are now; kept steps are not superseded."""
+    def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
+        """Answer with the weights as they are now; kept steps are not superseded.
+
+        Args:
+            is_evaluated: the prompts of the evaluation set too.
+        """
         ...
 
     def pending(self) -> list[int]:
@@ -198,6 +223,7 @@ class PreviewScheduler:
         interval: int,
         deliver: Deliver,
         delivery: Settling | None = None,
+        evaluation: EvaluationSet | None = None,
         is_on_gpu: bool = False,
     ) -> None:
         """Take the prompts once; they stay the same for the whole run.
@@ -208,8 +234,10 @@ class PreviewScheduler:
                 something new; by another thread than the training one, unless the backend is
                 local.
             delivery: what `deliver` hands answers on to, where that takes time.
+            evaluation: prompts that are answered besides, at some steps.
             is_on_gpu: training is, on the current device.
         """
+        self.evaluation, self.evaluations = evaluation, PreviewCounters()
         self.backend, self.requests, self.interval = backend, requests, interval
         self.counters = PreviewCounters()
         self._deliver, self._delivery, self._is_on_gpu = deliver, delivery, is_on_gpu
@@ -219,16 +247,24 @@ class PreviewScheduler:
         self.lane: Lane
         if isinstance(backend, PreviewBackend):
             is_local = backend.backend_type == "local"
-            self.lane = (InlineLane if is_local else ThreadLane)(backend, requests)
+            self.lane = (
+                InlineLane(backend, requests, evaluation)
+                if is_local
+                else ThreadLane(backend, requests)
+            )
         else:
             self.lane = backend
         self.lane.start(self._finished)
 
     def is_due(self, step: int, *, is_last: bool = False) -> bool:
-        """Whether `step` has a preview: step 0, every `interval` steps, and the last one."""
+        """Whether `step` has a preview: step 0, every `interval` steps, and the last one.
+
+        A step that is evaluated has one too: its weights are where they are answered from.
+        """
         if not self.interval or not self.requests or step == self._last_asked:
             return False
-        return is_last or step % self.interval == 0
+        is_evaluated = self.evaluation is not None and self.evaluation.is_due(step, is_last=is_last)
+        return is_last or is_evaluated or step % self.interval == 0
 
     @property
     def is_waited_for(self) -> bool:
@@ -242,11 +278,15 @@ class PreviewScheduler:
     def ask(self, step: int, *, is_last: bool = False) -> None:
         """Make, or start, the preview of `step` with the weights as they are now."""
         self._last_asked = self._now = step
+        evaluation = self.evaluation
+        is_evaluated = evaluation is not None and evaluation.is_due(step, is_last=is_last)
         with self._lock:
             self.counters.asked += len(self.requests)
+            if evaluation is not None and is_evaluated:
+                self.evaluations.asked += len(evaluation.requests)
         stall = Stall(is_on_gpu=self._is_on_gpu)
         # Not under the lock: lanes call `_finished` from threads of their own.
-        self.lane.ask(step, is_kept=is_last or step == 0)
+        self.lane.ask(step, is_kept=is_last or step == 0, is_evaluated=is_evaluated)
         stall.end()
         with self._lock:
             self.counters.stalls.append(stall)
@@ -287,19 +327,41 @@ class PreviewScheduler:
     def summary(self) -> dict[str, Any]:
         """Counts and figures of this run's previews."""
         with self._lock:
-            return {**self.counters.summary(), **self.lane.summary()}
+            found = {**self.counters.summary(), **self.lane.summary()}
+            if self.evaluation is not None:
+                counts = self.evaluations.summary()
+                found["evaluation"] = {name: counts[name] for name in COUNTS}
+            return found
 
     def _finished(self, finished: Finished) -> None:
         results = [
             result.model_copy(update={"received_step": self._now}) for result in finished.results
         ]
+        count = len(self.requests)
+        shown, evaluated = results[:count], results[count:]
         with self._lock:
-            self.counters.note(finished)
-        self._deliver(finished.step, results, finished.waited_s)
+            self.counters.note(dataclasses.replace(finished, results=shown))
+            if evaluated:
+                self.evaluations.note(dataclasses.replace(finished, results=evaluated))
+        self._deliver(finished.step, shown, finished.waited_s)
+        if evaluated and self.evaluation is not None:
+            self.evaluation.deliver(finished.step, evaluated, finished.waited_s)
 
     def close(self) -> None:
         """Let go of the lane."""
         self.lane.close()
+
+
+PROMPTS_AT_ONCE = 50
+"""Batch of an evaluation; previews are one batch of their own."""
+
+
+def batches_of(requests: Sequence[PreviewRequest]) -> list[list[PreviewRequest]]:
+    """An evaluation's prompts, cut into batches."""
+    return [
+        list(requests[start : start + PROMPTS_AT_ONCE])
+        for start in range(0, len(requests), PROMPTS_AT_ONCE)
+    ]
 
 
 def answers_of(
@@ -317,18 +379,26 @@ def answers_of(
 class InlineLane:
     """Answers in the training thread, between two steps, while training waits."""
 
-    def __init__(self, backend: PreviewBackend, requests: list[PreviewRequest]) -> None:
+    def __init__(
+        self,
+        backend: PreviewBackend,
+        requests: list[PreviewRequest],
+        evaluation: EvaluationSet | None = None,
+    ) -> None:
         """Take who answers what."""
-        self.backend, self.requests = backend, requests
+        self.backend, self.requests, self.evaluation = backend, requests, evaluation
 
     def start(self, on_finished: OnFinished) -> None:
         """Remember whom to tell."""
         self._on_finished = on_finished
 
-    def ask(self, step: int, *, is_kept: bool) -> None:
+    def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
         """Answer now."""
         started = time.perf_counter()
         results = answers_of(self.backend, self.requests, step)
+        if is_evaluated and self.evaluation is not None and self.evaluation.backend is not None:
+            for batch in batches_of(self.evaluation.requests):
+                results += answers_of(self.evaluation.backend, batch, step)
         waited = time.perf_counter() - started
         results = [one.model_copy(update={"visible_s": round(waited, 3)}) for one in results]
         self._on_finished(Finished(step, results, waited))
@@ -368,7 +438,7 @@ class ThreadLane:
         self._on_finished = on_finished
         threading.Thread(target=self._run, name="previews", daemon=True).start()
 
-    def ask(self, step: int, *, is_kept: bool) -> None:
+    def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
         """Put the step in line; the backend's weights are its own, so no step is special."""
         one, older = (step, time.monotonic()), None
         with self._changed:

@@ -1,6 +1,6 @@
 """Means of scores by step, with intervals, and against the first and the best step.
 
-Steps are compared prompt by prompt. No torch and no file access here: what is shown anywhere is one of these figures.
+Steps are compared prompt by prompt. What is shown anywhere is one of these figures.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class ScoreFunction:
             parameters = inspect.signature(self.function).parameters
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"monitoring.scores: {path}: its parameters are unknown ({error}); write a function "
-                "in Python that calls it."
+                f"monitoring.scores: {path}: its parameters are unknown ({error}); write a "
+                "function in Python that calls it."
             ) from error
         by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self.names = {name: one for name, one in parameters.items() if one.kind in by_name}

@@ -99,9 +99,12 @@ def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
 
 
 def final_figures(reader: RunReader) -> list[tuple[str, str]]:
-    """The score of the final evaluation, such as `99.0 % (198/200)`; none where there was none."""
+    """The scores of the final evaluation, such as `99.0 % (198/200)`; none where there was none."""
     final = reader.final_evaluation
-    return [("exact match, final evaluation", final.score_words)] if final is not None else []
+    if final is None:
+        return []
+    rows = [(f"{label}, final evaluation", value) for label, value in final.figure_rows]
+    return [("exact match, final evaluation", final.score_words), *rows]
 
 
 def _number(value: float, form: str) -> str:
