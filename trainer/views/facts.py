@@ -242,12 +242,19 @@ def _accuracy_alerts(reader: RunReader) -> list[Alert]:
     last = max(shares)
     best = max(shares, key=lambda step: (shares[step], -step))
     found = []
-    if shares[last] < shares[best] - ACCURACY_DROP:
+    now, before = (
+        {one.prompt_id or one.prompt: one.matches for one in reader.previews.of_step(step)}
+        for step in (last, best)
+    )
+    # The same prompts: one that had no answer before must not look like a loss of the others.
+    common = [key for key in now if None not in (now[key], before.get(key))]
+    right, were_right = (sum(map(bool, map(one.get, common))) for one in (now, before))
+    if common and right < were_right - ACCURACY_DROP * len(common):
         found.append(
             Alert(
                 "warning",
-                f"accuracy falls: {100 * shares[last]:.0f} % of the previews match at step {last}, "
-                f"{100 * shares[best]:.0f} % did at step {best}",
+                f"accuracy falls: {100 * right / len(common):.0f} % of the previews match at step "
+                f"{last}, {100 * were_right / len(common):.0f} % did at step {best}",
             )
         )
     lost = [one for one in reader.previews.timelines.values() if one.is_lost()]

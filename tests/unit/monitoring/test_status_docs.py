@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.monitoring.events import EvaluationDone, StepDone
+from trainer.monitoring.events import EvaluationDone, ScoresDone, StepDone
 from trainer.monitoring.status_schema import (
     AccuracyStatus,
     CheckpointStatus,
@@ -18,12 +18,15 @@ from trainer.monitoring.status_schema import (
     RowStatus,
     TrainingStatus,
 )
+from trainer.scores.figures import ScoreDifference, ScoreFigure
 
 TEXT = (Path(__file__).parents[3] / "docs" / "status.md").read_text(encoding="utf-8")
 HEADINGS = {
     "## status.json": TrainingStatus,
     "### An entry of `last_previews`": PreviewStatus,
     "### `accuracy_last_20` and `accuracy_last_50`": AccuracyStatus,
+    "### An entry of `preview_scores` and `evaluation_scores`": ScoreFigure,
+    "### `first` and `best`": ScoreDifference,
     "### `training_row`": RowStatus,
     "### `last_checkpoint`": CheckpointStatus,
     "### An entry of `notices`": NoticeStatus,
@@ -38,7 +41,7 @@ def test_every_field_has_its_row_in_order(heading):
     assert rows == list(HEADINGS[heading].model_fields)
 
 
-@pytest.mark.parametrize("event", [StepDone, EvaluationDone])
+@pytest.mark.parametrize("event", [StepDone, EvaluationDone, ScoresDone])
 def test_metrics_lines_are_described(event):
     row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
     assert row is not None
