@@ -234,7 +234,7 @@ class Previews:
         if not self.scheduler.is_waited_for:
             self.scheduler.ask(step, is_last=is_last)
             return
-        count = len(self.scheduler.requests)
+        count = self.scheduler.num_prompts(step, is_last=is_last)
         self._observers.pause(
             f"making the previews of step {step} ({count} prompts, {self._max_tokens} tokens)"
         )

@@ -275,6 +275,12 @@ class PreviewScheduler:
         """Whether the newest preview asked for is that of `step`."""
         return step == self._last_asked
 
+    def num_prompts(self, step: int, *, is_last: bool) -> int:
+        """How many prompts are answered at `step`, where it is due."""
+        evaluation = self.evaluation
+        is_evaluated = evaluation is not None and evaluation.is_due(step, is_last=is_last)
+        return len(self.requests) + (len(evaluation.requests) if evaluation and is_evaluated else 0)
+
     def ask(self, step: int, *, is_last: bool = False) -> None:
         """Make, or start, the preview of `step` with the weights as they are now."""
         self._last_asked = self._now = step

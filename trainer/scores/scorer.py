@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.child import Child
+from trainer.child import KILL_TIMEOUT_S, Child
 from trainer.config.schema import MonitoringConfig
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewRequest, PreviewResult
@@ -143,7 +143,7 @@ class ScoreProcess:
         if thread.is_alive():
             code = child.returncode
             self.kill()
-            thread.join()
+            thread.join(KILL_TIMEOUT_S)  # what left our session may hold the pipe open for longer
             if self._is_closed:
                 raise ScoreError("the run ended before it was computed")
             raise ScoreError(f"no answer within {timeout_s:g} s" if code is None else _ended(code))

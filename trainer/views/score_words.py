@@ -85,16 +85,26 @@ def bar(share: float) -> str:
     return "[" + "#" * full + "-" * (BAR_CHARS - full) + "]"
 
 
+def score_lines(event: ScoresDone) -> list[str]:
+    """Each mean of a step as a line for narrow places."""
+    lines = []
+    for figure in shown_figures(event.figures):
+        sign = f"{bar(figure.mean)} " if figure.is_share else ""
+        name = curve_name(event.source, figure.name)
+        lines.append(f"{name} {sign}{change_words(figure)} ({certainty_words(figure)})")
+    return lines
+
+
 def scores_words(event: ScoresDone) -> str:
     """The means of a step in one line.
 
     Such as `scores at step 40, 4 previews: golden token probability [##--------] 0.4 -> 16.6 %,
-    number 0.0 -> 25.0 % (too few prompts)`.
+    number [###-------] 0.0 -> 25.0 % (too few prompts)`.
     """
     shown = shown_figures(event.figures)
     parts = []
     for figure in shown:
-        sign = f"{bar(figure.mean)} " if figure.name == GOLDEN_PROBABILITY else ""
+        sign = f"{bar(figure.mean)} " if figure.is_share else ""
         told = "" if figure.num_prompts < MIN_PROMPTS else f" ({certainty_words(figure)})"
         parts.append(f"{label_of(figure.name)} {sign}{change_words(figure)}{told}")
     few = f" ({TOO_FEW})" if all(one.num_prompts < MIN_PROMPTS for one in shown) else ""
@@ -106,12 +116,14 @@ def scores_words(event: ScoresDone) -> str:
 
 def figure_rows(events: Sequence[ScoresDone]) -> list[tuple[str, str]]:
     """(label, value) of each figure, for tables."""
-    rows = []
-    for event in events:
-        for figure in shown_figures(event.figures):
-            label = f"{curve_name(event.source, figure.name)}, step {event.step}"
-            rows.append((label, f"{change_words(figure)} ({certainty_words(figure)})"))
-    return rows
+    return [
+        (
+            curve_name(event.source, figure.name),
+            f"{change_words(figure)} at step {event.step} ({certainty_words(figure)})",
+        )
+        for event in events
+        for figure in shown_figures(event.figures)
+    ]
 
 
 def shown_figures(figures: Sequence[ScoreFigure]) -> list[ScoreFigure]:

@@ -38,7 +38,7 @@ from trainer.monitoring.events import (
 )
 from trainer.monitoring.status_schema import SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult
-from trainer.views.score_words import scores_words
+from trainer.views.score_words import score_lines
 from trainer.views.words import (
     checkpoint_words,
     closing_words,
@@ -63,6 +63,8 @@ SIDE_BY_SIDE_WIDTH = 100
 HEADER_ROWS = 5
 
 MAX_TEXT_ROWS = 4
+
+MAX_SCORE_ROWS = 6
 
 STATE_STYLES = {
     "loading": "bold cyan",
@@ -133,9 +135,10 @@ class LiveView:
         if self.previews is not None:
             yield Text()
             yield _one_line(self._preview_title(self.previews))
-            for event in self.scores.values():
-                yield _one_line(Text(scores_words(event)))
-            rows = console.size.height - HEADER_ROWS - 1 - len(self.scores)
+            figures = [line for event in self.scores.values() for line in score_lines(event)]
+            figures = figures[:MAX_SCORE_ROWS]
+            yield from (_one_line(Text(line)) for line in figures)
+            rows = console.size.height - HEADER_ROWS - 1 - len(figures)
             yield from preview_lines(self.previews.results, options.max_width, rows)
 
     def _headline(self, console: Console, is_ascii: bool) -> Text:
