@@ -226,19 +226,19 @@ class Previews:
         """Take who decides when, and the longest answer in tokens, which is only told."""
         self.scheduler, self._observers, self._max_tokens = scheduler, observers, max_tokens
 
-    def make(self, step: int, *, is_last: bool) -> None:
-        """Make, or have made, those of `step` if they are due."""
+    def make(self, step: int, *, is_last: bool, is_wanted: bool = False) -> None:
+        """Make, or have made, those of `step` if they are due, or somebody asked for them."""
         self.scheduler.note_step(step)
-        if not self.scheduler.is_due(step, is_last=is_last):
+        if not self.scheduler.is_due(step, is_last=is_last or is_wanted):
             return
         if not self.scheduler.is_waited_for:
-            self.scheduler.ask(step, is_last=is_last)
+            self.scheduler.ask(step, is_last=is_last, is_wanted=is_wanted)
             return
         count = self.scheduler.num_prompts(step, is_last=is_last)
         self._observers.pause(
             f"making the previews of step {step} ({count} prompts, {self._max_tokens} tokens)"
         )
-        self.scheduler.ask(step, is_last=is_last)
+        self.scheduler.ask(step, is_last=is_last, is_wanted=is_wanted)
         self._observers.pause(TRAINING)
 
 
@@ -311,7 +311,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             is_last = is_last or is_over
         if is_main and self.previews is not None:
             # A signal leaves no time: the previews of the last weights are not made.
-            self.previews.make(step, is_last=asked.preview or (is_last and not asked.by_signal))
+            is_end = is_last and not asked.by_signal
+            self.previews.make(step, is_last=is_end, is_wanted=asked.preview)
         if is_main and self.commands is not None:
             scheduler = self.previews.scheduler if self.previews is not None else None
             is_previewed = scheduler is not None and scheduler.is_asked(step)

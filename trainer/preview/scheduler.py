@@ -58,10 +58,6 @@ class EvaluationSet:
     backend: PreviewBackend | None = None
     """Answers them in the training process; None: the lane knows how."""
 
-    def is_due(self, step: int, *, is_last: bool) -> bool:
-        """Whether `step` is evaluated."""
-        return is_last or step % self.interval == 0
-
 
 class Lane(Protocol):
     """A way of getting answers."""
@@ -259,12 +255,17 @@ class PreviewScheduler:
     def is_due(self, step: int, *, is_last: bool = False) -> bool:
         """Whether `step` has a preview: step 0, every `interval` steps, and the last one.
 
-        A step that is evaluated has one too: its weights are where they are answered from.
+        A step that is evaluated has one too: whoever answers has its weights then.
         """
         if not self.interval or not self.requests or step == self._last_asked:
             return False
-        is_evaluated = self.evaluation is not None and self.evaluation.is_due(step, is_last=is_last)
+        is_evaluated = self._evaluated(step, is_last=is_last) is not None
         return is_last or is_evaluated or step % self.interval == 0
+
+    def _evaluated(self, step: int, *, is_last: bool) -> EvaluationSet | None:
+        """What is evaluated at a step; None where nothing is."""
+        one = self.evaluation
+        return one if one is not None and (is_last or step % one.interval == 0) else None
 
     @property
     def is_waited_for(self) -> bool:
@@ -277,22 +278,25 @@ class PreviewScheduler:
 
     def num_prompts(self, step: int, *, is_last: bool) -> int:
         """How many prompts are answered at `step`, where it is due."""
-        evaluation = self.evaluation
-        is_evaluated = evaluation is not None and evaluation.is_due(step, is_last=is_last)
-        return len(self.requests) + (len(evaluation.requests) if evaluation and is_evaluated else 0)
+        evaluation = self._evaluated(step, is_last=is_last)
+        return len(self.requests) + (len(evaluation.requests) if evaluation is not None else 0)
 
-    def ask(self, step: int, *, is_last: bool = False) -> None:
-        """Make, or start, the preview of `step` with the weights as they are now."""
+    def ask(self, step: int, *, is_last: bool = False, is_wanted: bool = False) -> None:
+        """Make, or start, the preview of `step` with the weights as they are now.
+
+        Args:
+            is_wanted: somebody asked for it: it is kept, as those of the first and last step are.
+        """
         self._last_asked = self._now = step
-        evaluation = self.evaluation
-        is_evaluated = evaluation is not None and evaluation.is_due(step, is_last=is_last)
+        evaluation = self._evaluated(step, is_last=is_last)
         with self._lock:
             self.counters.asked += len(self.requests)
-            if evaluation is not None and is_evaluated:
+            if evaluation is not None:
                 self.evaluations.asked += len(evaluation.requests)
         stall = Stall(is_on_gpu=self._is_on_gpu)
         # Not under the lock: lanes call `_finished` from threads of their own.
-        self.lane.ask(step, is_kept=is_last or step == 0, is_evaluated=is_evaluated)
+        is_kept = is_last or is_wanted or step == 0
+        self.lane.ask(step, is_kept=is_kept, is_evaluated=evaluation is not None)
         stall.end()
         with self._lock:
             self.counters.stalls.append(stall)
@@ -313,13 +317,14 @@ class PreviewScheduler:
         deadline = time.monotonic() + timeout_s
         while self.lane.pending():
             remaining = deadline - time.monotonic()
-            if should_stop() or remaining <= 0:
-                was_stopped = "the run was stopped before the answer came"
-                self.lane.give_up(
-                    was_stopped if should_stop() else "no answer before the run ended"
-                )
-                break
-            self.lane.wait(min(WAIT_S, remaining))
+            if should_stop():
+                self.lane.give_up("the run was stopped before the answer came")
+            elif remaining <= 0:
+                self.lane.give_up("no answer before the run ended")
+            else:
+                self.lane.wait(min(WAIT_S, remaining))
+                continue
+            break
         if self._delivery is not None:
             self._delivery.settle(deadline - time.monotonic(), should_stop=should_stop)
 
