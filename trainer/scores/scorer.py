@@ -33,6 +33,8 @@ MAX_LINE_BYTES = 2**24
 
 POLL_S = 0.05
 
+WAS_CLOSED = "the run ended before it was computed"
+
 OF_LAUNCHERS = (
     "RANK",
     "LOCAL_RANK",
@@ -65,6 +67,7 @@ class ScoreProcess:
         self.specs, self.columns, self.log = list(specs), dict(columns), log
         self.failures = 0
         self._child: Child | None = None
+        self._thread: threading.Thread | None = None
         self._is_closed = False
 
     def check(self) -> None:
@@ -123,7 +126,7 @@ class ScoreProcess:
             ScoreError: it took too long, or the process ended.
         """
         if self._is_closed:
-            raise ScoreError("the run ended before it was computed")
+            raise ScoreError(WAS_CLOSED)
         child = self._child = self._child or self._new_child()
         outcome: list[Any] = []
 
@@ -133,7 +136,7 @@ class ScoreProcess:
             except BaseException as error:
                 outcome.append(error)
 
-        thread = threading.Thread(target=run, name="score", daemon=True)
+        thread = self._thread = threading.Thread(target=run, name="score", daemon=True)
         thread.start()
         deadline = time.monotonic() + timeout_s
         # A process that ended may have left others that hold its pipe open: nothing more comes.
@@ -143,10 +146,11 @@ class ScoreProcess:
         if thread.is_alive():
             code = child.returncode
             self.kill()
-            thread.join(KILL_TIMEOUT_S)  # what left our session may hold the pipe open for longer
-            if self._is_closed:
-                raise ScoreError("the run ended before it was computed")
-            raise ScoreError(f"no answer within {timeout_s:g} s" if code is None else _ended(code))
+            why = f"no answer within {timeout_s:g} s" if code is None else _ended(code)
+            raise ScoreError(WAS_CLOSED if self._is_closed else why)
+        if self._is_closed:
+            self.kill()  # it may have been started just then
+            raise ScoreError(WAS_CLOSED)
         found = outcome[0]
         if isinstance(found, ConfigError | ValueError):
             raise found
@@ -165,6 +169,11 @@ class ScoreProcess:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.end(0.0, is_asked=False)
+            if self._thread is not None:
+                # What has left the session may hold the pipe open: its reader is left alone then.
+                self._thread.join(KILL_TIMEOUT_S)
+            if self._thread is None or not self._thread.is_alive():
+                child.lines.close()
 
     def close(self) -> None:
         """End it for good; what is being computed is given up."""

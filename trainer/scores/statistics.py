@@ -24,20 +24,25 @@ Z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
 MIN_INFORMATIVE = 5
 """With fewer values that differ from the most frequent one, t would take one value for certain."""
 
+WIDEST_WEIGHT = 0.5
+"""The widest spread that a mean allows counts like so many values beside the spread that is seen."""
+
 Interval = tuple[float, float]
 
 
-def wilson(mean: float, count: int) -> Interval:
+def wilson(mean: float, count: float, quantile: float = Z) -> Interval:
     """Wilson's interval of a share.
 
     Args:
         mean: from 0 to 1.
-        count: how many answers it is the mean of.
+        count: how many answers of 0 or 1 it is the mean of, or as good as.
+        quantile: of the normal distribution, or of Student's t.
     """
-    shrink = 1 + Z * Z / count
-    middle = (mean + Z * Z / (2 * count)) / shrink
-    spread = mean * (1 - mean) / count + Z * Z / (4 * count * count)
-    half = Z / shrink * math.sqrt(max(spread, 0.0))
+    square = quantile * quantile
+    shrink = 1 + square / count
+    middle = (mean + square / (2 * count)) / shrink
+    spread = mean * (1 - mean) / count + square / (4 * count * count)
+    half = quantile / shrink * math.sqrt(max(spread, 0.0))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -64,6 +69,11 @@ def is_binary(values: Sequence[float]) -> bool:
 def interval_of(values: Sequence[float]) -> Interval | None:
     """Where the mean over all such prompts lies, at 95 %.
 
+    Of values from 0 to 1 that are not all 0 or 1, it is Wilson's interval of so many answers of 0
+    or 1 as would give a mean of this spread, with the quantile of t: unlike t itself, it is not
+    symmetric near 0 and 1, where values are not either (t covers 86 % of word overlaps with a mean
+    of 0.05 on 16 prompts, this 93 %).
+
     t takes the spread of the values for the spread of all prompts. Where nearly all values are
     equal, it has not been seen yet: there, values from 0 to 1 get Wilson's interval of their mean,
     which holds for the widest spread that such a mean allows. So a column that is all right never
@@ -82,8 +92,12 @@ def interval_of(values: Sequence[float]) -> Interval | None:
         return wilson(mean, count)
     if not _is_spread_seen(values):
         return None
-    low, high = _t_interval(values)
-    return (max(0.0, low), min(1.0, high)) if is_share else (low, high)
+    if not is_share:
+        return _t_interval(values)
+    widest = mean * (1 - mean)
+    weight = count - 1 + WIDEST_WEIGHT
+    spread = ((count - 1) * statistics.variance(values) + WIDEST_WEIGHT * widest) / weight
+    return wilson(mean, count * max(1.0, widest / spread), student_t(count - 1))
 
 
 def _is_spread_seen(values: Sequence[float]) -> bool:

@@ -165,14 +165,6 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {
             "monitoring.num_score_prompts": 10,
             "monitoring.scores": ["exact"],
-            "monitoring.micro_eval_interval": 0,
-        },
-        {"monitoring.num_score_prompts", "monitoring.micro_eval_interval"},
-    ),
-    (
-        {
-            "monitoring.num_score_prompts": 10,
-            "monitoring.scores": ["exact"],
             "monitoring.preview_backend": "openai",
             "monitoring.openai_base_url": "http://127.0.0.1/v1",
         },
