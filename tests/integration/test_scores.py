@@ -73,8 +73,10 @@ def test_an_evaluation_set_is_answered_at_steps_of_its_own(
     assert (counts["asked"], counts["evaluation"]["asked"]) == (12, 20)
     assert counts["evaluation"]["done"] == 20
     by_source = {line["source"]: line for line in scores_of(folder)}
-    [number, _] = by_source["evaluation"]["figures"]
-    assert (number["name"], number["step"], number["num_prompts"]) == ("score.number", 12, 5)
+    figures = {figure["name"]: figure for figure in by_source["evaluation"]["figures"]}
+    assert list(figures) == ["golden_probability", "golden_logprob", "score.number", "score.f1"]
+    number = figures["score.number"]
+    assert (number["step"], number["num_prompts"], number["first"]["step"]) == (12, 5, 0)
     right = [one.scores["number"] for one in evaluations if one.step == 12]
     assert number["mean"] == pytest.approx(sum(map(float, right)) / 5)  # type: ignore[arg-type]
     _figures_are_shown(folder, whole.summary["final_evaluation"])
@@ -99,8 +101,8 @@ def _figures_are_shown(folder: Path, final: dict[str, Any]) -> None:
     assert names == ["golden_probability", "golden_logprob", "score.number", "score.f1"]
     assert {figure["num_prompts"] for figure in final["figures"]} == {8}
     status = json.loads((folder / "status.json").read_text())
-    assert [one["name"] for one in status["evaluation_scores"]] == ["score.number", "score.f1"]
-    assert "golden_probability" in [one["name"] for one in status["preview_scores"]]
+    for source in ("evaluation_scores", "preview_scores"):
+        assert [one["name"] for one in status[source]] == names
     reader = RunReader(folder)
     reader.poll()
     page = render_report(reader)

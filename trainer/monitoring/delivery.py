@@ -155,3 +155,8 @@ class Delivery:
         figures = history.figures(step) if any(one.ok for one in results) else ()
         if figures:
             self._observers.emit(ScoresDone(step=step, source=item.source, figures=figures))
+
+
+def deliver_previews(observers: Observers) -> Callable[[int, list[PreviewResult], float], None]:
+    """What a PreviewScheduler of one's own calls with finished previews: observers are told."""
+    return Delivery(observers).previews

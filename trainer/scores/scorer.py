@@ -33,8 +33,6 @@ MAX_LINE_BYTES = 2**24
 
 POLL_S = 0.05
 
-WAS_CLOSED = "the run ended before it was computed"
-
 OF_LAUNCHERS = (
     "RANK",
     "LOCAL_RANK",
@@ -125,8 +123,7 @@ class ScoreProcess:
         Raises:
             ScoreError: it took too long, or the process ended.
         """
-        if self._is_closed:
-            raise ScoreError(WAS_CLOSED)
+        self._refuse_closed()
         child = self._child = self._child or self._new_child()
         outcome: list[Any] = []
 
@@ -147,16 +144,21 @@ class ScoreProcess:
             code = child.returncode
             self.kill()
             why = f"no answer within {timeout_s:g} s" if code is None else _ended(code)
-            raise ScoreError(WAS_CLOSED if self._is_closed else why)
-        if self._is_closed:
-            self.kill()  # it may have been started just then
-            raise ScoreError(WAS_CLOSED)
+            self._refuse_closed()
+            raise ScoreError(why)
+        self._refuse_closed()
         found = outcome[0]
         if isinstance(found, ConfigError | ValueError):
             raise found
         if isinstance(found, BaseException):
             raise ScoreError(_ended(child.wait(1.0)))
         return found
+
+    def _refuse_closed(self) -> None:
+        """Start nothing, and leave nothing that was started meanwhile, once it is closed."""
+        if self._is_closed:
+            self.kill()
+            raise ScoreError("the run ended before it was computed")
 
     def _new_child(self) -> Child:
         environment = {key: text for key, text in os.environ.items() if key not in OF_LAUNCHERS}

@@ -25,7 +25,7 @@ MIN_INFORMATIVE = 5
 """With fewer values that differ from the most frequent one, t would take one value for certain."""
 
 WIDEST_WEIGHT = 0.5
-"""The widest spread that a mean allows counts like so many values beside the spread that is seen."""
+"""The widest spread that a mean allows counts like so many values beside the spread seen."""
 
 Interval = tuple[float, float]
 
@@ -58,7 +58,8 @@ def student_t(freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+    shifts = [term / float(freedom) ** power for power, term in enumerate(terms, start=1)]
+    return math.fsum([z, *shifts])
 
 
 def is_binary(values: Sequence[float]) -> bool:
@@ -161,7 +162,7 @@ def _newcombe(pairs: Sequence[tuple[float, float]]) -> Interval:
     low_now, high_now = wilson(now, count)
     low_before, high_before = wilson(before, count)
     product = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
-    agreement = both * neither - gained * lost
+    agreement = float(both * neither - gained * lost)
     if agreement > 0:
         agreement = max(0.0, agreement - count / 2)
     phi = agreement / math.sqrt(product) if product else 0.0
