@@ -70,9 +70,9 @@ def hangs(completion: str) -> float:
         time.sleep(1)
 
 
-def forks(completion: str) -> float:
+def forks(completion: str, step: int) -> float:
     os.fork()
-    return 0.25
+    return float(step)
 
 
 def forks_and_stays(completion: str) -> float:

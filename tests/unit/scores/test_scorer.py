@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -165,23 +164,34 @@ def test_a_bad_score_costs_its_own_column(
     assert results[3] == FAILED
 
 
-def test_nothing_of_it_is_left(make_scorer: MakeScorer) -> None:
+def test_two_processes_of_one_score_give_one_answer(make_scorer: MakeScorer) -> None:
+    scorer = make_scorer("rewards:forks")
+    for step in range(3):
+        results = [one.model_copy(update={"step": step}) for one in RESULTS]
+        scored, errors = scorer.score(results, REQUESTS)
+        assert errors == {}
+        assert [one.scores for one in scored] == [{"forks": step}] * 3
+
+
+def test_nothing_of_it_is_left(
+    make_scorer: MakeScorer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STARTED_BY", str(tmp_path))
     scorer = make_scorer("rewards:forks_and_stays", "rewards:hangs", timeout_s=1.0)
     scorer.score(RESULTS, REQUESTS)
     scorer.close()
     deadline = time.monotonic() + 10
-    while left := [one for one in psutil.process_iter(["cmdline"]) if _is_ours(one)]:
+    while left := [one for one in psutil.process_iter() if _is_started_by(one, str(tmp_path))]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 
-def _is_ours(process: Any) -> bool:
-    words = process.info["cmdline"] or []
+def _is_started_by(process: psutil.Process, name: str) -> bool:
     try:
-        is_here = process.environ().get("PYTEST_CURRENT_TEST") == os.environ["PYTEST_CURRENT_TEST"]
+        is_alive = process.status() != psutil.STATUS_ZOMBIE
+        return is_alive and process.environ().get("STARTED_BY") == name
     except psutil.Error:
         return False
-    return "trainer.scores.worker" in words and is_here and process.status() != "zombie"
 
 
 def test_what_is_printed_is_bounded(make_scorer: MakeScorer, tmp_path: Path) -> None:
@@ -206,8 +216,6 @@ def test_a_pattern_that_never_ends_costs_its_own_column(make_scorer: MakeScorer)
 
 
 def test_closing_ends_what_is_being_computed(make_scorer: MakeScorer) -> None:
-    import threading
-
     scorer = make_scorer("rewards:hangs", timeout_s=600.0)
     threading.Timer(1.0, scorer.close).start()
     _, errors = scorer.score(RESULTS, REQUESTS)
