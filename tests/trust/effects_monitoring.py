@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 import time
 from typing import Any
 from unittest import mock
@@ -73,12 +74,66 @@ def preview_tokens(lab: Lab) -> None:
 
 @shows("monitoring.preview_golden_logprobs")
 def preview_golden_logprobs(lab: Lab) -> None:
-    def ask(is_on: bool) -> list[Any]:
-        asked = {"inference_interval": 1000, "preview_golden_logprobs": is_on}
-        return [result.golden_logprobs for result in lab.run(monitoring=asked).previews]
+    def ask(how: str, prompts: int) -> list[Any]:
+        asked = {
+            "inference_interval": 1000,
+            "preview_golden_logprobs": how,
+            "num_eval_samples": 2,
+            "preview_prompts": ["who?"] * (prompts - 2),
+            "preview_max_tokens": 1,
+        }
+        seen = lab.run(monitoring=asked, hyperparams={"max_steps": 1})
+        assert len(seen.previews) == 2 * prompts
+        return [one.golden_logprobs for one in seen.previews if one.golden_answer is not None]
 
-    assert set(ask(False)) == {None}
-    assert all(found and max(found) <= 0 for found in ask(True))
+    assert set(ask("off", 3)) == set(ask("auto", 17)) == {None}
+    for found in (*ask("auto", 16), *ask("on", 17)):
+        assert found
+        assert max(found) <= 0
+
+
+@shows("monitoring.scores", "monitoring.score_columns", "monitoring.score_timeout")
+def scores(lab: Lab) -> None:
+    """Each answer gets what a function says of a column of its row, if it says so in time."""
+    folder = lab.path("scores")
+    folder.mkdir()
+    (folder / "lab_scores.py").write_text(
+        "import time\n"
+        "def size(completion, given):\n"
+        "    return len(given)\n"
+        "def slow(completion):\n"
+        "    time.sleep(0.4)\n"
+    )
+
+    def ask(**monitoring: Any) -> Any:
+        last = {"inference_interval": 1000, **monitoring}
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            return lab.run(monitoring=last, hyperparams={"max_steps": 1})
+
+    sized = ["exact", "lab_scores:size"]
+    for column in ("question", "answer"):
+        found = ask(scores=sized, score_columns={"given": column}).previews
+        rows = {row["question"]: row[column] for row in lab.rows}
+        assert all(set(one.scores) == {"exact", "size"} for one in found)
+        assert [one.scores["size"] for one in found] == [len(rows[one.prompt]) for one in found]
+    assert {len(one.scores) for one in ask().previews} == {0}
+    seen = {limit: ask(scores=["lab_scores:slow"], score_timeout=limit) for limit in (0.2, 20)}
+    told = {limit: [one.text for one in run.events("Notice")] for limit, run in seen.items()}
+    assert any("score slow: no value" in text for text in told[0.2])
+    assert not any("score slow: no value" in text for text in told[20])
+    assert "exakt" in lab.refusal(monitoring={"scores": ["exakt"], "inference_interval": 1})
+
+
+@shows("monitoring.num_score_prompts")
+def num_score_prompts(lab: Lab) -> None:
+    asked = {"scores": ["f1"], "inference_interval": 1000, "micro_eval_interval": 2}
+    seen = lab.run(monitoring={**asked, "num_eval_samples": 2, "num_score_prompts": 3})
+    found = [one for one in seen.events("ScoresDone") if one.source == "evaluation"]
+    assert [(one.step, one.figures[0].num_prompts) for one in found] == [(0, 3), (2, 3), (4, 3)]
+    assert {len(one.results) for one in seen.events("PreviewsDone")} == {2}
+    lines = (seen.folder / "evaluations.jsonl").read_text().splitlines()
+    assert len(lines) == 9
+    assert not (lab.base.folder / "evaluations.jsonl").exists()
 
 
 @shows("monitoring.canary_set")

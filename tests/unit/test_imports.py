@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "trainer"
 GROUND = {"errors", "files", "net", "exchange", "guard", "child"}
 DATA = {*GROUND, "config", "profiles", "models"}
-MONITORING = {*DATA, "data", "preview", "publish"}
+MONITORING = {*DATA, "data", "preview", "scores", "publish"}
 # A room and what it may import; a name with a dot is one module of a room.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
@@ -31,11 +31,12 @@ ROOMS: dict[str, set[str]] = {
     "models": {*GROUND, "config", "profiles"},
     "data": DATA,
     "preview": {*DATA, "data"},
+    "scores": {*DATA, "data", "preview"},
     "publish": {*DATA, "data", "preview"},
     "monitoring": MONITORING,
     "core": {*MONITORING, "monitoring"},
     "server": {*DATA, "preview", "publish.wire", "publish.identity", "publish.weight_file"},
-    "views": {*GROUND, "monitoring", "preview.base"},
+    "views": {*GROUND, "monitoring", "preview.base", "scores.figures", "scores.statistics"},
     "commands": {*MONITORING, "monitoring", "core", "server", "views"},
 }
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
 from trainer.config.loader import required_for_training
-from trainer.errors import EXIT_COMPLETED, ResumeError
+from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
+from trainer.scores.spec import is_function
 from trainer.views.terminal import DisplayKind, create_display
 from trainer.views.words import preview_failure_words
 
@@ -77,7 +78,29 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
             f"--resume: {output} holds no run, so there is nothing to resume. Give the --output of "
             "the run, or leave --resume out."
         )
-    return ConfigLoader.load(file, os.environ, flags)
+    loaded = ConfigLoader.load(file, os.environ, flags)
+    if not flags.allow_code:
+        _refuse_code_of_runs(loaded)
+    return loaded
+
+
+def _refuse_code_of_runs(loaded: LoadedConfig) -> None:
+    """Score functions are code, and the record of a run may be somebody else's.
+
+    Raises:
+        ConfigError: the config in the folder of a run names one, and nobody said that it may.
+    """
+    file, key = loaded.file, "monitoring.scores"
+    if file is None or not loaded.origins[key].startswith("file "):
+        return
+    is_of_run = file.name == RESOLVED_FILE or (file.parent / "run.json").is_file()
+    functions = [entry for entry in loaded.config.monitoring.scores if is_function(entry)]
+    if is_of_run and functions:
+        raise ConfigError(
+            f"{file}: {key} names code ({', '.join(functions)}), and this file was written by a "
+            "run; give --allow-code if you know that code, or name the scores yourself "
+            f"(--{key})."
+        )
 
 
 def _dry_run(loaded: LoadedConfig) -> int:

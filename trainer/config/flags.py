@@ -196,6 +196,8 @@ class ParsedFlags:
     """Dotted key -> `flag --batch-size`."""
     config_file: Path | None = None
     dry_run: bool = False
+    allow_code: bool = False
+    """Code that the config of a run names may run."""
 
     def set(self, key: str, value: Any, flag: str) -> None:
         """Take one flag; lists grow, mappings are merged, all else may be given once.
@@ -263,7 +265,7 @@ def parse_flags(words: Sequence[str], *, prog: str = "trainer train") -> ParsedF
     namespace = argparse.Namespace(found=ParsedFlags())
     build_parser(prog).parse_args(list(words), namespace)
     found: ParsedFlags = namespace.found
-    found.dry_run = namespace.dry_run
+    found.dry_run, found.allow_code = namespace.dry_run, namespace.allow_code
     found.config_file = Path(namespace.config) if namespace.config else None
     return found
 
@@ -285,6 +287,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="JSON, YAML or TOML [./config.json if there]"
     )
     short.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    short.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="run score functions that the config of a run names (--resume, or --config in its "
+        "folder)",
+    )
     for key, names in SHORT_FLAGS.items():
         _add(short, fields[key], names)
     short.add_argument(

@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     JsonValue,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
@@ -139,16 +140,29 @@ class MonitoringConfig(Section):
     """Who generates previews: `local` (this process, training waits), `sidecar` (a process of its
     own on this machine), `remote_3090` (a `trainer serve` on another machine; this run sends it its
     weights) or `openai` (any OpenAI-compatible server, with the weights it has: unverified)."""
-    preview_golden_logprobs: bool = False
-    """Also say how likely each token of the golden answer is: one forward pass a prompt. Not from
-    `openai`."""
+    preview_golden_logprobs: Literal["auto", "on", "off"] = "auto"
+    """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`:
+    for up to 16 prompts, and never from `openai`."""
+    scores: tuple[str, ...] = ()
+    """Scores of the answers: `exact`, `contains`, `f1`, `rouge_l`, `number` (the last number of
+    both), `json` (parses), `json_schema:FILE`, `regex:PATTERN`, `tool_calls` (names and arguments),
+    or a function of yours, `package.module:function`. `NAME=SCORE` gives one another name."""
+    score_columns: dict[str, str] = {}
+    """Parameter of a score function -> the row's column (or `golden_answer`, or `prompt`) that it
+    gets, such as `solution=golden_answer`."""
+    score_timeout: Annotated[float, Field(gt=0.0)] = 60
+    """Seconds that a score may take for the answers of one step; then it has no value there."""
+    num_score_prompts: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts that are answered for scores only (greedily, at step 0, every
+    `micro_eval_interval` steps and after the last one), besides those of `num_eval_samples`."""
     canary_set: str = "off"
     """Prompts that tell what the model forgets: `general` (a built-in set) or a JSONL file of
     prompts. What the weights before training answer to them is kept at step 0, and each preview
     step says how far the model has drifted from it. `off`: nothing is asked, as it takes time at
     each preview step. Not from `openai`."""
     preview_drain_timeout: Annotated[float, Field(ge=0.0)] = 60
-    """Seconds that the end of a run waits for previews still being made elsewhere."""
+    """Seconds that the end of a run waits for previews still being made elsewhere, and for
+    scores."""
     preview_max_tokens: PositiveInt = 256
     """Longest preview, in tokens."""
     preview_temperature: Annotated[float, Field(ge=0.0)] = 0.7
@@ -182,6 +196,14 @@ class MonitoringConfig(Section):
     they get numbers only. From tensorboard, wandb and trackio; others get no texts."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
+
+    @field_validator("preview_golden_logprobs", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: object) -> object:
+        """It was true or false once, and YAML reads `on` and `off` as these."""
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check_remote(self) -> MonitoringConfig:
@@ -234,6 +256,49 @@ class MonitoringConfig(Section):
                 "monitoring.preview_backend",
             )
 
+    @model_validator(mode="after")
+    def _check_scores(self) -> MonitoringConfig:
+        if self.score_columns and not any(":" in entry for entry in self.scores):
+            raise CombinationError(
+                "score_columns names what functions of monitoring.scores get, and there is none; "
+                "name a function (package.module:function) or leave score_columns empty",
+                "monitoring.score_columns",
+                "monitoring.scores",
+            )
+        if self.num_score_prompts:
+            self._check_score_prompts()
+        if self.scores and not (self.inference_interval or self.final_eval_prompts):
+            raise CombinationError(
+                "scores are of previews and of the final evaluation, and inference_interval=0 and "
+                "final_eval_prompts=0 turn both off; set one of them, or leave scores empty",
+                "monitoring.scores",
+                "monitoring.inference_interval",
+            )
+        return self
+
+    def _check_score_prompts(self) -> None:
+        needed = {
+            "scores": not self.scores and self.preview_golden_logprobs != "on",
+            "micro_eval_interval": not self.micro_eval_interval,
+            "inference_interval": not self.inference_interval,
+        }
+        for name, is_missing in needed.items():
+            if is_missing:
+                raise CombinationError(
+                    "num_score_prompts are answered at the steps of micro_eval_interval, by "
+                    "whoever makes the previews, and get the scores of monitoring.scores; "
+                    f"{name} is empty: set it, or num_score_prompts=0",
+                    "monitoring.num_score_prompts",
+                    f"monitoring.{name}",
+                )
+        if self.preview_backend == "openai":
+            raise CombinationError(
+                "num_score_prompts measures this run's weights, and preview_backend=openai has its "
+                "own, which stay the same; change one of them",
+                "monitoring.num_score_prompts",
+                "monitoring.preview_backend",
+            )
+
     @field_serializer("openai_base_url")
     def _write_no_secret(self, value: str | None) -> str | None:
         return None if value is None else without_secrets(value)
@@ -252,9 +317,9 @@ class MonitoringConfig(Section):
                 "monitoring.preview_backend",
                 "monitoring.openai_base_url",
             )
-        if self.preview_golden_logprobs:
+        if self.preview_golden_logprobs == "on":
             raise CombinationError(
-                "preview_golden_logprobs=true needs this run's weights, and preview_backend=openai "
+                "preview_golden_logprobs=on needs this run's weights, and preview_backend=openai "
                 "has its own; change one of them",
                 "monitoring.preview_golden_logprobs",
                 "monitoring.preview_backend",

@@ -67,6 +67,8 @@ from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
 from trainer.preview.canary_set import read_canary_set
 from trainer.profiles import DataProfile
+from trainer.scores.scorer import check_scores
+from trainer.scores.spec import is_function
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -88,6 +90,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     """
     required_for_training(config)
     check_trackers(config.monitoring.report_to)
+    check_scores(config.monitoring)
     config = resolve(config)
     check_files(config.data)
     read_canary_set(config.monitoring.canary_set)
@@ -238,6 +241,8 @@ def encode_rows(
         seed=config.environment.seed,
         num_preview=config.monitoring.num_eval_samples,
         num_final=config.monitoring.final_eval_prompts,
+        num_score=config.monitoring.num_score_prompts,
+        with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
     )
     if config.data.enable_packing:
@@ -263,6 +268,11 @@ def check_against_rows(
     if hyper.early_stopping_patience and data.validation is None:
         raise ConfigError(
             "hyperparams.early_stopping_patience is set, but no rows are held out "
+            f"({data.card.validation}); hold some out or set it to 0."
+        )
+    if config.monitoring.num_score_prompts and data.validation is None:
+        raise ConfigError(
+            "monitoring.num_score_prompts is set, but no rows are held out "
             f"({data.card.validation}); hold some out or set it to 0."
         )
     if resume is None:

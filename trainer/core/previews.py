@@ -1,14 +1,12 @@
 """From a run to its previews: backend, fixed prompts, schedule, weights published for them.
 
 Previews made elsewhere get a worker, snapshots, a canary and a publisher here; what these do is in
-`trainer/publish`. The final evaluation is made here as well.
+`trainer/publish`, scores and evaluations in `scoring.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import os
 import re
 import secrets
@@ -25,6 +23,7 @@ from trainer.core.drift_plan import DriftPlan, plan_drift
 from trainer.core.proofs import takes_borders
 from trainer.core.run import Job, Prepared
 from trainer.core.run_folder import RunFolder
+from trainer.core.scoring import build_delivery, build_evaluation, local_backend, measures_golden
 from trainer.data.rows import golden_text
 from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError, PreviewError, TemplateError
@@ -32,19 +31,18 @@ from trainer.exchange import AwayError
 from trainer.files import replace_file
 from trainer.models.adapters import adapted_parameters
 from trainer.models.chat_template import chat_template_hash, is_dated, tokenizer_hash
-from trainer.models.load import context_length
 from trainer.models.precision import resolve_device
 from trainer.models.train_on import base_section
-from trainer.monitoring.callbacks import deliver_drift, deliver_previews
+from trainer.monitoring.delivery import deliver_drift
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.net import remember_key_file, url_of
-from trainer.preview.base import PreviewBackend, PreviewRequest, to_json_line
+from trainer.preview.base import PreviewBackend, PreviewRequest
 from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.measure_drift import LocalDrift
 from trainer.preview.neutral import SentAs, as_received, golden_logprobs
 from trainer.preview.openai import OpenAIPreviewBackend
-from trainer.preview.scheduler import Lane, PreviewScheduler
+from trainer.preview.scheduler import Lane, PreviewScheduler, batches_of
 from trainer.profiles import DataProfile, Message, known_profiles
 from trainer.publish.children import Announce, RemoteWorker, SidecarWorker, Worker
 from trainer.publish.client import WorkerClient
@@ -85,10 +83,15 @@ class PublishingRun:
 
 
 def build_published(
-    run: PublishingRun, requests: list[PreviewRequest], local: LocalPreviewBackend
+    run: PublishingRun,
+    requests: list[PreviewRequest],
+    local: LocalPreviewBackend,
+    evaluation: Sequence[PreviewRequest] = (),
 ) -> PublishedPreviews:
     """The lane of `sidecar` and `remote_3090`.
 
+    Args:
+        evaluation: prompts that are answered for scores only.
     Raises:
         ConfigError: the server is misconfigured; one that is away is only told.
         PreviewError: no room for copies of the weights.
@@ -115,6 +118,7 @@ def build_published(
     try:
         canary = _canary(run, requests)
         worker, setup = _worker_and_setup(run, folder, transport, requests, local, canary)
+        setup["evaluation"] = _evaluation_bodies(run, setup["previews"], evaluation)
         if base is not None:
             setup["adapter"] = adapter_config(run.model).model_dump()
             setup["base_path"] = str(_write_base(base, folder))
@@ -129,6 +133,7 @@ def build_published(
             matches=run.prepared.profile.matches,
             decode=lambda token: str(run.prepared.tokenizer.decode([token])),
             backend_type=backend,
+            evaluation=evaluation,
             notice=lambda text: run.notice(text, "warning"),
             log=run.folder.log("publisher"),
         )
@@ -372,9 +377,26 @@ def _previews(
         "max_new_tokens": monitoring.preview_max_tokens,
         "temperature": monitoring.preview_temperature,
         "seed": run.prepared.config.environment.seed,
-        "golden_logprobs": monitoring.preview_golden_logprobs,
+        "golden_logprobs": measures_golden(monitoring, len(requests)),
         "canary": list(canary.rows) if canary is not None else None,
     }
+
+
+def _evaluation_bodies(
+    run: PublishingRun, previews: Mapping[str, Any], requests: Sequence[PreviewRequest]
+) -> list[dict[str, Any]]:
+    """The same for the prompts that are answered for scores only: greedily, and batch by batch."""
+    measures = measures_golden(run.prepared.config.monitoring, len(requests))
+    return [
+        {
+            **previews,
+            "prompts": [PreviewPrompt.values_of(one) for one in batch],
+            "temperature": 0.0,
+            "golden_logprobs": measures,
+            "canary": None,
+        }
+        for batch in batches_of(requests)
+    ]
 
 
 def _base(run: PublishingRun) -> Snapshotter:
@@ -390,35 +412,11 @@ def _write_base(base: Snapshotter, folder: Path) -> Path:
     return arena.path
 
 
-# ---- the schedule, whoever answers, and the final evaluation
+# ---- the schedule, whoever answers
 
 
 PUBLISHED = ("sidecar", "remote_3090")
 """Backends that get this run's weights; others have weights of their own."""
-
-PROMPTS_AT_ONCE = 50
-"""Batch of the final evaluation; previews are one batch of their own."""
-
-
-def local_backend(prepared: Prepared, model: Any) -> LocalPreviewBackend:
-    """A backend on the model in training, computing as training does."""
-    config, data = prepared.config, prepared.data
-    backend = create_preview_backend(
-        "local",
-        model=model,
-        tokenizer=prepared.tokenizer,
-        profile=prepared.profile,
-        system_prompt=data.system_prompt,
-        max_new_tokens=config.monitoring.preview_max_tokens,
-        temperature=config.monitoring.preview_temperature,
-        seed=config.environment.seed,
-        stop_ids=data.encoder.template.stop_ids,
-        autocast_dtype=prepared.precision.autocast_dtype,
-        max_length=context_length(model.config),
-        with_golden_logprobs=config.monitoring.preview_golden_logprobs,
-    )
-    assert isinstance(backend, LocalPreviewBackend), "asked for local"
-    return backend
 
 
 def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewScheduler | None:
@@ -426,8 +424,8 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
     monitoring = prepared.config.monitoring
     if not monitoring.inference_interval:
         return None
-    local = local_backend(prepared, model)
     requests = list(prepared.data.preview_prompts)
+    local = local_backend(prepared, model, len(requests) + len(monitoring.preview_prompts))
     requests += [
         PreviewRequest(
             prompt=text,
@@ -450,14 +448,18 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
     elif monitoring.preview_backend in PUBLISHED:
         assert job.folder is not None, "previews are the main process's"
         publishing = PublishingRun(prepared, model, job.folder, job.observers.notice, drift)
-        backend = build_published(publishing, requests, local)
+        backend = build_published(publishing, requests, local, prepared.data.score_prompts)
     elif monitoring.preview_backend != "local":
         backend = create_preview_backend(monitoring)
+    delivery = build_delivery(job, prepared, [*requests, *prepared.data.score_prompts])
+    job.on_close("scores", delivery.close)
     return PreviewScheduler(
         backend,
         requests,
         interval=monitoring.inference_interval,
-        deliver=deliver_previews(job.observers),
+        deliver=delivery.previews,
+        delivery=delivery,
+        evaluation=build_evaluation(job, prepared, model, delivery),
         is_on_gpu=prepared.device.type == "cuda",
         drift=LocalDrift(local, drift.prompts, drift.path) if drift is not None else None,
         deliver_drift=deliver_drift(job.observers, drift.texts if drift is not None else ()),
@@ -509,35 +511,3 @@ def answer_text(
             said = list(itertools.takewhile(lambda i: i not in template.stop_ids, found.ids))
             return golden_text(template.tokenizer, said, ())
     return None
-
-
-def final_evaluation(
-    prepared: Prepared, model: Any, step: int, path: Path
-) -> dict[str, Any] | None:
-    """Answer every prompt of the final evaluation greedily, and write one line each.
-
-    Returns:
-        exact_match (share), matched, num_prompts, failed, and the path of the answers; None
-        where none was asked for.
-    """
-    requests = prepared.data.final_prompts
-    if not requests:
-        return None
-    backend = local_backend(prepared, model)
-    backend.settings = dataclasses.replace(
-        backend.settings, temperature=0.0, max_new_tokens=prepared.config.monitoring.max_eval_tokens
-    )
-    results = []
-    with path.open("w", encoding="utf-8") as file:
-        for start in range(0, len(requests), PROMPTS_AT_ONCE):
-            batch = backend.preview_batch(list(requests[start : start + PROMPTS_AT_ONCE]), step)
-            file.writelines(json.dumps(to_json_line(result)) + "\n" for result in batch)
-            results += batch
-    matched = sum(result.matches is True for result in results)
-    return {
-        "exact_match": matched / len(results),
-        "matched": matched,
-        "num_prompts": len(results),
-        "failed": sum(not result.ok for result in results),
-        "answers": str(path),
-    }

@@ -19,8 +19,8 @@ from trainer.monitoring.events import plain_values
 from trainer.preview.drift import BASE_NAME
 
 OWN_FILES = (
-    *("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "worker.json"),
-    BASE_NAME,
+    *("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "evaluations.jsonl"),
+    *("worker.json", BASE_NAME),
 )
 
 SHARED_NAMES = ("config.resolved.json", "logs", SAVED_BASE)

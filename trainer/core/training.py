@@ -25,11 +25,12 @@ from trainer.core.fused_loss import with_kernel
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
-from trainer.core.previews import build_scheduler, final_evaluation
+from trainer.core.previews import build_scheduler
 from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_batches, needs_mask
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
+from trainer.core.scoring import final_evaluation
 from trainer.core.sharding import mesh_words, shard, whole_copy
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
 from trainer.errors import NonFiniteError, OutputError, StoppedError
@@ -383,7 +384,7 @@ def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
 
 def _drain_previews(job: Job, scheduler: PreviewScheduler, timeout_s: float) -> None:
     """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""
-    if not scheduler.lane.pending():
+    if not scheduler.is_pending:
         return
     job.observers.phase("training", "waiting for the last previews")
     started = time.perf_counter()
@@ -434,12 +435,7 @@ def finish_training(
                 "warning",
             )
         observers.phase("training", f"answering {len(data.final_prompts)} held-out prompts")
-    evaluation = final_evaluation(
-        prepared,
-        model if prepared.is_sharded else loaded.model,
-        job.step,
-        job.folder.final_evaluation_jsonl,
-    )
+    evaluation = final_evaluation(job, prepared, model if prepared.is_sharded else loaded.model)
     observers.phase("saving", "saving the final model")
     path = save_final_model(
         model,

@@ -42,6 +42,8 @@ class _Texts:
     """Held-out prompts (training rows where none are held out), always the same ones."""
     final_prompts: tuple[PreviewRequest, ...]
     """Prompts of the final evaluation."""
+    score_prompts: tuple[PreviewRequest, ...]
+    """Held-out prompts that are answered for scores only: none of the preview prompts."""
     train_texts: tuple[tuple[str, str], ...]
     """(prompt, golden answer) of each training row."""
     card: DataCard
@@ -72,6 +74,8 @@ def prepare_data(
     seed: int = 42,
     num_preview: int = 0,
     num_final: int = 0,
+    num_score: int = 0,
+    with_columns: bool = False,
     offline: bool = False,
 ) -> RunData:
     """Read, split and encode the rows of section `data`, or take them from the cache.
@@ -85,6 +89,8 @@ def prepare_data(
         seed: of the split and of the profile's transform.
         num_preview: held-out prompts for previews.
         num_final: held-out prompts for the final evaluation.
+        num_score: held-out prompts for scores, others than those of previews.
+        with_columns: prompts keep all that the file says of their row.
         offline: never ask the hub for a dataset.
     Raises:
         DataError: missing file, bad rows under `strict`, or nothing to train.
@@ -102,6 +108,8 @@ def prepare_data(
         "seed": seed,
         "num_preview": num_preview,
         "num_final": num_final,
+        "num_score": num_score,
+        "with_columns": with_columns,
     }
     hashes = {source.name: source.content_hash() for source in [*sources, *held_out]}
     entry, note = entry_of(section, hashes, options)
@@ -149,6 +157,8 @@ def encode_data(
     seed: int,
     num_preview: int,
     num_final: int = 0,
+    num_score: int = 0,
+    with_columns: bool = False,
 ) -> RunData:
     """Read the sources and encode every row; the rest is as in `prepare_data`.
 
@@ -157,7 +167,9 @@ def encode_data(
         validation_sources: of `data.validation_path`; empty: some training rows are held out.
     """
     errors = RowErrors(section.on_bad_row, section.max_bad_rows)
-    rows, validation_rows, formats = _read(section, sources, validation_sources, encoder, errors)
+    rows, validation_rows, formats = _read(
+        section, sources, validation_sources, encoder, errors, with_columns=with_columns
+    )
     _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
     preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
     encoded, held_out = preparer.encode(rows), preparer.encode(validation_rows)
@@ -183,6 +195,7 @@ def encode_data(
         validation=EncodedDataset(validation) if validation else None,
         preview_prompts=_prompts(sides, num_preview),
         final_prompts=_prompts(sides, num_final),
+        score_prompts=_prompts(sides, num_preview + num_score)[num_preview:] if num_score else (),
         train_texts=tuple((example.prompt, example.golden_answer) for example in train),
         card=card,
         encoder=encoder,
@@ -197,10 +210,13 @@ def _read(
     validation_sources: list[Source],
     encoder: RowEncoder,
     errors: RowErrors,
+    *,
+    with_columns: bool,
 ) -> tuple[list[Row], list[Row], str]:
     """Rows to train, rows of the validation files, and the layouts of the former."""
-    rows, formats = read_sources(sources, section, errors, max_rows=section.max_rows)
-    held_out, _ = read_sources(validation_sources, section, errors, max_rows=None)
+    kept = {"with_columns": with_columns}
+    rows, formats = read_sources(sources, section, errors, max_rows=section.max_rows, **kept)
+    held_out, _ = read_sources(validation_sources, section, errors, max_rows=None, **kept)
     rows = read_back(rows, encoder, errors, section.text_markers)
     held_out = read_back(held_out, encoder, errors, section.text_markers)
     check_markers_used([*rows, *held_out], section.text_markers)

@@ -43,6 +43,7 @@ def to_rows(
     columns: Mapping[str, str] | None = None,
     first_index: int = 0,
     source: int = 0,
+    with_columns: bool = False,
 ) -> tuple[list[Row], str]:
     """Turn the raw rows of one file into messages.
 
@@ -55,6 +56,7 @@ def to_rows(
         columns: a format's key -> the file's name for it.
         first_index: index of the first row.
         source: which of the run's files this is.
+        with_columns: keep all that the file says of a row.
     Returns:
         The rows in file order and the name of their format.
     Raises:
@@ -74,7 +76,9 @@ def to_rows(
             is_found = format_name == "auto"
             row, known = under_format(_as_object(parsed), columns or {}, known, is_found=is_found)
             notes = RowNotes()
-            rows.append(Row(where, index, messages_of(row, known, notes), source, notes))
+            messages = messages_of(row, known, notes)
+            kept = parsed if with_columns else {}
+            rows.append(Row(where, index, messages, source, notes, columns=kept))
         except BadRowError as error:
             errors.add(where, str(error), error.reason)
             if error.reason == NO_FORMAT:

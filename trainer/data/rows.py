@@ -46,6 +46,8 @@ class Row:
     notes: RowNotes = field(default_factory=RowNotes)
     is_rendered: bool = False
     """It was text with the chat template's markers, and was read back into these turns."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """All that the file says of it, by the file's own names; kept for scores only."""
 
 
 TEXT_ROLE = "text"
@@ -424,3 +426,5 @@ class PreviewRequest(BaseModel):
     """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
     held_out: bool = True
     """False when the prompt is also trained on, with this answer or another one."""
+    row: dict[str, Any] = {}
+    """The columns of its row by the file's own names, as JSON values; where scores want them."""

@@ -139,7 +139,12 @@ def check_files(section: DataSection) -> None:
 
 
 def read_sources(
-    sources: list[Source], section: DataSection, errors: RowErrors, *, max_rows: int | None
+    sources: list[Source],
+    section: DataSection,
+    errors: RowErrors,
+    *,
+    max_rows: int | None,
+    with_columns: bool = False,
 ) -> tuple[list[Row], str]:
     """Rows of all sources in order, and the formats they are in.
 
@@ -161,6 +166,7 @@ def read_sources(
             columns=section.columns,
             first_index=first_index,
             source=number,
+            with_columns=with_columns,
         )
         first_index += counted.count
         rows += found
@@ -384,5 +390,6 @@ def first_prompts(
                 held_out=is_held_out and item.group not in trained,
                 golden_token_ids=tuple(item.example.golden_ids) or None,
                 messages=tuple(dict(turn) for turn in item.example.conversation),
+                row=json.loads(json.dumps(item.row.columns, default=str)),
             )
     return tuple(chosen.values())

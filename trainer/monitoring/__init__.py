@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from trainer import lazy_names
 
 if TYPE_CHECKING:
-    from trainer.monitoring.callbacks import LiveMonitorCallback, Previews, deliver_previews
+    from trainer.monitoring.callbacks import LiveMonitorCallback, Previews
+    from trainer.monitoring.delivery import deliver_previews
     from trainer.monitoring.events import Observers
     from trainer.monitoring.preview_backend import create_preview_backend
     from trainer.monitoring.status_reader import TrainingStatusReader
@@ -36,7 +37,8 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "trainer.monitoring.callbacks": ["LiveMonitorCallback", "Previews", "deliver_previews"],
+        "trainer.monitoring.callbacks": ["LiveMonitorCallback", "Previews"],
+        "trainer.monitoring.delivery": ["deliver_previews"],
         "trainer.monitoring.events": ["Observers"],
         "trainer.monitoring.preview_backend": ["create_preview_backend"],
         "trainer.monitoring.status_reader": ["TrainingStatusReader"],

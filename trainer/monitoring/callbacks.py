@@ -20,15 +20,12 @@ from transformers import TrainerCallback
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import (
     TRAINING,
-    DriftMeasured,
     EvaluationDone,
     Observer,
     Observers,
-    PreviewsDone,
 )
 from trainer.monitoring.processes import any_process, highest, wait_for_main
 from trainer.monitoring.step_report import LoggedReport, StepReport
-from trainer.preview.drift import Drift
 from trainer.preview.scheduler import PreviewScheduler
 
 # ---- what is asked for while training runs
@@ -235,56 +232,20 @@ class Previews:
         """Take who decides when, and the longest answer in tokens, which is only told."""
         self.scheduler, self._observers, self._max_tokens = scheduler, observers, max_tokens
 
-    def make(self, step: int, *, is_last: bool) -> None:
-        """Make, or have made, those of `step` if they are due."""
+    def make(self, step: int, *, is_last: bool, is_wanted: bool = False) -> None:
+        """Make, or have made, those of `step` if they are due, or somebody asked for them."""
         self.scheduler.note_step(step)
-        if not self.scheduler.is_due(step, is_last=is_last):
+        if not self.scheduler.is_due(step, is_last=is_last or is_wanted):
             return
         if not self.scheduler.is_waited_for:
-            self.scheduler.ask(step, is_last=is_last)
+            self.scheduler.ask(step, is_last=is_last, is_wanted=is_wanted)
             return
-        count = len(self.scheduler.requests)
+        count = self.scheduler.num_prompts(step, is_last=is_last)
         self._observers.pause(
             f"making the previews of step {step} ({count} prompts, {self._max_tokens} tokens)"
         )
-        self.scheduler.ask(step, is_last=is_last)
+        self.scheduler.ask(step, is_last=is_last, is_wanted=is_wanted)
         self._observers.pause(TRAINING)
-
-
-def deliver_previews(observers: Observers) -> Callable[[int, list[Any], float], None]:
-    """What a PreviewScheduler calls with finished previews: observers are told."""
-
-    def deliver(step: int, results: list[Any], waited_s: float) -> None:
-        observers.emit(PreviewsDone(step=step, results=tuple(results), duration_s=waited_s))
-
-    return deliver
-
-
-def deliver_drift(observers: Observers, prompts: Sequence[str]) -> Callable[[int, Drift], None]:
-    """What a PreviewScheduler calls with measured drift: observers are told; of a failure once."""
-    told: set[str] = set()
-
-    def deliver(step: int, drift: Drift) -> None:
-        if drift.error is not None:
-            if drift.error not in told:
-                text = f"drift at step {step} could not be measured: {drift.error}"
-                observers.notice(text, "warning")
-            told.add(drift.error)
-            return
-        worst = max(range(len(prompts)), key=lambda index: drift.kl[index])
-        observers.emit(
-            DriftMeasured(
-                step=step,
-                kl=drift.mean_kl,
-                num_changed=sum(drift.is_changed),
-                num_prompts=len(prompts),
-                worst_prompt=prompts[worst],
-                worst_kl=drift.kl[worst],
-                duration_s=drift.seconds,
-            )
-        )
-
-    return deliver
 
 
 # ---- all of it, in HF's Trainer
@@ -356,7 +317,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             is_last = is_last or is_over
         if is_main and self.previews is not None:
             # A signal leaves no time: the previews of the last weights are not made.
-            self.previews.make(step, is_last=asked.preview or (is_last and not asked.by_signal))
+            is_end = is_last and not asked.by_signal
+            self.previews.make(step, is_last=is_end, is_wanted=asked.preview)
         if is_main and self.commands is not None:
             scheduler = self.previews.scheduler if self.previews is not None else None
             is_previewed = scheduler is not None and scheduler.is_asked(step)

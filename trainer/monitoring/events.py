@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel
 
 from trainer.preview.base import PreviewResult
+from trainer.scores.figures import ScoreFigure
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,16 @@ class DriftMeasured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoresDone:
+    """Answers by the weights of `step` were scored: means over the prompts."""
+
+    step: int
+    source: Literal["previews", "evaluation"]
+    """The few prompts that people read, or those of `monitoring.num_score_prompts`."""
+    figures: tuple[ScoreFigure, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowShown:
     """A copy of one row of the batch just trained, without generation."""
 
@@ -230,6 +241,7 @@ Event = (
     | EvaluationDone
     | PreviewsDone
     | DriftMeasured
+    | ScoresDone
     | RowShown
     | CheckpointSaved
     | Notice

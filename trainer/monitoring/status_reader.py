@@ -119,6 +119,9 @@ METRICS_NAME = "metrics.jsonl"
 
 PREVIEWS_NAME = "previews.jsonl"
 
+EVALUATIONS_NAME = "evaluations.jsonl"
+"""Answers of the prompts of `monitoring.num_score_prompts`."""
+
 MAX_STEP = 2**53
 
 RESUMED = "resumed"
@@ -209,11 +212,18 @@ class TrainingStatusReader:
 
     def previews(self) -> Iterator[PreviewResult]:
         """The previews that count, in the order of writing; none when there is no file."""
-        for values in self._lines(PREVIEWS_NAME):
+        return self._results(PREVIEWS_NAME)
+
+    def evaluations(self) -> Iterator[PreviewResult]:
+        """The same for the answers that were made for scores only."""
+        return self._results(EVALUATIONS_NAME)
+
+    def _results(self, name: str) -> Iterator[PreviewResult]:
+        for values in self._lines(name):
             try:
                 yield PreviewResult.model_validate(values)
             except ValidationError as error:
-                self._report(self.folder / PREVIEWS_NAME, f"step {values.get('step')}: {error}")
+                self._report(self.folder / name, f"step {values.get('step')}: {error}")
 
     @property
     def folder(self) -> Path:

@@ -5,7 +5,6 @@ The text under a field is its meaning. No file access here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.monitoring.events import RunState
 from trainer.preview.base import FinishReason, PreviewResult, WeightsProof
+from trainer.scores.figures import ScoreFigure
+from trainer.scores.statistics import SIGNIFICANCE, sign_test
 
 # ---- how often previews matched their golden answers, and whether that is rising
 #
@@ -26,9 +27,6 @@ Trend = Literal["rising", "falling", "flat"]
 SHORT_WINDOW = 20
 
 LONG_WINDOW = 50
-
-SIGNIFICANCE = 0.05
-"""A trend is said where chance alone would show as much in fewer than this share of runs."""
 
 
 class MatchHistory:
@@ -94,16 +92,6 @@ class MatchHistory:
         return {prompt: sum(matches) / len(matches) for prompt, matches in found.items()}
 
 
-def sign_test(gained: int, lost: int) -> float:
-    """How likely a split at least as uneven is where gains and losses are equally likely.
-
-    Two-sided and exact, which is McNemar's exact test of paired yes/no answers.
-    """
-    count = gained + lost
-    tail: float = sum(math.comb(count, i) for i in range(min(gained, lost) + 1)) / 2**count
-    return min(1.0, 2 * tail)
-
-
 # ---- the content of status.json: one pydantic model, documented field by field in docs/status.md
 
 
@@ -150,6 +138,10 @@ class PreviewStatus(StatusPart):
     """Identity of the weights; null: the backend could not tell."""
     weights: WeightsProof = "unverified"
     """`in_process`, `verified`, `published` or `unverified`: what is known of these weights."""
+    golden_probability: float | None = None
+    """Mean probability of the golden answer's tokens under these weights; null: not measured."""
+    scores: dict[str, float | None] = {}
+    """By the names of `monitoring.scores`; null: the score says nothing of this answer."""
     received_step: int | None = None
     """The step training was at when the answer arrived."""
     visible_s: float | None = None
@@ -302,6 +294,10 @@ class TrainingStatus(StatusPart):
     """Last 20 against the 20 before, flat within 0.1; null with fewer than 40 previews."""
     drift: DriftStatus | None = None
     """Drift from the weights before training; null where it is not measured."""
+    preview_scores: tuple[ScoreFigure, ...] = ()
+    """Means over the newest previews: probability of golden tokens, and scores."""
+    evaluation_scores: tuple[ScoreFigure, ...] = ()
+    """The same over the prompts of `monitoring.num_score_prompts`."""
     training_row: RowStatus | None = None
     """A row of a recent batch."""
     last_checkpoint: CheckpointStatus | None = None

@@ -26,6 +26,7 @@ from trainer.monitoring.events import (
     RowShown,
     RunEnded,
     RunStarted,
+    ScoresDone,
     StepDone,
     json_line,
     plain_values,
@@ -110,6 +111,8 @@ class StatusBuilder:
                     self._history.add(event.results)
             case DriftMeasured():
                 self.fields["drift"] = {**values, "worst_prompt": self._cut(event.worst_prompt)[0]}
+            case ScoresDone():
+                self.set_scores(values)
             case RowShown():
                 self.fields["training_row"] = self._cut_texts(values, "prompt", "golden_answer")
             case CheckpointSaved():
@@ -122,10 +125,7 @@ class StatusBuilder:
         self._report_odd(event, odd)
 
     def restore(
-        self,
-        results: Iterable[PreviewResult],
-        evaluation: Mapping[str, Any] | None,
-        drift: Mapping[str, Any] | None = None,
+        self, results: Iterable[PreviewResult], metrics: Iterable[Mapping[str, Any]]
     ) -> None:
         """Take over what the interrupted part of a resumed run had found."""
         known = [result for result in results if not result.is_superseded]
@@ -134,10 +134,13 @@ class StatusBuilder:
         if known:
             newest = max(result.step for result in known)
             self.set_previews([result for result in known if result.step == newest])
-        if evaluation is not None:
-            self.set_evaluation(evaluation)
-        if drift is not None:
-            self.fields["drift"] = {name: drift.get(name) for name in DriftStatus.model_fields}
+        for line in metrics:
+            if line.get("type") == "EvaluationDone":
+                self.set_evaluation(line)
+            elif line.get("type") == "ScoresDone":
+                self.set_scores(line)
+            elif line.get("type") == "DriftMeasured":
+                self.fields["drift"] = {name: line.get(name) for name in DriftStatus.model_fields}
 
     def set_evaluation(self, values: Mapping[str, Any]) -> None:
         """Take over an EvaluationDone, as plain values."""
@@ -145,6 +148,11 @@ class StatusBuilder:
         is_known = val_loss is not None and train_loss is not None
         gap = val_loss - train_loss if is_known else None
         self.fields.update(val_loss=val_loss, val_step=values["step"], val_gap=gap)
+
+    def set_scores(self, values: Mapping[str, Any]) -> None:
+        """Take over a ScoresDone, as plain values."""
+        name = "preview_scores" if values["source"] == "previews" else "evaluation_scores"
+        self.fields[name] = values["figures"]
 
     def set_previews(self, results: Iterable[PreviewResult]) -> None:
         """Show these results, cut to the limit."""
@@ -288,7 +296,7 @@ class TrainingStatusWriter:
         if isinstance(event, RunStarted):
             self._continue_files(event.start_step)
         self._builder.apply(event)
-        if isinstance(event, StepDone | EvaluationDone | DriftMeasured):
+        if isinstance(event, StepDone | EvaluationDone | DriftMeasured | ScoresDone):
             self._append(METRICS_NAME, _metrics_line(event))
         elif isinstance(event, PreviewsDone):
             self._append(PREVIEWS_NAME, "".join(_preview_line(one) for one in event.results))
@@ -344,9 +352,7 @@ class TrainingStatusWriter:
     def _restore(self) -> None:
         assert self.run_dir is not None, "restoring needs a run folder"
         reader = TrainingStatusReader(self.run_dir)
-        newest = {line.get("type"): line for line in reader.metrics()}
-        evaluation, drift = newest.get("EvaluationDone"), newest.get("DriftMeasured")
-        self._builder.restore(reader.previews(), evaluation, drift)
+        self._builder.restore(reader.previews(), reader.metrics())
 
     def _try(self, path: Path, action: Callable[[], None], consequence: str) -> None:
         """Do something with a file; say once per file that it failed, and what that means."""
@@ -372,7 +378,7 @@ def _has_content(path: Path) -> bool:
         return False
 
 
-def _metrics_line(event: StepDone | EvaluationDone | DriftMeasured) -> str:
+def _metrics_line(event: StepDone | EvaluationDone | DriftMeasured | ScoresDone) -> str:
     odd: dict[str, str] = {}
     line = {"type": type(event).__name__, "created_at": time.time(), **plain_values(event, odd)}
     return json_line({**line, "non_finite": odd} if odd else line)

@@ -21,6 +21,7 @@ from trainer.monitoring.events import (
     EvaluationDone,
     Event,
     PreviewsDone,
+    ScoresDone,
     printable,
 )
 from trainer.preview.base import PreviewResult
@@ -169,6 +170,11 @@ class TensorBoardPreviews:
             if compared:
                 share = sum(compared) / len(compared)
                 self.writer.add_scalar("preview_accuracy", share, event.step)
+            self.writer.flush()
+
+        elif isinstance(event, ScoresDone):
+            for figure in event.figures:
+                self.writer.add_scalar(f"{event.source}/{figure.name}", figure.mean, event.step)
             self.writer.flush()
 
     def close(self) -> None:

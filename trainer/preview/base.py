@@ -5,8 +5,9 @@ No torch here: the monitor, a server and a client in another process import this
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -72,6 +73,10 @@ class PreviewResult(BaseModel):
     golden_logprobs: tuple[float, ...] | None = None
     """Nats of each golden token under these weights, given the prompt and the golden tokens
     before it; None where not asked for."""
+    golden_probability: float | None = None
+    """Mean probability of the golden tokens, from 0 to 1; None where not asked for."""
+    scores: dict[str, float | None] = {}
+    """By the names of `monitoring.scores`; None: the score says nothing of this answer."""
     received_step: int | None = None
     """The step training was at when the answer arrived: minus `step`, how far behind it is."""
     visible_s: float | None = None
@@ -131,6 +136,14 @@ class PreviewBackend(Protocol):
     def close(self) -> None:
         """Give back what the backend holds; may be called twice."""
         ...
+
+
+def golden_figures(nats: Sequence[float]) -> dict[str, Any]:
+    """What a result says of its golden tokens' log-probabilities."""
+    probabilities = [math.exp(min(one, 0.0)) for one in nats]
+    mean = sum(probabilities) / len(probabilities) if probabilities else None
+    # Files hold a number for each token of each prompt and step: no more digits than anybody reads.
+    return {"golden_logprobs": tuple(round(one, 5) for one in nats), "golden_probability": mean}
 
 
 def is_match(

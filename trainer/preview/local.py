@@ -17,6 +17,7 @@ from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.preview.base import (
     PreviewRequest,
     PreviewResult,
+    golden_figures,
     health_flags,
     is_match,
     leak_ids,
@@ -201,7 +202,7 @@ class LocalPreviewBackend:
             return {}
         return {
             "golden_tokens": tuple(_token(self.tokenizer, token) for token in golden),
-            "golden_logprobs": tuple(golden_logprobs(self.model, prompt, golden).tolist()),
+            **golden_figures(golden_logprobs(self.model, prompt, golden).tolist()),
         }
 
     def _result(

@@ -7,12 +7,13 @@ what became of every step that was asked for; nothing is dropped in silence.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +29,9 @@ Deliver = Callable[[int, list[PreviewResult], float], None]
 
 WAIT_S = 0.25
 
+COUNTS = ("asked", "done", "failed", "superseded", "verified")
+"""What a summary says of evaluations."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -35,6 +39,7 @@ class Finished:
 
     step: int
     results: list[PreviewResult]
+    """Of the previews, and behind them of the evaluation set where it was asked too."""
     waited_s: float = 0.0
     """Seconds that training waited for it."""
     is_superseded: bool = False
@@ -46,6 +51,18 @@ class Finished:
 OnFinished = Callable[[Finished], None]
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts that are answered for their scores, at steps of their own."""
+
+    requests: list[PreviewRequest]
+    interval: int
+    """Steps between evaluations; step 0 and the last step always have one."""
+    deliver: Deliver
+    backend: PreviewBackend | None = None
+    """Answers them in the training process; None: the lane knows how."""
+
+
 class Lane(Protocol):
     """A way of getting answers."""
 
@@ -53,8 +70,12 @@ class Lane(Protocol):
         """Begin; `on_finished` may be called from any thread, once per step that was asked."""
         ...
 
-    def ask(self, step: int, *, is_kept: bool) -> None:
-        """Answer with the weights as they are now; kept steps are not superseded."""
+    def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
+        """Answer with the weights as they are now; kept steps are not superseded.
+
+        Args:
+            is_evaluated: the prompts of the evaluation set too.
+        """
         ...
 
     def pending(self) -> list[int]:
@@ -75,6 +96,19 @@ class Lane(Protocol):
 
     def close(self) -> None:
         """Let go of everything; may be called twice."""
+        ...
+
+
+class Settling(Protocol):
+    """What answers go through on their way to people."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether an answer is on its way."""
+        ...
+
+    def settle(self, timeout_s: float, *, should_stop: Callable[[], bool] = ...) -> None:
+        """Wait until none is, no longer than this."""
         ...
 
 
@@ -207,6 +241,8 @@ class PreviewScheduler:
         *,
         interval: int,
         deliver: Deliver,
+        delivery: Settling | None = None,
+        evaluation: EvaluationSet | None = None,
         is_on_gpu: bool = False,
         drift: LocalDrift | None = None,
         deliver_drift: Callable[[int, Drift], None] = lambda step, drift: None,
@@ -218,13 +254,16 @@ class PreviewScheduler:
             deliver: called with step, results and the seconds training waited, whenever there is
                 something new; by another thread than the training one, unless the backend is
                 local.
+            delivery: what `deliver` hands answers on to, where that takes time.
+            evaluation: prompts that are answered besides, at some steps.
             is_on_gpu: training is, on the current device.
             drift: measures it where previews are made in the training thread.
             deliver_drift: called with step and what was measured, like `deliver`.
         """
+        self.evaluation, self.evaluations = evaluation, PreviewCounters()
         self.backend, self.requests, self.interval = backend, requests, interval
         self.counters = PreviewCounters()
-        self._deliver, self._is_on_gpu = deliver, is_on_gpu
+        self._deliver, self._delivery, self._is_on_gpu = deliver, delivery, is_on_gpu
         self._deliver_drift = deliver_drift
         self._lock = threading.Lock()
         self._last_asked: int | None = None
@@ -233,17 +272,28 @@ class PreviewScheduler:
         if isinstance(backend, PreviewBackend):
             is_local = backend.backend_type == "local"
             self.lane = (
-                InlineLane(backend, requests, drift) if is_local else ThreadLane(backend, requests)
+                InlineLane(backend, requests, evaluation, drift)
+                if is_local
+                else ThreadLane(backend, requests)
             )
         else:
             self.lane = backend
         self.lane.start(self._finished)
 
     def is_due(self, step: int, *, is_last: bool = False) -> bool:
-        """Whether `step` has a preview: step 0, every `interval` steps, and the last one."""
+        """Whether `step` has a preview: step 0, every `interval` steps, and the last one.
+
+        A step that is evaluated has one too: whoever answers has its weights then.
+        """
         if not self.interval or not self.requests or step == self._last_asked:
             return False
-        return is_last or step % self.interval == 0
+        is_evaluated = self._evaluated(step, is_last=is_last) is not None
+        return is_last or is_evaluated or step % self.interval == 0
+
+    def _evaluated(self, step: int, *, is_last: bool) -> EvaluationSet | None:
+        """What is evaluated at a step; None where nothing is."""
+        one = self.evaluation
+        return one if one is not None and (is_last or step % one.interval == 0) else None
 
     @property
     def is_waited_for(self) -> bool:
@@ -254,14 +304,27 @@ class PreviewScheduler:
         """Whether the newest preview asked for is that of `step`."""
         return step == self._last_asked
 
-    def ask(self, step: int, *, is_last: bool = False) -> None:
-        """Make, or start, the preview of `step` with the weights as they are now."""
+    def num_prompts(self, step: int, *, is_last: bool) -> int:
+        """How many prompts are answered at `step`, where it is due."""
+        evaluation = self._evaluated(step, is_last=is_last)
+        return len(self.requests) + (len(evaluation.requests) if evaluation is not None else 0)
+
+    def ask(self, step: int, *, is_last: bool = False, is_wanted: bool = False) -> None:
+        """Make, or start, the preview of `step` with the weights as they are now.
+
+        Args:
+            is_wanted: somebody asked for it: it is kept, as those of the first and last step are.
+        """
         self._last_asked = self._now = step
+        evaluation = self._evaluated(step, is_last=is_last)
         with self._lock:
             self.counters.asked += len(self.requests)
+            if evaluation is not None:
+                self.evaluations.asked += len(evaluation.requests)
         stall = Stall(is_on_gpu=self._is_on_gpu)
         # Not under the lock: lanes call `_finished` from threads of their own.
-        self.lane.ask(step, is_kept=is_last or step == 0)
+        is_kept = is_last or is_wanted or step == 0
+        self.lane.ask(step, is_kept=is_kept, is_evaluated=evaluation is not None)
         stall.end()
         with self._lock:
             self.counters.stalls.append(stall)
@@ -270,42 +333,76 @@ class PreviewScheduler:
         """Where training is now: an answer that arrives is so many steps behind."""
         self._now = step
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether an answer is under way."""
+        return bool(self.lane.pending()) or (
+            self._delivery is not None and self._delivery.is_pending
+        )
+
     def drain(self, timeout_s: float, *, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Wait for what is under way, no longer than `timeout_s`; the rest counts as failed."""
         deadline = time.monotonic() + timeout_s
         while self.lane.pending():
+            remaining = deadline - time.monotonic()
             if should_stop():
                 self.lane.give_up("the run was stopped before the answer came")
-                return
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            elif remaining <= 0:
                 self.lane.give_up("no answer before the run ended")
-                return
-            self.lane.wait(min(WAIT_S, remaining))
+            else:
+                self.lane.wait(min(WAIT_S, remaining))
+                continue
+            break
+        if self._delivery is not None:
+            self._delivery.settle(deadline - time.monotonic(), should_stop=should_stop)
 
     def give_up(self, reason: str) -> None:
         """Finish what is pending with this error; nothing where nothing is."""
         if self.lane.pending():
             self.lane.give_up(reason)
+        if self._delivery is not None:
+            self._delivery.settle(0.0)
 
     def summary(self) -> dict[str, Any]:
         """Counts and figures of this run's previews."""
         with self._lock:
-            return {**self.counters.summary(), **self.lane.summary()}
+            found = {**self.counters.summary(), **self.lane.summary()}
+            if self.evaluation is not None:
+                counts = self.evaluations.summary()
+                found["evaluation"] = {name: counts[name] for name in COUNTS}
+            return found
 
     def _finished(self, finished: Finished) -> None:
         results = [
             result.model_copy(update={"received_step": self._now}) for result in finished.results
         ]
+        count = len(self.requests)
+        shown, evaluated = results[:count], results[count:]
         with self._lock:
-            self.counters.note(finished)
-        self._deliver(finished.step, results, finished.waited_s)
+            self.counters.note(dataclasses.replace(finished, results=shown))
+            if evaluated:
+                self.evaluations.note(dataclasses.replace(finished, results=evaluated))
+        self._deliver(finished.step, shown, finished.waited_s)
+        if evaluated and self.evaluation is not None:
+            self.evaluation.deliver(finished.step, evaluated, finished.waited_s)
         if finished.drift is not None:
             self._deliver_drift(finished.step, finished.drift)
 
     def close(self) -> None:
         """Let go of the lane."""
         self.lane.close()
+
+
+PROMPTS_AT_ONCE = 50
+"""Batch of an evaluation; previews are one batch of their own."""
+
+
+def batches_of(requests: Sequence[PreviewRequest]) -> list[list[PreviewRequest]]:
+    """An evaluation's prompts, cut into batches."""
+    return [
+        list(requests[start : start + PROMPTS_AT_ONCE])
+        for start in range(0, len(requests), PROMPTS_AT_ONCE)
+    ]
 
 
 def answers_of(
@@ -327,19 +424,24 @@ class InlineLane:
         self,
         backend: PreviewBackend,
         requests: list[PreviewRequest],
+        evaluation: EvaluationSet | None = None,
         drift: LocalDrift | None = None,
     ) -> None:
         """Take who answers what, and what else is measured with the same weights."""
-        self.backend, self.requests, self.drift = backend, requests, drift
+        self.backend, self.requests = backend, requests
+        self.evaluation, self.drift = evaluation, drift
 
     def start(self, on_finished: OnFinished) -> None:
         """Remember whom to tell."""
         self._on_finished = on_finished
 
-    def ask(self, step: int, *, is_kept: bool) -> None:
+    def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
         """Answer now."""
         started = time.perf_counter()
         results = answers_of(self.backend, self.requests, step)
+        if is_evaluated and self.evaluation is not None and self.evaluation.backend is not None:
+            for batch in batches_of(self.evaluation.requests):
+                results += answers_of(self.evaluation.backend, batch, step)
         waited = time.perf_counter() - started
         results = [one.model_copy(update={"visible_s": round(waited, 3)}) for one in results]
         drift = self.drift.measure(step) if self.drift is not None else None
@@ -381,7 +483,7 @@ class ThreadLane:
         self._on_finished = on_finished
         threading.Thread(target=self._run, name="previews", daemon=True).start()
 
-    def ask(self, step: int, *, is_kept: bool) -> None:
+    def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
         """Put the step in line; the backend's weights are its own, so no step is special."""
         one, older = (step, time.monotonic()), None
         with self._changed:

@@ -248,8 +248,13 @@ class WorkerClient:
 
     # ---- previews
 
-    def previews(self, request: PreviewsRequest, *, timeout_s: float) -> PreviewsResult:
+    def previews(
+        self, request: PreviewsRequest, *, timeout_s: float, part: int = 0
+    ) -> PreviewsResult:
         """Answers of exactly these weights to exactly these prompts.
+
+        Args:
+            part: which batch of prompts of this step it is.
 
         Raises:
             AwayError: the server is away, restarting or too slow.
@@ -259,6 +264,7 @@ class WorkerClient:
         deadline = time.monotonic() + timeout_s
         # A retry after a broken connection is answered from what was made before.
         key = f"{request.run}-{request.step}-{request.weights_id[:32]}"
+        key += f"-{part}" if part else ""
         headers = {"Idempotency-Key": key}
         body = request.model_dump(mode="json")
         _, found = self.http.call("POST", "/previews", deadline, body, headers=headers)

@@ -21,7 +21,13 @@ from trainer.models import is_quantization_state
 from trainer.models.adapters import adapted_modules
 from trainer.models.chat_template import chat_template_hash, tokenizer_hash
 from trainer.models.quantized import comparable
-from trainer.preview.base import PreviewRequest, PreviewResult, WeightsProof, is_match
+from trainer.preview.base import (
+    PreviewRequest,
+    PreviewResult,
+    WeightsProof,
+    golden_figures,
+    is_match,
+)
 from trainer.publish.wire import AdapterConfig, TensorEntry, WeightsManifest
 
 DTYPES = {
@@ -262,6 +268,9 @@ def canary_rows(requests: Sequence[PreviewRequest]) -> tuple[int, ...]:
 HEALTH = frozenset({"empty", "repeats", "never_stopped", "template_leak", "copies_prompt"})
 
 
+NOT_MEASURED = {"golden_logprobs": None, "golden_probability": None}
+
+
 def _plausible(theirs: PreviewResult) -> PreviewResult:
     """A worker's counts and flags as far as they can be true; the text is data and stays."""
     seconds, rate = theirs.generation_time_sec, theirs.tokens_per_sec
@@ -286,6 +295,7 @@ def _result(
     theirs = _plausible(PreviewResult.model_validate(found))
     golden, ids = request.golden_answer, request.golden_token_ids
     is_scored = score is not None and ids is not None and len(score) == len(ids)
+    measured = golden_figures(score) if score is not None and is_scored else NOT_MEASURED
     return theirs.model_copy(
         update={
             "prompt": request.prompt,
@@ -294,6 +304,7 @@ def _result(
             "golden_answer": golden,
             "matches": is_match(request, theirs.text, matches) if theirs.ok else None,
             "golden_tokens": tuple(map(decode, ids or ())) if is_scored else None,
-            "golden_logprobs": tuple(score or ()) if is_scored else None,
+            **measured,
+            "scores": {},
         }
     )

@@ -91,6 +91,7 @@ class PublishedPreviews:
         matches: Callable[[str, str], bool],
         decode: Callable[[int], str],
         backend_type: str,
+        evaluation: Sequence[PreviewRequest] = (),
         notice: Callable[[str], None] = logger.warning,
         log: Path | None = None,
     ) -> None:
@@ -100,6 +101,7 @@ class PublishedPreviews:
             setup: the publisher's first line, without `url`.
             folder: private folder of the arenas; removed at the end.
             num_slots: arenas: 2, and 1 more for transport `dir`.
+            evaluation: prompts that are asked besides, at some steps.
             notice: told once when the server goes away and when it is back.
             log: where the publisher's own complaints go; None: nowhere.
         """
@@ -113,6 +115,8 @@ class PublishedPreviews:
         ]
         self.bytes_sent = 0
         self.times: list[dict[str, float]] = []
+        self.evaluation = list(evaluation)
+        self._evaluated: set[int] = set()
         self._state = LaneState(free=list(range(num_slots)))
         self._changed = threading.Condition(threading.RLock())
         self._publisher: PublisherProcess | None = None
@@ -129,9 +133,11 @@ class PublishedPreviews:
         self._feeder.start()
         self.worker.start(self._worker_is_ready)
 
-    def ask(self, step: int, *, is_kept: bool) -> None:
+    def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
         """Copy the weights of `step`; what cannot be taken now is reported, not waited for."""
         asked_at = time.monotonic()
+        if is_evaluated:
+            self._evaluated.add(step)
         with self._changed:
             slot = self._slot_for(step, is_kept=is_kept)
         if slot is None:
@@ -205,7 +211,7 @@ class PublishedPreviews:
                 self._changed.wait(timeout_s)
                 return
             state.last_wanted = None
-        self.ask(wanted, is_kept=True)
+        self.ask(wanted, is_kept=True, is_evaluated=wanted in self._evaluated)
 
     def give_up(self, reason: str) -> None:
         """Report everything that is pending as failed."""
@@ -293,6 +299,7 @@ class PublishedPreviews:
                 "slot": one.slot,
                 "path": str(self.arenas[one.slot].path),
                 "is_kept": one.is_kept,
+                "is_evaluated": one.step in self._evaluated,
             }
         )
 
@@ -393,7 +400,7 @@ class PublishedPreviews:
         try:
             return results_of(
                 answer,
-                self.requests,
+                self._requests(one.step),
                 one.step,
                 canary=(self.canary, one.canary_value),
                 matches=self.matches,
@@ -406,8 +413,12 @@ class PublishedPreviews:
             message = f"the answer cannot be used ({type(error).__name__}: {error})"
             return [
                 PreviewResult.failed(request, one.step, message, self.backend_type)
-                for request in self.requests
+                for request in self._requests(one.step)
             ]
+
+    def _requests(self, step: int) -> list[PreviewRequest]:
+        """The prompts that are asked with the weights of a step."""
+        return self.requests + (self.evaluation if step in self._evaluated else [])
 
     def _is_back(self) -> None:
         if self._state.is_open:
@@ -451,7 +462,7 @@ class PublishedPreviews:
             PreviewResult.failed(request, step, error, self.backend_type).model_copy(
                 update={"is_superseded": superseded_by is not None}
             )
-            for request in self.requests
+            for request in self._requests(step)
         ]
         self._hand_over(Finished(step, results, is_superseded=superseded_by is not None))
 

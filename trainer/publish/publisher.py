@@ -6,7 +6,7 @@ Commands come as JSON lines on stdin, events leave as JSON lines on stdout; it e
 closes, so it cannot outlive the trainer. Nothing it does can hold up training: it runs at low
 priority, and the trainer never waits for it but in the bounded drain at the end.
 
-    -> setup (first line)           -> give {step, slot, path, is_kept}
+    -> setup (first line)           -> give {step, slot, path, is_kept, is_evaluated}
     -> hurry (try again now)
     <- idle                         <- away {step, error, retry_s, is_open}
     <- done {step, slot, ...}       <- failed {step, slot, error, is_linked}
@@ -92,6 +92,8 @@ class Setup(PublisherMessage):
     """Full weights under the adapter, as a safetensors file."""
     previews: dict[str, Any]
     """A PreviewsRequest without run, step and weights_id."""
+    evaluation: list[dict[str, Any]] = []
+    """The same for prompts that are asked besides, at some steps; one batch each."""
     drift_prompts: list[list[int]] = []
     """Token ids of the prompts by which drift is measured; none: it is not."""
     drift_path: str | None = None
@@ -106,6 +108,8 @@ class Give(PublisherMessage):
     path: str
     is_kept: bool
     """First and last step: not given up for a newer one."""
+    is_evaluated: bool = False
+    """The batches of the evaluation are asked too."""
 
 
 @dataclass
@@ -220,22 +224,24 @@ class Publisher:
         tries.is_linked |= bool(pushed.bytes_sent) and self.weights_dir is not None
         self._forget_links(pushed.weights_id if tries.is_linked else None)
         sent = time.monotonic()
-        request = PreviewsRequest.model_validate(
-            {
-                **self.setup.previews,
-                "run": self.setup.run,
-                "step": give.step,
-                "weights_id": pushed.weights_id,
-                "drift": self._drift(give.step),
-            }
-        )
+        identity = {
+            "run": self.setup.run,
+            "step": give.step,
+            "weights_id": pushed.weights_id,
+        }
+        found: PreviewsResult | None = None
         try:
-            num_prompts = len(request.prompts) + len(self.setup.drift_prompts)
-            limit = self.setup.timeout_s * num_prompts
-            found = self._ask(request, limit)
+            bodies = [self.setup.previews, *(self.setup.evaluation if give.is_evaluated else ())]
+            for part, body in enumerate(bodies):
+                drift = self._drift(give.step) if part == 0 else None
+                request = PreviewsRequest.model_validate({**body, **identity, "drift": drift})
+                num_prompts = len(request.prompts) + (len(drift.prompts) if drift else 0)
+                answered = self._ask(request, part, self.setup.timeout_s * num_prompts)
+                found = answered if found is None else _joined(found, answered)
         except TooSlowError:
             tries.slow += 1
             raise
+        assert found is not None, "previews are always asked for"
         tries.times = {
             "hash_s": hashed - started,
             "push_s": sent - hashed,
@@ -243,16 +249,16 @@ class Publisher:
         }
         return pushed.weights_id, found
 
-    def _ask(self, request: PreviewsRequest, timeout_s: float) -> PreviewsResult:
+    def _ask(self, request: PreviewsRequest, part: int, timeout_s: float) -> PreviewsResult:
         """Previews, without drift where the server does not know it: an older one refuses it."""
         try:
-            return self.client.previews(request, timeout_s=timeout_s)
+            return self.client.previews(request, part=part, timeout_s=timeout_s)
         except RefusedError as error:
             if request.drift is None or error.status != UNPROCESSABLE:
                 raise
             self.drift_refusal = f"the preview server refuses to measure it ({error})"
             plain = request.model_copy(update={"drift": None})
-            return self.client.previews(plain, timeout_s=timeout_s)
+            return self.client.previews(plain, part=part, timeout_s=timeout_s)
 
     def _drift(self, step: int) -> DriftRequest | None:
         """What is asked of drift: at step 0 for the base answers, later by them."""
@@ -355,6 +361,17 @@ class Publisher:
         except queue.Empty:
             return None
         return command if isinstance(command, Give) else None
+
+
+def _joined(one: PreviewsResult, other: PreviewsResult) -> PreviewsResult:
+    """The answers of two batches under the same weights; the canary is the first one's."""
+    scores = [answers.golden_logprobs or [None] * len(answers.results) for answers in (one, other)]
+    return one.model_copy(
+        update={
+            "results": [*one.results, *other.results],
+            "golden_logprobs": [*scores[0], *scores[1]],
+        }
+    )
 
 
 def read_commands(stream: IO[bytes], commands: queue.Queue[Any], folder: str) -> None:

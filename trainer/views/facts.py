@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.views.run_reader import RunReader
+from trainer.views.score_words import figure_rows
 from trainer.views.words import drift_summary_words, duration_words
 
 
@@ -25,6 +26,7 @@ def live_figures(reader: RunReader) -> list[tuple[str, str]]:
     rows.append(("learning rate", _number(metrics.newest("learning_rate"), "{:.2e}")))
     rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
     rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
+    rows += figure_rows(metrics.newest_scores())
     accuracy = reader.previews.accuracy()
     if accuracy:
         step = max(accuracy)
@@ -86,6 +88,7 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
 def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
     """Accuracy, the final evaluation, and what previews cost."""
     rows = [("previews", accuracy_words(reader))]
+    rows += figure_rows(reader.metrics.newest_scores())
     summary = reader.status.summary if reader.status is not None else {}
     rows += final_figures(reader)
     rows.append(("drift from the answers before training", drift_summary_words(summary) or ""))
@@ -101,9 +104,12 @@ def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
 
 
 def final_figures(reader: RunReader) -> list[tuple[str, str]]:
-    """The score of the final evaluation, such as `99.0 % (198/200)`; none where there was none."""
+    """The scores of the final evaluation, such as `99.0 % (198/200)`; none where there was none."""
     final = reader.final_evaluation
-    return [("exact match, final evaluation", final.score_words)] if final is not None else []
+    if final is None:
+        return []
+    rows = [(f"{label}, final evaluation", value) for label, value in final.figure_rows]
+    return [("exact match, final evaluation", final.score_words), *rows]
 
 
 def _number(value: float, form: str) -> str:
@@ -246,12 +252,19 @@ def _accuracy_alerts(reader: RunReader) -> list[Alert]:
     last = max(shares)
     best = max(shares, key=lambda step: (shares[step], -step))
     found = []
-    if shares[last] < shares[best] - ACCURACY_DROP:
+    now, before = (
+        {one.prompt_id or one.prompt: one.matches for one in reader.previews.of_step(step)}
+        for step in (last, best)
+    )
+    # The same prompts: one that had no answer before must not look like a loss of the others.
+    common = [key for key in now if None not in (now[key], before.get(key))]
+    right, were_right = (sum(map(bool, map(one.get, common))) for one in (now, before))
+    if common and right < were_right - ACCURACY_DROP * len(common):
         found.append(
             Alert(
                 "warning",
-                f"accuracy falls: {100 * shares[last]:.0f} % of the previews match at step {last}, "
-                f"{100 * shares[best]:.0f} % did at step {best}",
+                f"accuracy falls: {100 * right / len(common):.0f} % of the previews match at step "
+                f"{last}, {100 * were_right / len(common):.0f} % did at step {best}",
             )
         )
     lost = [one for one in reader.previews.timelines.values() if one.is_lost()]

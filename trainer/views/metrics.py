@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
+
+from trainer.monitoring.events import ScoresDone
+from trainer.scores.figures import ScoreFigure
+from trainer.views.score_words import curve_name, shown_figures
 
 WIDTH, HEIGHT = 760, 260
 
@@ -219,6 +224,18 @@ class DriftPoint:
     worst_prompt: str
 
 
+def scores_of_line(row: Mapping[str, Any]) -> ScoresDone | None:
+    """The means that a line of metrics.jsonl tells; None where it is no such line."""
+    source, figures = row.get("source"), row.get("figures")
+    if source not in ("previews", "evaluation") or not isinstance(figures, list):
+        return None
+    try:
+        found = tuple(ScoreFigure.model_validate(one) for one in figures)
+    except ValidationError:
+        return None
+    return ScoresDone(step=row["step"], source=source, figures=found)
+
+
 class MetricsTable:
     """Steps and evaluations in the order of the file; a value that is missing is NaN."""
 
@@ -232,6 +249,8 @@ class MetricsTable:
         self.columns: dict[str, array[float]] = {name: array("d") for name in COLUMNS}
         self.evaluations: list[EvaluationPoint] = []
         self.drifts: list[DriftPoint] = []
+        self.scores: dict[str, dict[int, ScoresDone]] = {}
+        """Source -> step -> means of what its prompts were answered."""
         self.non_finite: dict[int, str] = {}
         """Step -> what was not finite in it, such as `train_loss nan`; the first hundred."""
         self._is_sorted = True
@@ -258,6 +277,10 @@ class MetricsTable:
             changed, of = (one if isinstance(one, int) else 0 for one in counts)
             prompt = str(row.get("worst_prompt") or "")
             self.drifts.append(DriftPoint(step, _number(row.get("kl")), changed, of, prompt))
+        elif kind == "ScoresDone":
+            found = scores_of_line(row)
+            if found is not None:
+                self.scores.setdefault(found.source, {})[step] = found
 
     def add_steps(self, rows: list[dict[str, Any]]) -> None:
         """Take many StepDone lines at once: the same as `add` on each, several times faster."""
@@ -288,6 +311,10 @@ class MetricsTable:
         self.evaluations = [one for one in self.evaluations if one.step <= step]
         self.drifts = [one for one in self.drifts if one.step <= step]
         self.non_finite = {at: text for at, text in self.non_finite.items() if at <= step}
+        self.scores = {
+            source: {at: one for at, one in found.items() if at <= step}
+            for source, found in self.scores.items()
+        }
         if self._is_sorted:
             keep: Any = slice(0, int(np.searchsorted(self.steps, step, side="right")))
             if keep.stop == len(self.steps):
@@ -303,6 +330,21 @@ class MetricsTable:
     def drift_points(self) -> list[tuple[int, float]]:
         """(step, nats per token) of what was measured."""
         return [(one.step, one.kl) for one in self.drifts if math.isfinite(one.kl)]
+
+    def newest_scores(self) -> list[ScoresDone]:
+        """The newest means of each source."""
+        return [found[max(found)] for found in self.scores.values() if found]
+
+    def score_curves(self) -> dict[str, list[tuple[float, float]]]:
+        """Curve of each figure that is a share, in percent, by its source and name."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for source, found in self.scores.items():
+            for step in sorted(found):
+                for figure in shown_figures(found[step].figures):
+                    if figure.is_share:
+                        name = curve_name(source, figure.name)
+                        curves.setdefault(name, []).append((float(step), 100 * figure.mean))
+        return curves
 
     def has(self, name: str) -> bool:
         """Whether a column has a value."""

@@ -35,6 +35,7 @@ from trainer.views.metrics import (
     make_chart,
 )
 from trainer.views.run_reader import MANIFEST_NAME, ORIGINS_NAME, RunReader, config_rows
+from trainer.views.score_words import certainty_words, curve_name, value_words
 from trainer.views.timeline import (
     MARK_WORDS,
     Piece,
@@ -73,6 +74,7 @@ class Answer:
     previous: Sequence[Piece] | None
     facts: Sequence[str]
     knows: str | None
+    """Whether the weights of `last_step` know the golden answer, as its tokens say."""
     tokens: Sequence[Any] = field(default_factory=tuple)
 
     @property
@@ -111,6 +113,7 @@ def render_report(reader: RunReader) -> str:
         timelines=[(line, *_answers(line)) for line in _lines(book)],
         evaluations=reader.metrics.evaluations,
         accuracy=book.accuracy(),
+        scores=_scores(reader.metrics),
         first_answers=book.of_step(0),
         card=card_rows(reader.manifest),
         sample=card_sample(reader.manifest),
@@ -163,6 +166,10 @@ def charts_of(reader: RunReader) -> list[Chart]:
             "nats per token",
             [("drift", "extra", metrics.drift_points())],
         ),
+        *(
+            make_chart(name, "%", [(name, "extra", points)])
+            for name, points in metrics.score_curves().items()
+        ),
     ]
     for name, title, unit in (
         ("learning_rate", "learning rate", ""),
@@ -175,6 +182,22 @@ def charts_of(reader: RunReader) -> list[Chart]:
             make_chart(title, unit, [(title, "train", points)], can_be_log=name == "grad_norm")
         )
     return [chart for chart in found if chart is not None]
+
+
+def _scores(metrics: MetricsTable) -> list[tuple[int, str, str, str, int]]:
+    """(step, score, mean, interval and differences, prompts) of every mean, the newest first."""
+    return [
+        (
+            step,
+            curve_name(source, figure.name),
+            value_words(figure.mean, is_share=figure.is_share),
+            certainty_words(figure),
+            figure.num_prompts,
+        )
+        for source, found in metrics.scores.items()
+        for step in sorted(found, reverse=True)
+        for figure in found[step].figures
+    ]
 
 
 def _evaluations(metrics: MetricsTable) -> list[tuple[float, float]]:
@@ -198,8 +221,8 @@ def _answers(line: Timeline) -> tuple[list[Answer], int]:
             golden=line.golden_diff(group[0]),
             previous=line.previous_diff(group[0]),
             facts=facts_of(line[group[0]]),
-            knows=golden_words(line[group[0]]),
-            tokens=golden_tokens(line[group[0]]),
+            knows=golden_words(line[group[-1]]),
+            tokens=golden_tokens(line[group[-1]]),
         )
         for group in shown
     ]
@@ -209,8 +232,7 @@ def _answers(line: Timeline) -> tuple[list[Answer], int]:
 def _is_same(one: PreviewResult, other: PreviewResult) -> bool:
     """Whether two answers tell the reader the same."""
     names = ("text", "raw_text", "matches", "health", "finish_reason", "error_message", "weights")
-    is_measured = one.golden_logprobs or other.golden_logprobs
-    return not is_measured and all(getattr(one, name) == getattr(other, name) for name in names)
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _config(reader: RunReader) -> list[tuple[str, str, str]]:

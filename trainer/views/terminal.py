@@ -23,11 +23,13 @@ from trainer.monitoring.events import (
     PreviewsDone,
     RunEnded,
     RunStarted,
+    ScoresDone,
     StepDone,
     json_line,
     plain_values,
     printable,
 )
+from trainer.views.score_words import scores_words
 from trainer.views.words import (
     ANSWER_CHARS,
     NOTICE_CHARS,
@@ -173,6 +175,8 @@ class PlainDisplay(_Display):
                 line(drift_words(event))
             case PreviewsDone():
                 self._write_previews(event)
+            case ScoresDone():
+                line(scores_words(event))
             case CheckpointSaved():
                 line(checkpoint_words(event))
             case Notice():

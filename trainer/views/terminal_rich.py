@@ -33,11 +33,13 @@ from trainer.monitoring.events import (
     PreviewsDone,
     RunEnded,
     RunStarted,
+    ScoresDone,
     StepDone,
     printable,
 )
 from trainer.monitoring.status_schema import SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult
+from trainer.views.score_words import score_lines
 from trainer.views.words import (
     checkpoint_words,
     closing_words,
@@ -64,6 +66,8 @@ HEADER_ROWS = 5
 
 MAX_TEXT_ROWS = 4
 
+MAX_SCORE_ROWS = 6
+
 STATE_STYLES = {
     "loading": "bold cyan",
     "training": "bold cyan",
@@ -88,6 +92,7 @@ class LiveView:
         self.evaluation: EvaluationDone | None = None
         self.previews: PreviewsDone | None = None
         self.drift: DriftMeasured | None = None
+        self.scores: dict[str, ScoresDone] = {}
         self.end: RunEnded | None = None
         self._history = MatchHistory()
         self._phase_at = self._step_at = clock()
@@ -112,6 +117,10 @@ class LiveView:
         self._history.add(event.results)
         self.previews = event
 
+    def set_scores(self, event: ScoresDone) -> None:
+        """The newest means of the previews, or of the evaluation prompts."""
+        self.scores = {**self.scores, event.source: event}
+
     def set_end(self, event: RunEnded) -> None:
         """The run is over; the view no longer moves."""
         self.end, self.phase = event, None
@@ -131,7 +140,10 @@ class LiveView:
         if self.previews is not None:
             yield Text()
             yield _one_line(self._preview_title(self.previews))
-            rows = console.size.height - HEADER_ROWS - 1 - (self.drift is not None)
+            figures = [line for event in self.scores.values() for line in score_lines(event)]
+            figures = figures[:MAX_SCORE_ROWS]
+            yield from (_one_line(Text(line)) for line in figures)
+            rows = console.size.height - HEADER_ROWS - 1 - len(figures) - (self.drift is not None)
             yield from preview_lines(self.previews.results, options.max_width, rows)
 
     def _headline(self, console: Console, is_ascii: bool) -> Text:
@@ -373,6 +385,8 @@ class RichDisplay:
                 view.set_previews(event)
             case DriftMeasured():
                 view.drift = event
+            case ScoresDone():
+                view.set_scores(event)
             case CheckpointSaved():
                 self._print(checkpoint_words(event), "dim")
             case Notice():

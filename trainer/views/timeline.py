@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult
+from trainer.scores.figures import ScoreFigure
+from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
 from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED
 from trainer.views.words import mark_of as sign_of
 
@@ -346,6 +348,8 @@ class FinalEvaluation:
     num_prompts: int
     wrong: tuple[PreviewResult, ...]
     """Answers that do not match golden, prompts without an answer among them, in file order."""
+    figures: tuple[ScoreFigure, ...]
+    """Means of the scores, and of the probability of golden tokens where it was measured."""
     by_word: tuple[tuple[str, int, int], ...]
     """(first word of the prompt, matched, prompts) where that word tells kinds of prompts apart."""
 
@@ -354,6 +358,14 @@ class FinalEvaluation:
         """Such as `99.0 % (198/200)`."""
         share = 100 * self.matched / max(1, self.num_prompts)
         return f"{share:.1f} % ({self.matched}/{self.num_prompts})"
+
+    @property
+    def figure_rows(self) -> list[tuple[str, str]]:
+        """(score, its mean and interval) for tables."""
+        return [
+            (label_of(one.name), f"{change_words(one)} ({interval_words(one)})")
+            for one in shown_figures(self.figures)
+        ]
 
     @property
     def by_word_words(self) -> str:
@@ -380,8 +392,16 @@ def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluat
         matched=matched,
         num_prompts=num_prompts,
         wrong=tuple(one for one in results if one.matches is not True),
+        figures=_figures(found.get("figures")),
         by_word=_by_first_word(results),
     )
+
+
+def _figures(found: Any) -> tuple[ScoreFigure, ...]:
+    try:
+        return tuple(ScoreFigure.model_validate(one) for one in found or ())
+    except (TypeError, ValidationError):
+        return ()  # runs of other versions have none
 
 
 def _results(path: Path) -> list[PreviewResult]:

@@ -21,6 +21,7 @@ from trainer.monitoring.events import (
     PreviewsDone,
     RunEnded,
     RunStarted,
+    ScoresDone,
     StepDone,
 )
 from trainer.monitoring.status_reader import (
@@ -34,6 +35,7 @@ from trainer.monitoring.status_reader import (
 )
 from trainer.monitoring.status_schema import TrainingStatus
 from trainer.preview.base import PreviewResult
+from trainer.views.metrics import scores_of_line
 from trainer.views.run_reader import RunReader
 from trainer.views.timeline import PreviewBook
 
@@ -104,7 +106,7 @@ class Follower:
         if self._is_attached:
             yield from (event for event in events if event is not None)
             return
-        for kind in (EvaluationDone, DriftMeasured, StepDone):
+        for kind in (EvaluationDone, DriftMeasured, ScoresDone, StepDone):
             newest = [event for event in events if isinstance(event, kind)][-1:]
             yield from newest
 
@@ -203,6 +205,8 @@ def _ending(status: TrainingStatus) -> RunEnded:
 
 def _metric(row: Mapping[str, Any]) -> Event | None:
     """The event of a line of metrics.jsonl; a number that JSON could not hold is NaN."""
+    if row.get("type") == "ScoresDone":
+        return scores_of_line(row)
     kind: Any = METRIC_EVENTS.get(str(row.get("type")))
     if kind is None:
         return None

@@ -41,18 +41,28 @@ def mark_of(result: PreviewResult) -> str:
 
 
 def remarks_of(result: PreviewResult) -> str:
-    """What a preview needs said beside it, such as `(repeats)`; "" when there is nothing."""
+    """What a preview needs said beside it, such as `(repeats, golden tokens 1.5 %)`; "" when
+    there is nothing."""
     remarks = [name.replace("_", " ") for name in result.health]
     if not result.held_out:
         remarks.insert(0, "trained on")
+    if result.golden_probability is not None:
+        remarks.append(f"golden tokens {100 * result.golden_probability:.1f} %")
+    remarks += [
+        f"{name} {'-' if value is None else f'{value:.4g}'}"
+        for name, value in result.scores.items()
+    ]
     return f"({', '.join(remarks)})" if remarks else ""
 
 
 def match_words(results: tuple[PreviewResult, ...]) -> str:
-    """Such as `3 of 4 match`."""
+    """Such as `3 of 4 match, golden tokens 16.6 %`."""
     compared = [result.matches for result in results if result.matches is not None]
     failed = sum(not result.ok for result in results)
     parts = [f"{sum(compared)} of {len(compared)} match"] if compared else []
+    known = [one.golden_probability for one in results if one.golden_probability is not None]
+    if known:
+        parts.append(f"golden tokens {100 * sum(known) / len(known):.1f} %")
     if failed:
         parts.append(f"{failed} without an answer")
     return ", ".join(parts) or "nothing to compare with"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.integration.serving import Server, running_server
+from trainer.monitoring import TrainingStatusReader
 
 pytestmark = pytest.mark.slow
 KEY = "k" * 20
@@ -61,9 +62,9 @@ def test_a_sidecar_says_what_local_previews_say_and_every_one_is_verified(
     train: Callable[..., Any], assert_same_weights: Any, tmp_path: Path, patient: None
 ) -> None:
     before = leftovers()
-    sidecar = {"preview_backend": "sidecar", "preview_golden_logprobs": True}
-    local = train("local", monitoring={"preview_golden_logprobs": True})
-    result = train("sidecar", monitoring=sidecar)
+    scores = {"scores": ["number", "f1"], "num_eval_samples": 3, "num_score_prompts": 5}
+    local = train("local", monitoring=scores)
+    result = train("sidecar", monitoring={**scores, "preview_backend": "sidecar"})
     assert result.success, result.error_message
     assert_same_weights(local.model_path, result.model_path)
     assert shown(tmp_path / "sidecar") == shown(tmp_path / "local")
@@ -73,6 +74,18 @@ def test_a_sidecar_says_what_local_previews_say_and_every_one_is_verified(
     assert [row["golden_tokens"] for row in rows] == [row["golden_tokens"] for row in ours]
     for row, mine in zip(rows, ours, strict=True):
         assert row["golden_logprobs"] == pytest.approx(mine["golden_logprobs"], abs=1e-4)
+        assert row["golden_probability"] == pytest.approx(mine["golden_probability"], abs=1e-4)
+        assert row["scores"] == mine["scores"]
+    evaluated, here = (
+        [
+            (one.step, one.prompt_id, one.text, one.scores)
+            for one in TrainingStatusReader(tmp_path / name).evaluations()
+        ]
+        for name in ("sidecar", "local")
+    )
+    assert evaluated == here
+    assert [step for step, *_ in here] == [step for step in (0, 4, 8, 12) for _ in range(5)]
+    assert result.summary["previews"]["evaluation"]["verified"] == 20
     counts = result.summary["previews"]
     assert (counts["asked"], counts["verified"], counts["failed"]) == (len(rows), len(rows), 0)
     assert leftovers() == before

@@ -182,6 +182,27 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.tracker_texts", "monitoring.inference_interval"},
     ),
     (
+        {"monitoring.score_columns": {"solution": "answer"}, "monitoring.scores": ["exact"]},
+        {"monitoring.score_columns", "monitoring.scores"},
+    ),
+    (
+        {"monitoring.scores": ["exact"], "monitoring.inference_interval": 0},
+        {"monitoring.scores", "monitoring.inference_interval"},
+    ),
+    (
+        {"monitoring.num_score_prompts": 10},
+        {"monitoring.num_score_prompts", "monitoring.scores"},
+    ),
+    (
+        {
+            "monitoring.num_score_prompts": 10,
+            "monitoring.scores": ["exact"],
+            "monitoring.preview_backend": "openai",
+            "monitoring.openai_base_url": "http://127.0.0.1/v1",
+        },
+        {"monitoring.num_score_prompts", "monitoring.preview_backend"},
+    ),
+    (
         {"lora.neftune_alpha": 5.0},
         {"lora.neftune_alpha", "hyperparams.training_mode"},
     ),

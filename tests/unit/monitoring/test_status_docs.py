@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.monitoring.events import DriftMeasured, EvaluationDone, StepDone
+from trainer.monitoring.events import DriftMeasured, EvaluationDone, ScoresDone, StepDone
 from trainer.monitoring.status_schema import (
     AccuracyStatus,
     CheckpointStatus,
@@ -19,6 +19,7 @@ from trainer.monitoring.status_schema import (
     RowStatus,
     TrainingStatus,
 )
+from trainer.scores.figures import ScoreDifference, ScoreFigure
 
 TEXT = (Path(__file__).parents[3] / "docs" / "status.md").read_text(encoding="utf-8")
 HEADINGS = {
@@ -26,6 +27,8 @@ HEADINGS = {
     "### An entry of `last_previews`": PreviewStatus,
     "### `accuracy_last_20` and `accuracy_last_50`": AccuracyStatus,
     "### `drift`": DriftStatus,
+    "### An entry of `preview_scores` and `evaluation_scores`": ScoreFigure,
+    "### `first` and `best`": ScoreDifference,
     "### `training_row`": RowStatus,
     "### `last_checkpoint`": CheckpointStatus,
     "### An entry of `notices`": NoticeStatus,
@@ -40,7 +43,7 @@ def test_every_field_has_its_row_in_order(heading):
     assert rows == list(HEADINGS[heading].model_fields)
 
 
-@pytest.mark.parametrize("event", [StepDone, EvaluationDone, DriftMeasured])
+@pytest.mark.parametrize("event", [StepDone, EvaluationDone, DriftMeasured, ScoresDone])
 def test_metrics_lines_are_described(event):
     row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
     assert row is not None

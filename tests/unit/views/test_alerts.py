@@ -97,3 +97,13 @@ def test_a_superseded_preview_is_no_fault_and_has_a_sign_of_its_own(made_up_run:
     assert texts_of(run) == []
     [line] = run.read().previews.timelines.values()
     assert [mark_of(line.of_step(step)) for step in (40, 50)] == ["=", "-"]
+
+
+def test_prompts_without_an_answer_before_are_no_loss(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(10, [True, None, None, None])
+    run.preview(20, [True, False, False, False])
+    assert texts_of(run) == []
+    run.preview(30, [False, False, False, False])
+    warning, _ = texts_of(run)
+    assert warning == "accuracy falls: 0 % of the previews match at step 30, 100 % did at step 10"

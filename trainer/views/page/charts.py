@@ -35,6 +35,8 @@ COLOURS = {
     True: {"train": "#6cb6ff", "val": "#ffa657", "extra": "#d2a8ff", "other": "#7ee2a0"},
 }
 
+SCORE_COLOURS = ("train", "val", "other")
+
 Points = Sequence[tuple[float, float]]
 
 
@@ -158,6 +160,14 @@ def match_line(name: str, reader: RunReader, colour: str) -> dict[str, Any]:
 
 
 def match_chart(reader: RunReader, *, is_dark: bool) -> dict[str, Any]:
-    """How many previews match."""
-    series = [match_line("% of previews that match", reader, COLOURS[is_dark]["extra"])]
+    """How many previews match, how likely their golden tokens are, and their scores."""
+    colours = COLOURS[is_dark]
+    series = [match_line("previews that match", reader, colours["extra"])]
+    for number, (name, points) in enumerate(reader.metrics.score_curves().items()):
+        picked = pick_points(np.array([share for _, share in points]), SMALL_POINTS)
+        colour = colours[SCORE_COLOURS[number % len(SCORE_COLOURS)]]
+        # Colours come round again: then the dashes tell curves apart.
+        style = {"type": "solid" if number < len(SCORE_COLOURS) else "dashed"}
+        shown = [points[index] for index in picked.tolist()]
+        series.append(line(name, shown, colour, dots=True, style=style))
     return chart(series, is_dark=is_dark, y_range=PERCENT)

@@ -16,6 +16,7 @@ from trainer.views.page.elements import (
     diff,
     golden_by_probability,
     mark,
+    pairs,
     text,
 )
 from trainer.views.run_reader import RunReader
@@ -40,6 +41,7 @@ MAX_OPEN = 10
 def show_final_evaluation(final: FinalEvaluation) -> None:
     """Build it here."""
     text("p", f"{final.score_words} on the held-out prompts (exact match with the golden answer).")
+    pairs(final.figure_rows)
     if final.by_word_words:
         text("p", f"By the first word of the prompt: {final.by_word_words}.")
     if not final.wrong:

@@ -120,7 +120,7 @@ class RunPage:
                 self._loss = ui.echart({"series": []})
             self._match_box = box("div")
             with self._match_box:
-                text("h3", "previews that match, %")
+                text("h3", "previews that match, golden tokens and scores, %")
                 self._matches = ui.echart({"series": []})
             self._drift_box = box("div")
             with self._drift_box:
@@ -204,7 +204,8 @@ class RunPage:
                 ),
             )
             # A frame without data only asks what is wrong with it.
-            self._match_box.set_visibility(bool(reader.previews.accuracy()))
+            has_any = bool(reader.previews.accuracy() or reader.metrics.scores)
+            self._match_box.set_visibility(has_any)
             set_options(self._matches, match_chart(reader, is_dark=is_dark))
             self._drift_box.set_visibility(bool(reader.metrics.drift_points()))
             set_options(self._drift, drift_chart(reader, is_dark=is_dark))

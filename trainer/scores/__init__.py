@@ -1,0 +1,1 @@
+"""Scores of answers: how they are computed, and what can be said of their means."""
