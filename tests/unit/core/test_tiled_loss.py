@@ -70,11 +70,16 @@ def check_tiles(model: Any, post: PostHead | None, *, weighted: bool = False) ->
     assert post is not None
     plain = supervised_loss(model, model, batch)
     plain_grad = gradients(model, plain)
-    calls = []
+    calls: list[int] = []
     head = loss.head_of(model)
-    hook = head.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    forward = head.forward
+
+    def noting(states: torch.Tensor) -> torch.Tensor:
+        calls.append(states.shape[1])
+        return forward(states)
+
+    head.forward = noting
     tiled = supervised_loss(model, model, batch, tiling=Tiling(post, 7))
-    hook.remove()
     assert max(calls[1:]) == 7
     assert len(calls) > 5
     tiled_grad = gradients(model, tiled)

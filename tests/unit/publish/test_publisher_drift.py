@@ -78,7 +78,7 @@ def test_an_older_server_is_asked_without_drift_from_then_on(publisher: Publishe
     """A server of before this question cannot be started here: its refusal is made up."""
     asked: list[PreviewsRequest] = []
 
-    def previews(request: PreviewsRequest, *, timeout_s: float) -> PreviewsResult:
+    def previews(request: PreviewsRequest, *, part: int, timeout_s: float) -> PreviewsResult:
         asked.append(request)
         if "drift" in request.model_dump(mode="json"):
             raise RefusedError("drift: Extra inputs are not permitted", 422)
@@ -89,7 +89,7 @@ def test_an_older_server_is_asked_without_drift_from_then_on(publisher: Publishe
         {**publisher.setup.previews, "run": "r", "step": 0, "weights_id": ID, "drift": None}
     )
     assert "drift" not in request.model_dump(mode="json")
-    found = publisher._ask(request.model_copy(update={"drift": publisher._drift(0)}), 1.0)
+    found = publisher._ask(request.model_copy(update={"drift": publisher._drift(0)}), 0, 1.0)
     assert len(asked) == 2
     assert "refuses to measure it" in told(publisher, 0, found.drift)["error"]
     assert publisher._drift(1) is None
