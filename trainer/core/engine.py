@@ -31,6 +31,7 @@ from trainer.core.preparation import (
     num_steps,
     open_run_folder,
 )
+from trainer.core.preview_choice import with_preview_backend
 from trainer.core.run import (
     Job,
     LoadedModel,
@@ -234,7 +235,8 @@ class TrainerEngine:
             num_steps=total,
             changes=changes,
         )
-        return with_strategy(prepared, job.observers.notice)
+        prepared = with_strategy(prepared, job.observers.notice)
+        return with_preview_backend(prepared, job.observers.notice)
 
     def _prepare_dataset(
         self, config: TrainerConfig, profile: DataProfile, tokenizer: Any

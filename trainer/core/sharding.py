@@ -7,8 +7,8 @@ training) runs on shards, on all processes alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType
@@ -74,6 +74,22 @@ def mesh_words(model: Any) -> str:
     names = mesh.mesh_dim_names or ("fsdp",)
     sizes = ", ".join(f"{name} {size}" for name, size in zip(names, mesh.shape, strict=True))
     return f"{sizes} ({mesh.device_type})"
+
+
+# ---- passes that all processes make together
+
+T = TypeVar("T")
+
+
+def dealt(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    """What this process does of work that is dealt out, and whether what it finds counts.
+
+    Every process does as many: a sharded layer is gathered by all of them at once.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for start in range(0, len(items), world):
+        is_mine = start + rank < len(items)
+        yield items[start + rank if is_mine else start], is_mine
 
 
 # ---- whole weights out of shards

@@ -134,11 +134,14 @@ class PublishedPreviews:
         with self._changed:
             slot = self._slot_for(step, is_kept=is_kept)
         if slot is None:
+            self.snapshotter.leave_out()
             return
         try:
             copied = self.snapshotter.copy(self.arenas[slot])
             value = read_later(self.canary.score()) if self.canary is not None else None
         except Exception as error:  # a preview must never stop training
+            if self.snapshotter.is_shared:
+                raise  # but other processes wait in an exchange that this one has left
             reason = self._failure(step, error)
         else:
             with self._changed:
@@ -205,6 +208,10 @@ class PublishedPreviews:
                 return
             state.last_wanted = None
         self.ask(wanted, is_kept=True)
+
+    def settle(self) -> None:
+        """Nothing is copied any more."""
+        self.snapshotter.settle()
 
     def give_up(self, reason: str) -> None:
         """Report everything that is pending as failed."""
