@@ -83,6 +83,12 @@ class PublishingRun:
     folder: RunFolder
     notice: Callable[[str, Literal["info", "warning", "error"]], None]
 
+    @property
+    def instead(self) -> str:
+        """What to set where its weights cannot be published."""
+        is_sharded = self.prepared.is_sharded
+        return f"monitoring.{'inference_interval=0' if is_sharded else 'preview_backend=local'}"
+
 
 def build_published(
     run: PublishingRun, requests: list[PreviewRequest], local: LocalPreviewBackend
@@ -98,12 +104,12 @@ def build_published(
         hasattr(run.model, "peft_config"),
     )
     if is_adapter:
-        _check_publishable(run.model, backend)
+        _check_publishable(run.model, backend, run.instead)
     transport = "dir" if backend == "sidecar" else "http"
     snapshots = _snapshotter(run.prepared, run.model)
     base = _base(run) if is_adapter else None
     room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
-    folder = arena_folder(room, run.folder.path)
+    folder = arena_folder(room, run.folder.path, instead=run.instead)
     if SHARED_MEMORY.exists() and not is_in_memory(folder):
         run.notice(
             f"previews need {room / 2**20:.0f} MiB for copies of the weights, for which "
@@ -136,7 +142,7 @@ def build_published(
         if isinstance(error, OSError):
             raise PreviewError(
                 f"previews need copies of the weights in {folder.parent}, which cannot be written "
-                f"({error.strerror}); free some room, or use monitoring.preview_backend=local."
+                f"({error.strerror}); free some room, or set {run.instead}."
             ) from error
         raise
 
@@ -170,8 +176,8 @@ def agree_on_previews(lane: Lane | None) -> bool:
         Whether they are copied. If not, the other processes have nothing to wait for.
     """
     if is_main_process():
-        is_published = isinstance(lane, PublishedPreviews)
-        paths = [str(one.path) for one in lane.arenas] if is_published else []
+        arenas = lane.arenas if isinstance(lane, PublishedPreviews) else []
+        paths = [str(one.path) for one in arenas]
         say(json.dumps(paths))
     else:
         paths = json.loads(hear())
@@ -186,7 +192,7 @@ def agree_on_previews(lane: Lane | None) -> bool:
     return True
 
 
-def _check_publishable(model: Any, backend: str) -> None:
+def _check_publishable(model: Any, backend: str, instead: str) -> None:
     """Refuse adapters that a preview server does not take.
 
     Raises:
@@ -197,7 +203,7 @@ def _check_publishable(model: Any, backend: str) -> None:
         raise ConfigError(
             f"monitoring.preview_backend={backend}: adapters of this run are on parameters of "
             f"experts ({experts[0]}), which a preview server does not take; set "
-            "preview_backend=local, or name linear layers only: "
+            f"{instead}, or name linear layers only: "
             "lora.target_modules=q_proj,k_proj,v_proj,o_proj."
         )
 
@@ -211,7 +217,8 @@ def _worker_and_setup(
     canary: Canary | None,
 ) -> tuple[Worker, dict[str, Any]]:
     """The server, and the publisher's first line."""
-    profile = _profile_for_worker(run.prepared.config.profile.name, run.prepared.profile, local)
+    name, own = run.prepared.config.profile.name, run.prepared.profile
+    profile = _profile_for_worker(name, own, local, run.instead)
     name = _run_name(run.folder.path)
     hashes = ServerHashes(
         config_hash=config_hash(run.model.config),
@@ -259,7 +266,7 @@ def profile_by_name(name: str) -> bool:
 
 
 def _profile_for_worker(
-    name: str, profile: DataProfile, local: LocalPreviewBackend
+    name: str, profile: DataProfile, local: LocalPreviewBackend, instead: str
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """Name, options and stop strings that stand for the profile on the worker.
 
@@ -274,7 +281,7 @@ def _profile_for_worker(
         raise ConfigError(
             f"profile.name={name} has logits processors, and a preview server takes profiles by "
             "name, never as code: install it as an entry point in group trainer.profiles "
-            "(docs/profiles.md), or use monitoring.preview_backend=local."
+            f"(docs/profiles.md), or set {instead}."
         )
     return "plain", {}, tuple(profile.stop_strings)
 
@@ -347,7 +354,7 @@ def _sidecar(
     if getattr(config, "auto_map", None):
         raise ConfigError(
             "monitoring.preview_backend=sidecar: this model needs code from its own folder, which "
-            "a preview server does not run; use monitoring.preview_backend=local."
+            f"a preview server does not run; set {run.instead}."
         )
     device = resolve_device(monitoring.sidecar_device)
     model_dir, weights_dir, key_file = folder / "model", folder / "weights", folder / "key"
@@ -369,9 +376,7 @@ def _sidecar(
     return worker, weights_dir
 
 
-def _canary(
-    prepared: Prepared, model: Any, requests: Sequence[PreviewRequest]
-) -> Canary | None:
+def _canary(prepared: Prepared, model: Any, requests: Sequence[PreviewRequest]) -> Canary | None:
     """Golden answers scored by this process as the worker scores them; None without any."""
     rows = canary_rows(requests)
     if not rows:

@@ -145,7 +145,7 @@ def as_received(
         for module, places in _units(model):
             changed = [one for one in places if _is_changed(one.value, sent_as)]
             if changed:
-                swap = _Swap([(one, sent_as(one.value)) for one in changed])
+                swap = _Swap(changed, sent_as)
                 # Inside the hooks of a sharded layer, which gather its weights and give them back.
                 begin = module.register_forward_pre_hook(swap.begin)
                 end = module.register_forward_hook(swap.end, prepend=True, always_call=True)
@@ -209,20 +209,22 @@ class _Place:
 class _Swap:
     """Two hooks: fp32 copies of what was sent go in before a module runs, and out behind it."""
 
-    def __init__(self, places: list[tuple[_Place, torch.dtype]]) -> None:
+    def __init__(self, places: list[_Place], sent_as: SentAs) -> None:
         self.places = places
+        # Asked of the parameters themselves: a sharded layer has others while it runs.
+        self.dtypes = [sent_as(one.value) for one in places]
 
     def begin(self, *_: Any) -> None:
-        for one, sent_as in self.places:
-            one.value = one.held[one.name]  # of a sharded layer it is there only now
-            sent = one.value.detach().to(sent_as).float()
+        for one, dtype in zip(self.places, self.dtypes, strict=True):
+            one.value = one.held[one.name]
+            sent = one.value.detach().to(dtype).float()
             # A parameter stays one: adapters of experts move what they wrap to another place and
             # back meanwhile, and take anything else for a buffer.
             is_parameter = isinstance(one.value, nn.Parameter)
             one.held[one.name] = nn.Parameter(sent, requires_grad=False) if is_parameter else sent
 
     def end(self, *_: Any) -> None:
-        for one, _ in self.places:
+        for one in self.places:
             one.held[one.name] = one.value
 
 

@@ -170,6 +170,9 @@ class PublishedPreviews:
     def _slot_for(self, step: int, *, is_kept: bool) -> int | None:
         """A slot that may be overwritten now, or why there is none."""
         state = self._state
+        if state.last_wanted not in (None, step):  # its weights are gone
+            self._finish(state.last_wanted, superseded_by=step)
+            state.last_wanted = None
         if state.dead or (state.is_open and not is_kept):
             self._finish(step, error=state.dead or state.away_error)
             return None

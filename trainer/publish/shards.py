@@ -34,11 +34,13 @@ def whole_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     It travels in `dtype`, where that is another than the tensor's own.
     """
-    part = tensor.detach()
+    part = tensor.detach().to(dtype)
     if not isinstance(part, DTensor):
-        return part.to(dtype)
+        return part
     # Shards that are kept on the host are gathered where the processes can exchange them.
-    return part.to(device=part.device_mesh.device_type, dtype=dtype).full_tensor()
+    there: Any = part.to(device=part.device_mesh.device_type)
+    whole: torch.Tensor = there.full_tensor()
+    return whole
 
 
 def shares_of(layout: Layout, owners: Sequence[int]) -> dict[int, set[str]]:

@@ -299,7 +299,9 @@ def _wait_for(event: Any, device: torch.device | None) -> None:
         event.synchronize()
 
 
-def arena_folder(size: int, run_dir: Path) -> Path:
+def arena_folder(
+    size: int, run_dir: Path, *, instead: str = "monitoring.preview_backend=local"
+) -> Path:
     """A private folder (mode 700) with room for `size` bytes: shared memory, else the run folder.
 
     Shared memory counts against the memory limit of a container, which is compared too. What
@@ -321,8 +323,7 @@ def arena_folder(size: int, run_dir: Path) -> Path:
             continue  # not there: the next one
     raise PreviewError(
         f"previews need {size / 2**20:.0f} MiB for copies of the weights, and neither "
-        f"{SHARED_MEMORY} nor {run_dir} has that room; free some, or use "
-        "monitoring.preview_backend=local."
+        f"{SHARED_MEMORY} nor {run_dir} has that room; free some, or set {instead}."
     )
 
 

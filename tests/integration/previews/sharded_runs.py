@@ -199,7 +199,7 @@ def cases(folder: Path, setup: dict[str, Any]) -> dict[str, Any]:
             config("bf16", monitoring=remote(setup, inference_interval=STEPS), **options)
         )
     with patient():
-        found["http"] = run(config("http", monitoring=remote(setup)))
+        found["http"] = run(config("http", monitoring=remote(setup, final_eval_prompts=3)))
         with failing_copies():
             found["failing"] = run(config("failing", monitoring=remote(setup)))
         with wrong_copy():

@@ -25,9 +25,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory, model: Path, server: Server
-) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, model: Path, server: Server) -> Path:
     """What each of two processes found; all runs in one start, because starting takes long."""
     folder = tmp_path_factory.mktemp("shards")
     rows = folder / "rows.jsonl"
@@ -105,6 +103,12 @@ def test_previews_are_verified_and_named_as_those_of_an_unsharded_run(
     counts = found_by(folder)[name]["previews"]
     assert counts["bytes_sent"] > 0
     assert counts["stall_ms_median"] > 0
+
+
+def test_the_final_evaluation_is_made_by_a_whole_copy(folder: Path) -> None:
+    record = json.loads((folder / "http" / "run.json").read_text())
+    found = record["summary"]["final_evaluation"]
+    assert (found["num_prompts"], found["failed"]) == (3, 0)
 
 
 def test_adapters_alone_are_published_and_verified(folder: Path) -> None:
