@@ -135,5 +135,9 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
         shell: Any = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     shell.load_state_dict(state, strict=True, assign=True)
     shell.tie_weights()
+    for name, buffer in model.named_buffers():
+        if name not in state:  # no part of the state: computed when the model is built
+            path, _, leaf = name.rpartition(".")
+            shell.get_submodule(path).register_buffer(leaf, buffer.cpu(), persistent=False)
     shell.generation_config = model.generation_config
     return shell

@@ -55,7 +55,7 @@ def config_of(folder: Path, setup: dict[str, Any], name: str, **sections: Any) -
         "preview_max_tokens": 4,
         "preview_temperature": 0.0,
         "preview_drain_timeout": 120,
-        "micro_eval_interval": 2,
+        "micro_eval_interval": 0,
         "report_to": (),
         "display": "quiet",
         **sections.pop("monitoring", {}),
