@@ -99,17 +99,15 @@ def run(config: Any, *, is_finished: bool = True) -> dict[str, Any]:
     engine = TrainerEngine()
     if is_finished:
         result = engine.run_job(config)
-        sharded = result.success
-        summary, message = result.summary["previews"], result.error_message
-    else:
-        trainer = engine.create_trainer(config)
-        sharded, message = trainer.accelerator.is_fsdp2, None
-        job = engine._job
-        engine._execute_training(trainer, config)
-        assert job is not None
-        summary = job.scheduler.summary() if job.scheduler is not None else None
-        engine.close()
-    return {"ok": sharded, "error": message, "previews": summary}
+        counts, message = result.summary["previews"], result.error_message
+        return {"exit_code": result.exit_code, "error": message, "previews": counts}
+    trainer, job = engine.create_trainer(config), engine._job
+    engine._execute_training(trainer, config)
+    assert job is not None
+    assert job.scheduler is not None
+    counts = job.scheduler.summary()
+    engine.close()
+    return {"exit_code": 0, "error": None, "previews": counts}
 
 
 def noting_shards(found: list[bool]) -> Any:

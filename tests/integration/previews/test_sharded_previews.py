@@ -150,7 +150,9 @@ def test_mutant_one_tensor_of_an_earlier_step_is_killed(folder: Path) -> None:
 def test_local_previews_that_are_asked_for_are_refused_before_anything_is_written(
     folder: Path,
 ) -> None:
-    message = found_by(folder)["local"]["error"]
+    found = found_by(folder)["local"]
+    message = found["error"]
+    assert found["exit_code"] == 2
     assert "monitoring.preview_backend=local" in message
     assert "sidecar" in message
     assert "remote_3090" in message
