@@ -55,7 +55,7 @@ def _explain(words: list[str]) -> int:
     for column in ("", "key", "value", "origin"):
         table.add_column(column, overflow="fold")
     for key, value, origin in explain_rows(loaded):
-        is_set = origin != "default"
+        is_set = not origin.startswith("default")
         style = "bold" if is_set else "dim"
         table.add_row("*" if is_set else "", key, Text(value, style), Text(origin, style))
     console = Console()

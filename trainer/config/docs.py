@@ -75,11 +75,18 @@ def as_json(config: TrainerConfig) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2)
 
 
+WITH_SHARDS = "; as distributed.strategy is fsdp2: sidecar where it fits, else no previews"
+
+
 def explain_rows(loaded: LoadedConfig) -> Iterator[tuple[str, str, str]]:
     """(key, value as JSON, origin) of every field."""
     dumped = loaded.config.model_dump(mode="json")
     for key, field in config_fields().items():
-        yield key, json.dumps(dumped[field.section][field.name]), loaded.origins[key]
+        origin = loaded.origins[key]
+        if key == "monitoring.preview_backend" and origin == "default":
+            is_sharded = loaded.config.distributed.strategy == "fsdp2"
+            origin += WITH_SHARDS if is_sharded else ""
+        yield key, json.dumps(dumped[field.section][field.name]), origin
 
 
 def starter_file() -> str:

@@ -137,9 +137,10 @@ class MonitoringConfig(Section):
     final_eval_prompts: Interval = 0
     """Held-out prompts answered after the last step and compared with golden; 0 = none."""
     preview_backend: Literal["local", "sidecar", "remote_3090", "openai"] = "local"
-    """Who generates previews: `local` (this process, training waits), `sidecar` (a process of its
-    own on this machine), `remote_3090` (a `trainer serve` on another machine; this run sends it its
-    weights) or `openai` (any OpenAI-compatible server, with the weights it has: unverified)."""
+    """Who generates previews: `local` (this process, training waits; not from sharded weights),
+    `sidecar` (a process of its own on this machine), `remote_3090` (a `trainer serve` on another
+    machine; this run sends it its weights) or `openai` (any OpenAI-compatible server, with the
+    weights it has: unverified)."""
     preview_golden_logprobs: Literal["auto", "on", "off"] = "auto"
     """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`:
     for up to 16 prompts, and never from `openai`."""

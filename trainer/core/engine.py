@@ -32,6 +32,7 @@ from trainer.core.preparation import (
     num_steps,
     open_run_folder,
 )
+from trainer.core.preview_choice import with_preview_backend
 from trainer.core.run import (
     Job,
     LoadedModel,
@@ -358,7 +359,8 @@ class _Stages:
         """The run before its weights; nothing is recorded yet."""
         prepared = self._engine._prepare(self._asked, self.job)
         agree = partial(true_for_all, timeout_s=prepared.config.distributed.timeout_s)
-        return with_strategy(prepared, self.job.observers.notice, agree=agree)
+        prepared = with_strategy(prepared, self.job.observers.notice, agree=agree)
+        return with_preview_backend(prepared, self.job.observers.notice)
 
     @cached_property
     def recorded(self) -> Prepared:

@@ -12,6 +12,7 @@ import torch
 from trainer.core.checks import tiling_of
 from trainer.core.loss import Tiling, loss_share, supervised_loss
 from trainer.core.run import Prepared
+from trainer.core.sharding import dealt
 from trainer.data.batches import EncodedDataset, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.preview.neutral import undisturbed
@@ -83,17 +84,8 @@ class Evaluator:
         return Evaluation(summed / (weight or 1.0), int(num_rows), int(num_tokens))
 
     def _share_of_batches(self) -> Iterator[tuple[list[int], bool]]:
-        """Rows of each forward pass of this process, and whether its loss counts.
-
-        Every process makes as many passes: a sharded layer is gathered by all of them at once.
-        """
-        if not self._is_shared:
-            yield from ((batch, True) for batch in self.batches)
-            return
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        for start in range(0, len(self.batches), world):
-            is_mine = start + rank < len(self.batches)
-            yield self.batches[start + rank if is_mine else start], is_mine
+        """Rows of each forward pass of this process, and whether its loss counts."""
+        return dealt(self.batches) if self._is_shared else ((b, True) for b in self.batches)
 
     def _sum(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return supervised_loss(model, model, batch, 1, tiling=self._tiling).double().cpu()

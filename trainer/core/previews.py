@@ -7,6 +7,7 @@ Previews made elsewhere get a worker, snapshots, a canary and a publisher here; 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import secrets
@@ -21,9 +22,10 @@ import torch
 from trainer.config.schema import MonitoringConfig
 from trainer.core.drift_plan import DriftPlan, plan_drift
 from trainer.core.proofs import takes_borders
-from trainer.core.run import Job, Prepared
+from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.core.scoring import build_delivery, build_evaluation, local_backend, measures_golden
+from trainer.core.sharding import dealt
 from trainer.data.rows import golden_text
 from trainer.data.template import ChatTemplate
 from trainer.errors import ConfigError, PreviewError, TemplateError
@@ -35,6 +37,7 @@ from trainer.models.precision import resolve_device
 from trainer.models.train_on import base_section
 from trainer.monitoring.delivery import deliver_drift
 from trainer.monitoring.preview_backend import create_preview_backend
+from trainer.monitoring.processes import hear, say
 from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewBackend, PreviewRequest
 from trainer.preview.http import server_key
@@ -58,6 +61,7 @@ from trainer.publish.identity import (
     config_hash,
 )
 from trainer.publish.lane import PublishedPreviews
+from trainer.publish.shards import FollowingLane, ShardSnapshotter
 from trainer.publish.snapshot import SHARED_MEMORY, Snapshotter, arena_folder, is_in_memory
 from trainer.publish.wire import PreviewPrompt, ServerHashes
 
@@ -81,6 +85,12 @@ class PublishingRun:
     notice: Callable[[str, Literal["info", "warning", "error"]], None]
     drift: DriftPlan | None = None
 
+    @property
+    def instead(self) -> str:
+        """What to set where its weights cannot be published."""
+        is_sharded = self.prepared.is_sharded
+        return f"monitoring.{'inference_interval=0' if is_sharded else 'preview_backend=local'}"
+
 
 def build_published(
     run: PublishingRun,
@@ -101,13 +111,12 @@ def build_published(
         hasattr(run.model, "peft_config"),
     )
     if is_adapter:
-        _check_publishable(run.model, backend)
+        _check_publishable(run.model, backend, run.instead)
     transport = "dir" if backend == "sidecar" else "http"
-    tensors = adapter_tensors(run.model) if is_adapter else canonical_tensors(run.model)
-    snapshots = Snapshotter(tensors, run.prepared.precision.compute_dtype, run.prepared.device)
+    snapshots = _snapshotter(run.prepared, run.model)
     base = _base(run) if is_adapter else None
     room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
-    folder = arena_folder(room, run.folder.path)
+    folder = arena_folder(room, run.folder.path, instead=run.instead)
     if SHARED_MEMORY.exists() and not is_in_memory(folder):
         run.notice(
             f"previews need {room / 2**20:.0f} MiB for copies of the weights, for which "
@@ -116,7 +125,7 @@ def build_published(
             "warning",
         )
     try:
-        canary = _canary(run, requests)
+        canary = _canary(run.prepared, run.model, requests)
         worker, setup = _worker_and_setup(run, folder, transport, requests, local, canary)
         setup["evaluation"] = _evaluation_bodies(run, setup["previews"], evaluation)
         if base is not None:
@@ -142,12 +151,57 @@ def build_published(
         if isinstance(error, OSError):
             raise PreviewError(
                 f"previews need copies of the weights in {folder.parent}, which cannot be written "
-                f"({error.strerror}); free some room, or use monitoring.preview_backend=local."
+                f"({error.strerror}); free some room, or set {run.instead}."
             ) from error
         raise
 
 
-def _check_publishable(model: Any, backend: str) -> None:
+def _snapshotter(prepared: Prepared, model: Any) -> Snapshotter:
+    """Copies of what this run trains: its weights, or its adapters."""
+    tensors_of = adapter_tensors if hasattr(model, "peft_config") else canonical_tensors
+    travel, device = prepared.precision.compute_dtype, prepared.device
+    if prepared.is_sharded:
+        return ShardSnapshotter(model, tensors_of, travel, device, say=say)
+    return Snapshotter(tensors_of(model), travel, device)
+
+
+def build_following(
+    prepared: Prepared, model: Any, requests: Sequence[PreviewRequest]
+) -> FollowingLane:
+    """The part of the other processes of a sharded run in what `build_published` makes."""
+    snapshots = _snapshotter(prepared, model)
+    canary = _canary(prepared, model, requests)
+    assert isinstance(snapshots, ShardSnapshotter), "only of a sharded run"
+    return FollowingLane(snapshots, hear, canary.score if canary is not None else None)
+
+
+def agree_on_previews(lane: Lane | None) -> bool:
+    """Have all processes of a sharded run know whether its weights are copied, and who copies what.
+
+    Only the main process has looked whether there is room for copies. The processes of its machine
+    write into its arenas; those of other machines only take part in the gathers.
+
+    Returns:
+        Whether they are copied. If not, the other processes have nothing to wait for.
+    """
+    if is_main_process():
+        arenas = lane.arenas if isinstance(lane, PublishedPreviews) else []
+        paths = [str(one.path) for one in arenas]
+        say(json.dumps(paths))
+    else:
+        paths = json.loads(hear())
+    if not paths:
+        return False
+    assert isinstance(lane, PublishedPreviews | FollowingLane), "every process is ready for it"
+    snapshots = lane.snapshotter
+    assert isinstance(snapshots, ShardSnapshotter), "of a sharded run"
+    if not is_main_process() and os.environ["RANK"] == os.environ["LOCAL_RANK"]:
+        snapshots.open_arenas([Path(path) for path in paths])
+    snapshots.share_out()
+    return True
+
+
+def _check_publishable(model: Any, backend: str, instead: str) -> None:
     """Refuse adapters that a preview server does not take.
 
     Raises:
@@ -158,7 +212,7 @@ def _check_publishable(model: Any, backend: str) -> None:
         raise ConfigError(
             f"monitoring.preview_backend={backend}: adapters of this run are on parameters of "
             f"experts ({experts[0]}), which a preview server does not take; set "
-            "preview_backend=local, or name linear layers only: "
+            f"{instead}, or name linear layers only: "
             "lora.target_modules=q_proj,k_proj,v_proj,o_proj."
         )
 
@@ -172,7 +226,8 @@ def _worker_and_setup(
     canary: Canary | None,
 ) -> tuple[Worker, dict[str, Any]]:
     """The server, and the publisher's first line."""
-    profile = _profile_for_worker(run.prepared.config.profile.name, run.prepared.profile, local)
+    name, own = run.prepared.config.profile.name, run.prepared.profile
+    profile = _profile_for_worker(name, own, local, run.instead)
     name = _run_name(run.folder.path)
     hashes = ServerHashes(
         config_hash=config_hash(run.model.config),
@@ -216,8 +271,13 @@ def _run_name(path: Path) -> str:
     return f"{words or 'run'}-{secrets.token_hex(4)}"
 
 
+def profile_by_name(name: str) -> bool:
+    """Whether a preview server knows a profile by its name, and needs no code of the user's."""
+    return ":" not in name and name in known_profiles()
+
+
 def _profile_for_worker(
-    name: str, profile: DataProfile, local: LocalPreviewBackend
+    name: str, profile: DataProfile, local: LocalPreviewBackend, instead: str
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """Name, options and stop strings that stand for the profile on the worker.
 
@@ -225,14 +285,14 @@ def _profile_for_worker(
         ConfigError: it has code that a worker would have to run and does not know by name.
     """
     options = dict(profile.options)
-    if ":" not in name and name in known_profiles():
+    if profile_by_name(name):
         return name, options, ()
     stop_ids = local.settings.stop_ids
     if profile.logits_processors(local.tokenizer, stop_ids=stop_ids):
         raise ConfigError(
             f"profile.name={name} has logits processors, and a preview server takes profiles by "
             "name, never as code: install it as an entry point in group trainer.profiles "
-            "(docs/profiles.md), or use monitoring.preview_backend=local."
+            f"(docs/profiles.md), or set {instead}."
         )
     return "plain", {}, tuple(profile.stop_strings)
 
@@ -305,7 +365,7 @@ def _sidecar(
     if getattr(config, "auto_map", None):
         raise ConfigError(
             "monitoring.preview_backend=sidecar: this model needs code from its own folder, which "
-            "a preview server does not run; use monitoring.preview_backend=local."
+            f"a preview server does not run; set {run.instead}."
         )
     device = resolve_device(monitoring.sidecar_device)
     model_dir, weights_dir, key_file = folder / "model", folder / "weights", folder / "key"
@@ -327,22 +387,23 @@ def _sidecar(
     return worker, weights_dir
 
 
-def _canary(run: PublishingRun, requests: Sequence[PreviewRequest]) -> Canary | None:
+def _canary(prepared: Prepared, model: Any, requests: Sequence[PreviewRequest]) -> Canary | None:
     """Golden answers scored by this process as the worker scores them; None without any."""
     rows = canary_rows(requests)
     if not rows:
         return None
-    model = run.model
     pairs = [
         (requests[row].prompt_token_ids or (), requests[row].golden_token_ids or ()) for row in rows
     ]
-    sent_as = _sent_as(run)
     # The one kind of kernel that cannot compute in fp32; `auto` may still take it.
-    is_flash = takes_borders(model) or bool(run.prepared.attention.candidates)
-    autocast = run.prepared.precision.autocast_dtype if is_flash else None
+    is_flash = takes_borders(model) or bool(prepared.attention.candidates)
+    autocast = prepared.precision.autocast_dtype if is_flash else None
 
     def score() -> torch.Tensor:
-        with as_received(model, sent_as, autocast=autocast):
+        # Asked for anew: sharding puts other parameters in the place of those of a whole model.
+        with as_received(model, _sent_as(prepared, model), autocast=autocast):
+            if prepared.is_sharded:
+                return _score_together(model, pairs)
             scores = [golden_logprobs(model, prompt, golden) for prompt, golden in pairs]
             return torch.cat(scores).sum()
 
@@ -350,12 +411,25 @@ def _canary(run: PublishingRun, requests: Sequence[PreviewRequest]) -> Canary | 
     return Canary(rows, num_tokens, NOISE_FP32 if autocast is None else NOISE_HALF, score)
 
 
-def _sent_as(run: PublishingRun) -> SentAs:
+def _score_together(
+    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> torch.Tensor:
+    """The sum over all pairs, of which each process scores its share; alike on all."""
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for (prompt, golden), is_mine in dealt(pairs):
+        found = golden_logprobs(model, prompt, golden).sum()
+        if is_mine:
+            total = total + found
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def _sent_as(prepared: Prepared, model: Any) -> SentAs:
     """In which dtype each tensor travels; the frozen base of adapters goes as it was loaded."""
-    travel, loaded = run.prepared.precision.compute_dtype, run.prepared.precision.load_dtype
-    if not hasattr(run.model, "peft_config"):
+    travel, loaded = prepared.precision.compute_dtype, prepared.precision.load_dtype
+    if not hasattr(model, "peft_config"):
         return lambda tensor: travel
-    trained = {id(tensor) for tensor in adapter_tensors(run.model).values()}
+    trained = {id(tensor) for tensor in adapter_tensors(model).values()}
     return lambda tensor: travel if id(tensor) in trained else loaded
 
 
@@ -420,9 +494,13 @@ PUBLISHED = ("sidecar", "remote_3090")
 
 
 def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewScheduler | None:
-    """The configured backend with the run's fixed prompts; None where previews are off."""
-    monitoring = prepared.config.monitoring
-    if not monitoring.inference_interval:
+    """The configured backend with the run's fixed prompts; None where previews are off.
+
+    On the main process; on the others too where its snapshots need all of them.
+    """
+    monitoring, is_main = prepared.config.monitoring, is_main_process()
+    is_shared = prepared.is_sharded and monitoring.preview_backend in PUBLISHED
+    if not monitoring.inference_interval or not (is_main or is_shared):
         return None
     requests = list(prepared.data.preview_prompts)
     local = local_backend(prepared, model, len(requests) + len(monitoring.preview_prompts))
@@ -437,7 +515,9 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
     ]
     drift = plan_drift(job, prepared, local)
     backend: PreviewBackend | Lane = local
-    if monitoring.preview_backend == "openai":
+    if not is_main:
+        backend = build_following(prepared, model, requests)
+    elif monitoring.preview_backend == "openai":
         backend = openai_backend(prepared, job.observers.notice)
         how = "the exact ids of training" if backend.takes_ids else "whole conversations"
         job.observers.notice(

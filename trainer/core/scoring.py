@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.config.schema import MonitoringConfig
-from trainer.core.run import Job, Prepared
+from trainer.core.run import Job, Prepared, is_main_process
 from trainer.files import append_lines
 from trainer.models.load import context_length
 from trainer.monitoring.delivery import Delivery, Source
@@ -100,7 +100,8 @@ def build_delivery(job: Job, prepared: Prepared, requests: Sequence[PreviewReque
 
     return Delivery(
         job.observers,
-        scorer=build_scorer(job, prepared.config.monitoring),
+        # Other processes take part in copies of the weights only.
+        scorer=build_scorer(job, prepared.config.monitoring) if is_main_process() else None,
         requests=requests,
         known=known,
         keep=keep,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType
@@ -104,6 +104,22 @@ def mesh_words(model: Any) -> str:
     return f"{sizes} ({mesh.device_type})"
 
 
+# ---- passes that all processes make together
+
+T = TypeVar("T")
+
+
+def dealt(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    """What this process does of work that is dealt out, and whether what it finds counts.
+
+    Every process does as many: a sharded layer is gathered by all of them at once.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for start in range(0, len(items), world):
+        is_mine = start + rank < len(items)
+        yield items[start + rank if is_mine else start], is_mine
+
+
 # ---- whole weights out of shards
 
 
@@ -147,6 +163,10 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
         shell: Any = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     shell.load_state_dict(state, strict=True, assign=True)
     shell.tie_weights()
+    for name, buffer in model.named_buffers():
+        if name not in state:  # no part of the state: computed when the model is built
+            path, _, leaf = name.rpartition(".")
+            shell.get_submodule(path).register_buffer(leaf, buffer.cpu(), persistent=False)
     shell.generation_config = model.generation_config
     return shell
 

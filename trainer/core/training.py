@@ -25,7 +25,7 @@ from trainer.core.fused_loss import with_kernel
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
-from trainer.core.previews import build_scheduler
+from trainer.core.previews import agree_on_previews, build_scheduler
 from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_batches, needs_mask
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
@@ -62,7 +62,7 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
     """
     config, data = prepared.config, prepared.data
     order, observers = epoch_order(config, data), job.observers
-    scheduler = build_scheduler(job, prepared, loaded.model) if is_main_process() else None
+    scheduler = build_scheduler(job, prepared, loaded.model)
     if scheduler is not None:
         job.on_close("previews", scheduler.close)
     job.monitor = LiveMonitorCallback(
@@ -178,6 +178,9 @@ def assemble_trainer(
         shard(trainer, prepared.precision)
         processes = prepared.strategy.as_json(mesh_words(trainer.model))
         _update_record(job, {"processes": processes})
+        is_published = agree_on_previews(job.scheduler.lane if job.scheduler else None)
+        if not (is_published or is_main_process()):
+            job.monitor.previews = None
     if job.scheduler is not None and isinstance(job.scheduler.lane, PublishedPreviews):
         job.scheduler.lane.snapshotter.guard(trainer.optimizer)
     trainer.remove_callback(PrinterCallback)  # it prints dicts into the terminal view
@@ -384,12 +387,12 @@ def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
 
 def _drain_previews(job: Job, scheduler: PreviewScheduler, timeout_s: float) -> None:
     """Wait for previews that are made elsewhere; a signal ends the wait, not the run's end."""
-    if not scheduler.is_pending:
-        return
-    job.observers.phase("training", "waiting for the last previews")
-    started = time.perf_counter()
-    scheduler.drain(timeout_s, should_stop=lambda: job.stop.is_signalled)
-    job.durations_s["preview_drain"] = time.perf_counter() - started
+    if scheduler.is_pending:
+        job.observers.phase("training", "waiting for the last previews")
+        started = time.perf_counter()
+        scheduler.drain(timeout_s, should_stop=lambda: job.stop.is_signalled)
+        job.durations_s["preview_drain"] = time.perf_counter() - started
+    scheduler.lane.settle()
 
 
 def check_weights_moved(num_steps: int, num_overflows: int) -> None:

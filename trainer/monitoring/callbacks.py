@@ -224,7 +224,10 @@ class MicroEvaluation:
 
 
 class Previews:
-    """Has previews made at the steps where they are due, and says when training waits for them."""
+    """Has previews made at the steps where they are due, and says when training waits for them.
+
+    The main process has it, and the others where they have a part in the copies of the weights.
+    """
 
     def __init__(
         self, scheduler: PreviewScheduler, observers: Observers, *, max_tokens: int
@@ -299,8 +302,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         """Step 0: what the model says before it is trained."""
         if state.is_world_process_zero:
             self.report.begin(args, state, kwargs)
-            if self.previews is not None and state.global_step == 0:
-                self.previews.make(0, is_last=False)
+        if self.previews is not None and state.global_step == 0:
+            self.previews.make(0, is_last=False)
         wait_for_main()
         self._step_started = time.perf_counter()
 
@@ -315,7 +318,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         if self.evaluation is not None and not asked.by_signal:
             is_over, is_best = self._measure(kwargs.get("model"), step, is_main, is_last=is_last)
             is_last = is_last or is_over
-        if is_main and self.previews is not None:
+        if self.previews is not None:
             # A signal leaves no time: the previews of the last weights are not made.
             is_end = is_last and not asked.by_signal
             self.previews.make(step, is_last=is_end, is_wanted=asked.preview)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,9 @@ MAX_PAUSE_S = 0.2
 
 KEY = "trainer/main"
 
-_numbers, _questions = itertools.count(), itertools.count()
+WORDS = "trainer/word"
+
+_numbers, _questions, _words = itertools.count(), itertools.count(), itertools.count()
 """Every process passes the same places in the same order, so that equal numbers are one place."""
 
 STORE_TIMEOUT_S = 300
@@ -94,13 +97,33 @@ def wait_for_main() -> None:
     state = PartialState()
     if state.num_processes == 1 or not torch.distributed.is_initialized():
         return
-    # Private, but the one store that is there whoever has started the processes.
-    store = torch.distributed.distributed_c10d._get_default_store()
-    number, pause_s = next(_numbers), 0.001
+    store, number = _store(), next(_numbers)
     if state.is_main_process:
         store.set(KEY, str(number))
         return
-    # Not the store's own `wait`, in which no signal would be heard.
-    while not store.check([KEY]) or int(store.get(KEY)) < number:
+    _wait_until(lambda: store.check([KEY]) and int(store.get(KEY)) >= number)
+
+
+def say(word: str) -> None:
+    """Tell all other processes, each of which hears it once; of the main process."""
+    _store().set(f"{WORDS}/{next(_words)}", word)
+
+
+def hear() -> str:
+    """The next word of the main process, however long it takes."""
+    store, key = _store(), f"{WORDS}/{next(_words)}"
+    _wait_until(lambda: store.check([key]))
+    return str(store.get(key).decode())
+
+
+def _store() -> Any:
+    # Private, but the one store that is there whoever has started the processes.
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    """Look now and then: in the store's own `wait` no signal would be heard."""
+    pause_s = 0.001
+    while not is_so():
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, MAX_PAUSE_S)

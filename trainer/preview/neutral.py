@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -127,7 +128,8 @@ def as_received(
     The training process computes otherwise: its weights are not rounded or stay in half precision,
     and accelerate has put autocast inside `model.forward`. Each layer gets its rounded fp32 weights
     only while it runs, so that no second copy of the model is made; the parameters themselves are
-    not touched.
+    not touched. Of a sharded model they are what its own forward pass has gathered for the layer,
+    and all processes run that pass together.
 
     Args:
         autocast: compute in this dtype after all, for attention kernels that take nothing wider.
@@ -137,15 +139,34 @@ def as_received(
         contextlib.ExitStack() as hooks,
         _own_forward(model),
         _products_of_quantized(model, autocast or torch.float32),
+        _inputs_uncast(model),
         torch.autocast(device, dtype=autocast, enabled=autocast is not None),
     ):
         for module, places in _units(model):
             changed = [one for one in places if _is_changed(one.value, sent_as)]
             if changed:
                 swap = _Swap(changed, sent_as)
-                hooks.callback(module.register_forward_pre_hook(swap.begin).remove)
-                hooks.callback(module.register_forward_hook(swap.end, always_call=True).remove)
+                # Inside the hooks of a sharded layer, which gather its weights and give them back.
+                begin = module.register_forward_pre_hook(swap.begin)
+                end = module.register_forward_hook(swap.end, prepend=True, always_call=True)
+                hooks.callback(begin.remove)
+                hooks.callback(end.remove)
         yield
+
+
+@contextlib.contextmanager
+def _inputs_uncast(model: Any) -> Iterator[None]:
+    """Have the layers of a sharded model take what they are given, not round it first."""
+    # Private, as FSDP offers no other way to change its policy for one pass.
+    states = [one._get_fsdp_state() for one in model.modules() if isinstance(one, FSDPModule)]
+    before = [state._mp_policy for state in states]
+    for state in states:
+        state._mp_policy = dataclasses.replace(state._mp_policy, cast_forward_inputs=False)
+    try:
+        yield
+    finally:
+        for state, own in zip(states, before, strict=True):
+            state._mp_policy = own
 
 
 @contextlib.contextmanager
@@ -189,11 +210,14 @@ class _Swap:
     """Two hooks: fp32 copies of what was sent go in before a module runs, and out behind it."""
 
     def __init__(self, places: list[_Place], sent_as: SentAs) -> None:
-        self.places, self.sent_as = places, sent_as
+        self.places = places
+        # Asked of the parameters themselves: a sharded layer has others while it runs.
+        self.dtypes = [sent_as(one.value) for one in places]
 
     def begin(self, *_: Any) -> None:
-        for one in self.places:
-            sent = one.value.detach().to(self.sent_as(one.value)).float()
+        for one, dtype in zip(self.places, self.dtypes, strict=True):
+            one.value = one.held[one.name]
+            sent = one.value.detach().to(dtype).float()
             # A parameter stays one: adapters of experts move what they wrap to another place and
             # back meanwhile, and take anything else for a buffer.
             is_parameter = isinstance(one.value, nn.Parameter)

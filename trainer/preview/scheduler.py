@@ -86,6 +86,10 @@ class Lane(Protocol):
         """Wait until something may have changed; called by the training thread at the end."""
         ...
 
+    def settle(self) -> None:
+        """No step is asked for any more, and none is waited for."""
+        ...
+
     def give_up(self, reason: str) -> None:
         """Finish what is pending with this error."""
         ...
@@ -455,6 +459,9 @@ class InlineLane:
     def wait(self, timeout_s: float) -> None:
         """Nothing to wait for."""
 
+    def settle(self) -> None:
+        """Nothing to part with."""
+
     def give_up(self, reason: str) -> None:
         """Nothing to give up."""
 
@@ -504,6 +511,9 @@ class ThreadLane:
         """Wait for the thread."""
         with self._changed:
             self._changed.wait(timeout_s)
+
+    def settle(self) -> None:
+        """Nothing to part with."""
 
     def give_up(self, reason: str) -> None:
         """Fail what is pending; an answer that still comes is left aside."""

@@ -141,11 +141,14 @@ class PublishedPreviews:
         with self._changed:
             slot = self._slot_for(step, is_kept=is_kept)
         if slot is None:
+            self.snapshotter.leave_out()
             return
         try:
             copied = self.snapshotter.copy(self.arenas[slot])
             value = read_later(self.canary.score()) if self.canary is not None else None
         except Exception as error:  # a preview must never stop training
+            if self.snapshotter.is_shared:
+                raise  # but other processes wait in an exchange that this one has left
             reason = self._failure(step, error)
         else:
             with self._changed:
@@ -174,6 +177,9 @@ class PublishedPreviews:
     def _slot_for(self, step: int, *, is_kept: bool) -> int | None:
         """A slot that may be overwritten now, or why there is none."""
         state = self._state
+        if state.last_wanted not in (None, step):  # its weights are gone
+            self._finish(state.last_wanted, superseded_by=step)
+            state.last_wanted = None
         if state.dead or (state.is_open and not is_kept):
             self._finish(step, error=state.dead or state.away_error)
             return None
@@ -212,6 +218,10 @@ class PublishedPreviews:
                 return
             state.last_wanted = None
         self.ask(wanted, is_kept=True, is_evaluated=wanted in self._evaluated)
+
+    def settle(self) -> None:
+        """Nothing is copied any more."""
+        self.snapshotter.settle()
 
     def give_up(self, reason: str) -> None:
         """Report everything that is pending as failed."""

@@ -85,26 +85,33 @@ class Layout:
 class Arena:
     """One file that holds one snapshot at a time."""
 
-    def __init__(self, path: Path, layout: Layout, *, pin: bool = False) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, *, pin: bool = False, is_new: bool = True
+    ) -> None:
         """Make, fill and map the file; all its pages are allocated now, not while training.
 
         Args:
             pin: page-lock the memory for copies from a GPU.
+            is_new: False: it is another process's, and only mapped here.
         Raises:
             OSError: no room.
         """
-        self.path = path
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        self.path, self._is_ours = path, is_new
+        flags = os.O_CREAT | os.O_EXCL if is_new else 0
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
         try:
-            _reserve(descriptor, layout.size)
+            if is_new:
+                _reserve(descriptor, layout.size)
             self._map = mmap.mmap(descriptor, layout.size)
         finally:
             os.close(descriptor)
-        self._map[: len(layout.header)] = layout.header
+        if is_new:
+            self._map[: len(layout.header)] = layout.header
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         self._address = whole.data_ptr()
         self.is_pinned = pin and _page_lock(self._address, layout.size)
-        whole[len(layout.header) :: mmap.PAGESIZE] = 0  # touch every page
+        if is_new:
+            whole[len(layout.header) :: mmap.PAGESIZE] = 0  # touch every page
         self.views = {
             name: _view(whole, offset, dtype, shape)
             for name, (dtype, shape, offset) in layout.tensors.items()
@@ -119,7 +126,8 @@ class Arena:
         # Tensors over the buffer may still be alive in a caller: the map then ends with them.
         with contextlib.suppress(BufferError):
             self._map.close()
-        self.path.unlink(missing_ok=True)
+        if self._is_ours:
+            self.path.unlink(missing_ok=True)
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -160,6 +168,9 @@ def is_in_memory(path: Path) -> bool:
 class Snapshotter:
     """Copies a model's tensors into an arena, between two steps."""
 
+    is_shared = False
+    """Whether other processes take part in a copy, and in what follows it."""
+
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], compute_dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -173,6 +184,7 @@ class Snapshotter:
         """
         self.tensors = dict(tensors)
         self.layout = Layout.of(self.tensors, compute_dtype)
+        self._device = device
         self._cuda = device if device.type == "cuda" else None
         self._stream: Any = None
         if self._cuda is not None:
@@ -209,6 +221,12 @@ class Snapshotter:
             self._copy_staged(arena)
             return lambda: None
         return self._copy_beside(arena)
+
+    def leave_out(self) -> None:
+        """Called where a step is asked for and not copied."""
+
+    def settle(self) -> None:
+        """Called behind the last copy."""
 
     def _copy_staged(self, arena: Arena) -> None:
         """Copy through a small page-locked buffer; training waits for it.
@@ -281,7 +299,9 @@ def _wait_for(event: Any, device: torch.device | None) -> None:
         event.synchronize()
 
 
-def arena_folder(size: int, run_dir: Path) -> Path:
+def arena_folder(
+    size: int, run_dir: Path, *, instead: str = "monitoring.preview_backend=local"
+) -> Path:
     """A private folder (mode 700) with room for `size` bytes: shared memory, else the run folder.
 
     Shared memory counts against the memory limit of a container, which is compared too. What
@@ -303,8 +323,7 @@ def arena_folder(size: int, run_dir: Path) -> Path:
             continue  # not there: the next one
     raise PreviewError(
         f"previews need {size / 2**20:.0f} MiB for copies of the weights, and neither "
-        f"{SHARED_MEMORY} nor {run_dir} has that room; free some, or use "
-        "monitoring.preview_backend=local."
+        f"{SHARED_MEMORY} nor {run_dir} has that room; free some, or set {instead}."
     )
 
 

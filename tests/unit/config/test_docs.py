@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.config import ConfigLoader, TrainerConfig
-from trainer.config.docs import DOCS_PATH, docs_page, starter_file
+from trainer.config.docs import DOCS_PATH, docs_page, explain_rows, starter_file
 from trainer.config.flags import config_fields
 
 
@@ -50,3 +50,14 @@ def test_monitoring_has_the_fixed_defaults() -> None:
         "remote_3090_model_id": None,
     }
     assert {name: found[name] for name in fixed} == fixed
+
+
+def test_the_default_backend_of_a_sharded_run_is_explained() -> None:
+    def origin(*words: str) -> str:
+        found = {key: where for key, _, where in explain_rows(ConfigLoader.load(flags=words))}
+        return found["monitoring.preview_backend"]
+
+    sharded = ("--distributed.strategy", "fsdp2")
+    assert origin() == "default"
+    assert "sidecar where it fits" in origin(*sharded)
+    assert origin(*sharded, "--preview-backend", "sidecar") == "flag --preview-backend"

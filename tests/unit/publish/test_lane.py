@@ -118,6 +118,17 @@ def test_an_error_that_the_device_tells_late_frees_the_slot_too(unlucky: Unlucky
     assert (unlucky.num_free, unlucky.lane.pending()) == (2, [])
 
 
+def test_a_kept_step_without_a_slot_is_not_shown_with_the_weights_of_a_later_one(
+    unlucky: Unlucky,
+) -> None:
+    """A preview that somebody asks for is kept, and so is the last step; both find no slot."""
+    for step in (0, 5, 10):
+        unlucky.lane.ask(step, is_kept=True)
+    assert unlucky.lane.pending() == [0, 10]
+    assert [one.step for one in unlucky.finished] == [5]
+    assert unlucky.finished[0].is_superseded
+
+
 def test_what_a_failed_canary_held_is_gone_when_the_lane_goes_on(unlucky: Unlucky) -> None:
     import weakref
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from trainer.errors import PreviewError
 from trainer.publish import snapshot
 from trainer.publish.identity import canonical_tensors, model_manifest
-from trainer.publish.snapshot import FOLDER_PREFIX, Snapshotter, arena_folder
+from trainer.publish.shards import shares_of
+from trainer.publish.snapshot import FOLDER_PREFIX, Arena, Layout, Snapshotter, arena_folder
 from trainer.publish.weight_file import WeightFile, make_header, read_header
 from trainer.publish.wire import ServerHashes
 
@@ -243,3 +244,30 @@ def test_a_header_that_is_made_is_the_one_that_is_read(tmp_path: Path) -> None:
     with safe_open(path, framework="numpy") as found:
         assert found.metadata() == {"format": "pt"}
         assert sorted(found.keys()) == ["a", "b"]
+
+
+def test_owners_of_a_sharded_model_share_its_bytes_and_leave_none_out() -> None:
+    tensors = {f"layer.{n}": torch.empty(100 + 7 * n, 10) for n in range(20)}
+    layout = Layout.of({**tensors, "embedding": torch.empty(1500, 10)}, torch.bfloat16)
+    for owners in ([0], [0, 1], [0, 2, 3]):
+        shares = shares_of(layout, owners)
+        assert sorted(shares) == owners
+        assert sorted(n for names in shares.values() for n in names) == sorted(layout.tensors)
+        loads = [
+            sum(2 * torch.Size(layout.tensors[name][1]).numel() for name in names)
+            for names in shares.values()
+        ]
+        assert max(loads) - min(loads) <= 2 * 10 * 240, loads
+
+
+def test_an_arena_that_another_process_made_is_written_into_and_left_there(tmp_path: Path) -> None:
+    layout = Layout.of({"w": torch.ones(4), "v": torch.ones(4)}, torch.float32)
+    ours = Arena(tmp_path / "arena", layout)
+    theirs = Arena(tmp_path / "arena", layout, is_new=False)
+    ours.views["w"].fill_(3)
+    theirs.views["v"].fill_(5)
+    theirs.close()
+    assert (ours.views["w"][0], ours.views["v"][0]) == (3, 5)
+    assert load_file(tmp_path / "arena")["v"].tolist() == [5.0] * 4
+    ours.close()
+    assert not (tmp_path / "arena").exists()
