@@ -25,6 +25,7 @@ from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.preparation import (
     check_against_rows,
     check_config,
+    check_folder,
     encode_rows,
     fit_to_model,
     load_for_training,
@@ -213,7 +214,7 @@ class TrainerEngine:
         profile = get_profile(config.profile.name, dict(config.profile.options))
         config, tokenizer, attention = fit_to_model(config, job.observers, numerics)
         if has_folder:
-            open_run_folder(job, config)
+            open_run_folder(job, config, numerics.device)
             config = keep_found_batch_size(config, job.resumed_from)
         data = self._prepare_dataset(config, profile, tokenizer)
         total, changes = check_against_rows(config, data, job.resumed_from)
@@ -234,7 +235,10 @@ class TrainerEngine:
             num_steps=total,
             changes=changes,
         )
-        return with_strategy(prepared, job.observers.notice)
+        prepared = with_strategy(prepared, job.observers.notice)
+        if has_folder:
+            check_folder(job, prepared)
+        return prepared
 
     def _prepare_dataset(
         self, config: TrainerConfig, profile: DataProfile, tokenizer: Any

@@ -7,15 +7,15 @@ training) runs on shards, on all processes alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 from trainer.config.schema import TrainerConfig
 from trainer.models.precision import ResolvedPrecision
@@ -80,12 +80,15 @@ def mesh_words(model: Any) -> str:
 
 
 def gathered(
-    model: nn.Module, dtype: torch.dtype | None = None
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    is_wanted: Callable[[torch.Tensor], bool] = lambda tensor: True,
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Every tensor of the state dict whole, one after the other; all processes walk together.
+    """Tensors of the state dict whole, one after the other; all processes walk together.
 
     Args:
         dtype: of floating ones while they travel and after; None: their own.
+        is_wanted: whether a tensor, or parameter, is gathered at all.
     Yields:
         The names that share a tensor, and the tensor, on the device of its shards.
     """
@@ -95,6 +98,8 @@ def gathered(
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     for key, tensor in tensors.items():
+        if not is_wanted(tensor):
+            continue
         part = tensor.detach()
         if dtype is not None and part.is_floating_point():
             part = part.to(dtype)
@@ -115,9 +120,35 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
             state |= dict.fromkeys(names, tensor.cpu())
     if not is_main:
         return None
+    plain = _plain_class(model)
     with torch.device("meta"):
-        shell: Any = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+        shell: Any = plain._from_config(model.config, dtype=dtype)
     shell.load_state_dict(state, strict=True, assign=True)
     shell.tie_weights()
+    for name, buffer in model.named_buffers():
+        if name not in state:  # no part of the state: computed when the model is built
+            path, _, leaf = name.rpartition(".")
+            shell.get_submodule(path).register_buffer(leaf, buffer.cpu(), persistent=False)
     shell.generation_config = model.generation_config
-    return shell
+    # By these transformers names the tensors of some models otherwise in files than in memory.
+    if hasattr(model, "_weight_conversions"):
+        shell._weight_conversions = model._weight_conversions
+    return shell.eval()
+
+
+def _plain_class(model: Any) -> Any:
+    """What the model was before FSDP2 made a class of its own of it."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def whole_adapter(model: Any) -> dict[str, torch.Tensor]:
+    """What is trained of a sharded model with adapters, whole, by its names in memory.
+
+    Returns:
+        On the CPU of rank 0; nothing on the others, which call it at the same time.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for names, tensor in gathered(model, is_wanted=lambda one: one.requires_grad):
+        if torch.distributed.get_rank() == 0:
+            state |= dict.fromkeys(names, tensor.cpu())
+    return state

@@ -11,6 +11,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.core.dry_run import memory_setup
 from trainer.core.memory import device_memory, estimate_memory, fits, size_words
 from trainer.core.run import Prepared
+from trainer.core.together import num_processes
 from trainer.errors import ConfigError
 from trainer.models.load import read_model_config
 from trainer.models.train_on import base_section
@@ -24,11 +25,6 @@ class Strategy:
     """`one` process, `ddp` or `fsdp2`."""
     reason: str
     """In words, for the user."""
-
-
-def num_processes() -> int:
-    """Processes of this run, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 FSDP_VARIABLES = {

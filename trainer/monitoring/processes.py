@@ -36,13 +36,12 @@ def wait_for_main() -> None:
 
     A main process that has ended takes the store with it, which is an error here.
     """
-    state = PartialState()
-    if state.num_processes == 1 or not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     # Private, but the one store that is there whoever has started the processes.
     store = torch.distributed.distributed_c10d._get_default_store()
     number, pause_s = next(_numbers), 0.001
-    if state.is_main_process:
+    if torch.distributed.get_rank() == 0:
         store.set(KEY, str(number))
         return
     # Not the store's own `wait`, in which no signal would be heard.
