@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ def launch(
     die: list[int] | None = None,
     full: list[int] | None = None,
     apart: bool = False,
-    strategy: str = "fsdp2",
     blind: str = "",
 ) -> list[int]:
     """Run a config.
@@ -38,7 +38,6 @@ def launch(
         die: [rank, step, n]: killed at its n-th file operation of that step's checkpoint.
         full: likewise, but the disk is full there.
         apart: rank 1 is in another folder, so that a relative --output is another one.
-        strategy: that the run must have.
         blind: name of a function of SupervisedTrainer that does nothing.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -80,6 +79,7 @@ def be_rank(rank: int, world: int, port: int, given: dict[str, Any]) -> None:
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": world}
             os.environ.update({name: str(one) for name, one in {**numbers, **place}.items()})
         if given["apart"]:
+            shared_files.SIGHT_S = 0.5
             here = folder / f"machine-{rank}"
             here.mkdir()
             os.chdir(here)
@@ -119,22 +119,24 @@ def spoil(rank: int, given: dict[str, Any]) -> None:
     """Be killed, or find the disk full, at one operation of one save."""
     sharded_checkpoint.FILE_BYTES = 8192  # several files of each kind
     for kind in ("die", "full"):
-        if not given[kind] or given[kind][0] != rank:
-            continue
-        _, step, number = given[kind]
-        seen = 0
+        if given[kind] and given[kind][0] == rank:
+            files.before_operation = spoiler(kind, *given[kind][1:])
 
-        def act(operation: str, path: Path, kind: str = kind) -> None:
-            nonlocal seen
-            if f"step-{step:08d}" not in str(path):
-                return
-            seen += 1
-            if seen == number and kind == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if seen >= number and kind == "full" and operation in ("create", "write", "mkdir"):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        files.before_operation = act
+def spoiler(kind: str, step: int, number: int) -> Callable[[str, Path], None]:
+    seen = 0
+
+    def act(operation: str, path: Path) -> None:
+        nonlocal seen
+        if f"step-{step:08d}" not in str(path):
+            return
+        seen += 1
+        if seen == number and kind == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if seen >= number and kind == "full" and operation in ("create", "write", "mkdir"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return act
 
 
 def note_states(folder: Path, found: dict[str, Any]) -> None:
@@ -181,7 +183,7 @@ if __name__ == "__main__":
 
     from trainer import files
     from trainer.config import create_default_config
-    from trainer.core import TrainerEngine, sharded_checkpoint
+    from trainer.core import TrainerEngine, sharded_checkpoint, shared_files
     from trainer.core.hf_trainer import SupervisedTrainer
     from trainer.core.sharding import gathered
 

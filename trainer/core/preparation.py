@@ -26,7 +26,7 @@ from trainer.core.optim import check_optimizer, check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.core.shared_files import check_shared, hash_together, shared_tasks
+from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
 from trainer.core.together import Ask, is_alone, join_processes, num_processes, together
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
@@ -202,10 +202,11 @@ def open_run_folder(job: Job, config: TrainerConfig, device: torch.device) -> No
                 observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
         if wanted is None:
             return None
-        if not is_alone():
-            check_shared(ask, Path(config.output.output_dir))
-        root = Path(config.output.output_dir) / RunFolder.CHECKPOINTS
-        return find_resume_point(wanted, root, hash_together(ask))
+        folder = Path(config.output.output_dir)
+        # Whole copies may also go on from a copy of the folder on each machine.
+        is_shared = is_alone() or not blind_ranks(ask, folder)
+        hashing = hash_together(ask, is_shared=is_shared)
+        return find_resume_point(wanted, folder / RunFolder.CHECKPOINTS, hashing)
 
     point = job.resumed_from = together(work, shared_tasks())
     if point is not None:
@@ -221,7 +222,7 @@ def check_folder(job: Job, prepared: Prepared) -> None:
     Raises:
         OutputError: says which do not, and what to do.
     """
-    if prepared.is_sharded and not is_alone() and prepared.resume is None:
+    if prepared.is_sharded and not is_alone():
         folder = Path(prepared.config.output.output_dir)
         together(lambda ask: check_shared(ask, folder), shared_tasks())
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trainer import files
 from trainer.core.checkpoint import Hashes
 from trainer.core.sharding import whole_adapter
+from trainer.core.together import OfRankError
 from trainer.errors import ModelError, ResumeError
 from trainer.models.adapter_files import save_adapter
 from trainer.models.shard_files import WEIGHTS, fill, has_shards, sizes_of
@@ -34,6 +35,13 @@ MOMENTS = "moments"
 """Folder of the optimizer's sharded state in a checkpoint."""
 
 OPTIMIZER_FILE = "optimizer.pt"
+
+README = """The weights of this checkpoint are in shards: programs for whole models cannot open it.
+
+`trainer export RUN --step N --output FOLDER` writes a plain model folder of it; `trainer chat`,
+`trainer serve` and `--model` read it as it is. `weights/` and `moments/` are of
+torch.distributed.checkpoint (HuggingFaceStorageReader).
+"""
 
 FILE_BYTES = 1 << 30
 """About as much of a process's shards goes into one file, and through its memory at once."""
@@ -86,6 +94,7 @@ class SharedState:
             return
         for part in (WEIGHTS, MOMENTS):
             files.sync_dir(folder / part)
+        (folder / "README.md").write_text(README, encoding="utf-8")
         self.model.config.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
@@ -96,13 +105,15 @@ class SharedState:
     def _gather_adapter(self) -> None:
         is_main = dist.get_rank() == 0
         self._adapter = whole_adapter(self.model)
-        state: dict[str, Any] = self.optimizer.state_dict()
-        for one in state["state"].values():
+        found: dict[str, Any] = self.optimizer.state_dict()
+        state: dict[int, dict[str, Any]] = {}
+        for number, one in found["state"].items():  # the optimizer's own, and stays as it is
+            state[number] = {}
             for key, value in one.items():
-                if isinstance(value, DTensor):
-                    whole = value.full_tensor()
-                    one[key] = whole.cpu() if is_main else None
-        self._optimizer_state = state if is_main else {}
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                if is_main:
+                    state[number][key] = whole.cpu()
+        self._optimizer_state = {**found, "state": state} if is_main else {}
 
 
 def is_adapted(model: Any) -> bool:
@@ -169,7 +180,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write what this process has of some tensors; called by all.
 
     Raises:
-        OSError: on all processes, and names the rank that could not write.
+        OfRankError: on all processes; names the rank that could not write.
     """
     if not tensors:
         return
@@ -182,7 +193,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         words = " ".join(str(cause).split()) or type(cause).__name__
-        raise OSError(f"rank {rank}: {words}") from error
+        raise OfRankError(f"rank {rank}: {words}") from error
 
 
 def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -42,12 +42,8 @@ def sees(path: Path) -> str | None:
     return None
 
 
-def check_shared(ask: Ask, folder: Path) -> None:
-    """Refuse a run whose processes do not see the same folder.
-
-    Raises:
-        OutputError: one line that names those that do not.
-    """
+def blind_ranks(ask: Ask, folder: Path) -> list[str]:
+    """The ranks, with their machines, that do not see what rank 0 writes into a folder."""
     marker = folder / f".seen-by-all-{secrets.token_hex(8)}"
     try:
         marker.touch()
@@ -56,7 +52,16 @@ def check_shared(ask: Ask, folder: Path) -> None:
         raise OutputError(f"{folder}: cannot be written ({error}).") from error
     finally:
         files.remove_quietly(marker)
-    blind = [f"rank {rank} (on {host})" for rank, host in enumerate(found) if host is not None]
+    return [f"rank {rank} (on {host})" for rank, host in enumerate(found) if host is not None]
+
+
+def check_shared(ask: Ask, folder: Path) -> None:
+    """Refuse a run whose processes do not see the same folder.
+
+    Raises:
+        OutputError: one line that names those that do not.
+    """
+    blind = blind_ranks(ask, folder)
     if blind:
         raise OutputError(
             f"--output {folder}: {', '.join(blind)} cannot see what rank 0 (on "
@@ -106,13 +111,21 @@ class SharedWriting:
         return _hash_by(self._ask, folder, shares)
 
 
-def hash_together(ask: Ask) -> Callable[[Path, list[str]], dict[str, str]]:
-    """Hashing of files whoever wrote them: each process reads about as many bytes."""
+def hash_together(ask: Ask, *, is_shared: bool) -> Callable[[Path, list[str]], dict[str, str]]:
+    """Hashing of files whoever wrote them.
+
+    Args:
+        is_shared: all see the same folder, and each process reads about as many bytes; else each
+            reads all files of its own copy.
+    """
 
     def hashing(folder: Path, names: list[str]) -> dict[str, str]:
+        ranks = range(num_ranks())
+        if not is_shared:
+            return _hash_by(ask, folder, dict.fromkeys(ranks, names))
         sizes = {name: (folder / name).stat().st_size for name in names}
-        shares: dict[int, list[str]] = {rank: [] for rank in range(num_ranks())}
-        filled = dict.fromkeys(shares, 0)
+        shares: dict[int, list[str]] = {rank: [] for rank in ranks}
+        filled = dict.fromkeys(ranks, 0)
         for name in sorted(names, key=lambda one: -sizes[one]):
             rank = min(filled, key=lambda one: filled[one])
             shares[rank].append(name)
@@ -125,7 +138,9 @@ def hash_together(ask: Ask) -> Callable[[Path, list[str]], dict[str, str]]:
 def _hash_by(ask: Ask, folder: Path, shares: dict[int, list[str]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in ask(HASH, folder, shares):
-        found |= one
+        for name, digest in one.items():
+            if found.setdefault(name, digest) != digest:
+                raise OSError(f"the processes read another {name} each")
     return found
 
 

@@ -24,6 +24,11 @@ from trainer.monitoring.processes import wait_for_main
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
+
+class OfRankError(OSError):
+    """An error of files that names the rank by itself, and that all processes may have."""
+
+
 Ask = Callable[..., list[Any]]
 """(name of a task, its arguments) -> what each process returned, in order of rank."""
 
@@ -141,6 +146,8 @@ def _attempt(task: Callable[..., Any], values: tuple[Any, ...]) -> tuple[Any, Ex
     try:
         return task(*values), None
     except Exception as error:
+        if isinstance(error, OfRankError):
+            return None, OfRankError(str(error))
         where = f"rank {dist.get_rank()} on {socket.gethostname()}"
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, TrainerError):

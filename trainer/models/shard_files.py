@@ -6,7 +6,7 @@ distributed checkpoint, of each process its own. Nothing here needs a process gr
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +54,9 @@ def fill(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
                 f"{folder}: {name} has the shape {tuple(sizes[name])}, and {tuple(tensor.shape)} "
                 "is needed."
             )
-    # It says that it runs without a process group, which is what is wanted.
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # Without a process group, which is what is wanted.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         load(dict(tensors), storage_reader=_reader(folder), no_dist=True)
 
 
