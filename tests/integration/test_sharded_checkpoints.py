@@ -52,25 +52,30 @@ class Runs:
             )
         )
 
-    def model(self, is_tied: bool) -> Path:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+    def model(self, kind: str) -> Path:
+        """A tiny Qwen3 with a tied head; `full untied`, or `full moe` of a Mixtral."""
+        from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-        folder = self.root / f"model-{is_tied}"
+        name = kind.partition(" ")[2] or "tied"
+        folder = self.root / f"model-{name}"
         if not folder.exists():
             torch.manual_seed(0)
             sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
             heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
             ids = {"vocab_size": len(self._tokenizer), "eos_token_id": 2, "pad_token_id": 0}
-            config = Qwen3Config(**sizes, **heads, **ids, tie_word_embeddings=is_tied)
-            Qwen3ForCausalLM(config).save_pretrained(folder)
+            if name == "moe":
+                config = MixtralConfig(**sizes, **heads, **ids, num_local_experts=4)
+                MixtralForCausalLM(config).save_pretrained(folder)
+            else:
+                config = Qwen3Config(**sizes, **heads, **ids, tie_word_embeddings=name == "tied")
+                Qwen3ForCausalLM(config).save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
         return folder
 
     def config(self, out: Path | str, world: int, strategy: str, kind: str) -> dict[str, Any]:
-        mode, _, tie = kind.partition(" ")
         return {
             "top": {
-                "model_path": str(self.model(tie != "untied")),
+                "model_path": str(self.model(kind)),
                 "dataset_path": str(self.root / "rows.jsonl"),
                 "output_dir": str(out),
             },
@@ -79,7 +84,7 @@ class Runs:
                 "learning_rate": 1e-2,
                 "max_steps": STEPS,
                 "fp_precision": "fp32",
-                "training_mode": mode,
+                "training_mode": kind.partition(" ")[0],
             },
             "monitoring": {"inference_interval": 0, "micro_eval_interval": 5, "report_to": []},
             "data": {"validation_split": 0.2},
@@ -175,10 +180,11 @@ def resumed(runs: Runs, source: Path, world: int, strategy: str, kind: str, **mo
     return said
 
 
-SHORT = [(2, 1, "full"), (1, 2, "full"), (2, 1, "lora")]
+SHORT = [(2, 1, "full"), (1, 2, "full"), (2, 1, "lora"), (1, 1, "full moe")]
 LONG = [
     *((a, b, kind) for a, b in ((2, 4), (4, 1), (4, 2)) for kind in ("full", "lora")),
     *((a, b, "full untied") for a, b in ((2, 2), (2, 4), (4, 1), (1, 2))),
+    *((a, b, "full moe") for a, b in ((1, 2), (2, 1), (2, 4))),
     (1, 2, "lora"),
 ]
 
@@ -253,11 +259,11 @@ def test_mutant_lost_state_is_killed(runs: Runs, lost: str) -> None:
 # ---- what other programs and commands get
 
 
-def plain_model(runs: Runs, state: Path) -> Any:
+def plain_model(runs: Runs, state: Path, kind: str = "full") -> Any:
     """The model of a gathered state, as a run of one process has it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(runs.model(is_tied=True))
+    model = AutoModelForCausalLM.from_pretrained(runs.model(kind))
     tensors = torch.load(state, weights_only=True)
     wanted = {name: one for name, one in tensors.items() if ":" not in name}
     model.load_state_dict(wanted, strict=True)
@@ -272,18 +278,24 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_final_model_and_exports_are_those_of_one_process(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    ["full", *(pytest.param(k, marks=pytest.mark.long) for k in ("full untied", "full moe"))],
+)
+def test_the_final_model_and_exports_are_those_of_one_process(
+    runs: Runs, tmp_path: Path, kind: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     from trainer.commands import export
     from trainer.data.template import ChatTemplate
     from trainer.models.adapter_files import write_model
 
-    source = runs.straight(2, "fsdp2", "full")
+    source = runs.straight(2, "fsdp2", kind)
     run = (source / "run").resolve()
     assert export.run([str(run), "--step", str(SAVED), "--output", str(tmp_path / "export")]) == 0
     for step, folder in ((STEPS, run / "final_model"), (SAVED, tmp_path / "export")):
-        model = plain_model(runs, source / f"saved-{step}.pt")
+        model = plain_model(runs, source / f"saved-{step}.pt", kind)
         tokenizer = open_run(run).load()[1]
         ids = ChatTemplate(tokenizer).stop_ids
         wanted = tmp_path / f"wanted-{step}"
@@ -291,7 +303,8 @@ def test_the_final_model_and_exports_are_those_of_one_process(runs: Runs, tmp_pa
         write_model(model, tokenizer, wanted, dtype=torch.float32, stop_ids=ids, use_cache=True)
         assert_same_files(folder, wanted)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+        is_tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
+        assert is_tied == (kind == "full")
         prompt = torch.arange(3, 20)[None]
         assert torch.equal(loaded(prompt).logits, model(prompt).logits)
 
@@ -346,6 +359,7 @@ def killed_and_resumed(runs: Runs, rank: int, at: int, kind: str = "full") -> No
     config["output"]["resume"] = "latest"
     codes, _ = runs.launch(config, 2, die=[rank, STEPS, at])
     assert codes[rank] == -9, codes
+    assert codes[1 - rank] > 0, codes  # it ended by itself
     path, _, _ = find_latest_checkpoint(out / "checkpoints")
     verify_checkpoint(path)
     runs.ended(config, 2) if path.name.endswith(f"{SAVED}") else runs.launch(config, 2)
@@ -371,11 +385,18 @@ def test_kill_9_of_a_rank_in_a_save_leaves_a_whole_checkpoint_and_an_exact_resum
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "at"), [(1, 3), *(pytest.param(0, at, marks=pytest.mark.long) for at in (1, 2, 40))]
+    ("rank", "at", "strategy"),
+    [
+        (1, 3, "fsdp2"),
+        *(pytest.param(0, at, "fsdp2", marks=pytest.mark.long) for at in (1, 2, 40)),
+        pytest.param(0, 1, "ddp", marks=pytest.mark.long),
+    ],
 )
-def test_a_full_disk_of_one_rank_is_one_error_on_all(runs: Runs, rank: int, at: int) -> None:
-    out = runs.half(runs.straight(2, "fsdp2", "full"))
-    config = runs.config(out, 2, "fsdp2", "full")
+def test_a_full_disk_of_one_rank_is_one_error_on_all(
+    runs: Runs, rank: int, at: int, strategy: str
+) -> None:
+    out = runs.half(runs.straight(2, strategy, "full"))
+    config = runs.config(out, 2, strategy, "full")
     config["output"]["resume"] = "latest"
     codes, said = runs.launch(config, 2, full=[rank, STEPS, at])
     assert codes == [EXIT_FAILED] * 2

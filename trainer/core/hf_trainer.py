@@ -32,7 +32,13 @@ from trainer.core.loss import (
     supervised_loss,
 )
 from trainer.core.neftune import noisy_embeddings
-from trainer.core.sharded_checkpoint import SharedState, load_optimizer, load_weights
+from trainer.core.sharded_checkpoint import (
+    SharedState,
+    has_names_of,
+    is_adapted,
+    load_optimizer,
+    load_weights,
+)
 from trainer.core.sharding import allow_sharding, sharding_options
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
@@ -435,12 +441,17 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         (folder / RUN_STATE_FILE).write_text(json.dumps(self._run_state(), allow_nan=False))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As HF's, and from shards into shards, and between shards and whole weights."""
-        if not self._is_sharded_anywhere(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+        """As HF's, and from shards into shards, and between shards and whole weights.
+
+        HF's leaves out in silence what has another name in files than in memory, as experts have.
+        """
         unwrapped = self.accelerator.unwrap_model(model if model is not None else self.model)
-        load_weights(unwrapped, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        is_plain = not self._is_sharded_anywhere(resume_from_checkpoint)
+        if is_plain and (is_adapted(unwrapped) or has_names_of(unwrapped, folder)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(unwrapped, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As HF's, and from shards into shards, and between shards and whole moments."""

@@ -9,7 +9,7 @@ are gathered and written as a run of one process writes them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from trainer import files
 from trainer.core.checkpoint import Hashes
-from trainer.core.sharding import whole_adapter
+from trainer.core.sharding import plain_class, whole_adapter
 from trainer.core.together import OfRankError
 from trainer.errors import ModelError, ResumeError
 from trainer.models.adapter_files import save_adapter
@@ -222,21 +222,54 @@ def load_weights(model: Any, folder: Path) -> None:
             fill(_adapter_tensors(model), folder)
             return
         source = folder / WEIGHTS if has_shards(folder) else folder
-        known = sizes_of(source)
-        shared: dict[int, list[str]] = {}
-        state = model.state_dict(keep_vars=True)
-        for name, tensor in state.items():
-            shared.setdefault(id(tensor), []).append(name)
-        wanted = {}
-        for names in shared.values():
-            name = next((one for one in names if one in known), names[0])
-            wanted[name] = state[name].detach()
-        fill(wanted, source)
+        wanted = _wanted(model, sizes_of(source))
+        if source == folder and None in wanted:
+            _load_converted(model, folder)
+            return
+        fill({str(name): tensor for name, tensor in wanted.items()}, source)
     except ModelError as error:
         raise ResumeError(
             f"--resume {folder}: its weights are not those of this model ({error}) Continue with "
             "the strategy and number of processes that made it."
         ) from error
+
+
+def has_names_of(model: Any, folder: Path) -> bool:
+    """Whether the files of a checkpoint name all tensors of a model as they are named in memory."""
+    return None not in _wanted(model, sizes_of(folder))
+
+
+def _wanted(model: Any, known: Mapping[str, Any]) -> dict[str | None, torch.Tensor]:
+    """Each tensor of a model's state once, by a name of it that is known; None where none is."""
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {
+        next((one for one in shared if one in known), None): state[shared[0]].detach()
+        for shared in names.values()
+    }
+
+
+def _load_converted(model: Any, folder: Path) -> None:
+    """Weights that transformers names and cuts otherwise in files, such as those of experts.
+
+    Raises:
+        ModelError: some are missing.
+    """
+    whole, found = plain_class(model).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = sorted([*found["missing_keys"], *map(str, found["mismatched_keys"])])
+    if wrong:
+        raise ModelError(f"{folder}: {wrong[0]} is missing, or has another shape.")
+    state = whole.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, DTensor):
+                tensor.to_local().copy_(_part_of(state[name], tensor))
+            else:
+                tensor.copy_(state[name])
 
 
 def _adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -306,10 +339,7 @@ def _like(value: Any, parameter: Any) -> Any:
     is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
     if not is_whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    shape, offsets = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    part = value[tuple(slice(start, start + n) for start, n in zip(offsets, shape, strict=True))]
+    part = _part_of(value, parameter)
     local = torch.empty_like(parameter.to_local(), dtype=value.dtype)
     local.copy_(part)
     return DTensor.from_local(
@@ -320,3 +350,11 @@ def _like(value: Any, parameter: Any) -> Any:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def _part_of(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
+    """What this process has of a whole tensor, if that lies as another one does."""
+    shape, offsets = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    return whole[tuple(slice(start, start + n) for start, n in zip(offsets, shape, strict=True))]

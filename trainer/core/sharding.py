@@ -120,7 +120,7 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
             state |= dict.fromkeys(names, tensor.cpu())
     if not is_main:
         return None
-    plain = _plain_class(model)
+    plain = plain_class(model)
     with torch.device("meta"):
         shell: Any = plain._from_config(model.config, dtype=dtype)
     shell.load_state_dict(state, strict=True, assign=True)
@@ -136,7 +136,7 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
     return shell.eval()
 
 
-def _plain_class(model: Any) -> Any:
+def plain_class(model: Any) -> Any:
     """What the model was before FSDP2 made a class of its own of it."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 

@@ -96,6 +96,8 @@ def load_sharded(folder: str, *, config: Any, **options: Any) -> Any:
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))
     state = read_all(Path(folder) / WEIGHTS)
     model = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    # Nothing was renamed or cut on the way in, and transformers would do as little on the way out.
+    vars(model).pop("_weight_conversions", None)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config._name_or_path = model.name_or_path = folder
