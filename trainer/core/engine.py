@@ -237,7 +237,7 @@ class TrainerEngine:
         )
         prepared = with_strategy(prepared, job.observers.notice)
         if has_folder:
-            check_folder(job, prepared)
+            check_folder(prepared)
         return prepared
 
     def _prepare_dataset(

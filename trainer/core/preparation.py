@@ -216,7 +216,7 @@ def open_run_folder(job: Job, config: TrainerConfig, device: torch.device) -> No
         observers.notice(f"resuming from step {point.step} ({point.path})")
 
 
-def check_folder(job: Job, prepared: Prepared) -> None:
+def check_folder(prepared: Prepared) -> None:
     """Refuse a run folder that not all processes of a sharded run see.
 
     Raises:
