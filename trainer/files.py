@@ -224,25 +224,26 @@ before_operation: Callable[[str, Path], None] | None = None
 HASH_CHUNK = 1 << 20
 
 
-def _announce(operation: str, path: Path) -> None:
+def announce(operation: str, path: Path) -> None:
+    """Say that an operation is about to be done."""
     if before_operation is not None:
         before_operation(operation, path)
 
 
 def make_dir(path: Path) -> None:
     """Create a folder and its parents."""
-    _announce("mkdir", path)
+    announce("mkdir", path)
     path.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file in two halves, so that a crash between them is a state of its own."""
     half = len(text) // 2
-    _announce("create", path)
+    announce("create", path)
     with path.open("w", encoding="utf-8") as file:
         file.write(text[:half])
         file.flush()
-        _announce("write", path)
+        announce("write", path)
         file.write(text[half:])
         file.flush()
 
@@ -265,7 +266,7 @@ def library_errors() -> Iterator[None]:
 
 def sync_file(path: Path) -> None:
     """Wait until a file's content is on the disk."""
-    _announce("fsync", path)
+    announce("fsync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -275,7 +276,7 @@ def sync_file(path: Path) -> None:
 
 def sync_dir(path: Path) -> None:
     """Wait until a folder's names are on the disk; not every file system can."""
-    _announce("fsync_dir", path)
+    announce("fsync_dir", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -289,7 +290,7 @@ def sync_dir(path: Path) -> None:
 
 def replace(source: Path, target: Path) -> None:
     """Rename; on one file system this happens whole or not at all."""
-    _announce("replace", target)
+    announce("replace", target)
     os.replace(source, target)
 
 
@@ -297,15 +298,15 @@ def remove_tree(path: Path) -> None:
     """Remove a folder, file by file, its manifest first: half a folder must not look whole."""
     names = sorted(path.rglob("*"), key=lambda p: (p.name != "manifest.json", -len(p.parts)))
     for name in names:
-        _announce("remove", name)
+        announce("remove", name)
         name.rmdir() if name.is_dir() and not name.is_symlink() else name.unlink()
-    _announce("rmdir", path)
+    announce("rmdir", path)
     shutil.rmtree(path, ignore_errors=False)
 
 
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
-    _announce("hash", path)
+    announce("hash", path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK):

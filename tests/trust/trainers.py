@@ -92,7 +92,7 @@ def make_trainer(
             group_by_length=False,
             multiple_of=batch_size * world if world > 1 else 1,
         ),
-        save_checkpoint=lambda step, write: None,
+        save_checkpoint=lambda step, write, share: None,
         run_state=dict,
     )
     trainer.remove_callback(PrinterCallback)

@@ -39,8 +39,14 @@ LEFT_PREFIX = "left-at-"
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", RUN_STATE_FILE)
 """Without any of these a resume would silently restart a part of the training."""
 
-TRAINING_FILES = (*REQUIRED, "scaler.pt", "rng_state*.pth")
+TRAINING_FILES = (*REQUIRED, "scaler.pt", "rng_state*.pth", "moments")
 """Patterns of the files that are no part of the model."""
+
+Hashes = dict[str, dict[str, Any]]
+"""File name -> {"size": bytes, "sha256": hex}."""
+
+HashFiles = Callable[[Path, list[str]], dict[str, str]]
+"""(folder, names of files in it) -> the sha256 of each, hex."""
 
 REQUIRED_KINDS = {"weights": r".*model.*\.safetensors$", "random state": r"rng_state.*\.pth$"}
 
@@ -50,8 +56,7 @@ class Manifest:
     """What a checkpoint says about itself."""
 
     step: int
-    files: dict[str, dict[str, Any]]
-    """File name -> {"size": bytes, "sha256": hex}."""
+    files: Hashes
     metadata: dict[str, Any]
 
 
@@ -60,24 +65,32 @@ def step_dir(root: Path, step: int) -> Path:
     return root / step_name(step)
 
 
+def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
+    """The sha256 of files, hex, by this process alone."""
+    return {name: files.hash_file(folder / name) for name in names}
+
+
 def save_checkpoint(
     root: Path,
     step: int,
-    write_state: Callable[[Path], None],
+    write_state: Callable[[Path], Hashes | None],
     *,
     keep: int,
     protect: Collection[int] = (),
     metadata: dict[str, Any],
+    hashing: HashFiles = hash_files,
 ) -> Path:
     """Write a checkpoint, verify it, and only then remove older ones.
 
     Args:
         root: `checkpoints/` of a run; made if it is not there.
         step: optimizer steps done.
-        write_state: writes the state's files into the folder it is given.
+        write_state: writes the state's files into the folder it is given; returns what others
+            than this process wrote, synced and hashed.
         keep: newest checkpoints that stay.
         protect: steps that stay besides, such as the best one.
         metadata: JSON values for the manifest.
+        hashing: reads what was written again.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -88,8 +101,8 @@ def save_checkpoint(
     try:
         files.make_dir(staging)
         with files.library_errors():
-            write_state(staging)
-        _write_manifest(staging, step, metadata)
+            known = write_state(staging) or {}
+        _write_manifest(staging, step, metadata, known)
         retired = _set_aside(target)
         files.replace(staging, target)
         files.sync_dir(root)
@@ -105,19 +118,22 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    verify_checkpoint(target)
+    verify_checkpoint(target, hashing)
     if retired is not None:
         files.remove_tree(retired)
     _retain(root, keep, {*protect, step})
     return target
 
 
-def _write_manifest(folder: Path, step: int, metadata: dict[str, Any]) -> None:
-    """Hash and sync every file, then write the manifest: the last file to appear."""
-    saved = {}
+def _write_manifest(folder: Path, step: int, metadata: dict[str, Any], known: Hashes) -> None:
+    """Hash and sync every file but the known ones, then write the manifest, the last to appear."""
+    saved = dict(known)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name in known:
+            continue
         files.sync_file(path)
-        saved[path.relative_to(folder).as_posix()] = {
+        saved[name] = {
             "size": path.stat().st_size,
             "sha256": files.hash_file(path),
         }
@@ -159,9 +175,11 @@ def _retain(root: Path, keep: int, protect: Collection[int]) -> None:
     files.sync_dir(root)
 
 
-def verify_checkpoint(path: Path) -> Manifest:
+def verify_checkpoint(path: Path, hashing: HashFiles = hash_files) -> Manifest:
     """Compare every file of a checkpoint with its manifest.
 
+    Args:
+        hashing: reads the files; several processes share them out.
     Raises:
         CheckpointError: something is missing, changed or too much; it is named.
     """
@@ -175,7 +193,12 @@ def verify_checkpoint(path: Path) -> Manifest:
         size = (path / name).stat().st_size
         if size != record["size"]:
             raise CheckpointError(f"{path}: {name} has {size} bytes, written {record['size']}.")
-        if files.hash_file(path / name) != record["sha256"]:
+    try:
+        hashes = hashing(path, list(manifest.files))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    for name, record in manifest.files.items():
+        if hashes[name] != record["sha256"]:
             raise CheckpointError(f"{path}: {name} was changed: its sha256 is not the manifest's.")
     return manifest
 
@@ -193,9 +216,9 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _verify_for_resume(path: Path) -> Manifest:
+def _verify_for_resume(path: Path, hashing: HashFiles) -> Manifest:
     """`verify_checkpoint`, and everything is there that a resume restores."""
-    manifest = verify_checkpoint(path)
+    manifest = verify_checkpoint(path, hashing)
     missing = [name for name in REQUIRED if name not in manifest.files]
     missing += [
         kind
@@ -207,9 +230,13 @@ def _verify_for_resume(path: Path) -> Manifest:
     return manifest
 
 
-def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
+def find_latest_checkpoint(
+    root: Path, hashing: HashFiles = hash_files
+) -> tuple[Path, Manifest, list[str]]:
     """The newest checkpoint that verifies.
 
+    Args:
+        hashing: as of `verify_checkpoint`.
     Returns:
         Its folder, its manifest, and what is wrong with the newer ones that were passed over.
     Raises:
@@ -220,7 +247,7 @@ def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
     for step in reversed(checkpoint_steps(root)):
         path = step_dir(root, step)
         try:
-            return path, _verify_for_resume(path), problems
+            return path, _verify_for_resume(path, hashing), problems
         except CheckpointError as error:
             problems.append(f"passing over a broken checkpoint: {error}")
     found = "".join(f"\n  {problem}" for problem in problems) or " No checkpoint was written yet."
@@ -230,16 +257,18 @@ def find_latest_checkpoint(root: Path) -> tuple[Path, Manifest, list[str]]:
     )
 
 
-def load_named_checkpoint(path: Path) -> Manifest:
+def load_named_checkpoint(path: Path, hashing: HashFiles = hash_files) -> Manifest:
     """Verify one checkpoint; a named one is never replaced by another.
 
+    Args:
+        hashing: as of `verify_checkpoint`.
     Raises:
         ResumeError: it is broken.
     """
     if not path.is_dir():
         raise ResumeError(f"--resume {path}: there is no such checkpoint folder.")
     try:
-        return _verify_for_resume(path)
+        return _verify_for_resume(path, hashing)
     except CheckpointError as error:
         raise ResumeError(
             f"--resume {error} Give another checkpoint, or --resume alone for the newest whole one."

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.preparation import (
     check_against_rows,
     check_config,
+    check_folder,
     encode_rows,
     fit_to_model,
     load_for_training,
@@ -45,6 +46,7 @@ from trainer.core.run import (
     stop_on_signals,
 )
 from trainer.core.strategy import check_launcher, with_strategy
+from trainer.core.together import true_for_all
 from trainer.core.training import (
     assemble_callbacks,
     assemble_trainer,
@@ -62,7 +64,6 @@ from trainer.models.precision import (
     resolve_precision,
 )
 from trainer.monitoring.events import CardShown, Observer
-from trainer.monitoring.processes import true_for_all
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.profiles import DataProfile, get_profile
 
@@ -224,7 +225,7 @@ class TrainerEngine:
         profile = get_profile(config.profile.name, dict(config.profile.options))
         config, tokenizer, attention = fit_to_model(config, job.observers, numerics)
         if has_folder:
-            open_run_folder(job, config)
+            open_run_folder(job, config, numerics.device)
             config = keep_found_batch_size(config, job.resumed_from)
         data = self._prepare_dataset(config, profile, tokenizer)
         total, changes = check_against_rows(config, data, job.resumed_from)
@@ -358,8 +359,8 @@ class _Stages:
     def prepared(self) -> Prepared:
         """The run before its weights; nothing is recorded yet."""
         prepared = self._engine._prepare(self._asked, self.job)
-        agree = partial(true_for_all, timeout_s=prepared.config.distributed.timeout_s)
-        prepared = with_strategy(prepared, self.job.observers.notice, agree=agree)
+        prepared = with_strategy(prepared, self.job.observers.notice, agree=true_for_all)
+        check_folder(prepared)
         return with_preview_backend(prepared, self.job.observers.notice)
 
     @cached_property

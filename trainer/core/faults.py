@@ -15,6 +15,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.core.run import Job
 from trainer.errors import RankError
 from trainer.monitoring.beats import Fault
+from trainer.monitoring.processes import is_launched
 from trainer.monitoring.ranks import RankWatch
 
 SETTLE_S = 1.0
@@ -23,13 +24,10 @@ SETTLE_S = 1.0
 GRACE_S = 5.0
 """How long the main thread may take to leave what it does, before it counts as hanging in it."""
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 def watch_ranks(job: Job, config: TrainerConfig) -> None:
     """Have the processes of this run watched, where it has more than one."""
-    is_launched = all(name in os.environ for name in LAUNCHED)
-    if job.ranks is None and is_launched and int(os.environ["WORLD_SIZE"]) > 1:
+    if job.ranks is None and is_launched():
         job.ranks = RankWatch(
             timeout_s=config.distributed.heartbeat_timeout_s,
             start_s=config.distributed.timeout_s,

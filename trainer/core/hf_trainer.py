@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import safe_globals
 
 from trainer.config.schema import TrainerConfig
-from trainer.core.checkpoint import RUN_STATE_FILE
+from trainer.core.checkpoint import RUN_STATE_FILE, Hashes
 from trainer.core.loss import (
     NUM_TOKENS,
     SUPERVISED,
@@ -32,14 +32,22 @@ from trainer.core.loss import (
     supervised_loss,
 )
 from trainer.core.neftune import noisy_embeddings
+from trainer.core.sharded_checkpoint import (
+    SharedState,
+    has_names_of,
+    is_adapted,
+    load_optimizer,
+    load_weights,
+)
 from trainer.core.sharding import allow_sharding, offload_told, sharding_options
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import MemoryFullError, NonFiniteError
+from trainer.files import canonical_hash
 from trainer.models.adapter_files import save_adapter
 from trainer.models.devices import is_under_torchrun
 from trainer.models.precision import ResolvedPrecision
-from trainer.monitoring.processes import wait_for_main
+from trainer.models.shard_files import has_shards
 from trainer.monitoring.step_report import StepRecord
 
 OWN_TRACKERS = {"tensorboard", "none"}
@@ -161,6 +169,15 @@ MAX_OVERFLOWS_IN_A_ROW = 20
 
 TRAINER_STATE_FILE = "trainer_state.json"
 
+SCHEDULER_FILE = "scheduler.pt"
+
+SaveCheckpoint = Callable[
+    [int, Callable[[Path], None], Callable[[Path], Hashes] | None],
+    None,
+]
+"""Called on every process with the step, what writes the main process's files into a folder, and,
+of sharded weights, what writes those of this process; None where there are no shards."""
+
 
 class SupervisedTrainer(Trainer):  # type: ignore[misc]
     """Trains on supervised positions and never steps on a non-finite loss or gradient."""
@@ -171,7 +188,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self,
         *args: Any,
         order: EpochOrder,
-        save_checkpoint: Callable[[int, Callable[[Path], None]], None],
+        save_checkpoint: SaveCheckpoint,
         run_state: Callable[[], dict[str, Any]],
         note_step: Callable[[StepRecord], None] = lambda record: None,
         use_own_forward: bool = False,
@@ -183,7 +200,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
 
         Args:
             order: the order of training rows.
-            save_checkpoint: called with the step and a function that writes the state's files.
+            save_checkpoint: called with the step and what writes the state's files.
             run_state: the monitoring state that a resume needs, as JSON values.
             note_step: told the figures of each step, before HF's callbacks hear of its end.
             tokenizer: saved beside the weights of each checkpoint.
@@ -212,8 +229,8 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self._run_state, self._note_step = run_state, note_step
         self._sums: torch.Tensor | None = None
 
-    def save_with(self, save: Callable[[int, Callable[[Path], None]], None]) -> None:
-        """Save checkpoints by `save`, which gets the step and a function that writes the files."""
+    def save_with(self, save: SaveCheckpoint) -> None:
+        """Save checkpoints by `save`."""
         self._save_with = save
 
     def use_batch_size(self, batch_size: int, order: EpochOrder) -> None:
@@ -398,20 +415,27 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Our protocol instead of HF's, which writes in place and keeps by modification time."""
         rng_states = self._rng_states()
-        if self.args.should_save:
-            self._save_with(
-                self.state.global_step, lambda folder: self._write_state(folder, rng_states)
-            )
-        wait_for_main()  # writing may take longer than an exchange waits
+        shared = SharedState(self.model, self.optimizer) if self.is_fsdp_enabled else None
+        self._save_with(
+            self.state.global_step,
+            lambda folder: self._write_state(folder, rng_states, shared),
+            shared.write_share if shared is not None else None,
+        )
 
-    def _write_state(self, folder: Path, rng_states: list[dict[str, Any]]) -> None:
-        """Write the files that HF's resume reads: weights, optimizer, schedule, RNG, position."""
+    def _write_state(
+        self, folder: Path, rng_states: list[dict[str, Any]], shared: SharedState | None
+    ) -> None:
+        """Write weights, optimizer, schedule, RNG and position, or what of them is not shared."""
         model = self.accelerator.unwrap_model(self.model)
-        if hasattr(model, "peft_config"):
-            save_adapter(model, folder)
+        if shared is not None:
+            shared.write_rest(folder)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
         else:
-            model.save_pretrained(folder)
-        self._save_optimizer_and_scheduler(str(folder))
+            if hasattr(model, "peft_config"):
+                save_adapter(model, folder)
+            else:
+                model.save_pretrained(folder)
+            self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         for rank, state in enumerate(rng_states):
             torch.save(state, folder / self._rng_name(rank))
@@ -420,10 +444,44 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
         (folder / RUN_STATE_FILE).write_text(json.dumps(self._run_state(), allow_nan=False))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As HF's, and from shards into shards, and between shards and whole weights.
+
+        HF's leaves out in silence what has another name in files than in memory, as experts have.
+        """
+        unwrapped = self.accelerator.unwrap_model(model if model is not None else self.model)
+        folder = Path(resume_from_checkpoint)
+        is_plain = not self._is_sharded_anywhere(resume_from_checkpoint)
+        if is_plain and (is_adapted(unwrapped) or has_names_of(unwrapped, folder)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(unwrapped, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As HF's, and from shards into shards, and between shards and whole moments."""
+        if checkpoint is None or not self._is_sharded_anywhere(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        model, folder = self.accelerator.unwrap_model(self.model), Path(checkpoint)
+        load_optimizer(model, self.optimizer, folder)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+
+    def _is_sharded_anywhere(self, checkpoint: str) -> bool:
+        return bool(self.is_fsdp_enabled or has_shards(Path(checkpoint)))
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As HF's, but a run on the CPU leaves a GPU of its machine alone."""
-        path = Path(checkpoint or "") / self._rng_name(self.args.process_index)
-        if checkpoint is None or not path.is_file():  # made by another number of processes
+        """As HF's, but a run on the CPU leaves a GPU of its machine alone.
+
+        A process that the run had not before gets a random state of its own, the same each time.
+        """
+        if checkpoint is None:
+            return
+        rank = self.args.process_index
+        names = [f"rng_state_{rank}.pth", *(["rng_state.pth"] if rank == 0 else [])]
+        path = next((p for p in (Path(checkpoint) / n for n in names) if p.is_file()), None)
+        if path is None:
+            seed = canonical_hash([self.args.seed, self.state.global_step, rank])
+            set_seed(int(seed[:8], 16))
             return
         with safe_globals():
             state = torch.load(path, weights_only=True)
@@ -431,10 +489,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         np.random.set_state(state["numpy"])
         torch.random.set_rng_state(state["cpu"])
         if self.args.device.type == "cuda" and "cuda" in state:
-            if _is_distributed():
-                torch.cuda.set_rng_state_all(state["cuda"])
-            else:
-                torch.cuda.set_rng_state(state["cuda"])
+            _set_cuda_state(state["cuda"], self.args.device)
 
     def _rng_name(self, rank: int) -> str:
         return "rng_state.pth" if self.accelerator.num_processes == 1 else f"rng_state_{rank}.pth"
@@ -461,6 +516,15 @@ def _rng_state() -> dict[str, Any]:
             torch.cuda.get_rng_state_all() if _is_distributed() else torch.cuda.get_rng_state()
         )
     return state
+
+
+def _set_cuda_state(found: torch.Tensor | list[torch.Tensor], device: torch.device) -> None:
+    """Of one GPU, or of all that the process saw; machines need not have equally many."""
+    if isinstance(found, torch.Tensor):
+        torch.cuda.set_rng_state(found, device)
+        return
+    for index, one in enumerate(found[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(one, index)
 
 
 def _is_distributed() -> bool:

@@ -7,7 +7,6 @@ rows.
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,8 @@ from trainer.core.optim import check_optimizer, check_schedule
 from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
+from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
+from trainer.core.together import Ask, is_alone, join_processes, together
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
@@ -63,6 +64,7 @@ from trainer.models.train_on import (
     train_on,
 )
 from trainer.monitoring.events import Observers
+from trainer.monitoring.processes import num_processes
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
 from trainer.preview.canary_set import read_canary_set
@@ -185,28 +187,49 @@ def _at_final_model(config: TrainerConfig) -> TrainerConfig:
     return config.model_copy(update={"model": model})
 
 
-def open_run_folder(job: Job, config: TrainerConfig) -> None:
-    """Take the run folder for this process, and find what to resume from.
+def open_run_folder(job: Job, config: TrainerConfig, device: torch.device) -> None:
+    """Take the run folder for this run, and find what to resume from; all processes at once.
 
     Raises:
         OutputError: the folder cannot be had.
         ResumeError: there is nothing to resume.
     """
-    observers, is_resume = job.observers, config.output.resume is not None
-    if is_main_process():
-        job.folder = RunFolder.create(Path(config.output.output_dir), resume=is_resume)
-        for text in job.folder.notices:
-            observers.notice(text, "warning")
-        removed = clean_staging(job.folder.checkpoints_dir)
-        if removed:
-            observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
-    if config.output.resume is not None:
-        root = Path(config.output.output_dir) / RunFolder.CHECKPOINTS
-        point = job.resumed_from = find_resume_point(config.output.resume, root)
+    join_processes(device, config.distributed.timeout_s)
+    observers, wanted = job.observers, config.output.resume
+
+    def work(ask: Ask) -> ResumePoint | None:
+        if is_main_process():
+            job.folder = RunFolder.create(Path(config.output.output_dir), resume=wanted is not None)
+            for text in job.folder.notices:
+                observers.notice(text, "warning")
+            removed = clean_staging(job.folder.checkpoints_dir)
+            if removed:
+                observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
+        if wanted is None:
+            return None
+        folder = Path(config.output.output_dir)
+        # Whole copies may also go on from a copy of the folder on each machine.
+        is_shared = is_alone() or not blind_ranks(ask, folder)
+        hashing = hash_together(ask, is_shared=is_shared)
+        return find_resume_point(wanted, folder / RunFolder.CHECKPOINTS, hashing)
+
+    point = job.resumed_from = together(work, shared_tasks())
+    if point is not None:
         job.date = point.date or job.date
         for text in point.problems:
             observers.notice(text, "warning")
         observers.notice(f"resuming from step {point.step} ({point.path})")
+
+
+def check_folder(prepared: Prepared) -> None:
+    """Refuse a run folder that not all processes of a sharded run see.
+
+    Raises:
+        OutputError: says which do not, and what to do.
+    """
+    if prepared.is_sharded and not is_alone():
+        folder = Path(prepared.config.output.output_dir)
+        together(lambda ask: check_shared(ask, folder), shared_tasks())
 
 
 def encode_rows(
@@ -277,13 +300,14 @@ def check_against_rows(
         )
     if resume is None:
         return total, ()
-    return total, tuple(check_resumable(resume, config, data.train.fingerprint(), total))
+    return total, tuple(
+        check_resumable(resume, config, data.train.fingerprint(), total, num_processes())
+    )
 
 
 def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
     """The order of the training rows; a group is one optimizer step on all devices."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    hyper = config.hyperparams
+    world, hyper = num_processes(), config.hyperparams
     return EpochOrder(
         data.train.lengths,
         group_size=hyper.batch_size * hyper.gradient_accumulation * world,

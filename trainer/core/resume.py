@@ -18,7 +18,10 @@ from trainer import __version__
 from trainer.config.schema import TrainerConfig
 from trainer.core.checkpoint import (
     RUN_STATE_FILE,
+    HashFiles,
+    Manifest,
     find_latest_checkpoint,
+    hash_files,
     load_named_checkpoint,
 )
 from trainer.errors import ResumeError
@@ -163,8 +166,8 @@ def _git() -> dict[str, Any] | None:
 
 LATEST = "latest"
 
-FREE_SECTIONS = frozenset({"monitoring", "output", "locked"})
-"""May change freely: they say what is written, not what is trained."""
+FREE_SECTIONS = frozenset({"monitoring", "output", "locked", "distributed"})
+"""May change freely: they say what is written or who computes it, not what is trained."""
 
 FREE_KEYS = frozenset(
     {
@@ -197,6 +200,8 @@ class ResumePoint:
     step: int
     metadata: dict[str, Any]
     run_state: dict[str, Any]
+    num_processes: int = 1
+    """Of those that made it."""
     problems: tuple[str, ...] = ()
     """Newer checkpoints that were passed over, and why."""
 
@@ -207,25 +212,39 @@ class ResumePoint:
         return dt.date.fromisoformat(recorded) if recorded else None
 
 
-def find_resume_point(wanted: str, root: Path) -> ResumePoint:
+def find_resume_point(wanted: str, root: Path, hashing: HashFiles = hash_files) -> ResumePoint:
     """Find and verify the checkpoint to continue from.
 
     Args:
         wanted: `latest`, or the folder of one checkpoint.
         root: the run's `checkpoints/`.
+        hashing: as of `verify_checkpoint`.
     Raises:
         ResumeError: nothing to resume, the named checkpoint is broken, or its run was begun
             under other rules than this version's.
     """
     problems: list[str] = []
     if wanted == LATEST:
-        path, manifest, problems = find_latest_checkpoint(root)
+        path, manifest, problems = find_latest_checkpoint(root, hashing)
     else:
         path = Path(wanted)
-        manifest = load_named_checkpoint(path)
+        manifest = load_named_checkpoint(path, hashing)
     check_semantics(manifest.metadata, path)
     run_state = json.loads((path / RUN_STATE_FILE).read_text())
-    return ResumePoint(path, manifest.step, manifest.metadata, run_state, tuple(problems))
+    return ResumePoint(
+        path,
+        manifest.step,
+        manifest.metadata,
+        run_state,
+        num_processes=_processes_of(manifest),
+        problems=tuple(problems),
+    )
+
+
+def _processes_of(manifest: Manifest) -> int:
+    """How many processes made a checkpoint; each has left its random state."""
+    states = sum(name.startswith("rng_state") for name in manifest.files)
+    return int(manifest.metadata.get("world_size", max(states, 1)))
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +255,11 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_resumable(
-    point: ResumePoint, config: TrainerConfig, fingerprint: str, num_steps: int
+    point: ResumePoint,
+    config: TrainerConfig,
+    fingerprint: str,
+    num_steps: int,
+    num_processes: int = 1,
 ) -> list[str]:
     """Compare a checkpoint's record with the run that wants to continue it.
 
@@ -245,6 +268,7 @@ def check_resumable(
         config: of the run, resolved.
         fingerprint: of the encoded training rows.
         num_steps: optimizer steps of the whole run.
+        num_processes: of the run.
     Returns:
         Allowed changes in words, to be told and recorded.
     Raises:
@@ -261,9 +285,19 @@ def check_resumable(
         for key, value in now.items()
         if before.get(key) != value and key.split(".")[0] not in FREE_SECTIONS
     }
-    free = FREE_KEYS
-    if _rows_of_step(before) == _rows_of_step(now):
-        free |= {"hyperparams.batch_size", "hyperparams.gradient_accumulation"}
+    world = point.num_processes
+    rows = _rows_of_step(before, world)
+    is_same_step = rows == _rows_of_step(now, num_processes)
+    if num_processes != world:
+        changed[PROCESSES] = (
+            f"processes: {world} -> {num_processes} (dropout and other random numbers are drawn "
+            "otherwise)"
+        )
+        if not is_same_step:
+            raise ResumeError(_other_step(before, now, world, num_processes))
+    free = FREE_KEYS | {PROCESSES}
+    if is_same_step:
+        free |= CUT_KEYS
     refused = [text for key, text in changed.items() if key not in free]
     if refused:
         raise ResumeError(
@@ -285,9 +319,44 @@ def check_resumable(
     return [*changed.values(), *_version_changes(metadata.get("versions", {}))]
 
 
-def _rows_of_step(values: dict[str, Any]) -> int:
-    """Of one optimizer step on one device: how they are cut changes rounding, and dropout."""
-    return int(values["hyperparams.batch_size"] * values["hyperparams.gradient_accumulation"])
+PROCESSES = "processes"
+
+CUT_KEYS = frozenset({"hyperparams.batch_size", "hyperparams.gradient_accumulation"})
+"""How the rows of an optimizer step are cut: it changes rounding, and dropout."""
+
+
+def _rows_of_step(values: dict[str, Any], num_processes: int) -> int:
+    """Of one optimizer step, on all processes."""
+    batch, accumulation = (int(values[key]) for key in sorted(CUT_KEYS))
+    return batch * accumulation * num_processes
+
+
+def _other_step(before: dict[str, Any], now: dict[str, Any], world: int, processes: int) -> str:
+    """That the rows of an optimizer step differ, and the values that would keep them."""
+
+    def cut(values: dict[str, Any], processes: int) -> str:
+        batch, accumulation = (values[key] for key in sorted(CUT_KEYS))
+        return (
+            f"{_rows_of_step(values, processes)} ({processes} processes x batch_size {batch} x "
+            f"gradient_accumulation {accumulation})"
+        )
+
+    rows = _rows_of_step(before, world)
+    if rows % processes:
+        fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        advice = f"Start a number of processes that divides {rows}: {fitting}"
+    else:
+        share, batch = rows // processes, int(now["hyperparams.batch_size"])
+        batch = max(n for n in range(1, share + 1) if share % n == 0 and n <= batch)
+        advice = (
+            f"With {processes} processes give --batch-size {batch} --gradient-accumulation "
+            f"{share // batch}"
+        )
+    return (
+        "--resume trains each optimizer step on as many rows as before: the checkpoint has "
+        f"{cut(before, world)}, this run {cut(now, processes)}. {advice}, or start a new run in "
+        "another --output."
+    )
 
 
 def _version_changes(before: dict[str, Any]) -> list[str]:

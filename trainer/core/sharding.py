@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 from trainer.config.schema import TrainerConfig
 from trainer.models.precision import ResolvedPrecision
@@ -124,12 +124,15 @@ def dealt(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
 
 
 def gathered(
-    model: nn.Module, dtype: torch.dtype | None = None
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    is_wanted: Callable[[torch.Tensor], bool] = lambda tensor: True,
 ) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Every tensor of the state dict whole, one after the other; all processes walk together.
+    """Tensors of the state dict whole, one after the other; all processes walk together.
 
     Args:
         dtype: of floating ones while they travel and after; None: their own.
+        is_wanted: whether a tensor, or parameter, is gathered at all.
     Yields:
         The names that share a tensor, and the tensor, on the device of its shards.
     """
@@ -139,6 +142,8 @@ def gathered(
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     for key, tensor in tensors.items():
+        if not is_wanted(tensor):
+            continue
         part = tensor.detach()
         if dtype is not None and part.is_floating_point():
             part = part.to(dtype)
@@ -159,8 +164,9 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
             state |= dict.fromkeys(names, tensor.cpu())
     if not is_main:
         return None
+    plain = plain_class(model)
     with torch.device("meta"):
-        shell: Any = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+        shell: Any = plain._from_config(model.config, dtype=dtype)
     shell.load_state_dict(state, strict=True, assign=True)
     shell.tie_weights()
     for name, buffer in model.named_buffers():
@@ -168,7 +174,28 @@ def whole_copy(model: Any, dtype: torch.dtype) -> Any:
             path, _, leaf = name.rpartition(".")
             shell.get_submodule(path).register_buffer(leaf, buffer.cpu(), persistent=False)
     shell.generation_config = model.generation_config
-    return shell
+    # By these transformers names the tensors of some models otherwise in files than in memory.
+    if hasattr(model, "_weight_conversions"):
+        shell._weight_conversions = model._weight_conversions
+    return shell.eval()
+
+
+def plain_class(model: Any) -> Any:
+    """What the model was before FSDP2 made a class of its own of it."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def whole_adapter(model: Any) -> dict[str, torch.Tensor]:
+    """What is trained of a sharded model with adapters, whole, by its names in memory.
+
+    Returns:
+        On the CPU of rank 0; nothing on the others, which call it at the same time.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for names, tensor in gathered(model, is_wanted=lambda one: one.requires_grad):
+        if torch.distributed.get_rank() == 0:
+            state |= dict.fromkeys(names, tensor.cpu())
+    return state
 
 
 # ---- bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from trainer.core.checkpoint import save_checkpoint, set_aside_newer
+from trainer.core.checkpoint import Hashes, save_checkpoint, set_aside_newer
 from trainer.core.checks import (
     MemoryProbe,
     choose_loss,
@@ -22,7 +23,7 @@ from trainer.core.checks import (
 from trainer.core.compiling import CompiledBlocks, compiler_errors
 from trainer.core.evaluation import build_evaluator
 from trainer.core.fused_loss import with_kernel
-from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.hf_trainer import SaveCheckpoint, SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import agree_on_previews, build_scheduler
@@ -31,11 +32,14 @@ from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.core.scoring import final_evaluation
-from trainer.core.sharding import mesh_words, shard, whole_copy
+from trainer.core.sharded_checkpoint import is_adapted
+from trainer.core.sharding import mesh_words, shard, whole_adapter, whole_copy
+from trainer.core.shared_files import SharedWriting, shared_tasks
+from trainer.core.together import Ask, together
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
 from trainer.errors import NonFiniteError, OutputError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
-from trainer.models.adapter_files import write_model
+from trainer.models.adapter_files import load_finished_model, save_adapter, write_model
 from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import (
     Commands,
@@ -46,6 +50,7 @@ from trainer.monitoring.callbacks import (
 )
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
+from trainer.monitoring.processes import num_processes
 from trainer.monitoring.step_report import StepReport
 from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables, keep_console_out
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
@@ -266,28 +271,38 @@ def _update_record(job: Job, values: dict[str, Any]) -> None:
             job.observers.notice(f"run.json could not be written ({error})", "warning")
 
 
-def _checkpoint_saver(
-    job: Job, prepared: Prepared
-) -> Callable[[int, Callable[[Path], None]], None]:
-    def save(step: int, write_state: Callable[[Path], None]) -> None:
-        assert job.folder is not None, "only the main process saves"
-        started = time.perf_counter()
-        job.checkpoint = save_checkpoint(
-            job.folder.checkpoints_dir,
-            step,
-            write_state,
-            keep=prepared.config.output.keep_checkpoints,
-            protect=job.monitor.protected_steps if job.monitor is not None else set(),
-            metadata={
-                "config": prepared.config.model_dump(mode="json"),
-                "data_fingerprint": prepared.data.train.fingerprint(),
-                "date": prepared.date.isoformat(),
-                "versions": package_versions(),
-                "semantics": SEMANTICS,
-            },
-        )
-        seconds = time.perf_counter() - started
-        job.observers.emit(CheckpointSaved(step=step, path=str(job.checkpoint), duration_s=seconds))
+def _checkpoint_saver(job: Job, prepared: Prepared) -> SaveCheckpoint:
+    root = Path(prepared.config.output.output_dir) / CHECKPOINTS_NAME
+
+    def save(
+        step: int,
+        write_state: Callable[[Path], None],
+        write_share: Callable[[Path], Hashes] | None,
+    ) -> None:
+        def work(ask: Ask) -> Path:
+            started = time.perf_counter()
+            writing = SharedWriting(ask, write_state, write_share is not None)
+            path = save_checkpoint(
+                root,
+                step,
+                writing.write,
+                keep=prepared.config.output.keep_checkpoints,
+                protect=job.monitor.protected_steps if job.monitor is not None else set(),
+                metadata={
+                    "config": prepared.config.model_dump(mode="json"),
+                    "data_fingerprint": prepared.data.train.fingerprint(),
+                    "date": prepared.date.isoformat(),
+                    "versions": package_versions(),
+                    "semantics": SEMANTICS,
+                    "world_size": num_processes(),
+                },
+                hashing=writing.hash_again,
+            )
+            seconds = time.perf_counter() - started
+            job.observers.emit(CheckpointSaved(step=step, path=str(path), duration_s=seconds))
+            return path
+
+        job.checkpoint = together(work, shared_tasks(write_share))
 
     return save
 
@@ -427,7 +442,10 @@ def finish_training(
     if not job.stop.is_set:
         check_weights_moved(job.step - prepared.start_step, trainer.num_overflows)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if prepared.is_sharded:
+    adapter = None
+    if prepared.is_sharded and is_adapted(model):
+        adapter = whole_adapter(model)
+    elif prepared.is_sharded:
         model = whole_copy(model, prepared.precision.compute_dtype)
     if job.folder is None:
         return job.ended(None, None)
@@ -438,7 +456,10 @@ def finish_training(
                 "warning",
             )
         observers.phase("training", f"answering {len(data.final_prompts)} held-out prompts")
-    evaluation = final_evaluation(job, prepared, model if prepared.is_sharded else loaded.model)
+    asked = model if prepared.is_sharded else loaded.model
+    if adapter is not None and data.final_prompts:
+        asked = plain_model(prepared, model, adapter)
+    evaluation = final_evaluation(job, prepared, asked)
     observers.phase("saving", "saving the final model")
     path = save_final_model(
         model,
@@ -447,9 +468,21 @@ def finish_training(
         dtype=prepared.precision.compute_dtype,
         stop_ids=data.encoder.template.stop_ids,
         use_cache=loaded.use_cache,
+        adapter=adapter,
         when_written=job.stop.settle,
     )
     return job.ended(path, evaluation)
+
+
+def plain_model(prepared: Prepared, model: Any, adapter: dict[str, torch.Tensor]) -> Any:
+    """The adapter of a sharded run on a base that is read again, on the CPU of this process."""
+    with tempfile.TemporaryDirectory(prefix="trainer-adapter-") as name:
+        save_adapter(model, Path(name), adapter)
+        return load_finished_model(
+            Path(name),
+            dtype=prepared.precision.load_dtype,
+            trust_remote_code=prepared.config.model.trust_remote_code,
+        )
 
 
 KEPT = "The newest checkpoint holds the trained weights: --resume saves them again."
@@ -463,6 +496,7 @@ def save_final_model(
     dtype: torch.dtype,
     stop_ids: frozenset[int],
     use_cache: bool,
+    adapter: dict[str, torch.Tensor] | None = None,
     when_written: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write model (or adapter) and tokenizer to `folder`, in place of an earlier one.
@@ -473,6 +507,14 @@ def save_final_model(
         OutputError: the folder cannot be written.
     """
     with staged(folder, advice=f"{FAILED} {KEPT}") as staging:
-        write_model(model, tokenizer, staging, dtype=dtype, stop_ids=stop_ids, use_cache=use_cache)
+        write_model(
+            model,
+            tokenizer,
+            staging,
+            dtype=dtype,
+            stop_ids=stop_ids,
+            use_cache=use_cache,
+            adapter=adapter,
+        )
         when_written()
     return folder

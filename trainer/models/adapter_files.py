@@ -103,10 +103,14 @@ def _sample_hash(matrix: torch.Tensor) -> str:
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter of a PEFT model, and what is known of its base (`model.base_record`)."""
+def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter of a PEFT model, and what is known of its base (`model.base_record`).
+
+    Args:
+        state: what is trained of the model, where it holds shards of it only.
+    """
     # PEFT would add the base's embeddings where they have adapters; they are the base's own.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     record = getattr(model, "base_record", None)
     if record is not None:
         (folder / BASE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -316,18 +320,20 @@ def write_model(
     dtype: torch.dtype,
     stop_ids: frozenset[int],
     use_cache: bool,
+    adapter: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write model (or adapter) and tokenizer.
 
     Args:
         model: the unwrapped model; its own weights are not changed.
         dtype, stop_ids, use_cache: as of `save_full`; adapters stay fp32.
+        adapter: as the `state` of `save_adapter`.
     Raises:
         OSError: the folder cannot be written.
     """
     with library_errors():
         if hasattr(model, "peft_config"):
-            save_adapter(model, folder)
+            save_adapter(model, folder, adapter)
         else:
             save_full(model, folder, dtype, stop_ids, use_cache)
         tokenizer.save_pretrained(folder)

@@ -15,6 +15,7 @@ from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, reso
 from trainer.models.attention import attention_error
 from trainer.models.chat_template import set_chat_template
 from trainer.models.quantized import check_loadable, keep_layout, nf4, place, quantization_of
+from trainer.models.shard_files import has_shards, load_sharded
 from trainer.net import hub_answers
 
 if TYPE_CHECKING:
@@ -212,9 +213,11 @@ def load_model(
         is_gpu = device is not None and device.type == "cuda"
         if is_gpu or quantize or is_quantized:
             extra["device_map"] = {"": str(device or "cpu")}
-    model: PreTrainedModel = _from_pretrained(
-        AutoModelForCausalLM.from_pretrained, section, path, offline, "model", **extra
-    )
+    loader = AutoModelForCausalLM.from_pretrained
+    if has_shards(Path(path)):
+        extra.pop("device_map", None)  # shards are put together on the CPU
+        loader = load_sharded
+    model: PreTrainedModel = _from_pretrained(loader, section, path, offline, "model", **extra)
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         _forget_quantization(model)
     keep_layout(model)

@@ -11,16 +11,11 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
-
-from trainer.errors import TrainerError
 
 MAX_PAUSE_S = 0.2
 
@@ -28,51 +23,22 @@ KEY = "trainer/main"
 
 WORDS = "trainer/word"
 
-_numbers, _questions, _words = itertools.count(), itertools.count(), itertools.count()
+_numbers, _words = itertools.count(), itertools.count()
 """Every process passes the same places in the same order, so that equal numbers are one place."""
 
-STORE_TIMEOUT_S = 300
 
-_kept: list[Any] = []
-"""Rank 0 may be the one that serves the others, and torch's own exchanges."""
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of a process that was launched as one of several."""
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes that can find each other."""
+    return num_processes() > 1 and all(name in os.environ for name in LAUNCHED)
 
 
 def num_processes() -> int:
     """Processes of this run, on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launch_store() -> Any:
-    """A connection to the store by which the launcher has the processes find each other.
-
-    It is the process group's, whoever serves it, and is there before there is a group.
-    """
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_TIMEOUT_S)))
-    _kept.append(store)
-    return PrefixStore("trainer", store)
-
-
-def true_for_all(mine: bool, *, timeout_s: float) -> bool:
-    """Whether all processes of the run say so, before there are exchanges between them.
-
-    Each calls it at the same places.
-
-    Raises:
-        TrainerError: another process has not come here in time.
-    """
-    world, rank = num_processes(), int(os.environ.get("RANK", "0"))
-    if world == 1:
-        return mine
-    store, number = launch_store(), next(_questions)
-    store.set(f"agree/{number}/{rank}", str(int(mine)))
-    keys = [f"agree/{number}/{other}" for other in range(world)]
-    deadline, pause_s = time.monotonic() + timeout_s, 0.001
-    while not store.check(keys):  # not the store's own `wait`, in which no signal would be heard
-        if time.monotonic() > deadline:
-            raise TrainerError("another process of this run has not come as far as this one.")
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, MAX_PAUSE_S)
-    return all(store.get(key) == b"1" for key in keys)
 
 
 def any_process(*wants: bool) -> list[bool]:
@@ -94,11 +60,10 @@ def wait_for_main() -> None:
 
     A main process that has ended takes the store with it, which is an error here.
     """
-    state = PartialState()
-    if state.num_processes == 1 or not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     store, number = _store(), next(_numbers)
-    if state.is_main_process:
+    if torch.distributed.get_rank() == 0:
         store.set(KEY, str(number))
         return
     _wait_until(lambda: store.check([KEY]) and int(store.get(KEY)) >= number)

@@ -17,20 +17,24 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
 import torch
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.child import Child
 from trainer.errors import EXIT_FAILED, StoppedError, TrainerError
 from trainer.monitoring.beats import ECHO_S, Fault, Settings
-from trainer.monitoring.processes import launch_store
 
 logger = logging.getLogger(__name__)
 
 KEY = "watcher"
+
+STORE_TIMEOUT_S = 300
 
 POLL_S = 0.1
 
@@ -157,7 +161,7 @@ class RankWatch:
                 port = int(json.loads(child.receive())["port"])
                 self._settings = replace(self._settings, port=port)
                 place = {"host": self._place[1], "port": port, "token": self._settings.token}
-                launch_store().set(KEY, json.dumps(place))
+                self._store().set(KEY, json.dumps(place))
             elif self.rank != 0 and not any(b'"join"' in line for line in self._said):
                 place = self._find_main()
                 self._send("join", **place)
@@ -169,11 +173,17 @@ class RankWatch:
                     self._on_fault(self.fault)
 
     def _find_main(self) -> dict[str, Any]:
-        store = launch_store()
+        store = self._store()
         while not store.check([KEY]):
             time.sleep(POLL_S)
         place: dict[str, Any] = json.loads(store.get(KEY))
         return place
+
+    def _store(self) -> Any:
+        # The same store as the process group's, whoever serves it, also before there is a group.
+        timeout = timedelta(seconds=STORE_TIMEOUT_S)
+        self._kept, _, _ = next(rendezvous("env://", timeout=timeout))
+        return PrefixStore("trainer", self._kept)
 
     def _send(self, kind: str, **values: Any) -> None:
         line = json.dumps({"kind": kind, **values}).encode()
