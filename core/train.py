@@ -31,7 +31,11 @@ def use_installed_python() -> None:
 if __name__ == "__main__":
     use_installed_python()
 
-from trainer.cli import main  # noqa: E402  (only after the right Python runs)
+from trainer.child import quiet_libraries  # noqa: E402  (only after the right Python runs)
+
+quiet_libraries()
+
+from trainer.cli import main  # noqa: E402
 from trainer.commands.classic import UltimateTrainer  # noqa: E402
 
 __all__ = ["UltimateTrainer"]
