@@ -98,6 +98,27 @@ def test_torchrun_starts_the_script_on_shards(qa_file: Path, tmp_path: Path) -> 
     assert "strategy: fsdp2 (2 processes with a shard each, by distributed.strategy)" in text
 
 
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [one["train_loss"] for line in lines if "train_loss" in (one := json.loads(line))]
+
+
+def test_two_processes_train_adapters_on_a_quantized_base_as_one_does(
+    qa_file: Path, tmp_path: Path
+) -> None:
+    """Each quantizes the built-in model, which is in no folder, for itself."""
+    pytest.importorskip("bitsandbytes")
+    qlora = ("--hyperparams.training_mode", "qlora")
+    two = [*words(qa_file, tmp_path / "two", *qlora)]
+    launch = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "-m", "trainer", "train", *two]
+    ended(started(launch, tmp_path / "here"))
+    assert record(tmp_path / "two")["world_size"] == 2
+    one = [*words(qa_file, tmp_path / "one", *qlora)]
+    one[one.index("--batch-size") + 1] = "4"
+    ended(started([sys.executable, "-m", "trainer", "train", *one], tmp_path / "here"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
 def test_two_machines_meet_and_only_the_main_process_writes(qa_file: Path, tmp_path: Path) -> None:
     """Two agents on loopback, each with a folder, a cache and a run folder of its own."""
     with socket.socket() as free:

@@ -229,7 +229,10 @@ def _quantized_copy(
 ) -> PreTrainedModel:
     """The nf4 copy of a model that is in no folder; weights are quantized while they are read."""
     with tempfile.TemporaryDirectory(prefix="trainer-base-") as folder:
+        # transformers would write on rank 0 alone, and every process has a folder of its own.
+        plain.should_save_on_this_rank = lambda is_main_process: True
         plain.save_pretrained(folder)
+        del plain.should_save_on_this_rank
         copy = section.model_copy(update={"model_path": folder})
         model = load_model(copy, dtype=dtype, device=device, quantize=True)
     model.config._name_or_path = model.name_or_path = ""
