@@ -76,8 +76,8 @@ def _spec_of(entry: str) -> ScoreSpec:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
         f"monitoring.scores names {entry!r}, which is no score.{hint} Known: {', '.join(PLAIN)}, "
-        "json_schema:FILE, regex:PATTERN; your own: package.module:function. Each has a flag of its "
-        "own: --monitoring.scores exact --monitoring.scores number."
+        "json_schema:FILE, regex:PATTERN; your own: package.module:function. Each one has its own "
+        "flag: --monitoring.scores exact --monitoring.scores number."
     )
 
 
