@@ -176,6 +176,9 @@ def check_launcher(config: TrainerConfig) -> None:
         _contradict("ACCELERATE_MIXED_PRECISION", told, f"fp_precision={precision}")
     if not is_launched_sharded():
         return
+    # True is the launcher's default. transformers would leave the weights of all processes but the
+    # first unread, and there is nothing here that fills them (docs/decisions/0009).
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if config.distributed.strategy == "ddp":
         raise ConfigError(
             "distributed.strategy=ddp, but the configuration of accelerate asks for FSDP; change "
