@@ -25,8 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainer.core.checks import training_loss, untraced
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.loss import RELATIVE_TOLERANCE
+from trainer.core.process import StopRequest
 from trainer.core.proofs import attention_name
-from trainer.core.run import StopRequest
 from trainer.errors import ConfigError, StoppedError
 from trainer.preview.neutral import uncompiled
 

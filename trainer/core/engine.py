@@ -34,17 +34,8 @@ from trainer.core.preparation import (
     open_run_folder,
 )
 from trainer.core.preview_choice import with_preview_backend
-from trainer.core.run import (
-    Job,
-    LoadedModel,
-    Prepared,
-    StopRequest,
-    TrainingResult,
-    ignore_dead_workers,
-    is_main_process,
-    process_settings,
-    stop_on_signals,
-)
+from trainer.core.process import StopRequest, ignore_dead_workers, process_settings, stop_on_signals
+from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.strategy import check_launcher, with_strategy
 from trainer.core.together import true_for_all
 from trainer.core.training import (
