@@ -37,7 +37,7 @@ from trainer.core.preview_choice import with_preview_backend
 from trainer.core.process import StopRequest, ignore_dead_workers, process_settings, stop_on_signals
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.strategy import check_launcher, with_strategy
-from trainer.core.together import true_for_all
+from trainer.core.together import join_processes, true_for_all
 from trainer.core.training import (
     assemble_callbacks,
     assemble_trainer,
@@ -182,7 +182,7 @@ class TrainerEngine:
         """
         self.close()
         with self._dropped_job(config) as job, stop_on_signals(job.stop), job.stop.work():
-            prepared = self._prepare(config, job)
+            prepared = self._prepare(config, job, is_dry=True)
             # One process makes it, whatever the others see.
             prepared = with_strategy(prepared, job.observers.notice, agree=lambda mine: mine)
             return finish_dry_run(prepared, job.folder)
@@ -208,7 +208,9 @@ class TrainerEngine:
 
     # ---- the steps, in order
 
-    def _prepare(self, config: TrainerConfig, job: Job, *, has_folder: bool = True) -> Prepared:
+    def _prepare(
+        self, config: TrainerConfig, job: Job, *, has_folder: bool = True, is_dry: bool = False
+    ) -> Prepared:
         """The steps before the weights: they fail on the user's mistakes."""
         config, numerics = check_config(config)
         if has_folder:
@@ -216,7 +218,9 @@ class TrainerEngine:
         profile = get_profile(config.profile.name, dict(config.profile.options))
         config, tokenizer, attention = fit_to_model(config, job.observers, numerics)
         if has_folder:
-            open_run_folder(job, config, numerics.device)
+            if not is_dry:  # which is made by the main process alone
+                join_processes(numerics.device, config.distributed.timeout_s)
+            open_run_folder(job, config)
             config = keep_found_batch_size(config, job.resumed_from)
         data = self._prepare_dataset(config, profile, tokenizer)
         total, changes = check_against_rows(config, data, job.resumed_from)

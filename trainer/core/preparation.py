@@ -26,7 +26,7 @@ from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
-from trainer.core.together import Ask, is_alone, join_processes, together
+from trainer.core.together import Ask, is_alone, together
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
@@ -187,14 +187,13 @@ def _at_final_model(config: TrainerConfig) -> TrainerConfig:
     return config.model_copy(update={"model": model})
 
 
-def open_run_folder(job: Job, config: TrainerConfig, device: torch.device) -> None:
+def open_run_folder(job: Job, config: TrainerConfig) -> None:
     """Take the run folder for this run, and find what to resume from; all processes at once.
 
     Raises:
         OutputError: the folder cannot be had.
         ResumeError: there is nothing to resume.
     """
-    join_processes(device, config.distributed.timeout_s)
     observers, wanted = job.observers, config.output.resume
 
     def work(ask: Ask) -> ResumePoint | None:

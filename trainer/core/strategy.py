@@ -66,10 +66,14 @@ def choose_strategy(prepared: Prepared, agree: Agree) -> Strategy:
     if asked == "ddp":
         return Strategy("ddp", f"{world} processes with a whole copy each, as asked for", world)
     if asked == "fsdp2" or is_launched_sharded():
-        by = "distributed.strategy" if asked == "fsdp2" else "the configuration of accelerate"
-        check_shardable(config, f"{by} asks for FSDP2")
-        return Strategy("fsdp2", f"{world} processes with a shard each, by {by}", world)
+        words = f"{world} processes with a shard each, by {_asked_by(config)}"
+        return Strategy("fsdp2", words, world)
     return _by_memory(prepared, world, agree)
+
+
+def _asked_by(config: TrainerConfig) -> str:
+    is_ours = config.distributed.strategy == "fsdp2"
+    return "distributed.strategy" if is_ours else "the configuration of accelerate"
 
 
 def _by_memory(prepared: Prepared, world: int, agree: Agree) -> Strategy:
@@ -174,6 +178,8 @@ def check_launcher(config: TrainerConfig) -> None:
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if told.lower() not in ("no", precision):
         _contradict("ACCELERATE_MIXED_PRECISION", told, f"fp_precision={precision}")
+    if num_processes() > 1 and (is_launched_sharded() or config.distributed.strategy == "fsdp2"):
+        check_shardable(config, f"{_asked_by(config)} asks for FSDP2")
     if not is_launched_sharded():
         return
     # True is the launcher's default. transformers would leave the weights of all processes but the
