@@ -79,7 +79,7 @@ def test_the_page_shows_hostile_text_as_text(
     page.wait_for_selector(".marks button.mark")
     page.locator("button.mark[data-step='0']").click()
     page.wait_for_function("document.body.innerText.includes('zero <script>')")
-    for title in ("prompt and raw text", "before training", "figures, config", "notices"):
+    for title in ("prompt and raw text", "before training: data", "figures, config", "notices"):
         page.get_by_text(title).first.click()
     page.locator("button.mark-error").click()
     page.wait_for_selector("text=no answer")

@@ -200,7 +200,14 @@ class Listener:
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_at_any_step_of_closing_changes_nothing(
     number: signal.Signals,
     config: Callable[..., Any],
@@ -326,7 +333,11 @@ def check_any_end(result: Any, told: list[Any], place: Any) -> None:
     check_truth(result, told)
 
 
-@pytest.mark.parametrize("is_resumed", [False, True], ids=["new", "resumed"])
+@pytest.mark.parametrize(
+    "is_resumed",
+    [pytest.param(False, marks=pytest.mark.long), True],
+    ids=["new", "resumed"],
+)
 def test_signals_at_some_lines_of_the_engine_end_a_run_truthfully(
     is_resumed: bool, config: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -341,7 +352,9 @@ def test_signals_at_every_line_of_the_engine_end_a_run_truthfully(
     check_lines(config, tmp_path, is_resumed=is_resumed, every=1)
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, pytest.param(KeyboardInterrupt, marks=pytest.mark.long)]
+)
 def test_an_error_at_any_step_of_closing_keeps_none_from_being_made(
     kind: type[BaseException],
     config: Callable[..., Any],

@@ -58,7 +58,7 @@ def test_a_run_on_a_gpu_keeps_its_random_state(
     restored: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: STATE)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(state))
     torch.save(made._rng_states()[0], tmp_path / "rng_state.pth")
     made._load_rng_state(str(tmp_path))
     assert restored == [], "resumed on the CPU"

@@ -116,6 +116,7 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_under_torchrun_is_no_stop_by_its_sigterm(start: Start) -> None:
     run = start()
     run.wait_for_step(3)

@@ -83,7 +83,14 @@ def test_lora_trains_previews_and_chats_on_a_quantized_base(
     assert not list(result.output_dir.glob("*merged*"))
 
 
-@pytest.mark.parametrize(("bits", "mode"), [(4, "lora"), (4, "qlora"), (8, "lora")])
+@pytest.mark.parametrize(
+    ("bits", "mode"),
+    [
+        (4, "lora"),
+        pytest.param(4, "qlora", marks=pytest.mark.long),
+        pytest.param(8, "lora", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.slow
 def test_a_sidecar_takes_the_quantized_base_and_every_preview_is_verified(
     bits: int, mode: str, quantized: Callable[..., Path], job: Callable[..., Any]

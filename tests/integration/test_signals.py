@@ -59,7 +59,12 @@ def _steps(out: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_saves_at_the_end_of_the_step_and_names_resume(
     number: signal.Signals,
@@ -122,7 +127,11 @@ def test_a_hangup_that_is_ignored_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["train", "dry run"])
+@pytest.mark.parametrize(
+    "words",
+    [[], pytest.param(["--dry-run"], marks=pytest.mark.long)],
+    ids=["train", "dry run"],
+)
 def test_a_signal_before_the_first_step_ends_at_once_with_one_line(
     words: list[str], qa_file: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:

@@ -40,7 +40,7 @@ def drifts(folder: Path) -> list[dict[str, Any]]:
     ("mode", "backend"),
     [
         ("full", "sidecar"),
-        ("lora", "remote_3090"),
+        pytest.param("lora", "remote_3090", marks=pytest.mark.long),
         pytest.param("lora", "sidecar", marks=pytest.mark.long),
         pytest.param("full", "remote_3090", marks=pytest.mark.long),
     ],

@@ -61,7 +61,9 @@ def kill_engine() -> None:
     engine.kill()
 
 
-@pytest.mark.parametrize("victim", ["sidecar", "engine", "publisher"])
+@pytest.mark.parametrize(
+    "victim", ["sidecar", pytest.param("engine", marks=pytest.mark.long), "publisher"]
+)
 def test_a_killed_helper_is_started_again_and_the_next_previews_are_verified(
     attempt: Callable[..., Any], before_ask: Any, victim: str
 ) -> None:
