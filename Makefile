@@ -28,23 +28,23 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/trainer demo
 
-# Tests compute in one thread each, so that two files at a time use two cores.
-TWO := -n 2 --dist loadfile
+# Tests compute in one thread each; some wait, so that three files at a time fill two cores.
+FILES := -n 3 --dist loadfile
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TWO) -m "not long"
+	$(BIN)/python -m pytest $(FILES) -m "not long"
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest $(TWO)
+	$(BIN)/python -m pytest $(FILES)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest $(TWO) -m "not slow and not long"
+	$(BIN)/python -m pytest $(FILES) -m "not slow and not long"
 
 trust: $(STAMP)
-	$(BIN)/python -m pytest $(TWO) -m "not long" tests/trust
+	$(BIN)/python -m pytest $(FILES) -m "not long" tests/trust
 
 mutants: $(STAMP)
-	$(BIN)/python -m pytest -q $(TWO) -k is_killed
+	$(BIN)/python -m pytest -q $(FILES) -k is_killed
 
 fuzz: $(STAMP)
 	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -s tests/integration/test_server_fuzz.py

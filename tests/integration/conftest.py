@@ -103,6 +103,20 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for each preview, so that none is superseded: for comparing all of them."""
+    from trainer.preview.scheduler import PreviewScheduler
+
+    ask = PreviewScheduler.ask
+
+    def ask_and_wait(self: Any, step: int, **options: Any) -> None:
+        ask(self, step, **options)
+        self.drain(120)
+
+    monkeypatch.setattr(PreviewScheduler, "ask", ask_and_wait)
+
+
 def weights_of(folder: Path) -> dict[str, Any]:
     """All tensors of a model folder."""
     from safetensors.torch import load_file

@@ -13,7 +13,6 @@ import torch
 
 from tests.integration.previews.test_published import (
     KEY,
-    patient,  # noqa: F401 a fixture
     previews,
     remote,
     shown,
@@ -46,7 +45,7 @@ def test_a_sidecar_gets_the_quantized_base_and_says_what_local_previews_say(
     train: Callable[..., Any],
     plain: Path,
     tmp_path: Path,
-    patient: None,  # noqa: F811
+    patient: None,
 ) -> None:
     options: dict[str, Any] = {
         "model_path": str(plain),
@@ -69,7 +68,7 @@ def test_a_server_that_quantizes_its_own_copy_is_sent_adapters_only(
     train: Callable[..., Any],
     plain: Path,
     tmp_path: Path,
-    patient: None,  # noqa: F811
+    patient: None,
 ) -> None:
     (tmp_path / "keys").write_text(f"{KEY}\n")
     flags = ("--model", str(plain), "--api-key-file", str(tmp_path / "keys"))
@@ -95,7 +94,7 @@ def test_a_server_with_other_bits_is_sent_the_base_once(
     make_model: Callable[..., Any],
     tokenizer: Any,
     tmp_path: Path,
-    patient: None,  # noqa: F811
+    patient: None,
 ) -> None:
     torch.manual_seed(5)
     size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -281,7 +280,7 @@ def test_a_server_of_any_dtype_proves_the_weights_of_a_bf16_run(
     train: Callable[..., Any],
     plain: Path,
     tmp_path: Path,
-    patient: None,  # noqa: F811
+    patient: None,
 ) -> None:
     (tmp_path / "keys").write_text(f"{KEY}\n")
     flags = ("--model", str(plain), "--api-key-file", str(tmp_path / "keys"))

@@ -13,18 +13,6 @@ from tests.integration.serving import Server, running_server
 from trainer.preview.scheduler import PreviewScheduler
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training waits for each preview, so that none is superseded: for comparing all of them."""
-    ask = PreviewScheduler.ask
-
-    def ask_and_wait(self: PreviewScheduler, step: int, **options: Any) -> None:
-        ask(self, step, **options)
-        self.drain(120)
-
-    monkeypatch.setattr(PreviewScheduler, "ask", ask_and_wait)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -62,7 +62,8 @@ def kill_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    "victim", ["sidecar", pytest.param("engine", marks=pytest.mark.long), "publisher"]
+    "victim",
+    ["sidecar", *(pytest.param(name, marks=pytest.mark.long) for name in ("engine", "publisher"))],
 )
 def test_a_killed_helper_is_started_again_and_the_next_previews_are_verified(
     attempt: Callable[..., Any], before_ask: Any, victim: str
