@@ -214,9 +214,11 @@ LORA = {"lr_scheduler": "constant", "training_mode": "lora"}
 @pytest.mark.parametrize(
     ("case", "more"),
     [
-        *((case, MUON) for case in LENGTHS),
-        *((case, SHARE) for case in ("a finished run", "shorter")),
-        *((case, LORA) for case in ("within the warm-up", "epochs to steps")),
+        ("a finished run", SHARE),
+        ("within the warm-up", LORA),
+        *(pytest.param(case, MUON, marks=pytest.mark.long) for case in LENGTHS),
+        pytest.param("shorter", SHARE, marks=pytest.mark.long),
+        pytest.param("epochs to steps", LORA, marks=pytest.mark.long),
     ],
 )
 def test_n18_a_resume_to_another_length_has_the_rates_of_that_length(

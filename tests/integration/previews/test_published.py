@@ -92,7 +92,7 @@ def test_a_sidecar_says_what_local_previews_say_and_every_one_is_verified(
     assert not (tmp_path / "sidecar" / "worker.json").exists()
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.long)])
 def test_pushed_over_http_the_answers_equal_the_local_ones_byte_for_byte(
     train: Callable[..., Any],
     assert_same_weights: Any,
