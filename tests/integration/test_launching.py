@@ -103,6 +103,7 @@ def losses(run: Path) -> list[float]:
     return [one["train_loss"] for line in lines if "train_loss" in (one := json.loads(line))]
 
 
+@pytest.mark.long
 def test_two_processes_train_adapters_on_a_quantized_base_as_one_does(
     qa_file: Path, tmp_path: Path
 ) -> None:
