@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from trainer.data.dataset import RunData
 from trainer.models.load import read_model_config
 from trainer.models.precision import ResolvedPrecision
 from trainer.models.train_on import base_section
+from trainer.monitoring.processes import num_processes
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def memory_setup(prepared: Prepared) -> MemorySetup:
         is_packed=isinstance(data.train, PackedDataset),
         attention=config.model.attn_implementation,
         lora=config.lora,
-        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        num_processes=num_processes(),
         is_sharded=prepared.is_sharded,
         is_resharded=config.distributed.reshard_after_forward,
         preview_rows=prompts if backend == "local" and not prepared.is_sharded else 0,

@@ -48,6 +48,7 @@ from trainer.models.adapter_files import save_adapter
 from trainer.models.devices import is_under_torchrun
 from trainer.models.precision import ResolvedPrecision
 from trainer.models.shard_files import has_shards
+from trainer.monitoring.processes import num_processes
 from trainer.monitoring.step_report import StepRecord
 
 OWN_TRACKERS = {"tensorboard", "none"}
@@ -78,7 +79,7 @@ def build_training_arguments(
         options["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     if device.type == "cpu":
         options["use_cpu"] = True
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if num_processes() > 1:
             options["ddp_backend"] = "gloo"
     with offload_told(config):
         arguments = _on(

@@ -17,6 +17,7 @@ from trainer.errors import ConfigError
 from trainer.models.load import read_model_config
 from trainer.models.precision import resolve_device
 from trainer.models.train_on import base_section
+from trainer.monitoring.processes import num_processes
 
 NOT_LOCAL = "local previews are not made from sharded weights"
 
@@ -108,7 +109,7 @@ class SidecarNeed:
 def _need(prepared: Prepared, model_config: Any) -> SidecarNeed:
     setup = dataclasses.replace(memory_setup(prepared), arenas=NUM_SLOTS["dir"])
     found = estimate_memory(model_config, setup)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = num_processes()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     itemsize = prepared.precision.compute_dtype.itemsize
     is_adapter = prepared.config.hyperparams.training_mode != "full"

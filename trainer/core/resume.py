@@ -25,6 +25,7 @@ from trainer.core.checkpoint import (
     load_named_checkpoint,
 )
 from trainer.errors import ResumeError
+from trainer.monitoring.processes import num_processes
 
 # ---- SEMANTICS: which rules a run trains by, so that it is continued by no others
 #
@@ -135,7 +136,7 @@ def environment_manifest(device: torch.device) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(num_gpus)],
         "cuda": torch.version.cuda,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": num_processes(),
         "git": _git(),
     }
 

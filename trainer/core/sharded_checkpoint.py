@@ -25,7 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from trainer import files
 from trainer.core.checkpoint import Hashes
-from trainer.core.sharding import plain_class, whole_adapter
+from trainer.core.sharding import plain_class, state_tensors, whole_adapter
 from trainer.core.together import OfRankError
 from trainer.errors import ModelError, ResumeError
 from trainer.models.adapter_files import save_adapter
@@ -73,7 +73,8 @@ class SharedState:
             self._gather_adapter()
             return {}
         names = names_of_parameters(self.model)
-        _write_shards(dict(_weights(self.model)), folder / WEIGHTS)
+        weights = {names[0]: tensor.detach() for names, tensor in state_tensors(self.model)}
+        _write_shards(weights, folder / WEIGHTS)
         _write_shards(_moments(self.optimizer, names), folder / MOMENTS)
         found = {}
         for part in (WEIGHTS, MOMENTS):
@@ -123,19 +124,7 @@ def is_adapted(model: Any) -> bool:
 
 def names_of_parameters(model: nn.Module) -> dict[int, str]:
     """id of each parameter -> its first name in the model's state."""
-    names: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), name)
-    return names
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of a model's state once, by its first name."""
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()
+    return {id(tensor): names[0] for names, tensor in state_tensors(model)}
 
 
 def _moments(optimizer: Any, names: dict[int, str]) -> dict[str, torch.Tensor]:

@@ -136,18 +136,23 @@ def gathered(
     Yields:
         The names that share a tensor, and the tensor, on the device of its shards.
     """
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, torch.Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-        tensors[id(tensor)] = tensor
-    for key, tensor in tensors.items():
+    for names, tensor in state_tensors(model):
         if not is_wanted(tensor):
             continue
         part = tensor.detach()
         if dtype is not None and part.is_floating_point():
             part = part.to(dtype)
-        yield names[key], part.full_tensor() if isinstance(part, DTensor) else part
+        yield names, part.full_tensor() if isinstance(part, DTensor) else part
+
+
+def state_tensors(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+    """Each tensor of a model's state once, with the names that share it; alike on all processes."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    return [(names[key], tensor) for key, tensor in tensors.items()]
 
 
 def whole_copy(model: Any, dtype: torch.dtype) -> Any:
