@@ -29,18 +29,13 @@ def run_ranks(
         The exit codes by rank.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    served = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     pids = []
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
-            _be_rank(rank, shared if world > 1 else {}, work, log(rank))
+            told = {**variables(rank, world, store.port), **served} if world > 1 else {}
+            _be_rank(rank, told, work, log(rank))
         pids.append(pid)
     deadline = time.monotonic() + timeout_s
     return [_exit_code(pid, deadline) for pid in pids]
@@ -58,12 +53,18 @@ def _exit_code(pid: int, deadline: float) -> int:
         time.sleep(0.02)
 
 
-def _be_rank(rank: int, shared: dict[str, str], work: Callable[[int], int], log: Path) -> NoReturn:
+def variables(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher sets for one of the processes of this machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in {**numbers, **place}.items()}
+
+
+def _be_rank(rank: int, told: dict[str, str], work: Callable[[int], int], log: Path) -> NoReturn:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if shared:
-        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(told)
     code = 1
     try:
         code = work(rank)

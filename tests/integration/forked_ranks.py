@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ranks import variables
+
 PATIENCE_S = 10.0
 """Of ranks whose neighbour was killed, until the launcher kills them."""
 
@@ -75,9 +77,7 @@ def be_rank(rank: int, world: int, port: int, given: dict[str, Any]) -> None:
         os.dup2(text, 1)
         os.dup2(text, 2)
         if world > 1:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": world}
-            os.environ.update({name: str(one) for name, one in {**numbers, **place}.items()})
+            os.environ.update(variables(rank, world, port))
         if given["apart"]:
             shared_files.SIGHT_S = 0.5
             here = folder / f"machine-{rank}"

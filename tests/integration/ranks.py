@@ -15,7 +15,8 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from benchmarks.ranks import variables
 
 GRACE_S = 30
 
@@ -69,9 +70,7 @@ def be_rank(rank: int, world: int, port: int, folder: str, patch: str, words: li
         os.dup2(text, 2)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)  # the launcher's own lines
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        place: dict[str, Any] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **numbers}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update(variables(rank, world, port))
         exec(patch, {"rank": rank})
         code = main(["train", *words])
     except SystemExit as end:

@@ -52,6 +52,7 @@ def main(folder: Path, model: str, rows: str) -> None:
         )
         trainer = TrainerEngine().create_trainer(config)
         trainer.remove_callback(MemoryProbe)  # a pass of its own
+        # What is counted is the exchanges of a step.
         trainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
         with Collectives() as counted:
             trainer.train()

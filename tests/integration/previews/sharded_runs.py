@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from benchmarks.ranks import run_ranks
+from tests.trust.two_processes import patched
 from trainer.config import create_default_config
 from trainer.core import TrainerEngine, hf_trainer
 from trainer.core.run import is_main_process
@@ -28,16 +27,6 @@ from trainer.publish import lane, shards
 
 WORLD = 2
 STEPS = 4
-
-
-@contextlib.contextmanager
-def patched(holder: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(holder, name)
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
 
 
 def config_of(folder: Path, setup: dict[str, Any], name: str, **sections: Any) -> Any:
@@ -90,24 +79,11 @@ def patient() -> Any:
     return patched(PreviewScheduler, "ask", ask_and_wait)
 
 
-def run(config: Any, *, is_finished: bool = True) -> dict[str, Any]:
-    """One run by all processes.
-
-    Args:
-        is_finished: also saved at its end.
-    """
-    engine = TrainerEngine()
-    if is_finished:
-        result = engine.run_job(config)
-        counts, message = result.summary["previews"], result.error_message
-        return {"exit_code": result.exit_code, "error": message, "previews": counts}
-    trainer, job = engine.create_trainer(config), engine._job
-    engine._execute_training(trainer, config)
-    assert job is not None
-    assert job.scheduler is not None
-    counts = job.scheduler.summary()
-    engine.close()
-    return {"exit_code": 0, "error": None, "previews": counts}
+def run(config: Any) -> dict[str, Any]:
+    """One run by all processes."""
+    result = TrainerEngine().run_job(config)
+    counts, message = result.summary["previews"], result.error_message
+    return {"exit_code": result.exit_code, "error": message, "previews": counts}
 
 
 def noting_shards(found: list[bool]) -> Any:
@@ -203,9 +179,7 @@ def cases(folder: Path, setup: dict[str, Any]) -> dict[str, Any]:
         with wrong_copy():
             found["wrong"] = run(config("wrong", monitoring=remote(setup)))
         lora = {"training_mode": "lora", "fp_precision": "bf16"}
-        found["lora"] = run(
-            config("lora", monitoring=remote(setup), hyperparams=lora), is_finished=False
-        )
+        found["lora"] = run(config("lora", monitoring=remote(setup), hyperparams=lora))
         with kill_helpers_before(2):
             found["killed"] = run(config("killed"))
     explicit = {"preview_backend": "local"}
@@ -213,49 +187,26 @@ def cases(folder: Path, setup: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def work(rank: int, folder: Path, setup: dict[str, Any]) -> None:
+def work(rank: int, folder: Path, setup: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     is_sharded: list[bool] = []
-    # The checkpoint of a sharded run is not what is tested here.
-    saving = patched(hf_trainer.SupervisedTrainer, "_save_checkpoint", lambda *_: None)
-    with saving, noting_shards(is_sharded):
+    with noting_shards(is_sharded):
         found = cases(folder, setup)
     assert is_main_process() == (rank == 0)
     found["is_sharded"] = is_sharded
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
-
-
-def fork(world: int, what: Callable[[int], None]) -> list[int]:
-    """Have each of `world` processes do it; their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            code = 1
-            try:
-                what(rank)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return 0
 
 
 if __name__ == "__main__":
     target, given = Path(sys.argv[1]), json.loads(sys.argv[2])
-    sys.exit(max(fork(WORLD, lambda rank: work(rank, target, given))))
+    codes = run_ranks(
+        WORLD,
+        lambda rank: work(rank, target, given),
+        lambda rank: target / f"rank-{rank}.txt",
+        timeout_s=280,
+    )
+    for number in range(WORLD):
+        print((target / f"rank-{number}.txt").read_text(), file=sys.stderr)
+    sys.exit(any(codes))
