@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from trainer.monitoring.events import Event, PreviewsDone
-from trainer.monitoring.tracking import TEXT_CHARS, scores_of
+from trainer.monitoring.tracking import TEXT_CHARS
 from trainer.preview.base import PreviewResult
 
 WITH_TABLES = ("wandb", "trackio")
@@ -92,8 +92,8 @@ class TrackerTables(TrainerCallback):  # type: ignore[misc]
 
 def table_of(results: Sequence[PreviewResult]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: texts, verdict and scores of each answer, texts cut as for TensorBoard."""
-    scores = [scores_of(result) for result in results]
-    names = list(dict.fromkeys(name for one in scores for name in one))
+    given = [name for one in results for name, v in one.scores.items() if v is not None]
+    names = list(dict.fromkeys(given))
     rows = [
         [
             result.step,
@@ -104,8 +104,8 @@ def table_of(results: Sequence[PreviewResult]) -> tuple[list[str], list[list[Any
             {True: "yes", False: "no", None: ""}[result.matches],
             result.weights,
             (result.error_message or "")[:TEXT_CHARS],
-            *[one.get(name) for name in names],
+            *[result.scores.get(name) for name in names],
         ]
-        for result, one in zip(results, scores, strict=True)
+        for result in results
     ]
     return [*COLUMNS, *[f"score.{name}" for name in names]], rows

@@ -189,7 +189,7 @@ def preview_markdown(result: PreviewResult) -> str:
     """A preview as Markdown in which nothing of its texts is Markdown or HTML."""
     verdicts = {True: "matches", False: "does not match", None: "not compared"}
     head = f"step {result.step}: {verdicts[result.matches]}"
-    scores = [f"{name} {score:.4g}" for name, score in scores_of(result).items()]
+    scores = [f"{name} {one:.4g}" for name, one in result.scores.items() if one is not None]
     parts = [", ".join([head, *scores]), "prompt", _block(result.prompt)]
     if result.golden_answer is not None:
         parts += ["golden", _block(result.golden_answer)]
@@ -198,12 +198,6 @@ def preview_markdown(result: PreviewResult) -> str:
     else:
         parts += ["failed", _block(str(result.error_message))]
     return "\n\n".join(parts)
-
-
-def scores_of(result: PreviewResult) -> dict[str, float]:
-    """The numbers that an answer was given, by name, as far as there are any."""
-    found = getattr(result, "scores", None) or {}
-    return {str(name): float(score) for name, score in found.items() if score is not None}
 
 
 def _block(text: str) -> str:

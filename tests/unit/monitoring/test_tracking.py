@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -145,16 +144,12 @@ def test_a_tracker_that_fails_later_is_reported_once_and_one_that_cannot_start_r
     tracker.close()
 
 
-class Scored(PreviewResult):
-    """An answer with scores, as far as a result brings them."""
-
-    scores: Any = None
-
-
 def test_scores_of_answers_stand_beside_their_texts_in_tables_and_text():
     answers = [
-        Scored(step=4, prompt="p", text="t", golden_answer="g", scores={"f1": 0.5, "json": None}),
-        Scored(step=4, prompt="q", text="", error_message="too slow", scores={}),
+        PreviewResult(
+            step=4, prompt="p", text="t", golden_answer="g", scores={"f1": 0.5, "json": None}
+        ),
+        PreviewResult(step=4, prompt="q", text="", error_message="too slow"),
         PreviewResult(step=4, prompt="r", text="x" * 10_000, matches=True),
     ]
     columns, rows = table_of(answers)
