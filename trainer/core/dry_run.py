@@ -18,7 +18,7 @@ from trainer.core.memory import (
     fits,
     size_words,
 )
-from trainer.core.previews import NUM_SLOTS
+from trainer.core.publishing import NUM_SLOTS
 from trainer.core.run import Prepared, Strategy
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.data.batches import PackedDataset

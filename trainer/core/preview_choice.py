@@ -11,7 +11,7 @@ import torch
 
 from trainer.core.dry_run import memory_setup
 from trainer.core.memory import device_memory, estimate_memory, fits, size_words
-from trainer.core.previews import NUM_SLOTS, profile_by_name
+from trainer.core.publishing import NUM_SLOTS, profile_by_name
 from trainer.core.run import Prepared, is_main_process
 from trainer.errors import ConfigError
 from trainer.models.load import read_model_config

@@ -26,8 +26,9 @@ from trainer.core.fused_loss import with_kernel
 from trainer.core.hf_trainer import SaveCheckpoint, SupervisedTrainer
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
-from trainer.core.previews import agree_on_previews, build_scheduler
+from trainer.core.previews import build_scheduler
 from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_batches, needs_mask
+from trainer.core.publishing import agree_on_previews
 from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder

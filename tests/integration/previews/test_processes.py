@@ -201,7 +201,7 @@ def test_without_room_in_shared_memory_the_run_folder_is_used(
     seen: list[Path] = []
     folder = snapshot.arena_folder
     monkeypatch.setattr(
-        "trainer.core.previews.arena_folder",
+        "trainer.core.publishing.arena_folder",
         lambda *a, **k: seen.append(folder(*a, **k)) or seen[-1],
     )
     _, rows = attempt(server.port)
