@@ -48,6 +48,14 @@ class Launch:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self.family += psutil.Process(pid).children(recursive=True)
 
+    def has(self, module: str) -> bool:
+        """Whether a process of the run is this program."""
+        for one in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if module in one.cmdline():
+                    return True
+        return False
+
     def steps(self) -> int:
         path = self.out / "metrics.jsonl"
         return path.read_text().count("StepDone") if path.exists() else 0
@@ -339,8 +347,10 @@ def test_a_sidecar_does_not_outlive_the_run(
 ) -> None:
     words = ["--distributed.heartbeat_timeout_s", "3", "--monitoring.preview_backend", "sidecar"]
     run = start(*words, previews="2")
-    run.wait_for_step(3)
-    assert any("trainer.publish.publisher" in one.cmdline() for one in run.family)
+    deadline = time.monotonic() + WAIT_S
+    while not run.has("trainer.publish.publisher"):  # there once the sidecar answers
+        assert time.monotonic() < deadline, run.texts()
+        run.wait_for_step(3)
     run.send(victim, number)
     run.ends()
     run.check_failed(f"rank {victim} ")
