@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -380,8 +381,10 @@ class Watcher:
             self._drop(link)
 
     def _is_greeted(self, link: Link, line: dict[str, Any]) -> bool:
-        rank = line.get("rank")
-        if line.get("token") != self.settings.token or rank not in self.heard:
+        rank, token = line.get("rank"), str(line.get("token")).encode()
+        if not secrets.compare_digest(token, self.settings.token.encode()):
+            return False
+        if rank not in self.heard:
             return False
         link.rank = rank
         if self.fault is not None:
