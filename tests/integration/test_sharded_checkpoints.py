@@ -6,6 +6,7 @@ Every run of shards is asserted to be one: accelerate falls back to DDP on a CPU
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.forked_runs import ROOT, other_paths
 from trainer.core.checkpoint import find_latest_checkpoint, verify_checkpoint
 from trainer.core.finished import open_run
 from trainer.errors import EXIT_FAILED, EXIT_USER_INPUT
@@ -35,6 +37,7 @@ class Runs:
         script = Path(__file__).with_name("forked_ranks.py")
         self._server = subprocess.Popen(
             [sys.executable, str(script)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *other_paths()])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(root / "launcher.txt").open("w"),
