@@ -51,7 +51,7 @@ class RowsData:
         self._verdict_at: list[int] = []
         self._names: list[str] = []
         self._names_at = 0
-        self._start = 0
+        self._prefix = ""
         self._order: list[int] = []
         self._headline: tuple[tuple[int, int, bool], Headline] | None = None
 
@@ -93,7 +93,7 @@ class RowsData:
             "whole": is_whole,
             "columns": [[step, *self._columns[step]] for step in sorted(steps)],
             "names": self._names if is_named_anew else None,
-            "start": self._start,
+            "prefix": self._prefix,
             "verdicts": [
                 [number, *verdict]
                 for number, verdict in enumerate(self._verdicts)
@@ -116,8 +116,9 @@ class RowsData:
                 self._columns[step] = _column(lines, step)
         if len(lines) != len(self._names):
             names = [printable(line.prompt, SHOWN_CHARS) for line in lines]
-            self._start = common_start(names)
-            self._names = [_name(name, self._start) for name in names]
+            start = common_start(names)
+            self._prefix = names[0][:start][:NAME_CHARS]
+            self._names = [_name(name, start) for name in names]
             self._names_at = book.clock
         judged = [line.judged for line in lines]
         for number, one in enumerate(judged):
@@ -234,7 +235,7 @@ def final_rows(reader: RunReader) -> dict[str, Any] | None:
         "whole": True,
         "columns": [[final.answers[0].step, marks, "", final.matched, compared, None, None, None]],
         "names": [_name(name, start) for name in names],
-        "start": start,
+        "prefix": names[0][:start][:NAME_CHARS],
         "verdicts": [
             [number, one.state, short.get(one.state, one.state), short.get(one.state, one.state)]
             for number, one in enumerate(judged)
