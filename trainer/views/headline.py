@@ -81,6 +81,7 @@ def headline_of(
         elif is_first:
             # Nothing is right yet: the graded measure says whether the model learns.
             main = f"{main}; {words}"
+            short = f"{short}, golden {_percent(golden.now)}"
         else:
             rest.append(f"{words[0].upper()}{words[1:]}.")
     validation = validation_words(losses)

@@ -53,6 +53,7 @@ def test_a_run_with_nothing_right_is_judged_by_the_probability_of_golden_tokens(
         "0 of 6 right; golden token probability 16.4 %, from 0.4 % before training, still rising"
     )
     assert found.rest == "0 lost, 6 never right."
+    assert found.short == "0/6, golden 16.4 %"
 
 
 def test_few_prompts_and_small_changes_are_said_to_be_so() -> None:

@@ -76,6 +76,17 @@ class RowsData:
         right = {step: one[2] for step, one in self._columns.items() if one[3]}
         return max(right, key=lambda step: (right[step], -step)) if any(right.values()) else None
 
+    def shares(self) -> list[float]:
+        """Share of right answers by preview step, from 0 to 1.
+
+        Of golden tokens' probability, where nothing is right yet.
+        """
+        self._build()
+        columns = [self._columns[step] for step in sorted(self._columns)]
+        if any(one[2] for one in columns):
+            return [one[2] / one[3] for one in columns if one[3]]
+        return [one[6] / 100 for one in columns if one[6] is not None]
+
     def since(self, clock: int) -> dict[str, Any] | None:
         """What changed after `clock`, or everything; None where nothing did.
 
