@@ -115,6 +115,11 @@ class PreviewResult(BaseModel):
         """True when there is an answer to show."""
         return self.error_message is None
 
+    @property
+    def answers(self) -> list[PreviewResult | PreviewSample]:
+        """This answer and the further ones, by the number of the sample."""
+        return [self, *self.samples]
+
     @classmethod
     def failed(
         cls, request: PreviewRequest, step: int, message: str, backend_type: str

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from trainer.preview.base import PreviewResult, PreviewSample
+from trainer.preview.base import PreviewResult
 from trainer.scores.statistics import difference_of, interval_of, is_binary, pass_at
 
 GOLDEN_PROBABILITY = "golden_probability"
@@ -95,14 +95,13 @@ def verdicts_of(result: PreviewResult) -> dict[str, list[float]]:
     """
     if not result.samples:
         return {}
-    answers: list[PreviewResult | PreviewSample] = [result, *result.samples]
-    found: dict[str, list[float | bool | None]] = {MATCH: [one.matches for one in answers]}
+    found: dict[str, list[float | bool | None]] = {MATCH: [one.matches for one in result.answers]}
     for name in result.scores:
-        found[SCORE + name] = [one.scores.get(name) for one in answers]
+        found[SCORE + name] = [one.scores.get(name) for one in result.answers]
     return {
         name: [float(value) for value in values if value is not None]
         for name, values in found.items()
-        if None not in values
+        if all(value is not None and math.isfinite(value) for value in values)
     }
 
 

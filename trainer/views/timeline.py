@@ -20,7 +20,7 @@ from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHis
 from trainer.preview.base import PreviewResult
 from trainer.scores.figures import ScoreFigure
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
-from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED
+from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED, samples_words
 from trainer.views.words import mark_of as sign_of
 
 MAX_PAIRS = 200_000
@@ -220,6 +220,8 @@ def facts_of(result: PreviewResult) -> list[str]:
     """What is to be said of one answer besides its text, the most important first."""
     facts = [] if result.held_out else ["also trained on"]
     facts += [flag.replace("_", " ") for flag in result.health]
+    if result.samples:
+        facts.append(samples_words(result))
     if result.ok:
         facts.append(f"{result.tokens_generated} tokens, {result.tokens_per_sec:,.0f} tokens/s")
     where = f"by {result.backend_type}"
