@@ -13,6 +13,7 @@ import torch
 
 from trainer.preview.base import PreviewBackend, PreviewRequest
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.samples import sample_requests
 from trainer.preview.scheduler import samples_of
 from trainer.profiles import get_profile
 
@@ -105,9 +106,9 @@ def test_further_samples_change_nothing_of_the_first_and_halve_alike(
     for one in several:
         assert len({said.text for said in one.answers}) == 3
     sizes = out_of_memory_above(backend, 1)
-    halved = samples_of(backend, requests(2), 1, 2)
-    assert sizes == 2 * [2, 1, 1]
-    assert [one.samples for one in halved] == [one.samples[:1] for one in several]
+    halved = backend.preview_batch(sample_requests(requests(2), 2), 1)
+    assert sizes == [2, 1, 1]
+    assert [one.text for one in halved] == [one.samples[1].text for one in several]
 
 
 def test_a_sample_that_fails_is_told_and_the_others_stay(backend: LocalPreviewBackend) -> None:
