@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
-from trainer.preview.base import PreviewResult
+from trainer.preview.base import PreviewResult, golden_figures
 from trainer.scores.figures import ScoreFigure
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
 from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED, samples_words
@@ -208,7 +208,10 @@ def golden_words(result: PreviewResult) -> str | None:
     if not nats:
         return None
     mean = math.exp(min(sum(nats) / len(nats), 0.0))
-    figure = f"{100 * mean:.0f} % a golden token"
+    # The number that stands everywhere else; the verdict is stricter, as one unlikely token is
+    # enough for another answer.
+    shown = golden_figures(nats)["golden_probability"]
+    figure = f"golden tokens {100 * shown:.1f} %"
     if result.matches:
         return f"says the golden answer ({figure})"
     if mean >= LIKELY:
