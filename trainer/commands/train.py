@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
-from trainer.config.loader import required_for_training
+from trainer.config.loader import is_of_run, required_for_training
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
 from trainer.scores.spec import is_function
 from trainer.views.terminal import DisplayKind, create_display
@@ -79,6 +79,12 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
             "the run, or leave --resume out."
         )
     loaded = ConfigLoader.load(file, os.environ, flags)
+    if "monitoring.notify" in loaded.left_out:
+        print(
+            f"warning: {file}: monitoring.notify in the config of a run is not used, so nobody is "
+            "told how this run ends; give --monitoring.notify again to change that",
+            file=sys.stderr,
+        )
     if not flags.allow_code:
         _refuse_code_of_runs(loaded)
     return loaded
@@ -93,9 +99,8 @@ def _refuse_code_of_runs(loaded: LoadedConfig) -> None:
     file, key = loaded.file, "monitoring.scores"
     if file is None or not loaded.origins[key].startswith("file "):
         return
-    is_of_run = file.name == RESOLVED_FILE or (file.parent / "run.json").is_file()
     functions = [entry for entry in loaded.config.monitoring.scores if is_function(entry)]
-    if is_of_run and functions:
+    if functions and is_of_run(file):
         raise ConfigError(
             f"{file}: {key} names code ({', '.join(functions)}), and this file was written by a "
             "run; give --allow-code if you know that code, or name the scores yourself "
