@@ -19,6 +19,7 @@ from trainer import __version__
 from trainer.files import replace_file
 from trainer.monitoring.events import Event, RunStarted
 from trainer.preview.base import PreviewResult
+from trainer.views.differences import Piece
 from trainer.views.facts import (
     alerts_of,
     card_rows,
@@ -38,7 +39,6 @@ from trainer.views.run_reader import MANIFEST_NAME, ORIGINS_NAME, RunReader, con
 from trainer.views.score_words import certainty_words, curve_name, value_words
 from trainer.views.timeline import (
     MARK_WORDS,
-    Piece,
     PreviewBook,
     Timeline,
     facts_of,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,61 +17,11 @@ from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult
 from trainer.scores.figures import ScoreFigure
+from trainer.views.differences import Piece, word_diff
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
+from trainer.views.verdicts import Verdict, verdict_of
 from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED
 from trainer.views.words import mark_of as sign_of
-
-MAX_PAIRS = 200_000
-"""Equal word pairs up to which the middle is compared word by word: very repetitive texts would
-take seconds, and say nothing more in detail."""
-
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-
-Kind = Literal["same", "missing", "extra"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of text."""
-
-    kind: Kind
-    """`same` in both; `missing`: only in the reference; `extra`: only in the text."""
-    text: str
-
-
-def word_diff(reference: str, text: str) -> list[Piece]:
-    """Compare `text` with `reference` by words, numbers, signs and white space.
-
-    Returns:
-        Pieces in reading order; the `same` and `extra` ones make up `text`, the `same` and
-        `missing` ones make up `reference`.
-    """
-    old, new = _WORDS.findall(reference), _WORDS.findall(text)
-    start = 0
-    while start < min(len(old), len(new)) and old[start] == new[start]:
-        start += 1
-    end = 0
-    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
-        end += 1
-    pieces = [Piece("same", "".join(new[:start]))]
-    pieces += _middle(old[start : len(old) - end], new[start : len(new) - end])
-    pieces.append(Piece("same", "".join(new[len(new) - end :])))
-    return [piece for piece in pieces if piece.text]
-
-
-def _middle(old: list[str], new: list[str]) -> list[Piece]:
-    """The part between the common beginning and the common end."""
-    counts = Counter(old)
-    if sum(counts[word] for word in new) > MAX_PAIRS:
-        return [Piece("missing", "".join(old)), Piece("extra", "".join(new))]
-    pieces = []
-    for tag, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if tag == "equal":
-            pieces.append(Piece("same", "".join(new[c:d])))
-        else:
-            pieces += [Piece("missing", "".join(old[a:b])), Piece("extra", "".join(new[c:d]))]
-    return pieces
-
 
 # ---- timeline: all answers to one prompt, in the order of the steps, and what became of them
 
@@ -103,17 +51,20 @@ class Timeline:
         self.prompt_id = prompt_id
         self.steps: list[int] = []
         self._results: dict[int, PreviewResult] = {}
+        self._judged: Verdict | None = None
 
     def add(self, result: PreviewResult) -> None:
         """Take an answer."""
         if result.step not in self._results:
             bisect.insort(self.steps, result.step)
         self._results[result.step] = result
+        self._judged = None
 
     def drop_after(self, step: int) -> None:
         """Forget the answers above `step`."""
         self.steps = [one for one in self.steps if one <= step]
         self._results = {one: self._results[one] for one in self.steps}
+        self._judged = None
 
     def __len__(self) -> int:
         """How many answers there are."""
@@ -150,44 +101,20 @@ class Timeline:
         before = next((self[i] for i in range(index - 1, -1, -1) if self[i].ok), None)
         return word_diff(before.text, self[index].text) if before is not None else None
 
+    @property
+    def judged(self) -> Verdict:
+        """What became of this prompt."""
+        if self._judged is None:  # judged anew only when an answer came: pages ask all the time
+            self._judged = verdict_of(self.results())
+        return self._judged
+
     def verdict(self) -> str:
         """What became of this prompt, such as `first right at step 400, lost at 900`."""
-        compared = [(r.step, r.matches) for r in self.results() if r.matches is not None]
-        if not compared:
-            has_golden = any(r.golden_answer is not None for r in self.results())
-            return "no answer yet" if has_golden else "no golden answer to compare with"
-        if not any(is_right for _, is_right in compared):
-            times = f"{len(compared)} previews" if len(compared) > 1 else "1 preview"
-            return f"not right yet, after {times}"
-        turns = [
-            (step, is_right)
-            for index, (step, is_right) in enumerate(compared)
-            if (index == 0 and is_right) or (index > 0 and is_right != compared[index - 1][1])
-        ]
-        return _turn_words(turns)
+        return self.judged.words
 
     def is_lost(self) -> bool:
         """Whether it was right once and is wrong now."""
-        compared = [r.matches for r in self.results() if r.matches is not None]
-        return bool(compared) and not compared[-1] and any(compared)
-
-
-def _turn_words(turns: list[tuple[int, bool]]) -> str:
-    """Words for the steps at which a prompt became right or wrong; the first one is right.
-
-    A wrong beginning is no turn, so right and wrong alternate from the first entry on.
-    """
-    gains = [step for step, is_right in turns if is_right]
-    losses = [step for step, is_right in turns if not is_right]
-    words = f"first right at step {gains[0]}"
-    if not losses:
-        return f"{words}, right since"
-    if len(losses) == 1:
-        words += f", lost at {losses[0]}"
-        return f"{words}, right again since {gains[1]}" if len(gains) > 1 else words
-    if turns[-1][1]:
-        return f"{words}, lost {len(losses)} times, right again since {gains[-1]}"
-    return f"{words}, lost {len(losses)} times, wrong since {losses[-1]}"
+        return self.judged.state == "lost"
 
 
 def golden_tokens(result: PreviewResult) -> list[GoldenToken]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trainer.preview.base import PreviewResult
 from trainer.views.timeline import (
@@ -15,7 +13,6 @@ from trainer.views.timeline import (
     facts_of,
     golden_tokens,
     golden_words,
-    word_diff,
 )
 
 
@@ -82,19 +79,6 @@ def test_the_diff_against_the_previous_skips_errors() -> None:
     assert kinds == [("same", "the "), ("missing", "old"), ("extra", "new"), ("same", " answer")]
     assert timeline.previous_diff(1) is None
     assert timeline.golden_diff(1) is None
-
-
-@given(st.text("ab 1.\n", max_size=40), st.text("ab 1.\n", max_size=40))
-def test_a_diff_makes_up_both_texts(reference: str, text: str) -> None:
-    pieces = word_diff(reference, text)
-    assert "".join(p.text for p in pieces if p.kind != "missing") == text
-    assert "".join(p.text for p in pieces if p.kind != "extra") == reference
-
-
-@pytest.mark.timeout(60)  # each word against each would take far longer
-def test_a_diff_of_endless_repetition_ends_soon() -> None:
-    pieces = word_diff("fo fa " * 4000, "x " + "fo " * 6000)
-    assert "".join(p.text for p in pieces if p.kind != "missing") == "x " + "fo " * 6000
 
 
 def test_golden_tokens_have_their_probability_and_a_word_for_it() -> None:

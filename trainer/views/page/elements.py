@@ -10,7 +10,8 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from trainer.views.timeline import MARK_WORDS, GoldenToken, Piece
+from trainer.views.differences import Piece
+from trainer.views.timeline import MARK_WORDS, GoldenToken
 
 SYSTEM_CHANGED = "system_colours_changed"
 

@@ -9,6 +9,7 @@ from nicegui import ui
 
 from trainer.monitoring.events import printable
 from trainer.preview.base import PreviewResult
+from trainer.views.differences import word_diff
 from trainer.views.page.elements import (
     MARK_CLASSES,
     answer,
@@ -28,7 +29,6 @@ from trainer.views.timeline import (
     golden_tokens,
     golden_words,
     mark_of,
-    word_diff,
 )
 
 MAX_WRONG = 100
