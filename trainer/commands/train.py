@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,9 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
         if result.state == "failed":  # a stop is told by the main process
             tell_failure(result.error_message)
         return result.exit_code if result.success else leave(result.exit_code)
+    if display_name not in ("quiet", "json"):
+        folder = shlex.quote(os.path.expanduser(loaded.config.output.output_dir))
+        print(f"live page: trainer monitor {folder}", flush=True)
     records = RunRecords(loaded.origins, is_report=loaded.config.output.report)
     observers = [create_display(display_name), records]
     result = TrainerEngine(observers=observers).run_job(loaded.config)

@@ -31,6 +31,8 @@ from trainer.monitoring.notify import NotifySettings
 from trainer.monitoring.status_reader import METRICS_NAME
 from trainer.net import is_loopback
 from trainer.views.run_reader import RECENT_STEPS, RunReader
+from trainer.views.running_headline import RunningHeadline
+from trainer.views.verdicts import counts_of
 from trainer.views.words import SILENT_STEPS, duration_words, ending_words, going_on_words
 
 TICK_S = 0.5
@@ -210,7 +212,9 @@ class Teller:
             words = f"{event.replace('_', ' ')} at step {step}{of_total}: {reason}"
         if event == "ended" and reason and reason not in words:
             words += f" ({reason})"
-        text = f"run {self.reader.name}: {words}"
+        so_far = RunningHeadline(self.reader.previews, self.reader.metrics.evaluations)
+        headline = (so_far.sentence() if status is not None else "") or None
+        text = f"run {self.reader.name}: {words}" + (f". {headline}" if headline else "")
         self._tell(
             {
                 "event": event,
@@ -219,6 +223,7 @@ class Teller:
                 "total_steps": total,
                 "status": state,
                 "reason": reason,
+                "headline": headline,
                 "figures": figures_of(self.reader) if status is not None else {},
                 "host": socket.gethostname(),
                 "created_at": time.time(),
@@ -235,11 +240,22 @@ def told_reason(error_type: str | None, message: str) -> str | None:
     return message.split("\n")[0] or None
 
 
-def figures_of(reader: RunReader) -> dict[str, Any]:
-    """Figures of a run, as they are in status.json."""
-    status = reader.status
+def figures_of(reader: RunReader) -> dict[str, float | int | None]:
+    """What the headline is made of, as numbers; null where a run has none."""
+    status, lines = reader.status, reader.previews.timelines.values()
     assert status is not None, "asked of a run that has one"
-    return {"train_loss": status.train_loss, "val_loss": status.val_loss}
+    counts = counts_of(line.judged for line in lines)
+    known = [one.golden_probability for one in reader.previews.newest()]
+    golden = [one for one in known if one is not None]
+    return {
+        "train_loss": status.train_loss,
+        "val_loss": status.val_loss,
+        "right": counts.right,
+        "compared": counts.compared,
+        "lost": counts.lost,
+        "never_right": counts.never_right,
+        "golden_probability": sum(golden) / len(golden) if golden else None,
+    }
 
 
 # ---- the two ways to tell

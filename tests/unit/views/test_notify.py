@@ -24,6 +24,7 @@ from trainer.views.notify import told_reason
 
 WAIT_S = 30
 SECRET = "T0123/SECRET"
+FAILED = "run gsm: failed at step 1 of 9: ValueError"
 
 A_RUN = """
 import sys, time
@@ -150,7 +151,7 @@ def test_a_run_that_fails_is_told_without_what_its_error_quotes(
     say(run, "fail")
     message = receiver.hears()
     assert (message["event"], message["status"], message["step"]) == ("failed", "failed", 1)
-    assert message["text"] == message["content"] == "run gsm: failed at step 1 of 9: ValueError"
+    assert message["text"] == message["content"] == FAILED
     assert message["reason"] is None
     assert message["figures"]["train_loss"] == 0.5
     assert "42" not in json.dumps({**message, "created_at": 0, "host": ""})
@@ -191,7 +192,7 @@ def test_a_command_gets_the_message_without_a_shell(tmp_path: Path, start_run: S
     say(run, "fail")
     assert run.wait(WAIT_S) == 1
     words, values = told.read_text().splitlines()
-    assert words == "run gsm: failed at step 1 of 9: ValueError; touch $HOME `id`"
+    assert words == f"{FAILED}; touch $HOME `id`"
     assert json.loads(values)["event"] == "failed"
 
 
