@@ -107,8 +107,8 @@ def chromium() -> Iterator[Any]:
 def take_pages(browser: Any, url: str, out: Path) -> None:
     """The live page: light, dark, and on a phone."""
     for name, scheme, width, height in (
-        ("page-light", "light", 1280, 1130),
-        ("page-dark", "dark", 1280, 1130),
+        ("page-light", "light", 1440, 900),
+        ("page-dark", "dark", 1440, 900),
         ("page-phone", "light", 390, 844),
     ):
         page = browser.new_page(
@@ -121,10 +121,7 @@ def take_pages(browser: Any, url: str, out: Path) -> None:
                 page.goto(url)
                 break
             time.sleep(0.5)
-        page.wait_for_selector(".chart-big canvas")
-        # The newest wrong answer shows the diffs: near golden, and unlike the one before.
-        wrong = page.locator("button.mark-wrong").all()
-        max(wrong, key=lambda mark: int(mark.get_attribute("data-step") or 0)).click()
+        page.wait_for_selector(".row-line")  # it opens on the newest wrong answer
         page.wait_for_timeout(WAIT_MS)
         page.evaluate("window.scrollTo(0, 0)")
         page.screenshot(path=out / f"{name}.png")

@@ -16,29 +16,23 @@ from trainer.views.score_words import figure_rows
 from trainer.views.words import drift_summary_words, duration_words
 
 
-def live_figures(reader: RunReader) -> list[tuple[str, str]]:
-    """What one wants to see while a run goes on, the most wanted first."""
+def bar_figures(reader: RunReader) -> list[str]:
+    """What stands beside the state of a run: model, time, speed, memory, drift."""
     status, metrics = reader.status, reader.metrics
-    rows = final_figures(reader)
-    rows.append(("loss", _number(metrics.newest("train_loss"), "{:.4f}")))
-    if status is not None and status.val_loss is not None:
-        rows.append((f"validation loss, step {status.val_step}", f"{status.val_loss:.4f}"))
-    rows.append(("learning rate", _number(metrics.newest("learning_rate"), "{:.2e}")))
-    rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
-    rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
-    rows += figure_rows(metrics.newest_scores())
-    accuracy = reader.previews.accuracy()
-    if accuracy:
-        step = max(accuracy)
-        right, of = accuracy[step]
-        trend = reader.previews.history().trend()
-        value = f"{right} of {of}" + (f", {trend}" if trend else "")
-        rows.append((f"previews that match, step {step}", value))
-    if metrics.drifts:
-        drift = metrics.drifts[-1]
-        value = f"{drift.kl:.4f} nats per token, {drift.num_changed} of {drift.num_prompts} changed"
-        rows.append((f"drift, step {drift.step}", value))
-    return [(label, value) for label, value in rows if value]
+    if status is None:
+        return []
+    memory, speed = metrics.newest("memory_gib"), metrics.last("tokens_per_s", RECENT_STEPS)
+    rate = metrics.newest("learning_rate")
+    found = [
+        status.model_name or "",
+        duration_words(max(0.0, status.updated_at - status.started_at)),
+        f"{float(np.median(speed)):,.0f} tokens/s" if len(speed) else "",
+        f"{memory:.1f} GiB" if memory == memory else "",
+        f"lr {rate:.2e}" if rate == rate and not reader.is_over else "",
+    ]
+    if metrics.drifts and math.isfinite(metrics.drifts[-1].kl):
+        found.append(f"drift {metrics.drifts[-1].kl:.3f} nats per token")
+    return [one for one in found if one]
 
 
 def accuracy_words(reader: RunReader) -> str:
@@ -157,6 +151,10 @@ class Alert:
 
     level: Level
     text: str
+    prompt: str | None = None
+    """Key of the prompt that it is about, if it is about one."""
+    step: int | None = None
+    """The preview step that it is about."""
 
 
 def alerts_of(reader: RunReader) -> list[Alert]:
@@ -235,12 +233,19 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
                 "warning",
                 f"{len(failed)} of {len(newest)} previews of step {step} have no answer: "
                 f"{failed[0].error_message}",
+                prompt=failed[0].prompt_id or failed[0].prompt,
+                step=step,
             )
         )
-    endless = sum("never_stopped" in result.health for result in newest)
-    if step > 0 and endless and endless >= NEVER_STOP_SHARE * len(newest):
+    endless = [result for result in newest if "never_stopped" in result.health]
+    if step > 0 and endless and len(endless) >= NEVER_STOP_SHARE * len(newest):
         found.append(
-            Alert("warning", f"{endless} of {len(newest)} previews of step {step} never stop")
+            Alert(
+                "warning",
+                f"{len(endless)} of {len(newest)} previews of step {step} never stop",
+                prompt=endless[0].prompt_id or endless[0].prompt,
+                step=step,
+            )
         )
     return found + _accuracy_alerts(reader)
 

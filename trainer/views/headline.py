@@ -8,10 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.preview.base import PreviewResult
-from trainer.scores.statistics import MIN_PROMPTS, difference_of, interval_of, paired_trend
+from trainer.scores.statistics import (
+    MIN_PROMPTS,
+    SIGNIFICANCE,
+    interval_of,
+    paired_trend,
+    sign_test,
+)
 from trainer.views.metrics import EvaluationPoint
 from trainer.views.score_words import TOO_FEW
-from trainer.views.timeline import PreviewBook
+from trainer.views.timeline import FinalEvaluation, PreviewBook
 from trainer.views.verdicts import Counts, counts_of
 
 TREND_STEPS = 50
@@ -46,12 +52,17 @@ class Headline:
         return f"{self.main}. {self.rest}".strip()
 
 
-def headline_of(previews: PreviewBook, evaluations: Sequence[EvaluationPoint]) -> Headline:
+def headline_of(
+    previews: PreviewBook,
+    evaluations: Sequence[EvaluationPoint],
+    final: FinalEvaluation | None = None,
+) -> Headline:
     """The verdict on what a run has told so far.
 
     Args:
         previews: of all steps; the newest is compared with the first one, prompt by prompt.
         evaluations: losses on held-out rows, the oldest first.
+        final: of a run that ended with an evaluation.
     """
     losses = [(one.step, one.val_loss) for one in evaluations if math.isfinite(one.val_loss)]
     counts = counts_of(line.judged for line in previews.timelines.values())
@@ -74,9 +85,11 @@ def headline_of(previews: PreviewBook, evaluations: Sequence[EvaluationPoint]) -
             rest.append(f"{words[0].upper()}{words[1:]}.")
     validation = validation_words(losses)
     if not main and validation:
-        main, validation = validation, ""
+        main, validation = _from_first(validation, losses), ""
     if validation:
         rest.append(f"{validation[0].upper()}{validation[1:]}.")
+    if final is not None:
+        rest.append(f"Final evaluation: {final.score_words} right.")
     if not main:
         main = _nothing_words(previews, counts)
     return Headline(main[0].upper() + main[1:], " ".join(rest), short, band)
@@ -111,6 +124,15 @@ def validation_words(losses: Sequence[tuple[int, float]]) -> str:
     if now > lowest * (1 + RISE_SHARE):
         return f"{words}, was lower: {lowest:.3f} at step {lowest_step}"
     return f"{words}, lowest {lowest:.3f} at step {lowest_step}"
+
+
+def _from_first(words: str, losses: Sequence[tuple[int, float]]) -> str:
+    """The words with the first loss among them: alone they must say whether it got better."""
+    if len(losses) == 1:
+        return words
+    step, first = losses[0]
+    loss, _, judged = words.partition(", ")
+    return f"{loss}, from {first:.3f} at step {step}, {judged}"
 
 
 # ---- the newest step against the first, over the prompts that both have
@@ -181,13 +203,12 @@ def _match_words(previews: PreviewBook, pair: _Pair) -> tuple[str, str, str]:
 
 def _certainty(pair: _Pair) -> str:
     """That a difference cannot be told from chance; "" where it can, or where there is none."""
-    keys = list(pair.before)
-    now, before = [pair.now[key] for key in keys], [pair.before[key] for key in keys]
-    if sum(now) == sum(before):
+    changes = [pair.now[key] - before for key, before in pair.before.items()]
+    gained, lost = sum(one > 0 for one in changes), sum(one < 0 for one in changes)
+    if gained == lost or sign_test(gained, lost) < SIGNIFICANCE:
         return ""
-    if len(keys) < MIN_PROMPTS:
-        return f" ({TOO_FEW} to be sure)"
-    return "" if difference_of(now, before)[1] else " (no clear difference)"
+    few = len(changes) < MIN_PROMPTS
+    return f" ({TOO_FEW} to be sure)" if few else " (no clear difference)"
 
 
 def _is_on_the_way(pair: _Pair) -> bool:

@@ -149,17 +149,15 @@ def facts_of(result: PreviewResult) -> list[str]:
     facts += [flag.replace("_", " ") for flag in result.health]
     if result.ok:
         facts.append(f"{result.tokens_generated} tokens, {result.tokens_per_sec:,.0f} tokens/s")
-    where = f"by {result.backend_type}"
-    proof = {
-        "in_process": "in the training process",
-        "verified": "weights verified",
-        "published": "weights published, no canary",
-        "unverified": "weights not verified",
-    }
-    facts.append(f"{where}, {proof[result.weights]}")
-    if result.received_step is not None:
-        behind = result.received_step - result.step
-        facts.append(f"{max(behind, 0)} steps behind training")
+    if result.weights != "in_process":  # of the training process there is nothing to prove
+        proof = {
+            "verified": "weights verified",
+            "published": "weights published, no canary",
+            "unverified": "weights not verified",
+        }
+        facts.append(f"by {result.backend_type}, {proof[result.weights]}")
+    if result.received_step is not None and result.received_step > result.step:
+        facts.append(f"{result.received_step - result.step} steps behind training")
     if result.visible_s is not None:
         facts.append(f"seen after {result.visible_s:.1f} s")
     return facts
@@ -173,7 +171,7 @@ MARK_WORDS = {
     "x": "does not match",
     ".": "nothing to compare with",
     MARK_ERROR: "no answer",
-    MARK_SUPERSEDED: "a newer step took its place",
+    MARK_SUPERSEDED: "superseded by a newer step",
 }
 
 
@@ -184,11 +182,23 @@ class PreviewBook:
         """Start empty."""
         self.timelines: dict[str, Timeline] = {}
         self._num_at: Counter[int] = Counter()
+        self.clock = 0
+        """Raised at every change; pages ask what changed since."""
+        self.changed_at: dict[int, int] = {}
+        """Step -> clock when an answer of it came."""
+        self.dropped_at = 0
+        """Clock when answers were forgotten."""
 
     def clear(self) -> None:
         """Forget everything."""
         self.timelines.clear()
         self._num_at.clear()
+        self._note_drop()
+
+    def _note_drop(self) -> None:
+        self.clock += 1
+        self.dropped_at = self.clock
+        self.changed_at = {step: at for step, at in self.changed_at.items() if step in self._num_at}
 
     def add(self, result: PreviewResult) -> None:
         """Take one answer; a second one by the same prompt and step replaces the first."""
@@ -197,6 +207,8 @@ class PreviewBook:
         if timeline.of_step(result.step) is None:
             self._num_at[result.step] += 1
         timeline.add(result)
+        self.clock += 1
+        self.changed_at[result.step] = self.clock
 
     def drop_after(self, step: int) -> None:
         """Forget the answers above `step`: a resumed run makes them again."""
@@ -206,6 +218,7 @@ class PreviewBook:
             timeline.drop_after(step)
         self.timelines = {key: one for key, one in self.timelines.items() if len(one)}
         self._num_at = Counter({one: n for one, n in self._num_at.items() if one <= step})
+        self._note_drop()
 
     def __len__(self) -> int:
         """How many answers there are."""
@@ -273,12 +286,17 @@ class FinalEvaluation:
 
     matched: int
     num_prompts: int
-    wrong: tuple[PreviewResult, ...]
-    """Answers that do not match golden, prompts without an answer among them, in file order."""
+    answers: tuple[PreviewResult, ...]
+    """All of them in file order; empty where their file is gone."""
     figures: tuple[ScoreFigure, ...]
     """Means of the scores, and of the probability of golden tokens where it was measured."""
     by_word: tuple[tuple[str, int, int], ...]
     """(first word of the prompt, matched, prompts) where that word tells kinds of prompts apart."""
+
+    @property
+    def wrong(self) -> tuple[PreviewResult, ...]:
+        """Answers that do not match golden, prompts without an answer among them."""
+        return tuple(one for one in self.answers if one.matches is not True)
 
     @property
     def score_words(self) -> str:
@@ -318,7 +336,7 @@ def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluat
     return FinalEvaluation(
         matched=matched,
         num_prompts=num_prompts,
-        wrong=tuple(one for one in results if one.matches is not True),
+        answers=tuple(results),
         figures=_figures(found.get("figures")),
         by_word=_by_first_word(results),
     )

@@ -61,6 +61,8 @@ def test_few_prompts_and_small_changes_are_said_to_be_so() -> None:
         "3 of 4 right, from 1 before training (too few prompts to be sure)"
     )
     assert "(no clear difference)" in headline_of(book_of({0: 30, 10: 32}, 50), []).main
+    clear = headline_of(book_of({0: 0, 10: 7}, 8), []).main
+    assert clear == "7 of 8 right, from 0 before training, still rising"
     assert headline_of(book_of({0: 3, 10: 3}, 4), []).main == "3 of 4 right, from 3 before training"
     assert headline_of(book_of({0: 40, 10: 2}, 50), []).main.startswith(
         "2 of 50 right, from 40 before training, falling now"
@@ -81,7 +83,7 @@ def test_without_golden_answers_the_validation_loss_speaks_and_without_it_nothin
     assert headline_of(book, []).sentence == "No answers yet."
     book.add(PreviewResult(step=0, prompt="Who are you?", text="I"))
     found = headline_of(book, losses(0.9, 0.467))
-    assert found.sentence == "Validation loss 0.467, lowest now."
+    assert found.sentence == "Validation loss 0.467, from 0.900 at step 100, lowest now."
     assert headline_of(book, []).main == "1 prompt without golden answers: read what the model says"
     free = PreviewResult(
         step=9, prompt="Who?", text="I", golden_answer="me", golden_probability=0.166

@@ -56,7 +56,7 @@ def test_a_graded_value_goes_from_the_first_to_the_newest_measured_step() -> Non
     found = verdict(False, False, False, golden_probability=[0.004, 0.166, None])
     assert found.change == "0.4 -> 16.6 %"
     assert verdict(False).change == ""
-    assert [level_of(one) for one in (None, 0.0, 0.166, 1.0)] == [None, 0, 1, 9]
+    assert [level_of(one) for one in (None, 0.0, 0.004, 0.166, 1.0)] == [None, 0, 0, 4, 9]
 
 
 def test_lost_ones_stand_first_the_newest_loss_at_the_top_then_never_right_then_right() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from nicegui import ui
 
@@ -74,7 +75,7 @@ class ListPage:
             choice = ui.checkbox(value=key in self._chosen).props("dense")
             choice.props.update({"aria-label": f"compare {printable(label, 80)}"})
             choice.on_value_change(lambda event: self._choose(key, is_chosen=event.value))
-        with box("td"), box("a", href=f"/run/{key}"):
+        with box("td"), box("a", href=f"/run/{quote(label)}"):
             text("span", label)
         self._cells[key] = []
         for _ in COLUMNS:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from nicegui import Client, ui
 
 from trainer.guard import Guard
@@ -64,22 +64,23 @@ def _reading(
 
 
 def _add_pages(store: RunStore, options: PageOptions) -> None:
-    async def home(client: Client) -> None:
-        if len(store.readers) == 1 and store.root in [r.folder for r in store.readers.values()]:
-            await show(client, next(iter(store.readers)), is_alone=True)
+    async def home(client: Client, request: Request) -> None:
+        if store.is_one_run:
+            await show(client, request, next(iter(store.readers)))
         else:
             ListPage(store)
 
-    async def run(client: Client, key: str) -> None:
-        await show(client, key, is_alone=False)
+    async def run(client: Client, request: Request, name: str) -> None:
+        await show(client, request, store.key_of(name))
 
-    async def show(client: Client, key: str, *, is_alone: bool) -> None:
+    async def show(client: Client, request: Request, key: str) -> None:
         reader = await store.load(key)
         if reader is None:
             _not_found()
             return
         _watch(client, store, key)
-        RunPage(reader, store.label(reader), options, is_alone=is_alone)
+        query = dict(request.query_params)
+        RunPage(reader, store.label(reader), options, query, is_alone=store.is_one_run)
 
     async def compare(client: Client, one: str, other: str) -> None:
         first, second = await store.load(one), await store.load(other)
@@ -91,7 +92,7 @@ def _add_pages(store: RunStore, options: PageOptions) -> None:
         ComparePage(store, (first, second))
 
     ui.page("/")(home)
-    ui.page("/run/{key}")(run)
+    ui.page("/run/{name:path}")(run)
     ui.page("/compare/{one}/{other}")(compare)
 
 

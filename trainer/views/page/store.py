@@ -112,6 +112,16 @@ class RunStore:
 
         return sorted(self.readers.items(), key=key)
 
+    @property
+    def is_one_run(self) -> bool:
+        """Whether the folder is that of one run, so that there is no list."""
+        return len(self.readers) == 1 and self.root in [r.folder for r in self.readers.values()]
+
+    def key_of(self, name: str) -> str:
+        """The id of the run that has this label; the name itself where none has."""
+        found = (key for key, reader in self.readers.items() if self.label(reader) == name)
+        return next(found, name)
+
     def label(self, reader: RunReader) -> str:
         """The run's place below the folder, or its name where it is the folder."""
         try:
