@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
     is_live = words.display == "rich" or (words.display == "auto" and sys.stdout.isatty())
     ended_at = reader.status.updated_at if reader.is_over else time.time()
     elapsed_s = max(0.0, ended_at - reader.status.started_at)
-    verdict = RunningHeadline(reader.previews, reader.metrics.evaluations)
+    verdict = RunningHeadline(reader.previews, reader.metrics.evaluations, reader.final_evaluation)
     display = create_display(words.display, elapsed_s=elapsed_s, verdict=verdict)
     print(f"{reader.name}: {reader.words()}", flush=True)
     if verdict.sentence() and not (is_live or reader.is_over):  # those views say it themselves

@@ -212,7 +212,9 @@ class Teller:
             words = f"{event.replace('_', ' ')} at step {step}{of_total}: {reason}"
         if event == "ended" and reason and reason not in words:
             words += f" ({reason})"
-        so_far = RunningHeadline(self.reader.previews, self.reader.metrics.evaluations)
+        so_far = RunningHeadline(
+            self.reader.previews, self.reader.metrics.evaluations, self.reader.final_evaluation
+        )
         headline = (so_far.sentence() if status is not None else "") or None
         text = f"run {self.reader.name}: {words}" + (f". {headline}" if headline else "")
         self._tell(

@@ -66,7 +66,7 @@ def render_report(reader: RunReader) -> str:
         name=reader.name,
         state=reader.state(),
         words=reader.words(),
-        headline=headline_of(reader.previews, reader.metrics.evaluations),
+        headline=headline_of(reader.previews, reader.metrics.evaluations, final),
         alerts=alerts_of(reader),
         figures=report_figures(reader),
         final=final,

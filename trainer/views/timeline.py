@@ -6,8 +6,8 @@ import bisect
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -320,11 +320,11 @@ class FinalEvaluation:
         )
 
 
-def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluation | None:
-    """The final evaluation of a run folder; None where there was none.
+def final_score(summary: Mapping[str, Any]) -> FinalEvaluation | None:
+    """The counts and means of a final evaluation, without its answers; None where there was none.
 
     Args:
-        summary: of status.json; its counts hold where the file of answers is gone.
+        summary: of status.json and RunEnded.
     """
     found = summary.get("final_evaluation")
     if not isinstance(found, dict):
@@ -332,14 +332,21 @@ def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluat
     matched, num_prompts = found.get("matched"), found.get("num_prompts")
     if type(matched) is not int or type(num_prompts) is not int:
         return None
+    figures = _figures(found.get("figures"))
+    return FinalEvaluation(matched, num_prompts, answers=(), figures=figures, by_word=())
+
+
+def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluation | None:
+    """The final evaluation of a run folder; None where there was none.
+
+    Args:
+        summary: of status.json; its counts hold where the file of answers is gone.
+    """
+    score = final_score(summary)
+    if score is None:
+        return None
     results = _results(folder / ANSWERS_NAME)
-    return FinalEvaluation(
-        matched=matched,
-        num_prompts=num_prompts,
-        answers=tuple(results),
-        figures=_figures(found.get("figures")),
-        by_word=_by_first_word(results),
-    )
+    return replace(score, answers=tuple(results), by_word=_by_first_word(results))
 
 
 def _figures(found: Any) -> tuple[ScoreFigure, ...]:

@@ -17,7 +17,7 @@ TICK_S = 1.0
 
 MAX_ROWS = 200
 
-COLUMNS = ("state", "model", "loss", "validation", "previews that match", "last update")
+COLUMNS = ("state", "is it getting better?", "model", "loss", "validation", "last update")
 
 
 class ListPage:
@@ -49,7 +49,7 @@ class ListPage:
             self._keys = [key for key, _ in runs]
             self._draw(runs)
         for key, reader in runs:
-            for cell, words in zip(self._cells[key], _cells(reader), strict=True):
+            for cell, words in zip(self._cells[key], self._words(key, reader), strict=True):
                 cell.set_text(words)
             state = f"state state-{reader.state()}"
             self._cells[key][0].classes(replace=state)
@@ -93,13 +93,16 @@ class ListPage:
         if len(self._chosen) == 2:
             ui.navigate.to(f"/compare/{self._chosen[0]}/{self._chosen[1]}")
 
-
-def _cells(reader: RunReader) -> list[str]:
-    """A row of the list, in the order of COLUMNS."""
-    status = reader.status
-    if status is None:
-        return [reader.words(), *[""] * (len(COLUMNS) - 1)]
-    losses = [f"{v:.4f}" if v is not None else "" for v in (status.train_loss, status.val_loss)]
-    recent = status.accuracy_last_20
-    matches = f"{recent.num_matched} of {recent.num_previews}" if recent is not None else ""
-    return [reader.words(), status.model_name or "", *losses, matches, moment(status.updated_at)]
+    def _words(self, key: str, reader: RunReader) -> list[str]:
+        """A row of the list, in the order of COLUMNS."""
+        status = reader.status
+        if status is None:
+            return [reader.words(), *[""] * (len(COLUMNS) - 1)]
+        headline = self.store.headline(key)
+        return [
+            reader.words(),
+            headline.sentence if headline is not None else "",
+            status.model_name or "",
+            *(f"{v:.4f}" if v is not None else "" for v in (status.train_loss, status.val_loss)),
+            moment(status.updated_at),
+        ]
