@@ -12,7 +12,7 @@ LEAD_SHARE = 1 / 3
 """Of the room, for what stands before the first difference."""
 
 FAR_CHARS = 4000
-"""What stands further behind the first difference is in no view of a terminal."""
+"""What stands further from the first difference is in no view of a terminal."""
 
 THOUGHT = "(thought) "
 
@@ -34,8 +34,8 @@ def cut_pair(
     """
     pairs = enumerate(zip(golden, text, strict=False))
     same = next((at for at, (one, other) in pairs if one != other), min(len(golden), len(text)))
-    end = same + FAR_CHARS
-    found = compare(golden[:end], text[:end])
+    begin, end = max(0, same - FAR_CHARS), same + FAR_CHARS
+    found = compare(golden[begin:end], text[begin:end])
     left = _shown(found.reference, found.reference_thought)
     right = _shown(found.text, found.text_thought)
     places = [at for at in map(_first, (left, right)) if at is not None]
