@@ -281,6 +281,8 @@ def test_two_runs_are_compared(
         line = helpers.preview_of(9, 0, text=text, matches=name == "one")
         helpers.write_lines(run / "previews.jsonl", [line])
     page = open_page(monitor(tmp_path), wait_for="table .q-checkbox")
+    for right in (1, 0):  # each run says whether it gets better
+        page.get_by_text(f"{right} of 1 right").wait_for()
     button = page.get_by_role("button", name="Compare the two")
     assert button.is_disabled()
     for name in ("one", "two"):

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -339,12 +340,15 @@ def notify(lab: Lab) -> None:
 
     def told(**more: float) -> list[str]:
         with http_server(lambda _: {}) as (port, requests):
-            url = f"http://127.0.0.1:{port}/hook"
+            url = f"http://127.0.0.1:{port}/hook-SECRET?token=SECRET"
             one = {"max_steps": 1}
             config = lab.config(monitoring={"notify": [url], **more}, hyperparams=one)
             waiting = _Waiting(requests if more else [0])
             assert TrainerEngine(observers=[waiting]).run_job(config).success
-            assert {request.path for request in requests} == {"/hook"}
+            assert {request.path for request in requests} == {"/hook-SECRET?token=SECRET"}
+            files = [one for one in Path(config.output.output_dir).rglob("*") if one.is_file()]
+            assert files
+            assert not [one for one in files if b"SECRET" in one.read_bytes()]
             return [request.body["event"] for request in requests]
 
     assert told() == ["ended"]
@@ -369,5 +373,7 @@ def display(lab: Lab) -> None:
     [line] = printed("quiet")
     assert line.startswith("completed, step 1 of 1")
     assert all(isinstance(json.loads(line), dict) for line in printed("json"))
-    assert any(line.startswith("data card") for line in printed("plain"))
+    plain = printed("plain")
+    assert any(line.startswith("data card") for line in plain)
+    assert any(line.startswith("live page: trainer monitor ") for line in plain)
     assert printed("rich") != printed("plain")

@@ -169,9 +169,8 @@ class Teller:
         while self.settings.num_processes > 1 and time.monotonic() < deadline:
             status = self.reader.status
             if self.reader.is_over and status is not None and status.error is not None:
-                # Which process failed and how, up to what it raised, which may quote a row.
-                words = status.error.message.partition(" raised ")[0].partition(";")[0]
-                self._say("failed", state="failed", reason=words, error_type=status.error.type)
+                reason = told_reason("RankError", status.error.message)
+                self._say("failed", state="failed", reason=reason, error_type=status.error.type)
                 return
             time.sleep(TICK_S)
             self.reader.poll()
@@ -237,6 +236,8 @@ class Teller:
 
 def told_reason(error_type: str | None, message: str) -> str | None:
     """Why a run failed, without what an error may quote of a row; None where nothing is left."""
+    if error_type == "RankError":  # which process, and how it ended, up to what it raised
+        return message.partition(" raised ")[0]
     if error_type not in ERRORS_THAT_QUOTE_NO_ROW:
         return None
     return message.split("\n")[0] or None

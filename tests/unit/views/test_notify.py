@@ -252,6 +252,8 @@ def test_a_receiver_that_never_answers_has_a_time_limit(start_run: StartRun) -> 
         ("OutOfMemoryError", "CUDA out of memory\nrows", "CUDA out of memory"),
         ("DataError", "rows.jsonl:3: 'a secret row'", None),
         ("KeyError", "'a secret row'", None),
+        ("RankError", "rank 1 raised KeyError: 'a secret row'", "rank 1"),
+        ("RankError", "rank 1 died (SIGKILL)", "rank 1 died (SIGKILL)"),
         (None, "x", None),
     ],
 )
