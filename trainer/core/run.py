@@ -256,7 +256,9 @@ class Job:
     def notify(self) -> None:
         """Have somebody told how the run ends, where `monitoring.notify` says whom."""
         monitoring = self.config.monitoring
-        if monitoring.notify and not notify_trouble(monitoring.notify):
+        if not monitoring.notify or notify_trouble(monitoring.notify):  # which the checks refuse
+            return
+        try:
             self.notifier = Notifier(
                 monitoring.notify,
                 silence_s=monitoring.notify_silence,
@@ -264,7 +266,10 @@ class Job:
                 warn=partial(self.observers.notice, level="warning"),
                 num_processes=int(os.environ.get("WORLD_SIZE", "1")),
             )
-            self.observers.add(self.notifier)
+        except OSError as error:  # no more processes here: that is no reason not to train
+            self.observers.notice(f"monitoring.notify: nobody will be told ({error})", "warning")
+            return
+        self.observers.add(self.notifier)
 
     def give_up(self) -> None:
         """End a run that somebody began in parts and does not want any more."""

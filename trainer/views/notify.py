@@ -54,6 +54,8 @@ KEY_VARIABLE = "ULTIMATE_TRAINER_NOTIFY_KEY"
 
 GIVEN_UP = "given_up"
 
+WITHOUT = " without saying why"
+
 ERRORS_THAT_QUOTE = {"DataError", "TemplateError", "ProfileError", "RankError"}
 
 ERRORS_THAT_QUOTE_NO_ROW = {
@@ -176,9 +178,9 @@ class Teller:
             self.reader.poll()
         if not self._is_own():
             return  # it ended before it had begun: whoever started it has seen that
-        reason = f"its process {how} without saying why"
-        if "SIGKILL" in how:
-            reason += "; the system sends this signal where memory is short"
+        reason = f"its process {how.removesuffix(WITHOUT)}{WITHOUT}"
+        if how == "died" or "SIGKILL" in how:
+            reason += "; the system kills processes where memory is short"
         checkpoint = self.reader.last_checkpoint_step()
         reason += f"; {going_on_words(self.settings.folder, checkpoint)}"
         self._say("killed", state="lost", reason=reason)
