@@ -35,6 +35,8 @@ def hostile_folder(tmp_path: Path, helpers: Any) -> Path:
         ]
         for number, line in enumerate(lines):
             line["prompt_id"] = f"{HOSTILE}{number // 2}"
+            line["prompt"] = f"{HOSTILE} prompt {number // 2}"
+        lines[1]["matches"] = name == NAME  # what the two disagree on is compared
         helpers.write_lines(run / "previews.jsonl", lines)
         row = {"type": "StepDone", "step": 9, "train_loss": None, "non_finite": {HOSTILE: HOSTILE}}
         helpers.write_lines(run / "metrics.jsonl", [row])
@@ -74,10 +76,11 @@ def test_the_page_shows_hostile_text_as_text(
     page.get_by_role("button", name="Compare the two").click()
     page.wait_for_selector("#previews .answer")
     assert HOSTILE[:60] in page.locator("#previews").inner_text()
+    assert page.locator(".page :is(script, img, [onload], [onerror])").count() == 0
     page.goto(page.url.split("/compare")[0] + "/")
     page.get_by_role("link", name=NAME).first.click()
     page.wait_for_selector(".row-line")
-    page.locator(".row-line").first.click(position={"x": 60, "y": 12})
+    page.locator(".row-line[data-row='0']").click(position={"x": 60, "y": 12})
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("document.body.innerText.includes('zero <script>')")
     page.get_by_role("button", name="rendered").click()

@@ -100,12 +100,23 @@ def _only_a_kept_step_can_be_marked(page: Any) -> None:
 
 
 def _model_is_asked(page: Any) -> None:
-    page.get_by_role("textbox", name="Prompt").fill("max of 3 and 4?")
-    page.get_by_role("button", name="Ask the model").click()
-    said = page.locator(".ask").get_by_text("Answered by")
-    said.wait_for()
-    assert re.search(r"weights [0-9a-f]{12}", said.inner_text())
-    assert page.locator(".ask .answer").text_content()  # of an untrained model: anything
+    box = page.get_by_role("textbox", name="Prompt")
+    for prompt in ("max of 3 and 4?", "max of 5 and 6?"):
+        box.fill(prompt)
+        box.press("Enter")
+        page.locator(".asked", has_text=prompt).wait_for()
+        page.wait_for_function("document.querySelector('.ask textarea').value === ''")
+    asked = page.locator(".asked")
+    assert asked.count() == 2
+    assert "max of 5 and 6?" in asked.first.inner_text()  # the newest first
+    assert re.search(r"Answered by .*weights [0-9a-f]{12}", asked.first.inner_text())
+    assert asked.first.locator(".answer").text_content()  # of an untrained model: anything
+    asked.first.get_by_role("button", name="pin").click()
+    pin = page.locator(".pin")
+    assert "max of 5 and 6?" in pin.inner_text()
+    prompts = page.locator(".rows").get_by_role("option")
+    assert prompts.filter(has_text="max of 5 and 6?").count() == 0  # it enters no statistic
+    pin.get_by_text("answers before").wait_for()  # it was asked again at a preview step
 
 
 def _run_is_stopped(page: Any) -> None:
@@ -271,28 +282,48 @@ def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
     assert "it left no weights" in page.locator("#ask").inner_text()
 
 
-def test_two_runs_are_compared(
+def test_runs_are_searched_sorted_and_compared_by_what_differs(
     open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
 ) -> None:
-    for name, text in (("one", "answer 100"), ("two", "answer 7")):
+    for rate, (name, right) in enumerate((("one", 3), ("two", 1), ("three", 2))):
         run = tmp_path / name
         run.mkdir()
-        (run / "status.json").write_text(json.dumps(helpers.status_of(step=9, total_steps=9)))
-        line = helpers.preview_of(9, 0, text=text, matches=name == "one")
-        helpers.write_lines(run / "previews.jsonl", [line])
-    page = open_page(monitor(tmp_path), wait_for="table .q-checkbox")
-    for right in (1, 0):  # each run says whether it gets better
-        page.get_by_text(f"{right} of 1 right").wait_for()
-    button = page.get_by_role("button", name="Compare the two")
+        (run / "status.json").write_text(json.dumps(helpers.status_of(step=9, total_steps=18)))
+        texts = ["answer 100" if n < right else "answer 7" for n in range(4)]
+        lines = [
+            helpers.preview_of(9, n, text=text, matches=n < right) for n, text in enumerate(texts)
+        ]
+        helpers.write_lines(run / "previews.jsonl", lines)
+        config = {"hyperparams": {"learning_rate": rate, "batch_size": 8}}
+        (run / "run.json").write_text(json.dumps({"config": config}))
+    page = open_page(monitor(tmp_path), wait_for=".run-table .q-checkbox")
+    names = page.locator(".run-name")
+    page.wait_for_function("document.querySelector('.run-table').innerText.includes('3/4')")
+    for right in (1, 2, 3):  # each run says whether it gets better
+        page.get_by_text(f"{right} of 4 right.").wait_for()
+    assert page.locator(".run-bar > div").first.evaluate("one => one.style.width") == "50%"
+    page.get_by_role("combobox", name="sort by").click()
+    page.get_by_role("option", name="most right").click()
+    page.wait_for_function(
+        """[...document.querySelectorAll('.run-name')].map(one => one.innerText).join()
+             === 'one,three,two'"""
+    )
+    page.get_by_role("textbox", name="search runs").fill("thr")
+    page.wait_for_function("document.querySelectorAll('.run-name').length === 1")
+    page.get_by_role("textbox", name="search runs").fill("")
+    page.wait_for_function("document.querySelectorAll('.run-name').length === 3")
+    button = page.get_by_role("button", name="Compare")
     assert button.is_disabled()
-    for name in ("one", "two"):
+    for name in names.all_inner_texts():
         page.get_by_role("checkbox", name=f"compare {name}").click()
-    button.click()
+    page.get_by_role("button", name="Compare 3").click()
     page.wait_for_selector("#previews .answer")
-    shown = page.locator("#previews").inner_text()
-    assert "answer 100" in shown
-    assert "answer 7" in shown
-    assert page.locator("h3", has_text="prompt number 0?").count() == 1
+    config = page.locator("#config tr").all_inner_texts()
+    assert [row.split() for row in config[1:]] == [["hyperparams.learning_rate", "0", "2", "1"]]
+    assert "2 of 4 prompts that all of them answered" in page.inner_text("#previews")
+    assert page.locator(".apart").count() == 2  # 0 is right for all, 3 for none
+    assert page.locator(".apart").first.locator("ins").inner_text() == "7"
+    assert "A: one 3 of 4 right" in page.locator(".compared").first.inner_text()
 
 
 def test_the_curves_of_a_comparison_take_the_colours_of_the_page(

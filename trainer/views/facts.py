@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.scores.statistics import SIGNIFICANCE, sign_test
 from trainer.views.run_reader import RunReader
 from trainer.views.score_words import figure_rows
 from trainer.views.words import drift_summary_words, duration_words
@@ -133,8 +134,8 @@ SLOW_SHARE = 0.7
 
 MIN_STEPS_FOR_SPEED = 60
 
-ACCURACY_DROP = 0.2
-"""Share of matches below the best preview step's by more than this makes an alert."""
+FALLING_PREVIEWS = 2
+"""Preview steps in a row that are worse than the best one before them that make an alert."""
 
 NEVER_STOP_SHARE = 0.5
 
@@ -251,32 +252,43 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
 
 
 def _accuracy_alerts(reader: RunReader) -> list[Alert]:
+    """Fewer right than at the best step before, prompt by prompt, at two preview steps in a row."""
     shares = {step: right / of for step, (right, of) in reader.previews.accuracy().items()}
-    if len(shares) < 2:
+    if len(shares) <= FALLING_PREVIEWS:
         return []
-    last = max(shares)
-    best = max(shares, key=lambda step: (shares[step], -step))
-    found = []
-    now, before = (
-        {one.prompt_id or one.prompt: one.matches for one in reader.previews.of_step(step)}
-        for step in (last, best)
+    steps = sorted(shares)
+    recent = steps[-FALLING_PREVIEWS:]
+    best = max(steps[:-FALLING_PREVIEWS], key=lambda step: (shares[step], -step))
+    before, now = _matches(reader, best), _matches(reader, recent[-1])
+    if not all(_has_fallen(_matches(reader, step), before) for step in recent):
+        return []
+    common = [key for key in now if key in before]  # one without an answer before lost nothing
+    right, were_right = (sum(answers[key] for key in common) for answers in (now, before))
+    lost = [key for key in common if before[key] and not now[key]]
+    names = ", ".join(repr(reader.previews.timelines[key].prompt[:60]) for key in lost[:3])
+    words = (
+        f"accuracy falls: {right} of {len(common)} previews match at step {recent[-1]}, "
+        f"{were_right} did at step {best}",
+        f"answered correctly at step {best}, wrong now: {names}",
     )
-    # The same prompts: one that had no answer before must not look like a loss of the others.
-    common = [key for key in now if None not in (now[key], before.get(key))]
-    right, were_right = (sum(map(bool, map(one.get, common))) for one in (now, before))
-    if common and right < were_right - ACCURACY_DROP * len(common):
-        found.append(
-            Alert(
-                "warning",
-                f"accuracy falls: {100 * right / len(common):.0f} % of the previews match at step "
-                f"{last}, {100 * were_right / len(common):.0f} % did at step {best}",
-            )
-        )
-    lost = [one for one in reader.previews.timelines.values() if one.is_lost()]
-    if lost and found:
-        names = ", ".join(repr(one.prompt[:60]) for one in lost[:3])
-        found.append(Alert("info", f"answered correctly before, wrong now: {names}"))
-    return found
+    return [
+        Alert("warning", words[0], prompt=lost[0], step=recent[-1]),
+        Alert("info", words[1], prompt=lost[0], step=recent[-1]),
+    ]
+
+
+def _matches(reader: RunReader, step: int) -> dict[str, bool]:
+    """Prompt -> whether its answer matches, of those that were compared."""
+    results = reader.previews.of_step(step)
+    return {one.prompt_id or one.prompt: one.matches for one in results if one.matches is not None}
+
+
+def _has_fallen(now: Mapping[str, bool], before: Mapping[str, bool]) -> bool:
+    """Whether the same prompts are right less often by more than chance (McNemar's exact test)."""
+    common = now.keys() & before.keys()
+    gained = sum(now[key] and not before[key] for key in common)
+    lost = sum(before[key] and not now[key] for key in common)
+    return lost > gained and sign_test(gained, lost) < SIGNIFICANCE
 
 
 def _drift_alerts(reader: RunReader) -> list[Alert]:

@@ -81,6 +81,7 @@ def headline_of(
         elif is_first:
             # Nothing is right yet: the graded measure says whether the model learns.
             main = f"{main}; {words}"
+            short = f"{short}, golden {_percent(golden.now)}"
         else:
             rest.append(f"{words[0].upper()}{words[1:]}.")
     validation = validation_words(losses)
@@ -192,7 +193,8 @@ def _match_words(previews: PreviewBook, pair: _Pair) -> tuple[str, str, str]:
     """The words, the short form, and the band."""
     right = round(sum(pair.now.values()))
     words = f"{right} of {len(pair.now)} right"
-    if pair.first_step is not None:
+    is_none_right = right == 0 == sum(pair.before.values())
+    if pair.first_step is not None and not is_none_right:
         words += f", from {round(sum(pair.before.values()))}{_since(pair.first_step)}"
         if len(pair.before) < len(pair.now):
             words += f" (of {len(pair.before)})"

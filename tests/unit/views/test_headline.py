@@ -50,10 +50,10 @@ def test_a_run_with_nothing_right_is_judged_by_the_probability_of_golden_tokens(
     steps = {0: 0.004, 10: 0.05, 20: 0.12, 30: 0.16}
     found = headline_of(book_of(dict.fromkeys(steps, 0), 6, steps), [])
     assert found.main == (
-        "0 of 6 right, from 0 before training; golden token probability 16.4 %, from 0.4 % "
-        "before training, still rising"
+        "0 of 6 right; golden token probability 16.4 %, from 0.4 % before training, still rising"
     )
     assert found.rest == "0 lost, 6 never right."
+    assert found.short == "0/6, golden 16.4 %"
 
 
 def test_few_prompts_and_small_changes_are_said_to_be_so() -> None:

@@ -51,7 +51,7 @@ class RowsData:
         self._verdict_at: list[int] = []
         self._names: list[str] = []
         self._names_at = 0
-        self._start = 0
+        self._prefix = ""
         self._order: list[int] = []
         self._headline: tuple[tuple[int, int, bool], Headline] | None = None
 
@@ -76,6 +76,17 @@ class RowsData:
         right = {step: one[2] for step, one in self._columns.items() if one[3]}
         return max(right, key=lambda step: (right[step], -step)) if any(right.values()) else None
 
+    def shares(self) -> list[float]:
+        """Share of right answers by preview step, from 0 to 1.
+
+        Of golden tokens' probability, where nothing is right yet.
+        """
+        self._build()
+        columns = [self._columns[step] for step in sorted(self._columns)]
+        if any(one[2] for one in columns):
+            return [one[2] / one[3] for one in columns if one[3]]
+        return [one[6] / 100 for one in columns if one[6] is not None]
+
     def since(self, clock: int) -> dict[str, Any] | None:
         """What changed after `clock`, or everything; None where nothing did.
 
@@ -93,7 +104,7 @@ class RowsData:
             "whole": is_whole,
             "columns": [[step, *self._columns[step]] for step in sorted(steps)],
             "names": self._names if is_named_anew else None,
-            "start": self._start,
+            "prefix": self._prefix,
             "verdicts": [
                 [number, *verdict]
                 for number, verdict in enumerate(self._verdicts)
@@ -116,8 +127,9 @@ class RowsData:
                 self._columns[step] = _column(lines, step)
         if len(lines) != len(self._names):
             names = [printable(line.prompt, SHOWN_CHARS) for line in lines]
-            self._start = common_start(names)
-            self._names = [_name(name, self._start) for name in names]
+            start = common_start(names)
+            self._prefix = names[0][:start][:NAME_CHARS]
+            self._names = [_name(name, start) for name in names]
             self._names_at = book.clock
         judged = [line.judged for line in lines]
         for number, one in enumerate(judged):
@@ -234,7 +246,7 @@ def final_rows(reader: RunReader) -> dict[str, Any] | None:
         "whole": True,
         "columns": [[final.answers[0].step, marks, "", final.matched, compared, None, None, None]],
         "names": [_name(name, start) for name in names],
-        "start": start,
+        "prefix": names[0][:start][:NAME_CHARS],
         "verdicts": [
             [number, one.state, short.get(one.state, one.state), short.get(one.state, one.state)]
             for number, one in enumerate(judged)

@@ -18,7 +18,8 @@ from trainer.views.facts import (
     report_figures,
 )
 from trainer.views.metrics import SMOOTHING_SHARE, is_spread_wide
-from trainer.views.page.actions import ActBox, AskBox
+from trainer.views.page.actions import ActBox
+from trainer.views.page.ask import AskBox
 from trainer.views.page.charts import drift_chart, loss_chart, match_chart, metric_chart
 from trainer.views.page.elements import (
     Colours,

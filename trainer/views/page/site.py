@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from nicegui import Client, ui
 
 from trainer.guard import Guard
-from trainer.views.page.compare_page import ComparePage
+from trainer.views.page.compare_page import LETTERS, ComparePage
 from trainer.views.page.elements import open_page, text
 from trainer.views.page.list_page import ListPage
 from trainer.views.page.login import guarded_page
@@ -84,18 +84,20 @@ def _add_pages(store: RunStore, options: PageOptions) -> None:
         query = dict(request.query_params)
         RunPage(reader, store.label(reader), options, query, is_alone=store.is_one_run)
 
-    async def compare(client: Client, one: str, other: str) -> None:
-        first, second = await store.load(one), await store.load(other)
-        if first is None or second is None or first is second:
+    async def compare(client: Client, keys: str) -> None:
+        wanted = list(dict.fromkeys(keys.split("/")))
+        readers = [await store.load(key) for key in wanted]
+        found = [reader for reader in readers if reader is not None]
+        if len(found) < len(readers) or not 2 <= len(found) <= len(LETTERS):
             _not_found()
             return
-        _watch(client, store, one)
-        _watch(client, store, other)
-        ComparePage(store, (first, second))
+        for key in wanted:
+            _watch(client, store, key)
+        ComparePage(store, found)
 
     ui.page("/")(home)
     ui.page("/run/{name:path}")(run)
-    ui.page("/compare/{one}/{other}")(compare)
+    ui.page("/compare/{keys:path}")(compare)
 
 
 def _watch(client: Client, store: RunStore, key: str) -> None:

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 
-NUM_AHEAD = 3
+NUM_AHEAD = 8
 """Runs, the newest ones, that are read before anybody asks for them."""
 
 SUMMARY_S = 2.0

@@ -81,12 +81,15 @@ export class Charts {
     const band = columns.filter(([, one]) => one.low !== null);
     const golden = columns.filter(([, one]) => one.probability !== null)
       .map(([step, one]) => [step, one.probability]);
-    const paint = this.start(this.match.canvas, [0, 100], false, [0, 50, 100], shared);
+    const highest = Math.max(1, ...right.map(([, value]) => value), ...golden.map(([, value]) => value));
+    const top = [10, 25, 50, 100].find((one) => one >= highest);
+    const paint = this.start(this.match.canvas, [0, top], false, [0, top / 2, top], shared);
     if (band.length > 1) {
       paint.context.fillStyle = shared.ink.band;
       paint.context.beginPath();
-      for (const [step, one] of band) paint.context.lineTo(paint.x(step), paint.y(one.high));
-      for (const [step, one] of band.slice().reverse()) paint.context.lineTo(paint.x(step), paint.y(one.low));
+      const y = (value) => paint.y(Math.min(value, top));
+      for (const [step, one] of band) paint.context.lineTo(paint.x(step), y(one.high));
+      for (const [step, one] of band.slice().reverse()) paint.context.lineTo(paint.x(step), y(one.low));
       paint.context.fill();
     }
     paint.line(calmed(golden), shared.ink.extra, 1.5, [4, 3]);

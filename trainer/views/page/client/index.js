@@ -74,7 +74,9 @@ export class Panel {
     const isNewer = this.previews.take(data);
     if (this.rows !== this.previews) return;
     this.answer.setRows(this.rows);
+    const wasInSight = this.list.pool.has(this.chosen);
     this.list.take(this.rows);
+    if (wasInSight) this.list.reveal(); // it may stand elsewhere now
     const isChanged = data.whole || data.columns.some(([step]) => step === this.step);
     if (this.chosen === null && this.rows.order.length) this.chosen = this.rows.order[0];
     if ((isNewer && this.isFollowing) || !this.rows.columns.has(this.step)) this.fetch(this.rows.newest);

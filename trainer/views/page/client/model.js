@@ -22,6 +22,7 @@ export class Rows {
     this.steps = [];
     this.columns = new Map();
     this.names = [];
+    this.prefix = ""; // what all names begin with and is not shown
     this.verdicts = [];
     this.order = [];
     this.planned = 1;
@@ -34,7 +35,7 @@ export class Rows {
     for (const [step, marks, levels, right, compared, low, high, probability] of data.columns)
       this.columns.set(step, { marks, levels, right, compared, low, high, probability });
     this.steps = [...this.columns.keys()].sort((a, b) => a - b);
-    if (data.names) this.names = data.names;
+    if (data.names) [this.names, this.prefix] = [data.names, data.prefix];
     for (const [row, state, short, words] of data.verdicts) this.verdicts[row] = { state, short, words };
     this.order = data.order;
     this.planned = Math.max(data.planned, this.steps.length, 1);
@@ -77,7 +78,7 @@ export class Rows {
     const is = CHIPS.find(([name]) => name === chip)[1];
     const words = search.trim().toLowerCase();
     return this.order.filter(
-      (row) => is(this.state(row)) && (!words || this.names[row].toLowerCase().includes(words)),
+      (row) => is(this.state(row)) && (!words || (this.prefix + this.names[row]).toLowerCase().includes(words)),
     );
   }
 }
