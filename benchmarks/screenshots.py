@@ -22,7 +22,14 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
-from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunEnded, RunStarted, StepDone
+from trainer.monitoring.events import (
+    EvaluationDone,
+    PreviewsDone,
+    RunEnded,
+    RunStarted,
+    ScoresDone,
+    StepDone,
+)
 from trainer.views.report import write_report
 from trainer.views.run_reader import RunReader
 from trainer.views.running_headline import RunningHeadline
@@ -154,6 +161,8 @@ def terminal_svg(run: Path) -> str:
                 view.evaluation = event
             case PreviewsDone():
                 view.set_previews(event)
+            case ScoresDone():
+                view.set_scores(event)
             case RunEnded():
                 view.set_end(event)
     with Path(os.devnull).open("w") as nowhere:
