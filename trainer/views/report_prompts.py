@@ -19,7 +19,7 @@ from trainer.views.timeline import (
     mark_of,
 )
 from trainer.views.verdicts import Counts, Verdict, common_start, counts_of, in_order, level_of
-from trainer.views.words import MARK_SUPERSEDED
+from trainer.views.words import MARK_SUPERSEDED, mark_of_sample
 
 NUM_OPEN = 3
 """Wrong answers that are shown without a click, the newest losses first."""
@@ -81,6 +81,8 @@ class PromptCard:
     facts: Sequence[str]
     knows: str | None
     tokens: Sequence[GoldenToken]
+    samples: Sequence[tuple[str, str]]
+    """(mark, text) of the further samples of the newest step."""
     turns: Sequence[Turn]
     num_turns_left_out: int
     is_open: bool
@@ -148,10 +150,18 @@ def _card(
         facts=facts_of(newest) if newest is not None else (),
         knows=golden_words(newest) if newest is not None else None,
         tokens=golden_tokens(newest) if newest is not None else (),
+        samples=_samples(newest) if newest is not None else (),
         turns=shown,
         num_turns_left_out=len(turns) - len(shown),
         is_open=is_open,
     )
+
+
+def _samples(result: PreviewResult) -> list[tuple[str, str]]:
+    return [
+        (mark_of_sample(one), (one.text if one.ok else one.error_message or "")[:SHOWN_CHARS])
+        for one in result.samples
+    ]
 
 
 def compared_of(result: PreviewResult) -> Comparison | None:

@@ -12,17 +12,14 @@ from urllib.parse import quote
 from nicegui.element import Element
 from nicegui.elements.markdown import prepare_content
 
-from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.views.headline import title_words
-from trainer.views.page.panel_data import (
+from trainer.views.page.answer_data import (
     SHOWN_CHARS,
-    CurvesData,
     answer_of,
     answers_of_step,
     final_answer_of,
-    final_rows,
-    rows_of,
 )
+from trainer.views.page.panel_data import CurvesData, final_rows, now_of, rows_of
 from trainer.views.run_reader import OVER, RunReader
 
 CURVES_GAP_S = 1.0
@@ -126,7 +123,8 @@ class PreviewPanel:
         """What the charts and the title need besides points."""
         reader, status = self.reader, self.reader.status
         total = status.total_steps if status is not None else None
-        state = reader.state()
+        now = now_of(reader)
+        state = now.state
         is_over = state in (*OVER, "lost")
         final = reader.final_evaluation
         headline = self.rows.headline()
@@ -139,17 +137,11 @@ class PreviewPanel:
             "total": total,
             "is_over": is_over,
             "best": self.rows.best_step(),
-            "checkpoints": self._checkpoints(),
+            "checkpoints": now.checkpoints,
             "resumed": status.start_step if status is not None else 0,
             "final": final.score_words if final is not None else "",
             "by_kind": final.by_word_words if final is not None else "",
         }
-
-    def _checkpoints(self) -> list[int]:
-        try:
-            return sorted(checkpoint_steps(self.reader.folder / CHECKPOINTS_NAME))
-        except OSError:
-            return []
 
     # ---- what the page asks for
 

@@ -8,28 +8,25 @@ asks since 0.
 from __future__ import annotations
 
 import math
+import time
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.monitoring.events import printable
-from trainer.preview.base import PreviewResult
 from trainer.scores.statistics import interval_of
-from trainer.views.differences import Fold, Piece, compare, folded
+from trainer.views.facts import Alert, alerts_of, bar_figures
 from trainer.views.headline import Headline, headline_of
 from trainer.views.metrics import SMOOTHING_SHARE, centred, is_spread_wide, pick_points, window_half
-from trainer.views.run_reader import RunReader
-from trainer.views.timeline import Timeline, facts_of, golden_tokens, golden_words, mark_of
+from trainer.views.page.answer_data import SHOWN_CHARS
+from trainer.views.run_reader import RunReader, Versions
+from trainer.views.timeline import Timeline, mark_of
 from trainer.views.verdicts import common_start, in_order, level_of, verdict_of
 
 NAME_CHARS = 160
-
-SHOWN_CHARS = 20_000
-"""Longest text sent to a page; files hold all of it."""
-
-CELL_CHARS = 400
-"""Longest text in the table of all answers, around its first difference."""
 
 CURVE_POINTS = 800
 """Of the raw loss; more would be less than a pixel each."""
@@ -37,6 +34,9 @@ CURVE_POINTS = 800
 SMOOTH_POINTS = 400
 
 DIGITS = 5
+
+NOW_GAP_S = 0.45
+"""Alerts and words of a run are made anew after so long: a little less than a page's tick."""
 
 
 class RowsData:
@@ -189,46 +189,6 @@ def _name(name: str, start: int) -> str:
     return short or name[:NAME_CHARS]
 
 
-# ---- one answer, and all answers of a step
-
-
-def answer_of(reader: RunReader, prompt: int, step: int | None) -> dict[str, Any] | None:
-    """One answer with its difference from golden; None where there is none.
-
-    Args:
-        prompt: its place among the prompts of the run.
-        step: None for the newest; a step without an answer gives the one before it.
-    """
-    lines = list(reader.previews.timelines.values())
-    if not 0 <= prompt < len(lines) or not len(lines[prompt]):
-        return None
-    line = lines[prompt]
-    index = len(line) - 1
-    if step is not None:
-        index = max((n for n, one in enumerate(line.steps) if one <= step), default=0)
-    result = line[index]
-    before = next((line[i] for i in range(index - 1, -1, -1) if line[i].ok), None)
-    return {
-        "prompt": prompt,
-        "step": result.step,
-        "verdict": line.judged.words,
-        "change": line.judged.change,
-        "is_same_as_before": before is not None and result.ok and before.text == result.text,
-        **_shown(result),
-    }
-
-
-def final_answer_of(reader: RunReader, number: int) -> dict[str, Any] | None:
-    """One answer of the final evaluation."""
-    final = reader.final_evaluation
-    if final is None or not 0 <= number < len(final.answers):
-        return None
-    result = final.answers[number]
-    words = {True: "right", False: "wrong", None: "not compared"}[result.matches]
-    shown = _shown(result)
-    return {"prompt": number, "step": result.step, "verdict": words, "change": "", **shown}
-
-
 def final_rows(reader: RunReader) -> dict[str, Any] | None:
     """The final evaluation in the form of `RowsData.since`, as one step; None without one."""
     final = reader.final_evaluation
@@ -256,95 +216,6 @@ def final_rows(reader: RunReader) -> dict[str, Any] | None:
         "words": final.score_words,
         "by_kind": final.by_word_words,
     }
-
-
-def _shown(result: PreviewResult) -> dict[str, Any]:
-    golden, text = result.golden_answer, result.text
-    found = compare(_cut(golden), _cut(text)) if golden is not None and result.ok else None
-    return {
-        "mark": mark_of(result),
-        "question": _cut(result.prompt),
-        "golden": None if golden is None else _cut(golden),
-        "text": _cut(text),
-        "raw": _cut(result.raw_text),
-        "error": None if result.ok else _cut(result.error_message or "no answer"),
-        "facts": facts_of(result),
-        "golden_pieces": _pieces(found.reference_thought, found.reference) if found else None,
-        "text_pieces": _pieces(found.text_thought, found.text) if found else None,
-        "words": found.words if found else "",
-        "tokens": [[one.text, round(one.probability, 4)] for one in golden_tokens(result)],
-        "tokens_words": golden_words(result) or "",
-        "scores": {
-            name: value
-            for name, value in result.scores.items()
-            if value is not None and math.isfinite(value)
-        },
-    }
-
-
-def _pieces(thought: str, pieces: tuple[Piece, ...]) -> list[list[str]]:
-    parts = [
-        ["fold", part.text] if isinstance(part, Fold) else [part.kind, part.text]
-        for part in folded(pieces)
-    ]
-    return [["thought", thought], *parts] if thought else parts
-
-
-def _cut(text: str) -> str:
-    if len(text) <= SHOWN_CHARS:
-        return text
-    more = len(text) - SHOWN_CHARS
-    return f"{text[:SHOWN_CHARS]}\n... and {more:,} more characters in the run's files"
-
-
-def answers_of_step(reader: RunReader, step: int) -> list[dict[str, Any]]:
-    """All answers of a step for a table, each around its first difference."""
-    found = []
-    for number, line in enumerate(reader.previews.timelines.values()):
-        result = line.of_step(step)
-        if result is None:
-            continue
-        golden = result.golden_answer
-        sides = None
-        if golden is not None and result.ok:
-            one = compare(golden[:SHOWN_CHARS], result.text[:SHOWN_CHARS])
-            sides = [_around(one.reference), _around(one.text)]
-        plain = result.text if result.ok else result.error_message or "no answer"
-        found.append(
-            {
-                "prompt": number,
-                "mark": mark_of(result),
-                "golden": sides[0] if sides else [["same", (golden or "")[:CELL_CHARS]]],
-                "text": sides[1] if sides else [["same", plain[:CELL_CHARS]]],
-                "score": _score_words(result),
-            }
-        )
-    return found
-
-
-def _around(pieces: tuple[Piece, ...]) -> list[list[str]]:
-    """At most CELL_CHARS of a side, its first difference among them."""
-    first = next((n for n, piece in enumerate(pieces) if piece.kind != "same"), 0)
-    found, left = [], CELL_CHARS
-    if first:
-        before = "".join(piece.text for piece in pieces[:first])
-        is_cut = len(before) > CELL_CHARS // 3
-        found.append(["same", ("..." if is_cut else "") + before[-(CELL_CHARS // 3) :]])
-        left -= min(len(before), CELL_CHARS // 3)
-    for piece in pieces[first:]:
-        if left <= 0:
-            return [*found, ["same", "..."]]
-        found.append([piece.kind, piece.text[:left]])
-        left -= len(piece.text)
-    return found
-
-
-def _score_words(result: PreviewResult) -> str:
-    parts = []
-    if result.golden_probability is not None:
-        parts.append(f"golden {100 * result.golden_probability:.1f} %")
-    parts += [f"{name} {value:.3g}" for name, value in result.scores.items() if value is not None]
-    return ", ".join(parts)
 
 
 # ---- the curves of the first screen
@@ -411,9 +282,63 @@ def _short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
+@dataclass(frozen=True)
+class Now:
+    """What a page says of a run at this moment besides its answers."""
+
+    words: str
+    state: str
+    is_silent: bool
+    bar: list[str]
+    alerts: list[Alert]
+    checkpoints: list[int]
+
+
+class NowData:
+    """Made at most once in NOW_GAP_S, however many pages ask for it."""
+
+    def __init__(self, reader: RunReader) -> None:
+        """Of a run; nothing is made yet."""
+        self.reader = reader
+        self._made: Now | None = None
+        self._made_at = 0.0
+        self._seen: Versions | None = None
+
+    def get(self) -> Now:
+        """The newest; the reader's lock is held by the caller."""
+        now = time.monotonic()
+        if self._made is not None and now - self._made_at < NOW_GAP_S:
+            return self._made
+        reader = self.reader
+        old = self._made if self._seen == reader.versions else None
+        self._made = Now(
+            words=reader.words(),
+            state=reader.state(),
+            is_silent=reader.is_silent(),
+            bar=old.bar if old else bar_figures(reader),
+            alerts=alerts_of(reader),
+            checkpoints=self._checkpoints(),
+        )
+        self._made_at, self._seen = now, reader.versions.copy()
+        return self._made
+
+    def _checkpoints(self) -> list[int]:
+        try:
+            return sorted(checkpoint_steps(self.reader.folder / CHECKPOINTS_NAME))
+        except OSError:
+            return []
+
+
 _ROWS: weakref.WeakKeyDictionary[RunReader, RowsData] = weakref.WeakKeyDictionary()
+
+_NOW: weakref.WeakKeyDictionary[RunReader, NowData] = weakref.WeakKeyDictionary()
 
 
 def rows_of(reader: RunReader) -> RowsData:
     """The rows of a run, shared by all pages that show it."""
     return _ROWS.setdefault(reader, RowsData(reader))
+
+
+def now_of(reader: RunReader) -> Now:
+    """What pages say of a run now, made once for all of them."""
+    return _NOW.setdefault(reader, NowData(reader)).get()

@@ -10,8 +10,6 @@ from nicegui import ui
 
 from trainer.views.facts import (
     Alert,
-    alerts_of,
-    bar_figures,
     card_rows,
     card_sample,
     environment_rows,
@@ -34,7 +32,7 @@ from trainer.views.page.elements import (
     text,
 )
 from trainer.views.page.panel import PreviewPanel
-from trainer.views.page.panel_data import rows_of
+from trainer.views.page.panel_data import Now, now_of, rows_of
 from trainer.views.page.store import PageOptions
 from trainer.views.run_reader import RunReader, Versions, config_rows
 from trainer.views.timeline import mark_of
@@ -75,6 +73,7 @@ class RunPage:
         self._seen = Versions(-1, -1, -1, -1)
         self._alerts_shown: list[Alert] | None = None
         self._announced = ""
+        self._state_shown: tuple[int, int, str, bool] | None = None
         self._charts_at = 0.0
         self._dark = open_page(label)
         self._colours = Colours(self._dark, self._draw_charts)
@@ -165,14 +164,16 @@ class RunPage:
         """Show what changed since the last look."""
         with self.reader.lock:
             now, seen = self.reader.versions.copy(), self._seen
-            self._state.set_text(self.reader.words())
-            is_silent = self.reader.is_silent()
-            self._state.classes("state-silent" if is_silent else "", remove="state-silent")
-            if now.status != seen.status or now.metrics != seen.metrics:
-                self._show_state(is_silent)
+            said = now_of(self.reader)
+            self._state.set_text(said.words)
+            self._state.classes("state-silent" if said.is_silent else "", remove="state-silent")
+            self._show_alerts(said.alerts)
+            shown = (now.status, now.metrics, said.state, said.is_silent)
+            if shown != self._state_shown:
+                self._state_shown = shown
+                self._show_state(said)
                 self._act.refresh()
             if now != seen:
-                self._show_alerts()
                 self._show_headline()
             self._panel.update()
             if now.manifest != seen.manifest:
@@ -187,26 +188,24 @@ class RunPage:
                     self._draw_charts()
             self._seen = now
 
-    def _show_state(self, is_silent: bool) -> None:
-        reader = self.reader
-        state = reader.state()
+    def _show_state(self, now: Now) -> None:
+        reader, state = self.reader, now.state
         for name in ("completed", "failed", "lost", "stopped"):
             self._state.classes(f"state-{name}" if state == name else "", remove=f"state-{name}")
-        said = "no update for a while" if is_silent else state
+        said = "no update for a while" if now.is_silent else state
         if said != self._announced:
             self._announced = said
-            self._aloud.set_text(said if is_silent or not reader.is_over else reader.words())
+            self._aloud.set_text(now.words if reader.is_over else said)
         total = reader.status.total_steps if reader.status is not None else None
         self._bar.set_value(round(reader.step / total, 3) if total else 0.0)
-        self._line.set_text(" \N{MIDDLE DOT} ".join(bar_figures(reader)))
+        self._line.set_text(" \N{MIDDLE DOT} ".join(now.bar))
 
     def _show_headline(self) -> None:
         headline = rows_of(self.reader).headline()
         self._main.set_text(headline.main)
         self._rest.set_text(headline.rest)
 
-    def _show_alerts(self) -> None:
-        alerts = alerts_of(self.reader)
+    def _show_alerts(self, alerts: list[Alert]) -> None:
         if alerts == self._alerts_shown:  # what is drawn again is read out again
             return
         self._alerts_shown = alerts

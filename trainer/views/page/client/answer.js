@@ -7,6 +7,7 @@ import { cellWidth, drawStrip } from "./strips.js";
 
 const VIEWS = ["diff", "plain", "rendered"];
 const OWN_STRIP = 20;
+const MAX_SAMPLES = 4; // more are folded at first
 const SIGN_WORDS = { "=": "right", x: "wrong", ".": "nothing to compare with", "!": "no answer", "-": "superseded by a newer step" };
 const CLASSES = { "=": "right", x: "wrong", ".": "none", "!": "error", "-": "late" };
 // Whatever loads, sends, runs or leads elsewhere goes; what is left is formatted text.
@@ -114,6 +115,12 @@ export class Answer {
   more() {
     const answer = this.answer;
     const found = [];
+    if (answer.samples.length)
+      found.push(el("details", { class: "more", open: this.isSamplesOpen ?? answer.samples.length <= MAX_SAMPLES,
+        ontoggle: (event) => { this.isSamplesOpen = event.target.open; } },
+        el("summary", {}, `further samples (${answer.samples.length})`),
+        ...answer.samples.map(([mark, text]) => side(
+          el("div", { class: `label row-mark mark-${CLASSES[mark]}` }, SIGN_WORDS[mark] ?? ""), plain(text)))));
     if (answer.tokens.length)
       found.push(el("details", { class: "more", open: this.isTokensOpen, ontoggle: (event) => { this.isTokensOpen = event.target.open; } },
         el("summary", {}, `golden tokens by probability: ${answer.tokens_words}`),
