@@ -147,7 +147,8 @@ class PreviewPanel:
 
     def _first_answer(self, query: Mapping[str, str], order: list[int]) -> dict[str, Any] | None:
         """What the address names, else the prompt to look at first."""
-        source = FINAL if query.get("source") == FINAL and self._final else "previews"
+        is_final = query.get("source") == FINAL or not order
+        source = FINAL if is_final and self._final is not None else "previews"
         if source == FINAL and self._final is not None:
             order = self._final["order"]
         prompt, step = _whole(query.get("prompt")), _whole(query.get("step"))
