@@ -238,8 +238,42 @@ def test_an_error_of_one_rank_before_training_leaves_no_folder(start: Start) -> 
     run = start(patch=MISSING)
     assert run.ends() == [2, 2], run.texts()
     assert "error: rank 1 raised DataError: rows.jsonl: no such file" in run.text_of(0)
-    assert "[rank 1] error: rows.jsonl: no such file" in run.text_of(1)
+    assert "error:" not in run.text_of(1)
     assert not run.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--hyperparams.lr_scheduler", "flat"), "hyperparams.lr_scheduler='flat' is not one of"),
+        (("--profile.name", "nope"), "profile.name='nope'"),
+    ],
+    ids=["before torch is loaded", "after"],
+)
+def test_a_mistake_that_all_processes_find_is_told_once(
+    start: Start, words: tuple[str, ...], message: str
+) -> None:
+    run = start(*words)
+    assert run.ends() == [2, 2], run.texts()
+    assert message in run.text_of(0)
+    assert run.texts().count("error:") == 1
+    assert not run.out.exists()
+
+
+OWN_MISTAKE = """
+import os
+from trainer import child
+child.TOLD_S = 1.0
+if rank == 1:
+    os.environ["TRAINER_NOPE"] = "1"
+"""
+
+
+def test_a_mistake_that_one_process_finds_in_its_settings_is_told_by_it(start: Start) -> None:
+    run = start(patch=OWN_MISTAKE)
+    assert run.ends()[1] == 2, run.texts()
+    assert "error: environment variable TRAINER_NOPE" in run.text_of(1)
+    assert not (run.out / "run.json").exists()
 
 
 NAN = """

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trainer.config.schema import MonitoringConfig
 from trainer.core.dry_run import memory_setup
 from trainer.core.memory import device_memory, estimate_memory, fits, size_words
 from trainer.core.publishing import NUM_SLOTS, profile_by_name
@@ -45,7 +46,11 @@ def with_preview_backend(prepared: Prepared, notice: Callable[..., None]) -> Pre
         changes, words = _in_place_of_local(prepared)
     else:
         changes, words = {"preview_backend": "sidecar"}, "as the main process chooses"
-    notice(f"previews: {words}; {NOT_LOCAL}", "info" if "preview_backend" in changes else "warning")
+    others = [name for name in changes if name != "inference_interval"]
+    is_off = "preview_backend" not in changes
+    if is_off and others:
+        words += f", and so are monitoring.{', '.join(others)}"
+    notice(f"previews: {words}; {NOT_LOCAL}", "warning" if is_off else "info")
     config = prepared.config.model_copy(
         update={"monitoring": monitoring.model_copy(update=changes)}
     )
@@ -54,7 +59,8 @@ def with_preview_backend(prepared: Prepared, notice: Callable[..., None]) -> Pre
 
 def _in_place_of_local(prepared: Prepared) -> tuple[dict[str, Any], str]:
     """Changes of section `monitoring`, and why, in words."""
-    off, config = {"inference_interval": 0}, prepared.config
+    config = prepared.config
+    off = _without_previews(config.monitoring)
     away = "give monitoring.preview_backend=remote_3090 a server elsewhere to have some"
     where = base_section(config.model)
     model_config = read_model_config(where, offline=config.environment.offline)
@@ -71,6 +77,19 @@ def _in_place_of_local(prepared: Prepared) -> tuple[dict[str, Any], str]:
             chosen = {"preview_backend": "sidecar", "sidecar_device": str(device)}
             return chosen, f"sidecar on {device} ({need.words(device)})"
     return off, f"off, because a sidecar does not fit: {need.words(asked)}; {away}"
+
+
+def _without_previews(monitoring: MonitoringConfig) -> dict[str, Any]:
+    """Changes that turn previews off, and what cannot be had without them."""
+    changes: dict[str, Any] = {
+        "inference_interval": 0,
+        "canary_set": "off",
+        "num_score_prompts": 0,
+        "tracker_texts": False,
+    }
+    if not monitoring.final_eval_prompts:
+        changes |= {"scores": (), "score_columns": {}}
+    return {name: value for name, value in changes.items() if value != getattr(monitoring, name)}
 
 
 @dataclasses.dataclass(frozen=True)
