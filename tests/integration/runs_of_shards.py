@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tests.integration.forked_runs import ROOT, other_paths
 
@@ -83,6 +84,8 @@ class Runs:
             "monitoring": {"inference_interval": 0, "micro_eval_interval": 5, "report_to": []},
             "data": {"validation_split": 0.2},
             "environment": {"num_threads": 1, "device": "cpu"},
+            # A head that is tied, and trained in full beside the adapters, is the hardest of them.
+            "lora": {"modules_to_save": ["lm_head"]} if kind.startswith("lora") else {},
             "output": {"checkpoint_interval": SAVED, "keep_checkpoints": 9},
             "distributed": {"strategy": strategy},
         }
@@ -147,3 +150,35 @@ def figures(run: Path) -> dict[str, float]:
         elif values["type"] == "EvaluationDone":
             found[f"validation {values['step']}"] = values["val_loss"]
     return found
+
+
+# ---- runs with options of their own
+
+Case = tuple[str, dict[str, Any]]
+"""Which model, and sections of options."""
+
+
+def config_of(runs: Runs, out: Path, world: int, *case: Any) -> dict[str, Any]:
+    """Of a run of shards, or of one process."""
+    model, sections = case
+    config = runs.config(out, world, STRATEGY[world], f"full {model}")
+    for section, values in sections.items():
+        config.setdefault(section, {}).update(values)
+    return config
+
+
+def trained(runs: Runs, name: str, world: int, case: Case) -> Path:
+    """The folder of a run; it is made once."""
+    out = runs.root / f"{name.replace(' ', '-').replace(',', '')}-{world}"
+    if not out.exists():
+        runs.ended(config_of(runs, out, world, *case), world)
+    return out
+
+
+def check_close(one: Path, other: Path, limit: float) -> None:
+    """Final models, or adapters, of two runs."""
+    files = [sorted((run / "final_model").glob("*.safetensors")) for run in (one, other)]
+    a, b = (load_file(path) for [path] in files)
+    assert a.keys() == b.keys()
+    far = {name: float((a[name].float() - b[name].float()).abs().max()) for name in a}
+    assert {name: one for name, one in far.items() if one > limit} == {}

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.integration import ranks as ranks_module
-from tests.integration.conftest import weights_of
+from trainer.core.finished import open_run
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -199,6 +199,7 @@ def test_of_a_main_rank_that_dies_its_watcher_tells_and_the_run_goes_on_exactly(
     assert again.ends() == [0, 0], again.texts()
     undisturbed = start(*words, out="undisturbed", steps=8)
     assert undisturbed.ends() == [0, 0], undisturbed.texts()
+    assert "find_unused_parameters" not in undisturbed.texts()
     assert_same_weights(again.out / "final_model", undisturbed.out / "final_model")
     assert status_of(again.out)["train_loss"] == status_of(undisturbed.out)["train_loss"]
 
@@ -278,6 +279,7 @@ def test_a_mistake_that_one_process_finds_in_its_settings_is_told_by_it(start: S
 
 NAN = """
 import torch
+from trainer.core.sharding import gathered
 from trainer.core.hf_trainer import SupervisedTrainer
 compute = SupervisedTrainer.compute_loss
 def compute_loss(self, *args, **options):
@@ -291,21 +293,31 @@ def guarded(self, *args):
     try:
         guard(self, *args)
     except Exception:
-        torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"FOLDER/rank-{rank}.pt")
+        held = {}
+        for names, tensor in gathered(self.accelerator.unwrap_model(self.model)):
+            held |= dict.fromkeys(names, tensor.clone())
+        held["is_fsdp2"] = bool(getattr(self.accelerator, "is_fsdp2", False))
+        torch.save(held, f"FOLDER/rank-{rank}.pt")
         raise
 SupervisedTrainer.compute_loss, SupervisedTrainer._note = compute_loss, noting
 SupervisedTrainer._guard = guarded
 """
 
 
-def test_a_nan_of_one_rank_stops_all_before_any_weight_moves(start: Start, tmp_path: Path) -> None:
-    patch = NAN.replace("FOLDER", str(tmp_path))
-    run = start("--output.checkpoint_interval", "3", patch=patch)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_a_nan_of_one_rank_stops_all_before_any_weight_moves(
+    start: Start, strategy: str, tmp_path: Path
+) -> None:
+    words = ("--output.checkpoint_interval", "3", "--distributed.strategy", strategy)
+    run = start(*words, patch=NAN.replace("FOLDER", str(tmp_path)))
     assert run.ends() == [1, 1], run.texts()
     run.check_failed("step 4: the loss of rank 1 is nan; the weights are those of step 3")
-    saved = weights_of(run.out / "checkpoints" / "step-00000003")
+    model, _ = open_run(run.out, step="3").load()
+    saved = model.state_dict()
+    assert len(saved) > 10
     for rank in range(2):
         held = torch.load(tmp_path / f"rank-{rank}.pt")
+        assert held["is_fsdp2"] == (strategy == "fsdp2")
         assert [name for name in saved if not torch.equal(saved[name], held[name])] == []
 
 

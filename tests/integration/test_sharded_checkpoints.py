@@ -6,6 +6,7 @@ Every run of shards is asserted to be one: accelerate falls back to DDP on a CPU
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.runs_of_shards import SAVED, STEPS, STRATEGY, Runs, figures
-from trainer.core.checkpoint import find_latest_checkpoint, verify_checkpoint
+from tests.integration.runs_of_shards import (
+    SAVED,
+    STEPS,
+    STRATEGY,
+    Runs,
+    check_close,
+    config_of,
+    figures,
+    trained,
+)
+from trainer.core.checkpoint import find_checkpoint, find_latest_checkpoint, verify_checkpoint
 from trainer.core.finished import open_run
 from trainer.errors import EXIT_FAILED, EXIT_USER_INPUT
+from trainer.files import checkpoint_steps
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +297,69 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_before_training(runs: 
         assert "rank 1 (on" in error
         assert "file system that all machines share" in error
         assert not (said / f"machine-{rank}" / "out").exists()
+
+
+# ---- the lowest validation loss, early stopping, what is kept
+
+STOPPING = (
+    "tied",
+    {
+        "hyperparams": {
+            "learning_rate": 0.1,  # it overshoots soon
+            "lr_scheduler": "constant",
+            "max_steps": 40,
+            "early_stopping_patience": 3,
+        },
+        "monitoring": {"micro_eval_interval": 2},
+        "output": {"keep_checkpoints": 1, "checkpoint_interval": 3},
+    },
+)
+
+
+@pytest.mark.slow
+def test_early_stopping_and_what_is_kept_are_those_of_one_process(
+    runs: Runs, tmp_path: Path
+) -> None:
+    from trainer.commands import export
+
+    one, two = (trained(runs, "stopping", world, STOPPING) for world in (1, 2))
+    records = [json.loads((run / "run.json").read_text()) for run in (one, two)]
+    assert [record["summary"]["ended_by"] for record in records] == ["early_stopping"] * 2
+    wanted, found = figures(one), figures(two)
+    assert found == pytest.approx(wanted, rel=1e-4)
+    best = min((loss, key) for key, loss in wanted.items() if key.startswith("validation"))[1]
+    kept = [checkpoint_steps(run / "checkpoints") for run in (one, two)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 2
+    bests = [find_checkpoint(run, "best") for run in (one, two)]
+    assert {chosen.step for chosen in bests} == {int(best.split()[1])}
+    for number, run in enumerate((one, two)):
+        assert (
+            export.run([str(run), "--step", "best", "--output", str(tmp_path / str(number))]) == 0
+        )
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "01")
+    assert a.keys() == b.keys()
+    last = load_file(two / "final_model" / "model.safetensors")
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    assert not all(torch.allclose(last[name], b[name], atol=1e-2) for name in b)
+    check_close(two, one, 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_early_stopping_that_was_half_counted_goes_on_after_a_resume(runs: Runs) -> None:
+    two = trained(runs, "stopping", 2, STOPPING)
+    steps = max(checkpoint_steps(two / "checkpoints"))
+    config = config_of(runs, runs.root / "stopping-half", 2, *STOPPING)
+    config["hyperparams"]["max_steps"] = 40
+    config["output"]["keep_checkpoints"] = 30
+    runs.ended(config, 2)
+    out = runs.root / "stopping-half"
+    late = [step for step in checkpoint_steps(out / "checkpoints") if step > steps - 4]
+    for step in late:
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(out / "final_model")
+    config["output"]["resume"] = "latest"
+    runs.ended(config, 2)
+    assert json.loads((out / "run.json").read_text())["summary"]["ended_by"] == "early_stopping"
+    assert figures(out) == figures(two)
