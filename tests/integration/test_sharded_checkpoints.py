@@ -317,12 +317,16 @@ STOPPING = (
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
 def test_early_stopping_and_what_is_kept_are_those_of_one_process(
-    runs: Runs, tmp_path: Path
+    runs: Runs, strategy: str, tmp_path: Path
 ) -> None:
     from trainer.commands import export
 
-    one, two = (trained(runs, "stopping", world, STOPPING) for world in (1, 2))
+    model, sections = STOPPING
+    shared = (model, {**sections, "distributed": {"strategy": strategy}})
+    one = trained(runs, "stopping", 1, STOPPING)
+    two = trained(runs, f"stopping {strategy}", 2, shared)
     records = [json.loads((run / "run.json").read_text()) for run in (one, two)]
     assert [record["summary"]["ended_by"] for record in records] == ["early_stopping"] * 2
     wanted, found = figures(one), figures(two)
@@ -348,7 +352,7 @@ def test_early_stopping_and_what_is_kept_are_those_of_one_process(
 @pytest.mark.slow
 @pytest.mark.long
 def test_early_stopping_that_was_half_counted_goes_on_after_a_resume(runs: Runs) -> None:
-    two = trained(runs, "stopping", 2, STOPPING)
+    two = trained(runs, "stopping fsdp2", 2, STOPPING)
     steps = max(checkpoint_steps(two / "checkpoints"))
     config = config_of(runs, runs.root / "stopping-half", 2, *STOPPING)
     config["hyperparams"]["max_steps"] = 40

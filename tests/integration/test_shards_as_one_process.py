@@ -73,11 +73,39 @@ NOISY = {
 """Each process draws its own numbers."""
 
 
+COPIES: dict[str, tuple[float, str, dict[str, Any]]] = {
+    # case: how far losses may be from those of one process, model, sections
+    "added tokens of adapters": (
+        2e-6,
+        "tied",
+        {"hyperparams": LORA, "model": {"add_tokens": ["<a>", "<b>"]}},
+    ),
+    "compiled": (2e-6, "tied", {"hyperparams": {"compile": "blocks"}}),
+    "found batch size": (2e-6, "tied", {"hyperparams": {"auto_batch_size": True}}),
+    "experts": (2e-6, "moe", {}),
+    "muon": (1e-4, "tied", {"hyperparams": {"optimizer": "muon"}}),  # iterates in bf16
+    "8 bit": (1e-4, "tied", {"hyperparams": {"optimizer": "adamw_8bit"}}),
+    "8 bit, paged": (1e-4, "tied", {"hyperparams": {"optimizer": "paged_adamw_8bit"}}),
+    "random rounding": (
+        1e-2,
+        "tied",
+        {"hyperparams": {"masters": "bf16_stochastic", "fp_precision": "bf16"}},
+    ),
+}
+"""What shards do not have, or have otherwise."""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[Runs]:
     made = Runs(tmp_path_factory.mktemp("ranks"), tokenizer)
     yield made
     made.close()
+
+
+def two_processes(runs: Runs, name: str, strategy: str, case: Case) -> Path:
+    model, sections = case
+    name = name if strategy == "fsdp2" else f"{name}, {strategy}"
+    return trained(runs, name, 2, (model, {**sections, "distributed": {"strategy": strategy}}))
 
 
 def check_resumes_exactly(runs: Runs, two: Path, case: Case) -> None:
@@ -94,13 +122,26 @@ def check_resumes_exactly(runs: Runs, two: Path, case: Case) -> None:
     check_close(out, two, 0.0)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 @pytest.mark.parametrize("name", MODES)
-def test_adapters_and_batches_of_every_kind_train_on_shards_as_in_one_process(
-    runs: Runs, name: str
+def test_adapters_and_batches_of_every_kind_train_in_two_processes_as_in_one(
+    runs: Runs, name: str, strategy: str
 ) -> None:
-    one, two = (trained(runs, name, world, MODES[name]) for world in (1, 2))
+    one = trained(runs, name, 1, MODES[name])
+    two = two_processes(runs, name, strategy, MODES[name])
     assert figures(two) == pytest.approx(figures(one), abs=2e-6)
     check_close(two, one, 5e-5)  # AdamW moves a weight by its whole rate for any tiny gradient
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_shards_do_not_have_trains_on_whole_copies_as_in_one_process(
+    runs: Runs, name: str
+) -> None:
+    limit, model, sections = COPIES[name]
+    case = (model, {**sections, "distributed": {"strategy": "ddp"}})
+    one, two = (trained(runs, f"copies, {name}", world, case) for world in (1, 2))
+    assert figures(two) == pytest.approx(figures(one), abs=limit)
+    check_resumes_exactly(runs, two, case)
 
 
 @pytest.mark.parametrize("name", [*MODES, *NOISY])
@@ -109,14 +150,16 @@ def test_they_go_on_from_a_checkpoint_bit_for_bit(runs: Runs, name: str) -> None
     check_resumes_exactly(runs, trained(runs, name, 2, case), case)
 
 
-def test_an_adapter_is_trained_on_on_shards_as_in_one_process(runs: Runs) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_an_adapter_is_trained_on_in_two_processes_as_in_one(runs: Runs, strategy: str) -> None:
     adapter = trained(runs, "dora", 1, MODES["dora"])
     case = ("tied", {"hyperparams": LORA})
     found = []
     for world in (1, 2):
-        out = runs.root / f"on-{world}"
+        out = runs.root / f"on-{world}-{strategy}"
         config = config_of(runs, out, world, *case)
         config["top"]["model_path"] = str(adapter)
+        config["distributed"]["strategy"] = strategy if world == 2 else "auto"
         runs.ended(config, world)
         found.append(out)
     one, two = found
