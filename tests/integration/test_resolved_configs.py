@@ -132,11 +132,11 @@ def test_what_a_run_makes_of_its_config_is_accepted_again(
 
 
 def drawn(generator: random.Random) -> dict[str, Any]:
-    """Sections with every third option set, of those that have few values."""
+    """Sections with every fifth option set, of those that have few values."""
     sections: dict[str, Any] = {}
     for key, one in config_fields().items():
         values = VALUES.get(key) or list(one.choices) or ([True, False] * (one.kind == "bool"))
-        if values and key not in NOT_VARIED and generator.random() < 0.35:
+        if values and key not in NOT_VARIED and generator.random() < 0.2:
             section, name = key.split(".")
             sections.setdefault(section, {})[name] = generator.choice(values)
     if sections.get("monitoring", {}).get("preview_backend") in ("remote_3090", "openai"):
@@ -155,7 +155,7 @@ def test_of_many_configs_what_a_run_makes_of_them_is_accepted_again(
 ) -> None:
     generator = random.Random(seed)
     accepted = 0
-    for number in range(12):
+    for number in range(200):
         sections = drawn(generator)
         machine(generator.choice([1, 2]), generator.choice([SMALL, LARGE]))
         try:
@@ -163,6 +163,8 @@ def test_of_many_configs_what_a_run_makes_of_them_is_accepted_again(
             written = TrainerEngine().dry_run(config)
         except ConfigError:  # these values do not go together
             continue
-        accepted += 1
         check_accepted_again(written, tmp_path / f"again-{number}")
-    assert accepted
+        accepted += 1
+        if accepted == 4:
+            return
+    pytest.fail("hardly any of these configs is accepted at all")

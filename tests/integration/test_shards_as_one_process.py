@@ -85,7 +85,7 @@ COPIES: dict[str, tuple[float, str, dict[str, Any]]] = {
     "experts": (2e-6, "moe", {}),
     "muon": (1e-4, "tied", {"hyperparams": {"optimizer": "muon"}}),  # iterates in bf16
     "8 bit": (1e-4, "tied", {"hyperparams": {"optimizer": "adamw_8bit"}}),
-    "8 bit, paged": (1e-4, "tied", {"hyperparams": {"optimizer": "paged_adamw_8bit"}}),
+    "adapters in bf16": (1e-2, "tied", {"hyperparams": {**LORA, "fp_precision": "bf16"}}),
     "random rounding": (
         1e-2,
         "tied",

@@ -106,7 +106,9 @@ def has_unused_parameters(trainer: SupervisedTrainer, rows: EncodedDataset) -> b
     try:
         with untraced(model):
             model.train()
-            training_loss(trainer, model, batch).backward()  # type: ignore[no-untyped-call]
+            with trainer.accelerator.autocast():  # which the model does itself once it is wrapped
+                loss = training_loss(trainer, model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
         return any(one.requires_grad and one.grad is None for one in model.parameters())
     except RuntimeError as error:
         if not is_out_of_memory(error):  # which is told where the longest rows are tried

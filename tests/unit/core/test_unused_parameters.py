@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers as t
 from tests.trust.reference import decoder, llama, ragged_rows
 from tests.trust.trainers import dataset, make_trainer
 from trainer.core.checks import has_unused_parameters
+from trainer.models.precision import keep_vectors_wide
 
 ROWS = ragged_rows(4, seed=1)
 
@@ -34,6 +36,17 @@ def test_one_that_no_text_goes_through_is_found() -> None:
     assert found(model)
     model.vision.requires_grad_(False)
     assert not found(model)
+
+
+def test_weights_of_two_dtypes_are_passed_through_as_training_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama().bfloat16()
+    keep_vectors_wide(model)
+    trainer = make_trainer(model, ROWS, batch_size=2)
+    in_bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    monkeypatch.setattr(trainer.accelerator, "autocast", in_bf16)
+    assert not has_unused_parameters(trainer, dataset(ROWS))
 
 
 def test_experts_are_taken_to_be_left_out_now_and_then() -> None:
