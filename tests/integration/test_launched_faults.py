@@ -123,6 +123,25 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--hyperparams.lr_scheduler", "flat"), "hyperparams.lr_scheduler='flat' is not one of"),
+        (("--profile.name", "nope"), "profile.name='nope' is not a known profile"),
+    ],
+    ids=["before torch is loaded", "after"],
+)
+def test_a_mistake_of_the_user_is_told_once(
+    start: Start, words: tuple[str, ...], message: str
+) -> None:
+    run = start(*words)
+    assert run.agents[0].wait(WAIT_S) == 1
+    assert run.text().count(message) == 1
+    assert "exitcode  : 2" in run.text()
+    assert not run.out.exists()
+
+
+@pytest.mark.long
 def test_a_rank_that_dies_under_torchrun_is_no_stop_by_its_sigterm(start: Start) -> None:
     run = start()
     run.wait_for_step(3)

@@ -51,6 +51,10 @@ REACH_S = 5.0
 TOLD_S = 10.0
 """Longest wait until the others know what this rank ended by."""
 
+MAIN_S = 10.0
+"""How long rank 0 may take to say what it ends by; after 20 seconds this rank would be killed. It
+says so in the store, which outlives it under torchrun only."""
+
 MAX_STARTS = 5
 """Of one rank's watcher: whatever ends it goes on doing so."""
 
@@ -165,7 +169,7 @@ class RankWatch:
 
     def _hear_main(self) -> str | None:
         """What rank 0 says, which has as good a reason to end as this rank."""
-        deadline = time.monotonic() + TOLD_S
+        deadline = time.monotonic() + MAIN_S
         while (said := self._said_by_main()) is None and time.monotonic() < deadline:
             time.sleep(POLL_S)
         return said
