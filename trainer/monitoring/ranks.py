@@ -160,12 +160,13 @@ class RankWatch:
                 self._shared.set(SAID, words)
 
     def _said_by_main(self) -> str | None:
+        """None: nothing yet; empty: rank 0 is gone, and the store with it."""
         if self.rank == 0 or self._shared is None:
             return None
-        with contextlib.suppress(RuntimeError):
-            if self._shared.check([SAID]):
-                return str(self._shared.get(SAID).decode())
-        return None
+        try:
+            return str(self._shared.get(SAID).decode()) if self._shared.check([SAID]) else None
+        except RuntimeError:
+            return ""
 
     def _hear_main(self) -> str | None:
         """What rank 0 says, which has as good a reason to end as this rank."""
