@@ -44,7 +44,8 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
         let_the_end_be_told()
     if not is_main_process():
         result = TrainerEngine().run_job(loaded.config)
-        if result.state == "failed":  # a stop is told by the main process
+        # A stop is told by the main process.
+        if result.state == "failed" and not result.is_told_elsewhere:
             tell_failure(result.error_message)
         return result.exit_code if result.success else leave(result.exit_code)
     if display_name not in ("quiet", "json"):

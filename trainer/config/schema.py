@@ -445,14 +445,45 @@ class TrainerConfig(Section):
     lora: LoraSection = LoraSection()
     distributed: DistributedSection = DistributedSection()
 
+    @property
+    def sharding_problem(self) -> tuple[str, str] | None:
+        """The option that keeps weights from being shared out (fsdp2), and the way out in words."""
+        hyper = self.hyperparams
+        if hyper.optimizer != "adamw":
+            words = "works on whole matrices; set it to adamw"
+            return "hyperparams.optimizer", f"hyperparams.optimizer={hyper.optimizer} {words}"
+        if hyper.masters != "fp32":
+            words = "is for whole weights; set it to fp32"
+            return "hyperparams.masters", f"hyperparams.masters={hyper.masters} {words}"
+        if hyper.compile != "off":
+            words = "is not proved on shards; set it to off"
+            return "hyperparams.compile", f"hyperparams.compile={hyper.compile} {words}"
+        if hyper.training_mode == "qlora":
+            words = (
+                "a base of 4-bit weights cannot be shared out; use lora, or "
+                "distributed.strategy=ddp where the quantized base fits each device"
+            )
+            return "hyperparams.training_mode", f"hyperparams.training_mode=qlora: {words}"
+        if hyper.auto_batch_size:
+            words = "tries batches on a whole model; set it to false"
+            return "hyperparams.auto_batch_size", f"hyperparams.auto_batch_size {words}"
+        if hyper.trains_adapters and self.model.add_tokens:
+            words = (
+                "trains single rows of the embedding in training_mode="
+                f"{hyper.training_mode}, and the rows of a shard cannot be put together for that; "
+                "use distributed.strategy=ddp or training_mode=full, or leave add_tokens empty"
+            )
+            return "model.add_tokens", f"model.add_tokens {words}"
+        return None
+
     @model_validator(mode="after")
     def _check_shards(self) -> TrainerConfig:
-        problem = self.hyperparams.sharding_problem
+        problem = self.sharding_problem
         if self.distributed.strategy == "fsdp2" and problem is not None:
             raise CombinationError(
                 f"distributed.strategy=fsdp2 asks for shards, but {problem[1]}",
                 "distributed.strategy",
-                f"hyperparams.{problem[0]}",
+                problem[0],
             )
         return self
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from trainer.child import is_first_of_machine
 from trainer.config.schema import TrainerConfig
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.process import StopRequest, process_settings
@@ -81,6 +82,8 @@ class TrainingResult:
     exit_code: int = EXIT_FAILED
     """0 completed or stopped by the control file, 1 failed, 2 the user's input, 129, 130 and 143
     stopped by a signal."""
+    is_told_elsewhere: bool = False
+    """Another process of this machine tells the user of the mistake that ended all of them."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures and counts: previews, final evaluation, times; `ended_by`: steps, early_stopping,
     control, a signal's name such as SIGINT, given_up, or error; `error_type` after a failure.
@@ -429,11 +432,23 @@ class Job:
             message += self._how_to_continue()
             more |= {"traceback": error.traceback} if error.traceback else {}
         if isinstance(error, TrainerError):
-            return self._result("failed", more, exit_code=error.exit_code, error_message=message)
+            return self._result(
+                "failed",
+                more,
+                exit_code=error.exit_code,
+                error_message=message,
+                is_told_elsewhere=self._is_told_elsewhere(error),
+            )
         more["traceback"] = "".join(traceback.format_exception(error))
         logger.error("the run failed\n%s", more["traceback"])
         message = f"{type(error).__name__}: {message}"
         return self._result("failed", more, exit_code=EXIT_FAILED, error_message=message)
+
+    def _is_told_elsewhere(self, error: TrainerError) -> bool:
+        """Whether the first process of this machine tells the same mistake of the user."""
+        if self.ranks is None or error.exit_code != EXIT_USER_INPUT or is_first_of_machine():
+            return False
+        return isinstance(error, RankError) or self.ranks.is_told_by_main
 
     def _first_fault(self, error: BaseException) -> BaseException:
         """The error, or what another rank did that led to it; the others hear of this one."""
