@@ -143,6 +143,17 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def first_line(descriptor: int) -> bytes:
+    """In a child: one line and not a byte more, as the rest is read as it comes."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            sys.exit("the parent has ended")
+        line += byte
+    return line
+
+
 def own_lines() -> tuple[IO[bytes], IO[bytes]]:
     """In a child: where its lines come from and go to.
 

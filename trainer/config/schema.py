@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from trainer.config.receiver import NOTIFY_SILENCE_S, notify_problem, shown_notify
 from trainer.config.section import CombinationError, Interval, PositiveInt, Section, Share
 from trainer.config.training_sections import (
     DistributedSection,
@@ -202,6 +203,14 @@ class MonitoringConfig(Section):
     tracker_texts: bool = False
     """Trackers get the texts of previews too: prompt, golden answer, what was generated. `false`:
     they get numbers only. From tensorboard, wandb and trackio; others get no texts."""
+    notify: tuple[str, ...] = ()
+    """Who is told when the run ends, fails, is killed, or says nothing any more: a webhook (an
+    `http://` or `https://` address) or a command (its words; no shell; `{text}` in a word stands
+    for the message). What is secret of it is written down nowhere, and the config in the folder of
+    a run cannot set it."""
+    notify_silence: Annotated[float, Field(ge=0.0)] = NOTIFY_SILENCE_S
+    """Seconds without a sign of life (and 10 step times) until `notify` is told that the run is
+    silent; 0 = never."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 
@@ -328,6 +337,25 @@ class MonitoringConfig(Section):
                 "monitoring.num_score_prompts",
                 "monitoring.preview_backend",
             )
+
+    @model_validator(mode="after")
+    def _check_notify(self) -> MonitoringConfig:
+        problem = notify_problem(self.notify)
+        if problem is not None:
+            raise CombinationError(f"notify {problem}", "monitoring.notify")
+        if not self.notify and self.notify_silence != NOTIFY_SILENCE_S:
+            raise CombinationError(
+                f"notify_silence={self.notify_silence:g} says when notify is told that the run is "
+                "silent, and notify is empty; name a webhook or a command, or leave notify_silence "
+                "as it is",
+                "monitoring.notify_silence",
+                "monitoring.notify",
+            )
+        return self
+
+    @field_serializer("notify")
+    def _write_no_word(self, value: tuple[str, ...]) -> list[str]:
+        return shown_notify(value)
 
     @field_serializer("openai_base_url")
     def _write_no_secret(self, value: str | None) -> str | None:

@@ -167,6 +167,8 @@ class TrainerEngine:
             self.close()
             observers = [self.status_writer, *self._extra_observers] if is_main_process() else []
             self._open = _Stages(self, config, Job(config, observers))
+            if is_main_process():
+                self._open.job.notify()
         self._job = self._open.job
         return self._open
 

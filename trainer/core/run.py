@@ -41,6 +41,7 @@ from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.beats import TO_CONTINUE
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
+from trainer.monitoring.notify import Notifier, notify_trouble
 from trainer.monitoring.ranks import RankWatch
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.preview.scheduler import PreviewScheduler
@@ -181,6 +182,7 @@ class Job:
             config: as it was asked for.
             observers: told of the run; closed with it.
         """
+        self.config = config
         self.output_dir = Path(config.output.output_dir)
         self.observers = Observers(observers)
         self.stop = StopRequest()
@@ -208,6 +210,8 @@ class Job:
         """Tells what the other processes of the run do; None where there are none."""
         self.ending = threading.Lock()
         """Held by the thread that ends the run: the main one, unless it hangs in an exchange."""
+        self.notifier: Notifier | None = None
+        """Tells somebody how the run ends; None where nobody asked for it."""
         self._closing = contextlib.ExitStack()
         # In the order of opening: run.json is written after every observer has told the end, and
         # nobody else may take the folder before that.
@@ -249,6 +253,26 @@ class Job:
         self.close()
         if self.ranks is not None:
             self.ranks.close()
+        if self.notifier is not None:
+            self.notifier.finish()
+
+    def notify(self) -> None:
+        """Have somebody told how the run ends, where `monitoring.notify` says whom."""
+        monitoring = self.config.monitoring
+        if not monitoring.notify or notify_trouble(monitoring.notify):  # which the checks refuse
+            return
+        try:
+            self.notifier = Notifier(
+                monitoring.notify,
+                silence_s=monitoring.notify_silence,
+                folder=self.output_dir.expanduser(),
+                warn=partial(self.observers.notice, level="warning"),
+                num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+            )
+        except OSError as error:  # no more processes here: that is no reason not to train
+            self.observers.notice(f"monitoring.notify: nobody will be told ({error})", "warning")
+            return
+        self.observers.add(self.notifier)
 
     def give_up(self) -> None:
         """End a run that somebody began in parts and does not want any more."""

@@ -150,6 +150,14 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
     ),
     (
+        {"monitoring.notify": [f"https://hooks.example.com/{CUT}"]},
+        {"monitoring.notify"},
+    ),
+    (
+        {"monitoring.notify_silence": 60},
+        {"monitoring.notify", "monitoring.notify_silence"},
+    ),
+    (
         {"monitoring.num_preview_samples": 4, "monitoring.preview_temperature": 0},
         {"monitoring.num_preview_samples", "monitoring.preview_temperature"},
     ),
@@ -257,7 +265,7 @@ def test_a_rule_over_several_options_names_where_those_were_set_and_no_others(
     nested: dict[str, dict[str, Any]] = {}
     for key, field in config_fields().items():
         nested.setdefault(field.section, {})[field.name] = values.get(key, field.default)
-    path = tmp_path / "run.json"
+    path = tmp_path / "all.json"
     path.write_text(json.dumps(nested))
     with pytest.raises(ConfigError) as caught:
         load(path)
