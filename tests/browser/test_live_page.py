@@ -301,6 +301,8 @@ def test_runs_are_searched_sorted_and_compared_by_what_differs(
     page = open_page(monitor(tmp_path), wait_for=".run-table .q-checkbox")
     names = page.locator(".run-name")
     page.wait_for_function("document.querySelector('.run-table').innerText.includes('3/4')")
+    for right in (1, 2, 3):  # each run says whether it gets better
+        page.get_by_text(f"{right} of 4 right.").wait_for()
     assert page.locator(".run-bar > div").first.evaluate("one => one.style.width") == "50%"
     page.get_by_role("combobox", name="sort by").click()
     page.get_by_role("option", name="most right").click()

@@ -6,8 +6,8 @@ import bisect
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult, golden_figures
 from trainer.scores.figures import ScoreFigure
-from trainer.views.differences import Piece, word_diff
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
 from trainer.views.verdicts import Verdict, verdict_of
 from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED, samples_words
@@ -87,20 +86,6 @@ class Timeline:
         """The user's turn."""
         return self[-1].prompt if self.steps else ""
 
-    def golden_diff(self, index: int) -> list[Piece] | None:
-        """The answer against golden; None without one of them."""
-        result = self[index]
-        if result.golden_answer is None or not result.ok:
-            return None
-        return word_diff(result.golden_answer.strip(), result.text.strip())
-
-    def previous_diff(self, index: int) -> list[Piece] | None:
-        """The answer against the one before it that is no error; None where there is none."""
-        if not self[index].ok:
-            return None
-        before = next((self[i] for i in range(index - 1, -1, -1) if self[i].ok), None)
-        return word_diff(before.text, self[index].text) if before is not None else None
-
     @property
     def judged(self) -> Verdict:
         """What became of this prompt."""
@@ -111,10 +96,6 @@ class Timeline:
     def verdict(self) -> str:
         """What became of this prompt, such as `first right at step 400, lost at 900`."""
         return self.judged.words
-
-    def is_lost(self) -> bool:
-        """Whether it was right once and is wrong now."""
-        return self.judged.state == "lost"
 
 
 def golden_tokens(result: PreviewResult) -> list[GoldenToken]:
@@ -259,14 +240,6 @@ class PreviewBook:
             history.add(self.of_step(step))
         return history
 
-    def grid_steps(self, most: int) -> list[int]:
-        """At most `most` steps for a table, first and last among them, the others evenly spread."""
-        steps = self.steps
-        if len(steps) <= most:
-            return steps
-        last = len(steps) - 1
-        return [steps[round(i * last / (most - 1))] for i in range(most)]
-
 
 def mark_of(result: PreviewResult | None) -> str:
     """The sign of an answer; a blank where there is none."""
@@ -325,11 +298,11 @@ class FinalEvaluation:
         )
 
 
-def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluation | None:
-    """The final evaluation of a run folder; None where there was none.
+def final_score(summary: Mapping[str, Any]) -> FinalEvaluation | None:
+    """The counts and means of a final evaluation, without its answers; None where there was none.
 
     Args:
-        summary: of status.json; its counts hold where the file of answers is gone.
+        summary: of status.json and RunEnded.
     """
     found = summary.get("final_evaluation")
     if not isinstance(found, dict):
@@ -337,14 +310,21 @@ def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluat
     matched, num_prompts = found.get("matched"), found.get("num_prompts")
     if type(matched) is not int or type(num_prompts) is not int:
         return None
+    figures = _figures(found.get("figures"))
+    return FinalEvaluation(matched, num_prompts, answers=(), figures=figures, by_word=())
+
+
+def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluation | None:
+    """The final evaluation of a run folder; None where there was none.
+
+    Args:
+        summary: of status.json; its counts hold where the file of answers is gone.
+    """
+    score = final_score(summary)
+    if score is None:
+        return None
     results = _results(folder / ANSWERS_NAME)
-    return FinalEvaluation(
-        matched=matched,
-        num_prompts=num_prompts,
-        answers=tuple(results),
-        figures=_figures(found.get("figures")),
-        by_word=_by_first_word(results),
-    )
+    return replace(score, answers=tuple(results), by_word=_by_first_word(results))
 
 
 def _figures(found: Any) -> tuple[ScoreFigure, ...]:

@@ -8,7 +8,6 @@ import pytest
 
 from trainer.preview.base import PreviewResult
 from trainer.views.timeline import (
-    PreviewBook,
     Timeline,
     facts_of,
     golden_tokens,
@@ -58,7 +57,6 @@ def test_a_prompt_without_golden_has_nothing_to_compare_with() -> None:
     timeline = Timeline("user-0")
     timeline.add(result_of(0, golden_answer=None))
     assert timeline.verdict() == "no golden answer to compare with"
-    assert timeline.golden_diff(0) is None
 
 
 def test_answers_are_in_the_order_of_steps_and_the_newest_of_a_step_counts() -> None:
@@ -66,19 +64,6 @@ def test_answers_are_in_the_order_of_steps_and_the_newest_of_a_step_counts() -> 
     for step, text in [(20, "b"), (0, "a"), (20, "c")]:
         timeline.add(result_of(step, text=text))
     assert [one.text for one in timeline.results()] == ["a", "c"]
-
-
-def test_the_diff_against_the_previous_skips_errors() -> None:
-    timeline = Timeline("validation-0")
-    timeline.add(result_of(0, text="the old answer"))
-    timeline.add(result_of(20, text="", error_message="away"))
-    timeline.add(result_of(40, text="the new answer"))
-    pieces = timeline.previous_diff(2)
-    assert pieces is not None
-    kinds = [(piece.kind, piece.text) for piece in pieces]
-    assert kinds == [("same", "the "), ("missing", "old"), ("extra", "new"), ("same", " answer")]
-    assert timeline.previous_diff(1) is None
-    assert timeline.golden_diff(1) is None
 
 
 def test_golden_tokens_have_their_probability_and_a_word_for_it() -> None:
@@ -118,12 +103,3 @@ def test_facts_name_flags_backend_proof_and_delay() -> None:
         "3 steps behind training",
         "seen after 1.2 s",
     ]
-
-
-def test_the_grid_shows_first_and_last_step_whatever_fits() -> None:
-    book = PreviewBook()
-    for step in range(0, 1000, 10):
-        book.add(result_of(step, matches=True))
-    assert book.grid_steps(200) == book.steps
-    shown = book.grid_steps(12)
-    assert (len(shown), shown[0], shown[-1]) == (12, 0, 990)

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from nicegui import ui
 
 from trainer.monitoring.events import printable
+from trainer.views.headline import Headline
 from trainer.views.page.compare_page import LETTERS
 from trainer.views.page.elements import box, dark_button, open_page, text
 from trainer.views.page.panel_data import rows_of
@@ -21,7 +22,17 @@ TICK_S = 1.0
 
 MAX_ROWS = 200
 
-COLUMNS = ("state", "right", "by step", "loss", "validation", "duration", "updated", "model")
+COLUMNS = (
+    "state",
+    "headline",
+    "right",
+    "by step",
+    "loss",
+    "validation",
+    "duration",
+    "updated",
+    "model",
+)
 
 SPARKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
@@ -65,7 +76,7 @@ class ListPage:
             self._draw(runs)
         for key, reader in runs:
             with reader.lock:
-                words, share = _cells(reader), _share(reader)
+                words, share = _cells(reader, self.store.headline(key)), _share(reader)
             for cell, content in zip(self._cells[key], words, strict=True):
                 cell.set_text(content)
             self._cells[key][0].classes(replace=f"state state-{reader.state()}")
@@ -164,7 +175,7 @@ def _share(reader: RunReader) -> float:
     return min(1.0, reader.step / total) if total else 0.0
 
 
-def _cells(reader: RunReader) -> list[str]:
+def _cells(reader: RunReader, headline: Headline | None) -> list[str]:
     """A row of the list, in the order of COLUMNS."""
     status = reader.status
     if status is None:
@@ -173,6 +184,7 @@ def _cells(reader: RunReader) -> list[str]:
     duration = duration_words(max(0.0, status.updated_at - status.started_at))
     return [
         reader.words(),
+        headline.sentence if headline is not None else "",
         _right(reader),
         _spark(reader),
         *losses,

@@ -68,6 +68,8 @@ def _add_pages(store: RunStore, options: PageOptions) -> None:
         if store.is_one_run:
             await show(client, request, next(iter(store.readers)))
         else:
+            store.num_lists += 1
+            client.on_delete(lambda: setattr(store, "num_lists", store.num_lists - 1))
             ListPage(store)
 
     async def run(client: Client, request: Request, name: str) -> None:
