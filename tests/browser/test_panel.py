@@ -314,7 +314,12 @@ def test_while_previews_arrive_strips_do_not_shift_and_only_new_steps_are_sent(
     now |= {"started_at": time.time(), "updated_at": time.time(), "eta_s": 900.0}
     write_run(run, helpers, [one for one in lines if one["step"] <= 300], **now)
     sent: list[str] = []
-    page = open_page(monitor(run), wait_for=CHOSEN, at_start=SHIFTS)
+    url = monitor(run)
+    page = open_page(url, wait_for=CHOSEN, at_start=SHIFTS)
+    looker = open_page(url, wait_for=CHOSEN)
+    wait_for_place(looker, 48, 300)
+    # The first that is wrong, now chosen by somebody, so that it stays open when it is right.
+    page.locator(".row-line[data-row='48']").click(position={"x": 60, "y": 12})
     page.wait_for_timeout(1500)  # what belongs to the beginning is over
     before, shifted = page.evaluate(STRIP), page.evaluate("window.shift")
     session = page.context.new_cdp_session(page)
@@ -328,7 +333,8 @@ def test_while_previews_arrive_strips_do_not_shift_and_only_new_steps_are_sent(
             if line["step"] > 300:
                 alert = {"health": ["never_stopped"]} if line["step"] == 400 else {}
                 file.write(json.dumps({**line, **alert}) + "\n")
-    wait_for_place(page, 48, 400)  # the first that was wrong at 300; the page follows it
+    wait_for_place(page, 48, 400)  # it follows
+    wait_for_place(looker, 8, 400)  # where nobody chose, a wrong answer is open: that lost last
     page.wait_for_selector(".alerts-warning")
     assert "60 of 60 previews of step 400 never stop" in page.inner_text(".alerts summary")
     assert page.evaluate(STRIP) == before
