@@ -400,6 +400,17 @@ def resume(lab: Lab) -> None:
     assert torch.equal(seen.weights, lab.base.weights)
 
 
+@shows("output.allow_changes")
+def allow_changes(lab: Lab) -> None:
+    hyper = {"lr_scheduler": "constant", "learning_rate": 1e-3, "max_steps": 2}
+    first = lab.run(hyperparams=hyper)
+    changed = {**hyper, "learning_rate": 5e-4, "max_steps": 3}
+    output = {"resume": "latest", "output_dir": str(first.folder)}
+    assert "--allow-changes" in lab.refusal(hyperparams=changed, output=output)
+    seen = lab.run(hyperparams=changed, output={**output, "allow_changes": True})
+    assert [step.learning_rate for step in seen.steps] == [5e-4]
+
+
 @shows("output.report")
 def report(lab: Lab) -> None:
     for wanted in (True, False):

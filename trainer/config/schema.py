@@ -396,8 +396,24 @@ class OutputSection(Section):
     (each lower loss makes one), and the one that was marked as best."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
+    allow_changes: bool = False
+    """With `resume`: `hyperparams.learning_rate`, `lr_scheduler` and `warmup_steps` may differ from
+    the checkpoint's. From the next step on the rate is that of the new values at that step, as if
+    the run had had them from its start; run.json has each change with its step. Flag:
+    --allow-changes."""
     report: bool = True
     """Write `report.html` into the run folder at the end: curves, previews, config, in one file."""
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> OutputSection:
+        if self.allow_changes and self.resume is None:
+            raise CombinationError(
+                "output.allow_changes is for a run that is resumed; give --resume too, or leave it "
+                "out",
+                "output.allow_changes",
+                "output.resume",
+            )
+        return self
 
 
 class EnvironmentSection(Section):

@@ -49,7 +49,8 @@ class Hyperparams(Section):
     """Longest row, prompt and answer, in tokens. Empty: the model's context, at most 2048."""
     fp_precision: Precision | None = None
     """One precision for loading, computing and saving; full training keeps fp32 master weights.
-    Empty: `bf16` where the device computes in it, else `fp32`."""
+    Empty: `bf16` on a GPU that computes in it, `fp32` elsewhere: a CPU with bf16 arithmetic may be
+    slower in it (`trainer doctor` and `--dry-run` measure that)."""
     masters: Masters = "fp32"
     """Dtype of the weights that full training moves. `bf16_stochastic`: the only copy is bf16, and
     the optimizer rounds up or down at random, so that small updates are not lost; norms and biases

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from trainer.models.train_on import base_section
 from trainer.monitoring.processes import hear, say
 from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewRequest
+from trainer.preview.golden import golden_parts
 from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.scheduler import Lane, batches_of
@@ -122,7 +124,7 @@ def build_published(
             requests=requests,
             canary=canary,
             matches=run.prepared.profile.matches,
-            decode=lambda token: str(run.prepared.tokenizer.decode([token])),
+            parts_of=partial(golden_parts, run.prepared.tokenizer, run.prepared.profile),
             backend_type=backend,
             evaluation=evaluation,
             notice=lambda text: run.notice(text, "warning"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from trainer.preview.scheduler import EvaluationSet, batches_of
 from trainer.scores.figures import SCORE, ScoreHistory
 from trainer.scores.scorer import Scorer
 from trainer.scores.spec import parse_scores
+
+TOLD_EVERY_S = 2.0
+"""Seconds between words about a final evaluation that goes on."""
 
 GOLDEN_PROMPTS = 16
 """Up to so many prompts have their golden answers scored without being asked."""
@@ -147,6 +151,7 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any) -> dict[str, Any]
     scorer, by_id = build_scorer(job, monitoring), {one.prompt_id: one for one in requests}
     results: list[PreviewResult] = []
     errors: dict[str, str] = {}
+    told_at = time.monotonic()
     try:
         with path.open("w", encoding="utf-8") as file:
             for batch in batches_of(requests):
@@ -156,12 +161,21 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any) -> dict[str, Any]
                     errors |= failed
                 file.writelines(json.dumps(to_json_line(result)) + "\n" for result in answered)
                 results += answered
+                if time.monotonic() - told_at > TOLD_EVERY_S and len(results) < len(requests):
+                    told_at = time.monotonic()
+                    words = f"{len(results)} of {len(requests)} prompts are answered"
+                    job.observers.phase("training", f"final evaluation: {words}")
     finally:
         if scorer is not None:
             scorer.close()
     for name, words in errors.items():
         job.observers.notice(f"score {name}: no value in the final evaluation: {words}", "warning")
     matched = sum(result.matches is True for result in results)
+    share = 100 * matched / len(results)
+    job.observers.notice(
+        f"final evaluation: {matched} of {len(results)} answers match ({share:.1f} %), all in "
+        f"{path}"
+    )
     history = ScoreHistory()
     history.add(results)
     # A score that some of the prompts lack is the mean of others than the rest of the scores.

@@ -25,12 +25,13 @@ from trainer.core.compiling import CompiledBlocks, compiler_errors
 from trainer.core.evaluation import build_evaluator
 from trainer.core.fused_loss import with_kernel
 from trainer.core.hf_trainer import SaveCheckpoint, SupervisedTrainer
+from trainer.core.model_card import model_card, write_card
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler
 from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_batches, needs_mask
 from trainer.core.publishing import agree_on_previews
-from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
+from trainer.core.resume import HISTORY, SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.core.scoring import final_evaluation
@@ -54,7 +55,7 @@ from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
 from trainer.monitoring.processes import any_process, num_processes
 from trainer.monitoring.step_report import StepReport
-from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables, keep_console_out
+from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.scheduler import PreviewScheduler
@@ -96,7 +97,7 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         else None,
         checkpoint_interval=config.output.checkpoint_interval,
     )
-    callbacks: list[Any] = [job.monitor]
+    callbacks: list[Any] = [*([job.trackers] if job.trackers is not None else []), job.monitor]
     with_texts, names = config.monitoring.tracker_texts, config.monitoring.report_to
     if "tensorboard" in names and job.folder is not None:
         callback, tracker = tensorboard_callback(
@@ -111,10 +112,6 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         without = [name for name in names if name not in ("tensorboard", *WITH_TABLES)]
         if without:
             observers.notice(f"{', '.join(without)}: gets no texts of previews", "warning")
-    elif "wandb" in names:
-        told = keep_console_out()
-        if told is not None:
-            observers.notice(told, "warning")
     return callbacks
 
 
@@ -195,6 +192,7 @@ def assemble_trainer(
     job.trainer = memory.trainer = trainer
     if blocks is not None:
         blocks.trainer = trainer
+    job.observers.phase("loading", "proving attention, batches and loss on the model")
     _prove_batches_and_loss(job, prepared, trainer, buckets=buckets)
     handler = trainer.accelerator.ddp_handler
     if prepared.strategy.name == "ddp" and handler is not None and handler.find_unused_parameters:
@@ -301,6 +299,7 @@ def _checkpoint_saver(job: Job, prepared: Prepared) -> SaveCheckpoint:
                     "date": prepared.date.isoformat(),
                     "versions": package_versions(),
                     "semantics": SEMANTICS,
+                    HISTORY: prepared.history,
                     "world_size": num_processes(),
                 },
                 hashing=writing.hash_again,
@@ -462,7 +461,9 @@ def finish_training(
                 "the final evaluation asks prompts that were trained on: no rows are held out",
                 "warning",
             )
-        observers.phase("training", f"answering {len(data.final_prompts)} held-out prompts")
+        observers.phase(
+            "training", f"final evaluation: answering {len(data.final_prompts)} prompts"
+        )
     asked = model if prepared.is_sharded else loaded.model
     if adapter is not None and data.final_prompts:
         asked = plain_model(prepared, model, adapter)
@@ -472,6 +473,7 @@ def finish_training(
         model,
         prepared.tokenizer,
         job.folder.final_model_dir,
+        card=model_card(job, prepared, evaluation),
         dtype=prepared.precision.compute_dtype,
         stop_ids=data.encoder.template.stop_ids,
         use_cache=loaded.use_cache,
@@ -503,12 +505,14 @@ def save_final_model(
     dtype: torch.dtype,
     stop_ids: frozenset[int],
     use_cache: bool,
+    card: str = "",
     adapter: dict[str, torch.Tensor] | None = None,
     when_written: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write model (or adapter) and tokenizer to `folder`, in place of an earlier one.
 
     Args: as of `write_model`, and:
+        card: text of README.md; "": none is written.
         when_written: called once the files are whole, before they take the folder's name.
     Raises:
         OutputError: the folder cannot be written.
@@ -523,5 +527,7 @@ def save_final_model(
             use_cache=use_cache,
             adapter=adapter,
         )
+        if card:
+            write_card(staging, card)
         when_written()
     return folder

@@ -283,13 +283,15 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         self.report = report or LoggedReport(self.observers)
         self.commands, self.evaluation, self.previews = commands, evaluation, previews
         self.checkpoint_interval = checkpoint_interval
+        self.callback_stop: str | None = None
+        """That a callback of the user has stopped the run, in words."""
         self._step_started = 0.0
 
     @property
     def stop_reason(self) -> str | None:
         """Why training ended before its last step; None where it did not."""
         reasons = [part.stop_reason for part in (self.commands, self.evaluation) if part]
-        return next((reason for reason in reasons if reason), None)
+        return next((reason for reason in reasons if reason), self.callback_stop)
 
     @property
     def protected_steps(self) -> set[int]:
@@ -313,7 +315,9 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         if is_main:
             self.report.step_ended(state, time.perf_counter() - self._step_started)
         asked = self.commands.poll(step, total) if self.commands is not None else Asked()
-        is_last = asked.stop or step >= total
+        if control.should_training_stop and step < total:
+            self.callback_stop = f"a callback asked to stop after step {step}"
+        is_last = asked.stop or step >= total or control.should_training_stop
         is_best = False
         if self.evaluation is not None and not asked.by_signal:
             is_over, is_best = self._measure(kwargs.get("model"), step, is_main, is_last=is_last)

@@ -20,7 +20,7 @@ from trainer.preview.local import release_memory
 from trainer.preview.samples import joined_samples, sample_requests
 from trainer.preview.scheduler import Finished, OnFinished
 from trainer.publish.children import PublisherProcess, Worker
-from trainer.publish.identity import Canary, results_of
+from trainer.publish.identity import Canary, GoldenParts, results_of
 from trainer.publish.snapshot import Arena, Snapshotter, read_later
 
 
@@ -91,7 +91,7 @@ class PublishedPreviews:
         requests: Sequence[PreviewRequest],
         canary: Canary | None,
         matches: Callable[[str, str], bool],
-        decode: Callable[[int], str],
+        parts_of: GoldenParts,
         backend_type: str,
         evaluation: Sequence[PreviewRequest] = (),
         notice: Callable[[str], None] = logger.warning,
@@ -110,7 +110,7 @@ class PublishedPreviews:
         self.log = log
         self.worker, self.setup, self.snapshotter = worker, setup, snapshotter
         self.folder, self.requests, self.canary = folder, list(requests), canary
-        self.matches, self.decode, self.backend_type = matches, decode, backend_type
+        self.matches, self.parts_of, self.backend_type = matches, parts_of, backend_type
         self.notice = notice
         self.arenas: list[Arena] = [
             snapshotter.arena(folder / f"arena-{slot}") for slot in range(num_slots)
@@ -419,7 +419,7 @@ class PublishedPreviews:
                 one.step,
                 canary=(self.canary, one.canary_value),
                 matches=self.matches,
-                decode=self.decode,
+                parts_of=self.parts_of,
                 backend_type=self.backend_type,
                 visible_s=time.monotonic() - one.asked_at,
             )

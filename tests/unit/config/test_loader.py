@@ -121,6 +121,7 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"data.shuffle": False, "data.group_by_length": True},
         {"data.shuffle", "data.group_by_length"},
     ),
+    ({"output.allow_changes": True}, {"output.allow_changes", "output.resume"}),
     ({"data.max_bad_rows": 3}, {"data.max_bad_rows", "data.on_bad_row"}),
     (
         {"data.enable_packing": True, "data.shuffle": False, "data.group_by_length": False},

@@ -58,7 +58,7 @@ class Unlucky:
             requests=REQUESTS,
             canary=Canary((0,), 1, 1.0, self._score),
             matches=str.__eq__,
-            decode=str,
+            parts_of=lambda ids: {"golden_tokens": tuple(map(str, ids))},
             backend_type="sidecar",
         )
         self.told = threading.Event()
