@@ -23,6 +23,11 @@ TrainingMode = Literal["full", "lora", "qlora"]
 
 Masters = Literal["fp32", "bf16_stochastic"]
 
+VAL_LOSS = "val_loss"
+
+Metric = Annotated[str, Field(pattern=r"^(val_loss|score\.\w+)$")]
+"""What tells a better step: `val_loss`, or `score.` and the name of a score."""
+
 
 class CombinationError(ValueError):
     """Values that are right alone and wrong together; a message can then say where each was set."""
