@@ -292,7 +292,7 @@ def use_final_weights(job: Job, prepared: Prepared, trainer: SupervisedTrainer) 
     [step] = highest(step if is_main_process() else 0)
     if step != last and (prepared.is_sharded or is_main_process()):
         trainer.use_weights(step_dir(_root(prepared), step))
-    known = f"step {best.step} ({best.words})" if best is not None else "none"
+    known = f"{best.step} ({best.words})" if best is not None else "none"
     job.observers.notice(
         f"final_model: the weights of step {step}; last step {last}, best step {known}"
     )

@@ -198,8 +198,8 @@ class DecidingScores:
             self._observers.notice(words, "info" if verdict.missing is None else "warning")
             self._observers.emit(
                 ScoreDecided(
-                    step=wanted,
-                    decided_at=step,
+                    step=step,
+                    evaluation_step=wanted,
                     metric=rule.metric,
                     mean=verdict.mean,
                     is_best=verdict.is_best,
@@ -248,5 +248,5 @@ def verdict_words(rule: ScoreRule, verdict: Verdict) -> str:
         return f"{head}, the first one: later steps are compared with it"
     if verdict.is_best:
         return f"{head}: clearly above step {verdict.against}, so it is the best so far"
-    of = f" of {rule.patience}" if rule.patience else ""
+    of = f" of {rule.patience}" if rule.num_without <= rule.patience else ""
     return f"{head}: not clearly above step {verdict.against} ({rule.num_without}{of})"

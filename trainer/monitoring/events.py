@@ -201,9 +201,9 @@ class ScoreDecided:
     """An evaluation was taken by the rule that chooses the best step, or stops the run."""
 
     step: int
+    """The step training was at when it was taken."""
+    evaluation_step: int
     """The step whose weights answered."""
-    decided_at: int
-    """The step training was at."""
     metric: str
     """Such as `score.exact`."""
     mean: float | None

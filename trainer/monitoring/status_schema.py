@@ -189,9 +189,9 @@ class DecidingStatus(StatusPart):
     """The newest evaluation that a score was to decide by, and where its rule stands."""
 
     step: int
-    """The weights of this step answered."""
-    decided_at: int
     """The step training was at when it was taken."""
+    evaluation_step: int
+    """The weights of this step answered."""
     metric: str
     """Such as `score.exact`."""
     mean: float | None

@@ -100,6 +100,28 @@ def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
         rows.append(("training waited for previews", figure))
     if summary.get("stop_reason"):
         rows.append(("stopped because", str(summary["stop_reason"])))
+    return [*rows, *choice_rows(summary)]
+
+
+def choice_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The best step, whose weights the final model has, and what waiting for scores cost."""
+    best, final, deciding = (summary.get(name) for name in ("best", "final_model_step", "deciding"))
+    rows = []
+    if isinstance(best, Mapping):
+        value = best.get("value")
+        known = f", {value:.4g}" if isinstance(value, float | int) else ""
+        rows.append(("best step", f"{best.get('step')} (by {best.get('by')}{known})"))
+    if final is not None:
+        rows.append(("final model", f"weights of step {final}"))
+    if isinstance(deciding, Mapping):
+        rows.append(("training waited for scores", f"{deciding.get('waited_s')} s"))
+        missing = [
+            f"{one.get('metric')} at step {', '.join(map(str, one.get('missing_steps', ())))}"
+            for one in deciding.get("rules", ())
+            if one.get("missing_steps")
+        ]
+        if missing:
+            rows.append(("decided nothing, as they are missing", "; ".join(missing)))
     return rows
 
 
