@@ -479,13 +479,14 @@ class TrainerConfig(Section):
             )
         deciding = self.deciding_scores
         if deciding and self.monitoring.num_score_prompts < MIN_DECIDING_PROMPTS:
+            is_best = best_by == deciding[0]
+            where = "output.best_by" if is_best else "hyperparams.early_stopping_metric"
             raise CombinationError(
-                f"{deciding[0]} decides by the answers to monitoring.num_score_prompts="
+                f"{where}={deciding[0]} decides by the answers to monitoring.num_score_prompts="
                 f"{self.monitoring.num_score_prompts}; with fewer than {MIN_DECIDING_PROMPTS} no "
                 "rise can be told from chance: set it, better to 100 or more",
+                where,
                 "monitoring.num_score_prompts",
-                "hyperparams.early_stopping_metric",
-                "output.best_by",
             )
         if self.monitoring.score_lag != 1 and not deciding:
             raise CombinationError(

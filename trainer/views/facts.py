@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.monitoring.status_schema import DecidingStatus
 from trainer.views.run_reader import RunReader
 from trainer.views.score_words import figure_rows
 from trainer.views.words import drift_summary_words, duration_words
@@ -27,6 +28,8 @@ def live_figures(reader: RunReader) -> list[tuple[str, str]]:
     rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
     rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
     rows += figure_rows(metrics.newest_scores())
+    if status is not None and status.deciding is not None:
+        rows.append((f"{status.deciding.metric} decides", deciding_words(status.deciding)))
     accuracy = reader.previews.accuracy()
     if accuracy:
         step = max(accuracy)
@@ -39,6 +42,18 @@ def live_figures(reader: RunReader) -> list[tuple[str, str]]:
         value = f"{drift.kl:.4f} nats per token, {drift.num_changed} of {drift.num_prompts} changed"
         rows.append((f"drift, step {drift.step}", value))
     return [(label, value) for label, value in rows if value]
+
+
+def deciding_words(found: DecidingStatus) -> str:
+    """Such as `best step 60, 1 of 3 evaluations without a clear rise, waited 2 s`."""
+    parts = [f"best step {found.best_step}" if found.best_step else "no best step yet"]
+    if found.patience:
+        parts.append(f"{found.num_without} of {found.patience} evaluations without a clear rise")
+    if found.num_missing:
+        parts.append(f"{found.num_missing} missing")
+    if found.waited_s:
+        parts.append(f"training waited {duration_words(found.waited_s)}")
+    return ", ".join(parts)
 
 
 def accuracy_words(reader: RunReader) -> str:
@@ -189,6 +204,7 @@ def alerts_of(reader: RunReader) -> list[Alert]:
         *_speed_alerts(reader),
         *_preview_alerts(reader),
         *_drift_alerts(reader),
+        *_deciding_alerts(reader),
         *_file_alerts(reader),
     ]
     order = {"error": 0, "warning": 1, "info": 2}
@@ -294,6 +310,14 @@ def _accuracy_alerts(reader: RunReader) -> list[Alert]:
         names = ", ".join(repr(one.prompt[:60]) for one in lost[:3])
         found.append(Alert("info", f"answered correctly before, wrong now: {names}"))
     return found
+
+
+def _deciding_alerts(reader: RunReader) -> list[Alert]:
+    found = reader.status.deciding if reader.status is not None else None
+    if found is None or found.missing is None:
+        return []
+    words = f"{found.metric} of step {found.evaluation_step} is missing and decides nothing: "
+    return [Alert("warning", words + found.missing)]
 
 
 def _drift_alerts(reader: RunReader) -> list[Alert]:
