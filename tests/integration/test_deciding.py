@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
+from tests.integration.forked_runs import Case, run_cases
 from trainer.core.checkpoint import find_checkpoint
+from trainer.core.finished import open_run
 from trainer.files import checkpoint_steps
 from trainer.monitoring import TrainingStatusReader
+from trainer.publish import children
 from trainer.views.report import render_report
 from trainer.views.run_reader import RunReader
 
@@ -48,7 +54,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     numbers = itertools.count()
 
-    def make(folder: str | Path = "", /, score: str = "planned", **sections: Any) -> Any:
+    def make(
+        folder: str | Path = "",
+        /,
+        score: str = "planned",
+        observers: Sequence[Any] = (),
+        **sections: Any,
+    ) -> Any:
         entry = f"rewards:{score}" if score.startswith("planned") else score
         name = f"score.{score}"
         hyper = {
@@ -70,15 +82,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             hyperparams=hyper,
             monitoring=monitoring,
             output=output,
-            data={"validation_split": 0.5, "cache": False},
+            data={"validation_split": 0.5, "cache": False, **sections.get("data", {})},
             environment={"num_threads": 1, "device": "cpu"},
         )
-        return TrainerEngine().run_job(config)
+        return TrainerEngine(observers=observers).run_job(config)
 
     return make
 
 
 KEEP_ALL = {"keep_checkpoints": 40}
+
+
+@pytest.fixture(scope="module")
+def plain(run: Run) -> Any:
+    """A run without scores, and with checkpoints at steps 6 and 12."""
+    return checked(
+        run(
+            hyperparams={"early_stopping_patience": 0, "early_stopping_metric": "val_loss"},
+            monitoring={"scores": (), "num_score_prompts": 0, "inference_interval": 0},
+            output={"checkpoint_interval": 6, **KEEP_ALL},
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +175,7 @@ def test_both_steps_are_said_at_start_and_end(stopped: Any) -> None:
     assert "weights of step 6" in report
 
 
-def test_weights_are_those_of_a_run_without_scores_up_to_the_stop(run: Run, stopped: Any) -> None:
-    plain = checked(
-        run(
-            hyperparams={"early_stopping_patience": 0, "early_stopping_metric": "val_loss"},
-            monitoring={"scores": (), "num_score_prompts": 0, "inference_interval": 0},
-            output={"checkpoint_interval": 6, **KEEP_ALL},
-        )
-    )
+def test_weights_are_those_of_a_run_without_scores_up_to_the_stop(plain: Any, stopped: Any) -> None:
     assert plain.global_step == STEPS
     assert [weights(plain, step) == weights(stopped, step) for step in (6, 12)] == [True, True]
     assert weights(plain) == weights(plain, STEPS)
@@ -202,3 +219,172 @@ def test_a_missing_score_decides_nothing_and_is_told(run: Run) -> None:
     [rule] = gap.summary["deciding"]["rules"]
     assert rule["missing_steps"] == [8]
     assert any("score.planned_with_a_gap of step 8 is missing and" in one for one in notices(gap))
+
+
+# ---- answers by another process
+
+
+SIDECAR = {"preview_backend": "sidecar", "sidecar_num_threads": 1}
+
+
+def sidecar() -> psutil.Process:
+    [found] = [
+        one
+        for one in psutil.Process().children(recursive=True)
+        if "--wait-for-weights" in one.cmdline()
+    ]
+    return found
+
+
+class AtDecision:
+    """An observer that does something once the evaluation of a step is taken."""
+
+    def __init__(self, step: int, action: Callable[[], None]) -> None:
+        self.step, self.action = step, action
+
+    def on_event(self, event: Any) -> None:
+        if getattr(event, "evaluation_step", None) == self.step:
+            self.action()
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.slow
+def test_a_sidecar_decides_as_the_training_process_does(run: Run, stopped: Any, plain: Any) -> None:
+    """It is slower than training, so that each evaluation is waited for; none is left out."""
+    elsewhere = checked(run(monitoring=SIDECAR, output=KEEP_ALL))
+    assert verdicts(elsewhere) == verdicts(stopped)
+    assert weights(elsewhere) == weights(stopped)
+    assert weights(elsewhere, 12) == weights(plain, 12)
+    counts = elsewhere.summary["previews"]["evaluation"]
+    assert (counts["asked"], counts["verified"], counts["superseded"]) == (7 * 16, 7 * 16, 0)
+
+
+@pytest.mark.slow
+def test_nothing_is_decided_on_what_a_killed_sidecar_did_not_answer(
+    run: Run, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "MAX_RESTARTS", 0)
+    killer = AtDecision(4, lambda: sidecar().kill())
+    result = checked(
+        run(
+            monitoring={**SIDECAR, "preview_drain_timeout": 1},
+            observers=[killer],
+            output=KEEP_ALL,
+        )
+    )
+    assert result.global_step == STEPS  # with numbers it stops at step 12
+    assert weights(result, STEPS) == weights(plain, STEPS)
+    [rule] = result.summary["deciding"]["rules"]
+    assert rule["missing_steps"][-5:] == [8, 10, 12, 14, 16]
+    assert rule["best_step"] in (4, 6)  # that of step 6 was on its way
+    assert weights(result) == weights(result, rule["best_step"])
+    told = [text for text in notices(result) if "is missing and decides nothing" in text]
+    assert told
+    status = json.loads((result.output_dir / "status.json").read_text())
+    assert status["deciding"]["missing"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_worker_that_is_stopped_for_seconds_changes_no_decision(run: Run, lag: int) -> None:
+    def pause() -> None:
+        process = sidecar()
+        engine = process.children()[0]
+        engine.suspend()
+        threading.Timer(5, engine.resume).start()
+
+    options = {"monitoring": {**SIDECAR, "score_lag": lag}, "output": KEEP_ALL}
+    quick = checked(run(**options))
+    slow = checked(run(**options, observers=[AtDecision(4, pause)]))
+    assert verdicts(slow) == verdicts(quick)
+    assert weights(slow) == weights(quick)
+    assert quick.global_step == slow.global_step == 10 + 2 * lag
+    waited = [one.summary["deciding"]["waited_s"] for one in (slow, quick)]
+    assert waited[0] > waited[1]
+
+
+# ---- several processes
+
+
+TWO: dict[str, list[str]] = {
+    "ddp": ["--distributed.strategy", "ddp"],
+    "fsdp2": ["--distributed.strategy", "fsdp2", "--monitoring.preview_backend", "sidecar"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_two_processes_stop_and_choose_together(
+    tmp_path: Path, stopped: Any, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    config = json.loads((stopped.output_dir / "config.resolved.json").read_text())
+    config["output"]["output_dir"], config["hyperparams"]["batch_size"] = "out", 2
+    del config["distributed"], config["monitoring"]["preview_backend"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "unit" / "scores"))
+    words = ["train", "--config", "config.json", *TWO[strategy]]
+    again = [*words, "--resume", "out/checkpoints/step-00000008"]
+    cases = {"first": Case(words, world=2), "again": Case(again, world=2)}
+    folder, seen = tmp_path / "run" / "out", []
+    for name, case in cases.items():
+        [ended] = run_cases(tmp_path / "run", {name: case}).values()
+        assert ended.codes == [0, 0], ended.texts
+        summary = json.loads((folder / "run.json").read_text())["summary"]
+        assert summary["ended_by"] == "early_stopping"
+        found = open_run(folder, step="best").load()[0].state_dict()
+        final = open_run(folder).load()[0].state_dict()
+        assert all(torch.equal(final[key], found[key]) for key in found)
+        seen.append((checkpoint_steps(folder / "checkpoints")[-1], summary["best"], final))
+    assert [one[:2] for one in seen] == [(12, stopped.summary["best"])] * 2
+    assert all(torch.equal(seen[0][2][key], seen[1][2][key]) for key in seen[0][2])
+
+
+# ---- what cannot decide
+
+
+ROW_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": (
+        {"hyperparams": {"early_stopping_metric": "score.exactly"}},
+        "early_stopping_metric=score.exactly names no score of this run; there are score.planned, "
+        "score.golden_probability",
+    ),
+    "unmeasured": (
+        {"hyperparams": {"early_stopping_metric": "score.golden_probability"}},
+        "needs the golden answers' probabilities",
+    ),
+    "too few rows": ({"data": {"validation_split": 0.2}}, "and there are"),
+    "no golden": ({"score": "tool_calls"}, "0 of the 16 prompts have one; at least 12 must"),
+    "nothing held out": (
+        {"data": {"validation_split": 0}, "output": {"final_model": "best"}},
+        "no rows are held out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROW_ERRORS)
+def test_what_cannot_decide_is_refused(run: Run, case: str) -> None:
+    sections, words = ROW_ERRORS[case]
+    if case == "unmeasured":
+        sections = {**sections, "monitoring": {"preview_golden_logprobs": "off"}}
+    refused = run(**sections)
+    assert (refused.success, refused.exit_code) == (False, 2)
+    assert words in str(refused.error_message)
+    assert not refused.output_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_demo_stops_by_its_score_and_keeps_the_best(cli: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    words = ["demo", "--preview-backend", "sidecar", "--early-stopping", "--output", folder]
+    done = cli(*words, "--display", "plain")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "run.json").read_text())["summary"]
+    assert summary["ended_by"] == "early_stopping"
+    assert "score.exact has not clearly risen since step" in done.stdout
+    best = folder / "checkpoints" / f"step-{summary['best']['step']:08d}" / WEIGHTS
+    assert (folder / "final_model" / WEIGHTS).read_bytes() == best.read_bytes()
+    assert summary["deciding"]["rules"][0]["missing_steps"] == []
