@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import torch
 from tests.integration.forked_runs import Case, run_cases
 from trainer.core.checkpoint import find_checkpoint
 from trainer.core.finished import open_run
-from trainer.files import checkpoint_steps
+from trainer.files import checkpoint_steps, read_json_object
 from trainer.monitoring import TrainingStatusReader
 from trainer.publish import children
 from trainer.views.report import render_report
@@ -221,6 +226,45 @@ def test_a_missing_score_decides_nothing_and_is_told(run: Run) -> None:
     assert any("score.planned_with_a_gap of step 8 is missing and" in one for one in notices(gap))
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_run_that_is_ended_while_it_waits_for_a_score_goes_on_as_if_it_was_not(
+    run: Run, tmp_path: Path, number: signal.Signals, lag: int
+) -> None:
+    slowly = {"scores": ["slowly=rewards:planned_slowly"], "score_lag": lag}
+    whole = checked(run(score="slowly", monitoring=slowly, output=KEEP_ALL))
+    folder = tmp_path / "out"
+    config = json.loads((whole.output_dir / "config.resolved.json").read_text())
+    config["output"]["output_dir"] = str(folder)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scores = str(ROOT / "tests" / "unit" / "scores")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", "--config", "config.json"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), scores])},
+        cwd=tmp_path,
+    )
+    while process.poll() is None:
+        status = read_json_object(folder / "status.json") or {}
+        if status.get("step", 0) >= 8 and "waiting for the scores" in status.get("phase", ""):
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    assert process.wait(120) in (143, -signal.SIGKILL)
+    again = checked(
+        run(
+            folder,
+            score="slowly",
+            monitoring=slowly,
+            output={**KEEP_ALL, "resume": "latest"},
+        )
+    )
+    assert verdicts(again) == verdicts(whole)
+    assert weights(again) == weights(whole)
+    assert again.global_step == whole.global_step
+
+
 # ---- answers by another process
 
 
@@ -250,6 +294,7 @@ class AtDecision:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sidecar_decides_as_the_training_process_does(run: Run, stopped: Any, plain: Any) -> None:
     """It is slower than training, so that each evaluation is waited for; none is left out."""
     elsewhere = checked(run(monitoring=SIDECAR, output=KEEP_ALL))
@@ -315,7 +360,8 @@ TWO: dict[str, list[str]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", TWO)
 def test_two_processes_stop_and_choose_together(
     tmp_path: Path, stopped: Any, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
