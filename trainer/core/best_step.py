@@ -17,7 +17,7 @@ from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.scoring import GOLDEN_PROMPTS, measures_golden
 from trainer.data.dataset import RunData
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
 from trainer.monitoring.callbacks import EarlyStopping
 from trainer.monitoring.control import read_mark
@@ -49,7 +49,12 @@ def check_deciding(config: TrainerConfig) -> None:
                 f"{where}={metric} names no score of this run; there are {', '.join(known)}. Add "
                 "it to monitoring.scores, or name one of these."
             )
-        is_golden = metric == SCORE + GOLDEN_PROBABILITY and metric not in specs
+        is_golden = metric == SCORE + GOLDEN_PROBABILITY
+        if is_golden and metric in specs:
+            raise ConfigError(
+                f"{where}={metric} names two things: the probability of the golden answers, and a "
+                "score of monitoring.scores; write the score as ANOTHER_NAME=SCORE there."
+            )
         num_prompts = config.monitoring.num_score_prompts
         if is_golden and not measures_golden(config.monitoring, num_prompts):
             raise ConfigError(
@@ -114,10 +119,20 @@ def build_stopping(prepared: Prepared) -> EarlyStopping:
 
 
 def build_deciding(job: Job, prepared: Prepared) -> DecidingScores | None:
-    """The scores that choose the best step or stop the run; None: the validation loss does."""
+    """The scores that choose the best step or stop the run; None: the validation loss does.
+
+    Raises:
+        ConfigError: nobody can answer: there are no previews of these sharded weights.
+    """
     config = prepared.config
     if not config.deciding_scores:
         return None
+    if is_main_process() and not config.monitoring.inference_interval:
+        raise ConfigError(
+            f"{_where(config, config.deciding_scores[0])}={config.deciding_scores[0]} needs "
+            "answers, and this run has no previews (told above); give "
+            "monitoring.preview_backend=remote_3090 a server, or let val_loss decide."
+        )
     hyper = config.hyperparams
     patience = hyper.early_stopping_patience
     rules = {
@@ -175,11 +190,14 @@ def recover_evaluations(job: Job, prepared: Prepared, trainer: SupervisedTrainer
 
     All processes of the run call it, before training. Weights of the checkpoints of these steps
     pass through the model.
+
+    Raises:
+        StoppedError: a signal came while answers were waited for; nothing was decided.
     """
     monitor, resume = job.monitor, prepared.resume
-    deciding = monitor.deciding if monitor is not None else None
-    if deciding is None or resume is None:
+    if monitor is None or monitor.deciding is None or resume is None:
         return
+    deciding, is_ready = monitor.deciding, False
     if deciding.unasked(resume.step, is_last=resume.step >= prepared.num_steps):
         deciding.note_asked(resume.step)
     known = _known_answers(prepared, deciding) if is_main_process() else {}
@@ -195,15 +213,19 @@ def recover_evaluations(job: Job, prepared: Prepared, trainer: SupervisedTrainer
             trainer.use_weights(folder)
         if is_main_process():
             deciding.make_room(step)
-        if job.monitor is not None and job.monitor.previews is not None:
-            is_nth = step % deciding.interval == 0
-            job.monitor.previews.make(step, is_last=not is_nth)
+        if monitor.previews is not None:
+            monitor.previews.make(step, is_last=step % deciding.interval != 0)
         if is_main_process():
             deciding.wait_for(step)  # the next weights take the place of these
         wait_for_main()
     if is_main_process():
-        deciding.catch_up(resume.step)
+        is_ready = deciding.catch_up(resume.step)
     wait_for_main()
+    [is_ready] = any_process(is_ready)
+    if not is_ready and monitor.commands is not None:
+        monitor.commands.poll(resume.step, prepared.num_steps)  # all hear of the signal
+        words = f"by {job.stop.by} at step {resume.step}, before it was trained on"
+        raise StoppedError(words, exit_code=job.stop.exit_code)
 
 
 def _known_answers(prepared: Prepared, deciding: DecidingScores) -> dict[int, list[PreviewResult]]:
@@ -252,11 +274,15 @@ class Best:
 
 
 def take_the_rest(job: Job) -> None:
-    """Take the evaluations that are still on their way; of the main process."""
+    """Take the evaluations that are still on their way; of the main process.
+
+    Not after a signal: the checkpoint that a resume goes on from does not know of them.
+    """
     monitor = job.monitor
     deciding = monitor.deciding if monitor is not None else None
     if deciding is not None:
-        deciding.catch_up(job.step, num_ahead=0)
+        if not job.stop.is_signalled:
+            deciding.catch_up(job.step, num_ahead=0)
         job.durations_s["score_wait"] = deciding.waited_s
 
 
@@ -289,13 +315,16 @@ def use_final_weights(job: Job, prepared: Prepared, trainer: SupervisedTrainer) 
     step = last
     if choice == "best" and is_main_process():
         step = _usable_step(job, prepared, best)
-    [step] = highest(step if is_main_process() else 0)
-    if step != last and (prepared.is_sharded or is_main_process()):
+    if prepared.is_sharded:  # of whole copies the main process's is the one that is saved
+        wait_for_main()
+        [step] = highest(step if is_main_process() else 0)
+    if step != last:
         trainer.use_weights(step_dir(_root(prepared), step))
-    known = f"{best.step} ({best.words})" if best is not None else "none"
-    job.observers.notice(
-        f"final_model: the weights of step {step}; last step {last}, best step {known}"
-    )
+    if choice == "best" or best is not None:
+        known = f"{best.step} ({best.words})" if best is not None else "none"
+        job.observers.notice(
+            f"final_model: the weights of step {step}; last step {last}, best step {known}"
+        )
     job.final_step = step
     job.best = None if best is None else {"by": best.by, "step": best.step, "value": best.value}
     return step
