@@ -130,12 +130,16 @@ def weights(result: Any, step: int | None = None) -> bytes:
 
 
 def verdicts(result: Any) -> list[tuple[int, int, bool, int]]:
-    """Of each evaluation: its step, the step at which it was taken, best or not, best step."""
-    return [
+    """Of each evaluation: its step, the step at which it was taken, best or not, best step.
+
+    What was taken behind the last checkpoint is taken again by a resume, and stands there twice.
+    """
+    found = [
         (line["evaluation_step"], line["step"], line["is_best"], line["best_step"])
         for line in TrainingStatusReader(result.output_dir).metrics()
         if line["type"] == "ScoreDecided"
     ]
+    return list(dict.fromkeys(found))
 
 
 def notices(result: Any) -> list[str]:
