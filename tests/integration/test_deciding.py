@@ -199,7 +199,13 @@ def test_slow_scores_decide_the_same_at_the_same_steps(run: Run, stopped: Any) -
     assert checkpoint_steps(slow.output_dir / "checkpoints") == [6, 12]
 
 
-@pytest.mark.parametrize("is_lost", [False, True], ids=["known", "asked_again"])
+def answers(folder: Path) -> list[tuple[Any, ...]]:
+    """What was answered for scores, and how likely the golden answer was."""
+    found = TrainingStatusReader(folder).evaluations()
+    return [(one.step, one.prompt_id, one.text, one.golden_probability) for one in found]
+
+
+@pytest.mark.parametrize("is_lost", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_resume_decides_the_same(run: Run, stopped: Any, tmp_path: Path, is_lost: bool) -> None:
     folder = tmp_path / "again"
     shutil.copytree(stopped.output_dir, folder)
@@ -213,6 +219,7 @@ def test_a_resume_decides_the_same(run: Run, stopped: Any, tmp_path: Path, is_lo
     assert verdicts(again) == verdicts(stopped)
     assert weights(again) == weights(stopped)
     assert weights(again, 12) == weights(stopped, 12)
+    assert answers(folder) == answers(stopped.output_dir)
     states = [
         one / "checkpoints/step-00000012/run_state.json" for one in (folder, stopped.output_dir)
     ]
