@@ -194,7 +194,8 @@ def final_model_words(summary: Mapping[str, Any], last: int) -> list[str]:
         parts.append(f"waited {duration_words(deciding['waited_s'])} for scores")
         num_missing = sum(len(rule["missing_steps"]) for rule in deciding["rules"])
         if num_missing:
-            parts.append(f"{num_missing} evaluations missing, which decided nothing")
+            plural = "evaluation that decides" if num_missing == 1 else "evaluations that decide"
+            parts.append(f"{num_missing} {plural} missing")
     return parts
 
 

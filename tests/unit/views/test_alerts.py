@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainer.views.facts import DRIFT_KL, alerts_of
+from trainer.views.facts import DRIFT_KL, alerts_of, live_figures
 from trainer.views.timeline import mark_of
 
 MakeRun = Callable[..., Any]
@@ -51,6 +51,19 @@ def test_accuracy_that_falls_names_the_prompts(made_up_run: MakeRun) -> None:
     warning, info = texts_of(run)
     assert warning == "accuracy falls: 50 % of the previews match at step 100, 100 % did at step 50"
     assert info == "answered correctly before, wrong now: 'max of 4 and 2?'"
+
+
+def test_a_score_that_is_missing_where_it_decides(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.decide(60)
+    assert texts_of(run) == []
+    run.decide(80, mean=None, missing="no answer for 60 s", num_missing=1)
+    [text] = texts_of(run)
+    assert text == ("score.exact of step 60 is missing and decides nothing: no answer for 60 s")
+    rows = dict(live_figures(run.read()))
+    assert rows["score.exact decides"] == (
+        "best step 20, 1 of 3 evaluations without a clear rise, 1 missing, training waited 2.0 s"
+    )
 
 
 def test_drift_above_the_threshold_names_the_prompt(made_up_run: MakeRun) -> None:
