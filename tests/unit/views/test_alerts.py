@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainer.views.facts import DRIFT_KL, alerts_of, live_figures
+from trainer.views.facts import DRIFT_KL, alerts_of, bar_figures
 from trainer.views.timeline import mark_of
 
 MakeRun = Callable[..., Any]
@@ -43,14 +43,29 @@ def test_throughput_that_falls(made_up_run: MakeRun) -> None:
     assert texts_of(run) == []  # a run that is over needs no help
 
 
-def test_accuracy_that_falls_names_the_prompts(made_up_run: MakeRun) -> None:
+def test_accuracy_that_falls_at_two_previews_in_a_row_names_the_prompts(
+    made_up_run: MakeRun,
+) -> None:
     run = made_up_run()
-    run.preview(0, [False, False])
-    run.preview(50, [True, True])
-    run.preview(100, [True, False])
+    run.preview(0, [False] * 8)
+    run.preview(50, [True] * 8)
+    run.preview(100, [True] + [False] * 7)
+    assert texts_of(run) == []  # once may be chance
+    run.preview(150, [True, True] + [False] * 6)
     warning, info = texts_of(run)
-    assert warning == "accuracy falls: 50 % of the previews match at step 100, 100 % did at step 50"
-    assert info == "answered correctly before, wrong now: 'max of 4 and 2?'"
+    assert warning == "accuracy falls: 2 of 8 previews match at step 150, 8 did at step 50"
+    assert info.startswith("answered correctly at step 50, wrong now: 'max of 4 and 2?', ")
+    alert = alerts_of(run.read())[0]
+    assert run.read().previews.timelines[alert.prompt].prompt == "max of 4 and 2?"
+    assert alert.step == 150
+
+
+def test_two_prompts_of_eight_that_go_wrong_are_no_alert(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(50, [True] * 8)
+    for step in (100, 150, 200):
+        run.preview(step, [True] * 6 + [False] * 2)
+    assert texts_of(run) == []
 
 
 def test_a_score_that_is_missing_where_it_decides(made_up_run: MakeRun) -> None:
@@ -60,9 +75,9 @@ def test_a_score_that_is_missing_where_it_decides(made_up_run: MakeRun) -> None:
     run.decide(80, mean=None, missing="no answer for 60 s", num_missing=1)
     [text] = texts_of(run)
     assert text == ("score.exact of step 60 is missing and decides nothing: no answer for 60 s")
-    rows = dict(live_figures(run.read()))
-    assert rows["score.exact decides"] == (
-        "best step 20, 1 of 3 evaluations without a clear rise, 1 missing, training waited 2.0 s"
+    assert bar_figures(run.read())[-1] == (
+        "score.exact decides: best step 20, 1 of 3 evaluations without a clear rise, 1 missing, "
+        "training waited 2.0 s"
     )
 
 
@@ -114,9 +129,11 @@ def test_a_superseded_preview_is_no_fault_and_has_a_sign_of_its_own(made_up_run:
 
 def test_prompts_without_an_answer_before_are_no_loss(made_up_run: MakeRun) -> None:
     run = made_up_run()
-    run.preview(10, [True, None, None, None])
-    run.preview(20, [True, False, False, False])
+    run.preview(10, [True] * 6 + [None] * 6)
+    for step in (20, 30):
+        run.preview(step, [True] * 6 + [False] * 6)
     assert texts_of(run) == []
-    run.preview(30, [False, False, False, False])
+    for step in (40, 50):
+        run.preview(step, [False] * 12)
     warning, _ = texts_of(run)
-    assert warning == "accuracy falls: 0 % of the previews match at step 30, 100 % did at step 10"
+    assert warning == "accuracy falls: 0 of 6 previews match at step 50, 6 did at step 10"
