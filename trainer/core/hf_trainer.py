@@ -384,9 +384,13 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
                 "hyperparams.learning_rate."
             )
 
+    def use_weights(self, folder: Path) -> None:
+        """Take the weights of a checkpoint, and nothing else of it."""
+        self._load_from_checkpoint(str(folder))
+
     def restore(self, folder: Path) -> None:
         """Take weights and position of a checkpoint, and train nothing."""
-        self._load_from_checkpoint(str(folder))
+        self.use_weights(folder)
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume: Any) -> Any:

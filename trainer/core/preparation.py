@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.config.training_sections import ModelSection
+from trainer.core.best_step import check_deciding, check_deciding_rows
 from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
 from trainer.core.fused_loss import check_loss_kernel
@@ -100,6 +101,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     required_for_training(config)
     check_trackers(config.monitoring.report_to)
     check_scores(config.monitoring)
+    check_deciding(config)
     check_notify(config.monitoring.notify)
     config = resolve(config)
     check_files(config.data)
@@ -321,6 +323,12 @@ def check_against_rows(
             "monitoring.num_score_prompts is set, but no rows are held out "
             f"({data.card.validation}); hold some out or set it to 0."
         )
+    if config.output.final_model == "best" and data.validation is None:
+        raise ConfigError(
+            "output.final_model=best is set, but no rows are held out by which a step is the best "
+            f"({data.card.validation}); hold some out or set it to last."
+        )
+    check_deciding_rows(config, data)
     if resume is None:
         return total, ()
     return total, tuple(

@@ -52,6 +52,7 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "packing with flash attention",
         "router loss in bf16",
         "date that templates print",
+        "weights of final_model with early stopping",
     ),
 }
 """Number -> what it does otherwise than the number before, in words that follow "the"."""
@@ -181,6 +182,7 @@ FREE_KEYS = frozenset(
         "hyperparams.auto_batch_size",
         "hyperparams.num_epochs",
         "hyperparams.max_steps",
+        "hyperparams.early_stopping_metric",
         "hyperparams.early_stopping_patience",
         "hyperparams.early_stopping_min_delta",
         "hyperparams.compile",

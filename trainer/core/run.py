@@ -213,6 +213,10 @@ class Job:
         """HF's Trainer, once it is made."""
         self.blocks: CompiledBlocks | None = None
         """The compiled layers of the model; None where `hyperparams.compile` is off."""
+        self.best: dict[str, Any] | None = None
+        """The best step of the run, by what, and its value; None before that is known."""
+        self.final_step: int | None = None
+        """Whose weights the final model gets; None before that is known."""
         self.result: TrainingResult | None = None
         self.ranks: RankWatch | None = None
         """Tells what the other processes of the run do; None where there are none."""
@@ -395,7 +399,9 @@ class Job:
         self, model_path: Path | None, final_evaluation: dict[str, Any] | None
     ) -> TrainingResult:
         """The result of a run that reached its end, or was asked by its control file to end."""
+        deciding = self.monitor.deciding if self.monitor is not None else None
         is_over = self.stopping is not None and self.stopping.is_over
+        is_over = is_over or (deciding is not None and deciding.stop_reason is not None)
         is_early = is_over and self.trainer is not None and self.step < self.trainer.state.max_steps
         who = self.stop.asked_by  # a signal that comes by now is too late
         ended_by = "control" if who else "early_stopping" if is_early else "steps"
@@ -485,6 +491,7 @@ class Job:
     ) -> TrainingResult:
         trainer = self.trainer
         evaluation = self.monitor.evaluation if self.monitor is not None else None
+        deciding = self.monitor.deciding if self.monitor is not None else None
         return TrainingResult(
             state=state,
             success=success,
@@ -500,6 +507,9 @@ class Job:
                 "compile": self.blocks.summary() if self.blocks is not None else None,
                 "fp16_overflows": trainer.num_overflows if trainer is not None else 0,
                 "stop_reason": self.monitor.stop_reason if self.monitor else None,
+                "best": self.best,
+                "final_model_step": self.final_step,
+                "deciding": deciding.summary() if deciding is not None else None,
                 **more,
             },
             **options,

@@ -15,6 +15,7 @@ from trainer.config.schema import MonitoringConfig
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.files import append_lines
 from trainer.models.load import context_length
+from trainer.monitoring.deciding import DecidingScores
 from trainer.monitoring.delivery import Delivery, Source
 from trainer.monitoring.events import json_line, plain_values
 from trainer.monitoring.preview_backend import create_preview_backend
@@ -87,8 +88,17 @@ def build_scorer(job: Job, monitoring: MonitoringConfig) -> Scorer | None:
     )
 
 
-def build_delivery(job: Job, prepared: Prepared, requests: Sequence[PreviewRequest]) -> Delivery:
-    """Who scores the answers and tells of them; a resumed run knows those of before."""
+def build_delivery(
+    job: Job,
+    prepared: Prepared,
+    requests: Sequence[PreviewRequest],
+    deciding: DecidingScores | None = None,
+) -> Delivery:
+    """Who scores the answers and tells of them; a resumed run knows those of before.
+
+    Args:
+        deciding: takes the evaluations.
+    """
     known: dict[Source, list[PreviewResult]] = {}
     path = job.folder.path / EVALUATIONS_NAME if job.folder is not None else None
     if prepared.resume is not None and path is not None:
@@ -109,6 +119,7 @@ def build_delivery(job: Job, prepared: Prepared, requests: Sequence[PreviewReque
         requests=requests,
         known=known,
         keep=keep,
+        **({"decide": deciding.arrive} if deciding is not None else {}),
     )
 
 
@@ -133,12 +144,15 @@ def build_evaluation(
         greedy_backend(prepared, model, len(requests), monitoring.preview_max_tokens)
         if is_local
         else None,
+        is_deciding=bool(prepared.config.deciding_scores),
     )
 
 
-def final_evaluation(job: Job, prepared: Prepared, model: Any) -> dict[str, Any] | None:
+def final_evaluation(job: Job, prepared: Prepared, model: Any, step: int) -> dict[str, Any] | None:
     """Answer every prompt of the final evaluation greedily, score it, and write one line each.
 
+    Args:
+        step: whose weights the model has.
     Returns:
         exact_match (share), matched, num_prompts, failed, the path of the answers, the figures of
         the scores, and why a score has none; None where no evaluation was asked for.
@@ -155,7 +169,7 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any) -> dict[str, Any]
     try:
         with path.open("w", encoding="utf-8") as file:
             for batch in batches_of(requests):
-                answered = backend.preview_batch(batch, job.step)
+                answered = backend.preview_batch(batch, step)
                 if scorer is not None:
                     answered, failed = scorer.score(answered, by_id)
                     errors |= failed
@@ -180,7 +194,7 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any) -> dict[str, Any]
     history.add(results)
     # A score that some of the prompts lack is the mean of others than the rest of the scores.
     missing = {SCORE + name for name in errors}
-    figures = [one for one in history.figures(job.step) if one.name not in missing]
+    figures = [one for one in history.figures(step) if one.name not in missing]
     return {
         "exact_match": matched / len(results),
         "matched": matched,

@@ -13,6 +13,14 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from trainer.core.best_step import (
+    build_deciding,
+    build_stopping,
+    choice_words,
+    recover_evaluations,
+    take_the_rest,
+    use_final_weights,
+)
 from trainer.core.checkpoint import Hashes, save_checkpoint, set_aside_newer
 from trainer.core.checks import (
     MemoryProbe,
@@ -41,12 +49,11 @@ from trainer.core.shared_files import SharedWriting, shared_tasks
 from trainer.core.together import Ask, together
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
 from trainer.errors import NonFiniteError, OutputError, StoppedError
-from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
+from trainer.files import CHECKPOINTS_NAME, FAILED, staged
 from trainer.models.adapter_files import load_finished_model, save_adapter, write_model
 from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import (
     Commands,
-    EarlyStopping,
     LiveMonitorCallback,
     MicroEvaluation,
     Previews,
@@ -70,7 +77,8 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
     """
     config, data = prepared.config, prepared.data
     order, observers = epoch_order(config, data), job.observers
-    scheduler = build_scheduler(job, prepared, loaded.model)
+    deciding = build_deciding(job, prepared)
+    scheduler = build_scheduler(job, prepared, loaded.model, deciding)
     if scheduler is not None:
         job.on_close("previews", scheduler.close)
     job.monitor = LiveMonitorCallback(
@@ -90,11 +98,12 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
             observers,
             interval=config.monitoring.micro_eval_interval,
             is_shared=prepared.is_sharded,
-            stopping=_early_stopping(prepared),
+            stopping=build_stopping(prepared),
         ),
         previews=Previews(scheduler, observers, max_tokens=config.monitoring.preview_max_tokens)
         if scheduler is not None
         else None,
+        deciding=deciding,
         checkpoint_interval=config.output.checkpoint_interval,
     )
     callbacks: list[Any] = [*([job.trackers] if job.trackers is not None else []), job.monitor]
@@ -128,17 +137,6 @@ def _held_out(job: Job, pad_id: int) -> Collate:
         return dict(padded(rows) if is_packs else proved(rows))
 
     return collate
-
-
-def _early_stopping(prepared: Prepared) -> EarlyStopping:
-    hyper, output = prepared.config.hyperparams, prepared.config.output
-    stopping = EarlyStopping(hyper.early_stopping_patience, hyper.early_stopping_min_delta)
-    if prepared.resume is not None:
-        stopping.restore(prepared.resume.run_state["early_stopping"])
-        kept = checkpoint_steps(Path(output.output_dir) / CHECKPOINTS_NAME)
-        if stopping.lowest_step not in kept:  # its weights are gone, so a later step is the best
-            stopping.lowest_loss, stopping.lowest_step = None, 0
-    return stopping
 
 
 def assemble_trainer(
@@ -329,8 +327,10 @@ def use_smaller_batches(job: Job, prepared: Prepared, trainer: SupervisedTrainer
 
 def _run_state(job: Job) -> dict[str, Any]:
     """What a checkpoint keeps of the run beside HF's own state."""
-    assert job.stopping is not None, "built before training"
-    return {"early_stopping": job.stopping.state()}
+    assert job.stopping is not None and job.monitor is not None, "built before training"
+    deciding = job.monitor.deciding
+    state = {"early_stopping": job.stopping.state()}
+    return state if deciding is None else {**state, "deciding": deciding.state()}
 
 
 # ---- the loop and its end
@@ -351,6 +351,7 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         _leave_newer_behind(job, resume, job.folder)
     job.stop.can_wait = True
     try:
+        recover_evaluations(job, prepared, trainer)
         if resume is not None and _is_trained(job, resume, prepared.num_steps):
             trainer.restore(resume.path)
             job.observers.notice(f"all {resume.step} steps are done; nothing is left to train")
@@ -358,6 +359,8 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
             with compiler_errors(job.stop) if job.blocks else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
         job.durations_s["training"] = time.perf_counter() - started
+        if is_main_process():
+            take_the_rest(job)
         if scheduler is not None:
             _drain_previews(job, scheduler, prepared.config.monitoring.preview_drain_timeout)
     finally:
@@ -398,12 +401,18 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
             output_dir=config.output.output_dir,
         )
     )
+    if config.deciding_scores or config.final_choice == "best":
+        job.observers.notice(choice_words(prepared))
     job.observers.phase("training", f"training {total} steps")
 
 
 def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
     """Whether the run had reached its end; HF's loop would make one step more."""
-    return resume.step >= total or (job.stopping is not None and job.stopping.is_over)
+    [is_over] = any_process(job.monitor is not None and job.monitor.is_over)
+    deciding = job.monitor.deciding if job.monitor is not None else None
+    if resume.step < total and deciding is not None and deciding.is_over:
+        deciding.stop(resume.step)
+    return resume.step >= total or is_over
 
 
 def _drain_previews(job: Job, scheduler: PreviewScheduler, timeout_s: float) -> None:
@@ -447,6 +456,7 @@ def finish_training(
         raise StoppedError(words, exit_code=job.stop.exit_code)
     if not job.stop.is_set:
         check_weights_moved(job.step - prepared.start_step, trainer.num_overflows)
+    step = use_final_weights(job, prepared, trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = None
     if prepared.is_sharded and is_adapted(model):
@@ -467,7 +477,7 @@ def finish_training(
     asked = model if prepared.is_sharded else loaded.model
     if adapter is not None and data.final_prompts:
         asked = plain_model(prepared, model, adapter)
-    evaluation = final_evaluation(job, prepared, asked)
+    evaluation = final_evaluation(job, prepared, asked, step)
     observers.phase("saving", "saving the final model")
     path = save_final_model(
         model,

@@ -200,6 +200,36 @@ class ScoresDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreDecided:
+    """An evaluation was taken by the rule that chooses the best step, or stops the run."""
+
+    step: int
+    """The step training was at when it was taken."""
+    evaluation_step: int
+    """The step whose weights answered."""
+    metric: str
+    """Such as `score.exact`."""
+    mean: float | None
+    """Mean over the prompts; None: the evaluation is missing and decides nothing."""
+    is_best: bool
+    """Whether it is clearly above the best one before."""
+    best_step: int
+    """The best step whose weights are kept; 0: none yet."""
+    reference_step: int | None
+    """The step that later ones must rise above; None: nothing was taken."""
+    num_without: int
+    """Evaluations since that step."""
+    patience: int
+    """Evaluations without a clear rise after which the run stops; 0: it does not."""
+    missing: str | None
+    """Why the evaluation decides nothing, in words."""
+    num_missing: int
+    """Such evaluations so far."""
+    waited_s: float
+    """Seconds that training has waited for scores so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowShown:
     """A copy of one row of the batch just trained, without generation."""
 
@@ -245,6 +275,7 @@ Event = (
     | PreviewsDone
     | DriftMeasured
     | ScoresDone
+    | ScoreDecided
     | RowShown
     | CheckpointSaved
     | Notice

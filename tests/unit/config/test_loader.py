@@ -251,6 +251,33 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"hyperparams.early_stopping_patience": 2, "monitoring.micro_eval_interval": 0},
         {"hyperparams.early_stopping_patience", "monitoring.micro_eval_interval"},
     ),
+    (
+        {
+            "hyperparams.early_stopping_min_delta": 0.1,
+            "hyperparams.early_stopping_metric": "score.exact",
+        },
+        {"hyperparams.early_stopping_min_delta", "hyperparams.early_stopping_metric"},
+    ),
+    (
+        {"hyperparams.early_stopping_metric": "score.exact", "output.best_by": "val_loss"},
+        {
+            "hyperparams.early_stopping_metric",
+            "hyperparams.early_stopping_patience",
+            "output.best_by",
+        },
+    ),
+    (
+        {"output.best_by": "score.exact", "monitoring.scores": ["exact"]},
+        {"output.best_by", "monitoring.num_score_prompts"},
+    ),
+    (
+        {"monitoring.score_lag": 2},
+        {"monitoring.score_lag", "hyperparams.early_stopping_metric"},
+    ),
+    (
+        {"output.final_model": "best", "monitoring.micro_eval_interval": 0},
+        {"output.final_model", "monitoring.micro_eval_interval"},
+    ),
 ]
 
 
