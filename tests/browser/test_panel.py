@@ -335,8 +335,8 @@ def test_while_previews_arrive_strips_do_not_shift_and_only_new_steps_are_sent(
                 file.write(json.dumps({**line, **alert}) + "\n")
     wait_for_place(page, 48, 400)  # it follows
     # Where nobody chose, a wrong answer is open.
-    looker.wait_for_selector(f"{CHOSEN} .mark-wrong")
     looker.wait_for_function("document.querySelector('.place b').innerText === '400'")
+    looker.wait_for_selector(f"{CHOSEN} .mark-wrong")
     page.wait_for_selector(".alerts-warning")
     assert "60 of 60 previews of step 400 never stop" in page.inner_text(".alerts summary")
     assert page.evaluate(STRIP) == before

@@ -83,7 +83,10 @@ export class Panel {
     const first = this.rows.order[0] ?? null;
     // While nobody has chosen, a wrong answer stays open: the one that was open may be right now.
     const isMoved = this.chosen === null || (!this.isTouched && wrong(first) && !wrong(this.chosen));
-    if (isMoved) this.chosen = first;
+    if (isMoved) {
+      this.chosen = this.list.chosen = first;
+      this.list.reveal();
+    }
     if ((isNewer && this.isFollowing) || !this.rows.columns.has(this.step)) this.fetch(this.rows.newest);
     else if (isChanged || isMoved) this.fetch(this.step);
     else this.answer.draw();
