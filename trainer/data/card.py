@@ -100,6 +100,8 @@ class DataCard:
     """Numbers, booleans and JSON that were taken as their JSON text."""
     num_rendered: int = 0
     """Rows of text with the chat template's markers that were read back into turns."""
+    num_one_by_one: int = 0
+    """Rows whose turns were located by marks of their own, which takes several renderings."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
     sample: tuple[tuple[str, bool], ...] = ()
@@ -215,6 +217,7 @@ def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
         "unused_keys": dict(sorted(unused.items())),
         "num_as_text": sum(item.row.notes.num_as_text for item in kept),
         "num_rendered": sum(item.row.is_rendered for item in kept),
+        "num_one_by_one": sum(not item.example.is_by_shape for item in kept),
     }
 
 
@@ -343,6 +346,12 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             "openings",
             f"{card.num_openings:,} rows begin with an assistant turn: context only, and left out "
             "where the chat template refuses it",
+        )
+    if card.num_one_by_one:
+        yield (
+            "one by one",
+            f"{card.num_one_by_one:,} rows (calls of tools, or texts that the chat template looks "
+            "into) are rendered several times to locate their answers: same tokens, more time",
         )
     if card.num_rendered:
         yield (

@@ -293,6 +293,7 @@ class _Preparer:
     ) -> None:
         self.profile, self.encoder, self.errors = profile, encoder, errors
         self.system_prompt, self.seed = system_prompt, seed
+        self._own_system = self._words([Message(role="system", content=system_prompt or "")])
         self.dropped: list[int] = []
         """Length in tokens of each row that is dropped for its length."""
 
@@ -314,26 +315,26 @@ class _Preparer:
             elif isinstance(result, BadRowError):
                 self.errors.add(row.where, str(result), result.reason)
             else:
-                encoded.append(EncodedRow(row, self._key(row), result, self._group(row)))
+                key, group = self._keys(row)
+                encoded.append(EncodedRow(row, key, result, group))
         return encoded
 
-    def _key(self, row: Row) -> str:
-        """The key of the cleaned content: rows that are trained alike go to one side."""
-        return content_key(self._words(row.messages), self.seed)
+    def _keys(self, row: Row) -> tuple[str, str]:
+        """The key of the cleaned content, and that of the turns before the first answer.
 
-    def _group(self, row: Row) -> str:
-        """The key of the cleaned turns before the first answer, or of a plain text.
-
-        Flags and greetings make no difference: rows that differ in what is trained stand together.
+        Rows that are trained alike go to one side, and so do rows that ask the same: in the second
+        key flags and greetings make no difference. Of a plain text both are of the text.
         """
         turns = self._words(row.messages)
+        key = content_key(turns, self.seed)
         for turn in turns:
             turn.pop("weight", None)
         answers = assistant_turns(turns)
         prompt = turns[: answers[0]] if answers else turns
-        own = self._words([Message(role="system", content=self.system_prompt or "")])
         # A system turn like the run's asks the same as none.
-        return content_key(prompt[1:] if prompt[:1] == own else prompt, self.seed)
+        if prompt[:1] == self._own_system:
+            prompt = prompt[1:]
+        return key, content_key(prompt, self.seed)
 
     def _words(self, messages: list[Message]) -> list[Message]:
         turns = [turn.copy() for turn in messages]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,7 +150,7 @@ def cut(
     kept = labels[begin : begin + max_length]
     # NOTE: no token stands before the first one, so it cannot be predicted.
     kept[0] = IGNORE_INDEX
-    if all(label == IGNORE_INDEX for label in kept):
+    if kept.count(IGNORE_INDEX) == len(kept):
         first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
         raise BadRowError(
             f"nothing to train is left: the row has {len(ids)} tokens, its answer begins at "
@@ -161,13 +160,15 @@ def cut(
     return ids[begin : begin + max_length], kept
 
 
-def kept_weights(weights: list[float], labels: list[int]) -> list[float] | None:
+def kept_weights(weights: list[float] | None, labels: list[int]) -> list[float] | None:
     """The loss weights of kept labels: 0 where nothing is trained; None where all are 1.
 
     Args:
-        weights: of the tokens from the first kept one on.
+        weights: of the tokens from the first kept one on; None where all are 1.
         labels: what `cut` kept.
     """
+    if weights is None:
+        return None
     pairs = zip(labels, weights[: len(labels)], strict=True)
     kept = [0.0 if label == IGNORE_INDEX else weight for label, weight in pairs]
     is_plain = all(
@@ -188,8 +189,8 @@ class Example:
     """As long as input_ids; IGNORE_INDEX where nothing is trained."""
     prompt: str
     """The turn that the first assistant turn (with keep_end: the first one kept) answers."""
-    golden_answer: str
-    """The text of `golden_ids` without the stop token, as a preview that says the same has it."""
+    say: Callable[[list[int]], str] = field(repr=False, compare=False)
+    """The text of the ids of an answer, without the stop token."""
     prompt_length: int
     """Tokens before that assistant turn."""
     is_truncated: bool
@@ -209,10 +210,18 @@ class Example:
     """How much each token of `labels` counts in the loss, as long as input_ids; None: each trained
     token counts 1. A token with label IGNORE_INDEX has weight 0, every other one more than 0."""
 
+    is_by_shape: bool = True
+    """Its turns were located by what rows of its shape have in common, not by marks of its own."""
+
+    @property
+    def golden_answer(self) -> str:
+        """The text of `golden_ids` less the stop token, as a preview that says the same has it."""
+        return self.say(self.golden_ids)
+
     @property
     def num_trained(self) -> int:
         """Tokens that the loss is taken over."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -227,7 +236,8 @@ class Example:
 
 def golden_ids(labels: list[int], prompt_length: int) -> list[int]:
     """The trained ids of the answer behind a prompt."""
-    return list(itertools.takewhile(lambda label: label != IGNORE_INDEX, labels[prompt_length:]))
+    behind = labels[prompt_length:]
+    return behind[: behind.index(IGNORE_INDEX)] if IGNORE_INDEX in behind else behind
 
 
 def golden_text(tokenizer: Any, ids: list[int], stop_ids: Collection[int]) -> str:
@@ -237,8 +247,24 @@ def golden_text(tokenizer: Any, ids: list[int], stop_ids: Collection[int]) -> st
     shown, as the markers of calls and thoughts are special tokens in many families.
     """
     shown = ids[:-1] if ids and ids[-1] in stop_ids else ids
-    text: str = tokenizer.decode(shown, clean_up_tokenization_spaces=False)
+    return decoded(tokenizer, shown)
+
+
+def decoded(tokenizer: Any, ids: list[int]) -> str:
+    """The text of ids, special tokens too."""
+    if is_usual(tokenizer, "decode", "_decode"):  # less a look at the type of every id
+        text: str = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    else:
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text
+
+
+def is_usual(tokenizer: Any, *methods: str) -> bool:
+    """Whether a tokenizer's class leaves methods as transformers' own has them."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in methods)
 
 
 # ---- which turns are trained, and how much: the flags of rows and turns
