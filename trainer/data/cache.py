@@ -36,7 +36,9 @@ from trainer.profiles import DataProfile
 
 logger = logging.getLogger(__name__)
 
-NO_EFFECT = {"cache", "cache_dir", "shuffle", "group_by_length", "enable_packing"}
+NO_EFFECT = {
+    *("cache", "cache_dir", "encode_processes", "shuffle", "group_by_length", "enable_packing"),
+}
 """Options of section `data` that do not change the encoded rows."""
 
 SUFFIX = ".cache"

@@ -143,6 +143,7 @@ def draw_card(
     formats: str,
     encoder: RowEncoder,
     profile: DataProfile,
+    profile_report: dict[str, int],
     system_prompt: str | None,
     rejected: RowErrors,
     dropped: Sequence[int],
@@ -156,6 +157,7 @@ def draw_card(
         formats: the layouts that the files have.
         encoder: that encoded the rows.
         profile: that rewrote them.
+        profile_report: what it counted meanwhile.
         system_prompt: system turn of rows that bring none.
         rejected: rows that could not be used.
         dropped: length in tokens of each row that data.truncation=drop left out.
@@ -170,7 +172,7 @@ def draw_card(
         format=formats,
         template=_trained_words(encoder, rows),
         profile=profile.name,
-        profile_report=profile.report(),
+        profile_report=profile_report,
         system_prompt=system_prompt,
         num_own_system=num_own_system(rows),
         validation=sides.how,

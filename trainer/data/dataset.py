@@ -13,14 +13,14 @@ from trainer.data.batches import EncodedDataset, PackedDataset
 from trainer.data.cache import Arrays, entry_of
 from trainer.data.card import DataCard, draw_card, num_own_system
 from trainer.data.encode import RowEncoder
-from trainer.data.layouts import check_text_row
+from trainer.data.encode_processes import prepare_rows
+from trainer.data.preparer import Preparer
 from trainer.data.rendered import check_markers_used, read_back
-from trainer.data.rows import BadRowError, PreviewRequest, Row, RowErrors, RowTooLongError, is_text
+from trainer.data.rows import PreviewRequest, Row, RowErrors, RowTooLongError, is_text
 from trainer.data.sources import (
     EncodedRow,
     Sides,
     Source,
-    content_key,
     find_sources,
     first_prompts,
     read_sources,
@@ -28,10 +28,8 @@ from trainer.data.sources import (
     trained_groups,
     weigh_rows,
 )
-from trainer.data.tools import tool_names, tools_of
-from trainer.data.turns import assistant_turns, check_messages
 from trainer.errors import ConfigError, DataError
-from trainer.profiles import DataProfile, Message, get_profile
+from trainer.profiles import DataProfile, get_profile
 
 
 @dataclass(frozen=True)
@@ -171,10 +169,17 @@ def encode_data(
         section, sources, validation_sources, encoder, errors, with_columns=with_columns
     )
     _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
-    preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
-    encoded, held_out = preparer.encode(rows), preparer.encode(validation_rows)
+    preparer = Preparer(profile, encoder, system_prompt, seed)
+    dropped: list[int] = []
+    encoded, held_out = _encoded(section, [rows, validation_rows], preparer, errors, dropped)
     errors.raise_if_strict()
-    sides = _sides(section, sources, encoded, held_out, preparer)
+    sides = _sides(section, sources, encoded, held_out, seed=seed)
+    if sides is None:
+        raise DataError(
+            f"{section.dataset_path}: nothing to train: {len(errors.errors)} rows were rejected "
+            f"({'; '.join(errors.errors[:3])}), {len(dropped)} are longer than "
+            f"hyperparams.max_length={encoder.max_length} and dropped."
+        )
     _check_thoughts(section, [*encoded, *held_out])
     card = draw_card(
         section,
@@ -183,9 +188,10 @@ def encode_data(
         formats=formats,
         encoder=encoder,
         profile=profile,
+        profile_report=preparer.report(),
         system_prompt=system_prompt,
         rejected=errors,
-        dropped=preparer.dropped,
+        dropped=dropped,
     )
     train = [item.example for item in sides.train]
     validation = [item.example for item in sides.validation]
@@ -223,26 +229,55 @@ def _read(
     return rows, held_out, formats
 
 
+def _encoded(
+    section: DataSection,
+    sides: list[list[Row]],
+    preparer: Preparer,
+    errors: RowErrors,
+    dropped: list[int],
+) -> list[list[EncodedRow]]:
+    """The usable rows of each side, encoded.
+
+    Args:
+        errors: receives the rows that cannot be used.
+        dropped: receives the length in tokens of each row that is dropped for its length.
+    """
+    rows = [(row.index, row.messages) for side in sides for row in side]
+    outcomes = iter(prepare_rows(preparer, rows, section.encode_processes))
+    encoded = []
+    for side in sides:
+        found = [(row, next(outcomes)) for row in side]
+        for is_profiles in (True, False):
+            for row, outcome in found:
+                error = outcome.error
+                if error is None or outcome.is_profiles != is_profiles:
+                    continue
+                if isinstance(error, RowTooLongError):
+                    dropped.append(error.num_tokens)
+                else:
+                    errors.add(row.where, str(error), error.reason)
+        encoded.append(
+            [
+                EncodedRow(row, outcome.key, outcome.example, outcome.group)
+                for row, outcome in found
+                if outcome.example is not None
+            ]
+        )
+    return encoded
+
+
 def _sides(
     section: DataSection,
     sources: list[Source],
     encoded: list[EncodedRow],
     held_out: list[EncodedRow],
-    preparer: _Preparer,
-) -> Sides:
-    """Hold rows out and repeat the others.
-
-    Raises:
-        DataError: no row is left to train.
-    """
-    train, validation, how = split_rows(section, encoded, held_out, preparer.seed)
+    *,
+    seed: int,
+) -> Sides | None:
+    """Hold rows out and repeat the others; None where no row is left to train."""
+    train, validation, how = split_rows(section, encoded, held_out, seed)
     if not train:
-        errors = preparer.errors.errors
-        raise DataError(
-            f"{section.dataset_path}: nothing to train: {len(errors)} rows were rejected "
-            f"({'; '.join(errors[:3])}), {len(preparer.dropped)} are longer than "
-            f"hyperparams.max_length={preparer.encoder.max_length} and dropped."
-        )
+        return None
     mixed, mix = weigh_rows(sources, train)
     return Sides(encoded, held_out, mixed, validation, how, mix, trained_groups(validation, train))
 
@@ -278,114 +313,6 @@ def _check_fit(
             f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
             "plain text, which has none; use the profile plain, or another data.format."
         )
-
-
-class _Preparer:
-    """Cleans, transforms, prompts and encodes rows; rejected ones go to `errors`."""
-
-    def __init__(
-        self,
-        profile: DataProfile,
-        encoder: RowEncoder,
-        system_prompt: str | None,
-        seed: int,
-        errors: RowErrors,
-    ) -> None:
-        self.profile, self.encoder, self.errors = profile, encoder, errors
-        self.system_prompt, self.seed = system_prompt, seed
-        self._own_system = self._words([Message(role="system", content=system_prompt or "")])
-        self.dropped: list[int] = []
-        """Length in tokens of each row that is dropped for its length."""
-
-    def encode(self, rows: list[Row]) -> list[EncodedRow]:
-        usable: list[Row] = []
-        conversations: list[list[Message]] = []
-        for row in rows:
-            try:
-                conversations.append(self._conversation(row))
-                usable.append(row)
-            except BadRowError as error:
-                text = f"after profile {self.profile.name!r}: {error}"
-                self.errors.add(row.where, text, error.reason)
-        encoded = []
-        results = self.encoder.encode_all(conversations)
-        for row, result in zip(usable, results, strict=True):
-            if isinstance(result, RowTooLongError):
-                self.dropped.append(result.num_tokens)
-            elif isinstance(result, BadRowError):
-                self.errors.add(row.where, str(result), result.reason)
-            else:
-                key, group = self._keys(row)
-                encoded.append(EncodedRow(row, key, result, group))
-        return encoded
-
-    def _keys(self, row: Row) -> tuple[str, str]:
-        """The key of the cleaned content, and that of the turns before the first answer.
-
-        Rows that are trained alike go to one side, and so do rows that ask the same: in the second
-        key flags and greetings make no difference. Of a plain text both are of the text.
-        """
-        turns = self._words(row.messages)
-        key = content_key(turns, self.seed)
-        for turn in turns:
-            turn.pop("weight", None)
-        answers = assistant_turns(turns)
-        prompt = turns[: answers[0]] if answers else turns
-        # A system turn like the run's asks the same as none.
-        if prompt[:1] == self._own_system:
-            prompt = prompt[1:]
-        return key, content_key(prompt, self.seed)
-
-    def _words(self, messages: list[Message]) -> list[Message]:
-        turns = [turn.copy() for turn in messages]
-        for turn in turns:
-            turn["content"] = " ".join(self.profile.clean(turn["content"]).split())
-        return turns
-
-    def _conversation(self, row: Row) -> list[Message]:
-        clean = [turn.copy() for turn in row.messages]
-        for turn in clean:
-            turn["content"] = self.profile.clean(turn["content"])
-            if "reasoning_content" in turn:
-                turn["reasoning_content"] = self.profile.clean(turn["reasoning_content"])
-        if is_text(clean):
-            return [turn for turn in clean if check_text_row(turn["content"])]
-        turns = self.profile.transform(clean, index=row.index, seed=self.seed)
-        if _called(turns) != _called(row.messages):
-            raise BadRowError("tool calls were lost or changed", "tool calls lost")
-        if _weights(turns) != _weights(row.messages):
-            raise BadRowError(
-                "the flags that say which turns are trained were lost; a profile's transform must "
-                "copy the turns that it changes",
-                "flags lost",
-            )
-        if tools_of(turns) != tools_of(row.messages):
-            raise BadRowError("the row's tools were lost or changed", "tools lost")
-        if _num_thoughts(turns) < _num_thoughts(clean) and not self.profile.drops_thoughts:
-            raise BadRowError("thoughts were lost (`reasoning_content`)", "thoughts lost")
-        # A profile can leave nothing to train, such as an answer of which nothing remains.
-        return with_system_prompt(check_messages(turns), self.system_prompt)
-
-
-def _called(messages: list[Message]) -> list[str]:
-    return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
-
-
-def _num_thoughts(messages: list[Message]) -> int:
-    return sum(bool(turn.get("reasoning_content", "").strip()) for turn in messages)
-
-
-def _weights(messages: list[Message]) -> list[float]:
-    """Of the assistant's turns; empty where each is trained like any other."""
-    weights = [turn.get("weight", 1.0) for turn in messages if turn["role"] == "assistant"]
-    return weights if any(weight != 1 for weight in weights) else []
-
-
-def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[Message]:
-    """Put the run's system turn first, unless the conversation brings its own."""
-    if system_prompt is None or turns[0]["role"] == "system":
-        return turns
-    return [Message(role="system", content=system_prompt), *turns]
 
 
 # ---- the same as arrays for the cache

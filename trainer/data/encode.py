@@ -234,6 +234,10 @@ class RowEncoder:
             weights=kept_weights(weights and weights[removed:], kept_labels),
         )
 
+    def sayer(self, *, is_plain_text: bool) -> Callable[[list[int]], str]:
+        """What gives the text of an answer's ids, as `Example.say`."""
+        return self.texts._say if is_plain_text else self._say
+
     def _say(self, ids: list[int]) -> str:
         return golden_text(self.tokenizer, ids, self.template.end_ids)
 

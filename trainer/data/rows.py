@@ -109,6 +109,9 @@ class BadRowError(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.reason)
+
 
 # ---- what becomes of a row that is longer than hyperparams.max_length (data.truncation)
 
@@ -122,6 +125,9 @@ class RowTooLongError(BadRowError):
     def __init__(self, num_tokens: int) -> None:
         super().__init__(f"{num_tokens} tokens, dropped", "longer than max_length")
         self.num_tokens = num_tokens
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.num_tokens,)
 
 
 def cut(
