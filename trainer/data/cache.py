@@ -1,6 +1,7 @@
 """Encoded rows on disk, found again by everything that decides them; never by time or name.
 
-A file is the sha256 of the rest, and the rest an .npz (no pickle): flat arrays and one JSON text.
+A file is the sha256 of the rest, and the rest flat arrays behind an index of them as JSON. They are
+read from the file when they are used; there is no pickle in it.
 What cannot be described exactly (a profile without source code) is not cached.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import io
 import json
 import logging
 import os
@@ -30,6 +30,7 @@ from pydantic import BaseModel
 
 from trainer import __version__
 from trainer.config.schema import DataSection
+from trainer.data.file_arrays import FileArray, OpenFile
 from trainer.files import default_cache_dir, replace_file
 from trainer.models.chat_template import printed_dates
 from trainer.profiles import DataProfile
@@ -45,7 +46,10 @@ SUFFIX = ".cache"
 
 TEMPORARY = ".tmp"
 
-DIGEST_BYTES = 32
+DIGEST_BYTES, LENGTH_BYTES = 32, 8
+
+ALIGNED = 64
+"""Every array begins at a multiple of so many bytes."""
 
 KEY_CHARS = 40
 
@@ -57,6 +61,8 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2")
 OWN_PACKAGES = ("data", "profiles")
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+FileArrays = dict[str, FileArray]
 
 
 class NotCacheableError(Exception):
@@ -78,7 +84,7 @@ class CacheEntry:
 
     path: Path
 
-    def read(self) -> tuple[Arrays | None, str]:
+    def read(self) -> tuple[FileArrays | None, str]:
         """Its arrays or None, and what the data card says of them; damage is a warning."""
         try:
             arrays = self.load()
@@ -87,8 +93,10 @@ class CacheEntry:
             return None, f"damaged entry replaced ({error}): "
         return arrays, f"read from {self.path}" if arrays is not None else ""
 
-    def write(self, arrays: Arrays, note: str) -> str:
-        """Store the arrays; what the data card says of it. A full disk is a warning.
+    def write(self, arrays: Arrays, note: str) -> tuple[bool, str]:
+        """Store the arrays: whether that went well, and what the data card says of it.
+
+        A full disk is a warning.
 
         Args:
             note: of `read`.
@@ -99,29 +107,43 @@ class CacheEntry:
             logger.warning(
                 "%s: cannot be written (%s); the next start encodes again", self.path, error
             )
-            return f"not written: {error.strerror}"
+            return False, f"not written: {error.strerror}"
         more = f"; {removed} older entries of this file name removed" if removed else ""
-        return f"{note}written to {self.path}{more}"
+        return True, f"{note}written to {self.path}{more}"
 
-    def load(self) -> Arrays | None:
-        """Its arrays; None where there is no file.
+    def load(self) -> FileArrays | None:
+        """Its arrays, in the file; None where there is none.
 
         Raises:
             DamagedEntryError: it cannot be read, or its content is not what was written.
         """
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                digest = file.read(DIGEST_BYTES)
+                if hashlib.file_digest(file, "sha256").digest() != digest:
+                    raise DamagedEntryError("its checksum is wrong")
         except FileNotFoundError:
             return None
         except OSError as error:
             raise DamagedEntryError(str(error.strerror)) from error
-        digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:
-            raise DamagedEntryError("its checksum is wrong")
         with contextlib.suppress(OSError):  # a folder that is only read serves as well
             os.utime(self.path)
-        with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
-            return dict(arrays)
+        return self.arrays()
+
+    def arrays(self) -> FileArrays:
+        """The arrays of a file that is whole; they are read when they are used.
+
+        Raises:
+            OSError: it is not there.
+        """
+        file = OpenFile(self.path)
+        begin = DIGEST_BYTES + LENGTH_BYTES
+        size = int.from_bytes(file.read(DIGEST_BYTES, LENGTH_BYTES), "little")
+        index = json.loads(file.read(begin, size))
+        return {
+            name: FileArray(file, kind, begin + size + offset, count)
+            for name, (kind, offset, count) in index.items()
+        }
 
     def store(self, arrays: Arrays) -> int:
         """Write the file in one step: it is whole, or not there.
@@ -132,14 +154,24 @@ class CacheEntry:
         Raises:
             OSError: the folder cannot be written.
         """
-        buffer = io.BytesIO()
-        # mypy: savez takes arrays by any name, and its other options are not among ours.
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        body = buffer.getvalue()
+        index: dict[str, tuple[str, int, int]] = {}
+        body: list[bytes | memoryview] = []
+        offset = 0
+        for name, array in arrays.items():
+            index[name] = (array.dtype.str, offset, array.size)
+            padding = -array.nbytes % ALIGNED
+            body += [np.ascontiguousarray(array).view(np.uint8).data, bytes(padding)]
+            offset += array.nbytes + padding
+        head = json.dumps(index).encode()
+        head += b" " * (-(DIGEST_BYTES + LENGTH_BYTES + len(head)) % ALIGNED)
+        pieces = [len(head).to_bytes(LENGTH_BYTES, "little"), head, *body]
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Machines that share the folder have processes with the same number.
-        pieces = [hashlib.sha256(body).digest(), body]
-        replace_file(self.path, pieces, tag=secrets.token_hex(4), is_synced=True)
+        tag = secrets.token_hex(4)
+        replace_file(self.path, [digest.digest(), *pieces], tag=tag, is_synced=True)
         return self._forget_oldest()
 
     def _forget_oldest(self) -> int:

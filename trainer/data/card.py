@@ -192,7 +192,7 @@ def draw_card(
         num_cut_tokens=sum(dropped) + num_removed,
         thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
         opening=encoder.template.opening,
-        sample=marked_text(encoder.tokenizer, first.input_ids, first.labels),
+        sample=marked_text(encoder.tokenizer, list(first.input_ids), list(first.labels)),
         **_row_counts(used),
         **_token_counts(sides.train, sides.validation),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter
 
 from trainer.config.schema import DataSection
 from trainer.data.batches import EncodedDataset, PackedDataset
-from trainer.data.cache import Arrays, entry_of
+from trainer.data.cache import Arrays, FileArrays, entry_of
 from trainer.data.card import DataCard, draw_card, num_own_system
 from trainer.data.encode import RowEncoder
 from trainer.data.encode_processes import prepare_rows
@@ -28,6 +29,7 @@ from trainer.data.sources import (
     trained_groups,
     weigh_rows,
 )
+from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, get_profile
 
@@ -42,8 +44,6 @@ class _Texts:
     """Prompts of the final evaluation."""
     score_prompts: tuple[PreviewRequest, ...]
     """Held-out prompts that are answered for scores only: none of the preview prompts."""
-    train_texts: tuple[tuple[str, str], ...]
-    """(prompt, golden answer) of each training row."""
     card: DataCard
     system_prompt: str | None
     file_hashes: dict[str, str]
@@ -56,6 +56,8 @@ class RunData(_Texts):
 
     train: EncodedDataset
     validation: EncodedDataset | None
+    train_texts: TrainTexts
+    """(prompt, golden answer) of each training row."""
     encoder: RowEncoder
 
 
@@ -120,7 +122,10 @@ def prepare_data(
         # A file that was written to meanwhile must not be kept under its earlier content.
         is_same = data.file_hashes == hashes
         changed = "not written: a file changed while read"
-        note = entry.write(_as_arrays(data), note) if is_same else changed
+        is_written, note = entry.write(_as_arrays(data), note) if is_same else (False, changed)
+        if is_written:  # from here on the rows are in the file, and no longer in memory
+            with contextlib.suppress(OSError):  # another run removed it already
+                data = _from_arrays(entry.arrays(), encoder)
     return _with_note(data, note)
 
 
@@ -135,7 +140,7 @@ def pack_training_rows(data: RunData) -> RunData:
     return replace(
         data,
         train=packed,
-        train_texts=tuple(data.train_texts[pack[0]] for pack in packed.packs),
+        train_texts=data.train_texts.of([pack[0] for pack in packed.packs]),
         card=replace(data.card, num_packs=len(packed.packs)),
     )
 
@@ -196,13 +201,14 @@ def encode_data(
     train = [item.example for item in sides.train]
     validation = [item.example for item in sides.validation]
     files = [*sources, *validation_sources]
+    dataset = EncodedDataset(train)
     return RunData(
-        train=EncodedDataset(train),
+        train=dataset,
         validation=EncodedDataset(validation) if validation else None,
         preview_prompts=_prompts(sides, num_preview),
         final_prompts=_prompts(sides, num_final),
         score_prompts=_prompts(sides, num_preview + num_score)[num_preview:] if num_score else (),
-        train_texts=tuple((example.prompt, example.golden_answer) for example in train),
+        train_texts=TrainTexts.from_examples(train, dataset, encoder),
         card=card,
         encoder=encoder,
         system_prompt=system_prompt,
@@ -319,15 +325,16 @@ def _check_fit(
 
 
 def _as_arrays(data: RunData) -> Arrays:
-    arrays = {"texts": np.frombuffer(_TEXTS.dump_json(data), dtype=np.uint8)}
+    arrays: dict[str, Any] = {"texts": np.frombuffer(_TEXTS.dump_json(data), dtype=np.uint8)}
+    arrays |= {f"text_{name}": part for name, part in data.train_texts.arrays.items()}
     for name, dataset in (("train", data.train), ("validation", data.validation)):
         if dataset is not None:
             arrays |= {f"{name}_{key}": part for key, part in dataset.as_arrays().items()}
     return arrays
 
 
-def _from_arrays(arrays: Arrays, encoder: RowEncoder) -> RunData:
-    texts = _TEXTS.validate_json(arrays["texts"].tobytes())
+def _from_arrays(arrays: FileArrays, encoder: RowEncoder) -> RunData:
+    texts = _TEXTS.validate_json(arrays["texts"][:].tobytes())
 
     def dataset(name: str) -> EncodedDataset:
         prefix = f"{name}_"
@@ -335,9 +342,15 @@ def _from_arrays(arrays: Arrays, encoder: RowEncoder) -> RunData:
             {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
         )
 
+    train, own = dataset("train"), "text_"
     return RunData(
         **vars(texts),
-        train=dataset("train"),
+        train=train,
+        train_texts=TrainTexts(
+            {key.removeprefix(own): a for key, a in arrays.items() if key.startswith(own)},
+            train,
+            encoder,
+        ),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )

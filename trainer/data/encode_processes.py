@@ -17,12 +17,11 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import IO, Any
 
-import numpy as np
-
 from trainer.child import Child, own_lines
 from trainer.data.preparer import Conversation, Outcome, Preparer
 from trainer.data.rows import is_text
 from trainer.errors import ConfigError, TrainerError
+from trainer.profiles import Message
 
 PIECE = 256
 """Rows that are handed over at once."""
@@ -138,13 +137,13 @@ class Encoders:
 
     def encode(
         self, pieces: Sequence[Sequence[Conversation]]
-    ) -> Iterator[tuple[list[Any], dict[str, int]]]:
+    ) -> Iterator[tuple[list[Outcome], dict[str, int]]]:
         """For each piece its packed outcomes and what the profile counted, in order.
 
         Raises:
             TrainerError: one of them ended.
         """
-        waiting: deque[Future[tuple[list[Any], dict[str, int]]]] = deque()
+        waiting: deque[Future[tuple[list[Outcome], dict[str, int]]]] = deque()
         for piece in pieces:
             waiting.append(self._threads.submit(self._encode_piece, piece))
             if len(waiting) > 2 * len(self.children):
@@ -152,7 +151,7 @@ class Encoders:
         while waiting:
             yield waiting.popleft().result()
 
-    def _encode_piece(self, piece: Sequence[Conversation]) -> tuple[list[Any], dict[str, int]]:
+    def _encode_piece(self, piece: Sequence[Conversation]) -> tuple[list[Outcome], dict[str, int]]:
         child = self._free.get()
         try:
             _send(child, pickle.dumps(piece))
@@ -161,7 +160,7 @@ class Encoders:
             self._free.put(child)
         if isinstance(answer, BaseException):
             raise answer
-        found: tuple[list[Any], dict[str, int]] = answer
+        found: tuple[list[Outcome], dict[str, int]] = answer
         return found
 
     def end(self) -> None:
@@ -204,7 +203,7 @@ def _gone(child: Child) -> TrainerError:
     )
 
 
-# ---- what goes between the processes: ids as arrays, and nothing that both have
+# ---- what goes between the processes: nothing that both of them have
 
 
 def _parts(preparer: Preparer) -> tuple[Any, ...]:
@@ -218,25 +217,18 @@ def _parts(preparer: Preparer) -> tuple[Any, ...]:
     )
 
 
-def _packed(outcome: Outcome) -> Any:
-    example = outcome.example
-    if example is None:
+def _packed(outcome: Outcome) -> Outcome:
+    if outcome.example is None:
         return outcome
-    arrays = (np.asarray(example.input_ids, np.int32), np.asarray(example.labels, np.int32))
     # The bound method would bring the whole encoder with it.
-    bare = replace(example, input_ids=[], labels=[], say=None)  # type: ignore[arg-type]
-    return replace(outcome, example=bare), *arrays
+    return replace(outcome, example=replace(outcome.example, say=None))  # type: ignore[arg-type]
 
 
-def _unpacked(found: Any, messages: Any, preparer: Preparer) -> Outcome:
-    if isinstance(found, Outcome):
-        return found
-    outcome: Outcome
-    outcome, ids, labels = found
-    assert outcome.example is not None, "only those are packed"
+def _unpacked(outcome: Outcome, messages: list[Message], preparer: Preparer) -> Outcome:
+    if outcome.example is None:
+        return outcome
     say = preparer.encoder.sayer(is_plain_text=is_text(messages))
-    whole = replace(outcome.example, input_ids=ids.tolist(), labels=labels.tolist(), say=say)
-    return replace(outcome, example=whole)
+    return replace(outcome, example=replace(outcome.example, say=say))
 
 
 # ---- the other side

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,8 +190,8 @@ def kept_weights(weights: list[float] | None, labels: list[int]) -> list[float] 
 class Example:
     """One encoded row."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: MutableSequence[int]
+    labels: MutableSequence[int]
     """As long as input_ids; IGNORE_INDEX where nothing is trained."""
     prompt: str
     """The turn that the first assistant turn (with keep_end: the first one kept) answers."""
@@ -232,7 +232,7 @@ class Example:
     @property
     def prompt_ids(self) -> list[int]:
         """The ids before the first answer: what a preview continues."""
-        return self.input_ids[: self.prompt_length]
+        return list(self.input_ids[: self.prompt_length])
 
     @property
     def golden_ids(self) -> list[int]:
@@ -240,9 +240,9 @@ class Example:
         return golden_ids(self.labels, self.prompt_length)
 
 
-def golden_ids(labels: list[int], prompt_length: int) -> list[int]:
+def golden_ids(labels: Sequence[int], prompt_length: int) -> list[int]:
     """The trained ids of the answer behind a prompt."""
-    behind = labels[prompt_length:]
+    behind = list(labels[prompt_length:])
     return behind[: behind.index(IGNORE_INDEX)] if IGNORE_INDEX in behind else behind
 
 
