@@ -68,25 +68,34 @@ def prepare_rows(
     """
     count = num_encoders(configured, rows)
     if count < 2:
-        return preparer.prepare(rows)
+        return _by_this_process(preparer, rows)
     try:
         job = pickle.dumps(_parts(preparer))
     except Exception as error:  # whatever a profile's own state raises
         if configured is None:
-            return preparer.prepare(rows)
+            return _by_this_process(preparer, rows)
         raise _not_handed_over(preparer, configured, str(error)) from error
     with Encoders(job, count) as encoders:
         if not encoders.is_ready():
             if configured is None:
-                return preparer.prepare(rows)
+                return _by_this_process(preparer, rows)
             raise _not_handed_over(preparer, configured, encoders.problem)
-        pieces = [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+        pieces = _pieces(rows)
         outcomes: list[Outcome] = []
         for piece, (found, counts) in zip(pieces, encoders.encode(pieces), strict=True):
             preparer.add_report(counts)
             for (_, messages), outcome in zip(piece, found, strict=True):
                 outcomes.append(_unpacked(outcome, messages, preparer))
         return outcomes
+
+
+def _pieces(rows: Sequence[Conversation]) -> list[Sequence[Conversation]]:
+    return [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+
+
+def _by_this_process(preparer: Preparer, rows: Sequence[Conversation]) -> list[Outcome]:
+    # What stays of a row is a tenth of what it takes meanwhile.
+    return [outcome for piece in _pieces(rows) for outcome in preparer.prepare(piece)]
 
 
 def _not_handed_over(preparer: Preparer, count: int | None, why: str) -> ConfigError:

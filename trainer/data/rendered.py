@@ -13,7 +13,6 @@ from trainer.data.rows import (
     Row,
     RowErrors,
     is_text,
-    settle,
 )
 from trainer.data.template import (
     MARK,
@@ -25,6 +24,7 @@ from trainer.data.template import (
     without_marks,
 )
 from trainer.data.tools import with_arguments
+from trainer.data.turn_flags import settle
 from trainer.data.turns import (
     assistant_turns,
     check_messages,
@@ -132,18 +132,23 @@ def _asked(prompt: str) -> Asked:
     return Asked(mark, prompt.count(mark, 0, at), prompt[at + 1 :])
 
 
-def left_out(row: list[Message], text: str) -> list[str]:
+def left_out(rendered: Rendered, answers: list[tuple[int, int]]) -> list[str]:
     """What the turns that are no answers say and a template does not write.
 
     Args:
-        row: the turns.
-        text: the rendered row without its answers; it must hold them whole and in order.
+        rendered: the row; the rest of its text must hold them whole and in order.
+        answers: where its answers stand in its text, in order.
     """
+    row, text = rendered.row, rendered.text
+    if _is_all_there(rendered, answers):
+        return []
+    borders = [0, *(place for answer in answers for place in answer), len(text)]
+    text = "".join(text[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True))
     missing = []
-    answers = assistant_turns(row)
+    answered = set(assistant_turns(row))
     for index, turn in enumerate(row):
         content = turn["content"].strip()
-        if index in answers or not content:
+        if index in answered or not content:
             continue
         at = text.find(content)
         if at < 0:  # some templates write results as JSON
@@ -154,6 +159,33 @@ def left_out(row: list[Message], text: str) -> list[str]:
         else:  # each character of the text can prove one turn only
             text = text[:at] + "\0" + text[at + len(content) :]
     return missing
+
+
+def _is_all_there(rendered: Rendered, answers: list[tuple[int, int]]) -> bool:
+    """Whether all texts that are no answers stand whole, in their order, outside the answers.
+
+    Then a search for one after the other finds each where it stands, or before.
+    """
+    places, text = rendered.places, rendered.text
+    ranges = dict(zip(assistant_turns(rendered.row), answers, strict=True))
+    behind = 0
+    for turn, message in enumerate(rendered.row):
+        if turn in ranges:
+            begin, end = ranges[turn]
+            if begin < behind:
+                return False
+            behind = end
+            continue
+        content = message["content"].strip()
+        if not content:
+            continue
+        found = places.get(rendered.marks[turn].content or "", [])
+        if len(found) != 1 or found[0] - len(content) < behind:
+            return False
+        behind = found[0]
+        if text[behind - len(content) : behind] != content:
+            return False
+    return True
 
 
 def _spelled(template: ChatTemplate, row: list[Message]) -> list[Message]:

@@ -76,6 +76,7 @@ class _Search:
         self.template, self.encoding = template, encoding
         self.row, self.text = rendered.row, rendered.text
         self.rendered, self.marks, self.places = rendered, rendered.marks, rendered.places
+        self.turns = assistant_turns(self.row)
         self.ends = sorted(
             (place, turn)
             for turn, marks in enumerate(self.marks)
@@ -88,7 +89,7 @@ class _Search:
         self.is_opened = False
 
     def spans(self, *, train_on_thinking: bool) -> Spans:
-        turns = assistant_turns(self.row)
+        turns = self.turns
         runs = self._generated_runs()
         # Greetings before the first user turn have markers too, and no prompt that asks for them.
         runs = runs[num_openings(self.row) :]
@@ -112,8 +113,7 @@ class _Search:
                 first = max(first, self._id_at(thought_end))
             taken.append((begin, end))
             ranges.append((first, stop))
-        missing = [] if self._is_whole_row(taken) else left_out(self.row, self._between(taken))
-        stripped = (*missing, *self.stripped)
+        stripped = (*left_out(self.rendered, taken), *self.stripped)
         return Spans(
             ranges,
             stripped,
@@ -340,10 +340,11 @@ class _Search:
         start = first
         while start > 0:
             start -= 1
+            if self.ids[start] not in self.template.special_ids:
+                continue
             # Text that the tokenizer does not know can become a special token as well.
             left, right = self.encoding.token_to_chars(start)
-            is_special = self.ids[start] in self.template.special_ids
-            if is_special and self.template.is_special(self.text[left:right].strip()):
+            if self.template.is_special(self.text[left:right].strip()):
                 break
         return self.text[self._start_of(start) if start else 0 : begin], start, first
 
@@ -354,7 +355,7 @@ class _Search:
         message, mark = self.row[turn], self.marks[turn].thought
         if mark is not None:
             place = self._first_place(mark, begin)
-            if place is None and turn == assistant_turns(self.row)[-1]:
+            if place is None and turn == self.turns[-1]:
                 raise lost_thought(f"turn {turn} ({message['role']}), the last answer,")
             if place is None:  # many templates keep the thoughts of the last answer only
                 self.stripped.append(message["reasoning_content"].strip())
@@ -378,40 +379,6 @@ class _Search:
         return place
 
     # ---- positions
-
-    def _is_whole_row(self, taken: list[tuple[int, int]]) -> bool:
-        """Whether all texts that are no answers stand whole, in their order, outside the answers.
-
-        Then `left_out` finds each of them where it stands, or before.
-        """
-        answers = iter(taken)
-        behind = 0
-        turns = set(assistant_turns(self.row))
-        for turn, message in enumerate(self.row):
-            if turn in turns:
-                begin, end = next(answers)
-                if begin < behind:
-                    return False
-                behind = end
-                continue
-            content = message["content"].strip()
-            if not content:
-                continue
-            places = self.places.get(self.marks[turn].content or "", [])
-            if len(places) != 1 or places[0] - len(content) < behind:
-                return False
-            behind = places[0]
-            if self.text[behind - len(content) : behind] != content:
-                return False
-        return True
-
-    def _between(self, taken: list[tuple[int, int]]) -> str:
-        """The text without the answers."""
-        parts, position = [], 0
-        for begin, end in taken:
-            parts.append(self.text[position:begin])
-            position = end
-        return "".join(parts) + self.text[position:]
 
     def _first_place(self, mark: str | None, start: int) -> int | None:
         places = self.places.get(mark or "", [])
