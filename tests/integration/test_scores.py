@@ -56,6 +56,7 @@ def test_an_evaluation_set_is_answered_at_steps_of_its_own(
     train: Callable[..., Any], assert_same_weights: Any, tmp_path: Path
 ) -> None:
     asked = {"scores": ["number", "f1"], "num_eval_samples": 2, "num_score_prompts": 5}
+    asked |= {"num_preview_samples": 3, "preview_temperature": 0.7}
     final = {"final_eval_prompts": 8, "report_to": ["tensorboard"]}
     often = {"checkpoint_interval": 8}
     plain = train("plain", monitoring={"inference_interval": 0})
@@ -90,6 +91,9 @@ def test_an_evaluation_set_is_answered_at_steps_of_its_own(
     assert_same_weights(plain.model_path, resumed.model_path)
     again = [(one.step, one.prompt_id, one.text) for one in reader.evaluations()]
     assert again == [(one.step, one.prompt_id, one.text) for one in evaluations]
+    again_samples = [(one.step, one.text, one.samples) for one in reader.previews()]
+    assert again_samples == [(one.step, one.text, one.samples) for one in previews]
+    assert {len(one.samples) for one in previews} == {2}
     last = scores_of(folder)[-1]
     assert (last["source"], last["step"]) == ("evaluation", 12)
     assert last["figures"] == by_source["evaluation"]["figures"]
@@ -101,8 +105,9 @@ def _figures_are_shown(folder: Path, final: dict[str, Any]) -> None:
     assert names == ["golden_probability", "golden_logprob", "score.number", "score.f1"]
     assert {figure["num_prompts"] for figure in final["figures"]} == {8}
     status = json.loads((folder / "status.json").read_text())
-    for source in ("evaluation_scores", "preview_scores"):
-        assert [one["name"] for one in status[source]] == names
+    assert [one["name"] for one in status["evaluation_scores"]] == names
+    passes = [f"{verdict}.pass@{k}" for verdict in ("match", "score.number") for k in (1, 2, 3)]
+    assert [one["name"] for one in status["preview_scores"]] == [*names, *passes]
     reader = RunReader(folder)
     reader.poll()
     page = render_report(reader)
@@ -110,6 +115,8 @@ def _figures_are_shown(folder: Path, final: dict[str, Any]) -> None:
         "golden token probability",
         "number, evaluation prompts",
         "f1, final evaluation",
+        "number pass@3",
+        "further samples (2)",
     ):
         assert words in page
     assert re.search(r"number, evaluation prompts</th><td>[\d.]+ -&gt; [\d.]+ % at step 12", page)
@@ -121,4 +128,5 @@ def _figures_are_shown(folder: Path, final: dict[str, Any]) -> None:
     curve = events.Scalars("previews/golden_probability")
     assert [point.step for point in curve] == [0, 4, 5, 8, 10, 12]
     assert curve[-1].value > curve[0].value
+    assert len(events.Scalars("previews/match.pass@3")) == 6
     assert [point.step for point in events.Scalars("evaluation/score.number")] == [0, 4, 8, 12]

@@ -72,6 +72,21 @@ def preview_tokens(lab: Lab) -> None:
     assert max(result.tokens_generated for result in ask(preview_max_tokens=2)) == 2
 
 
+@shows("monitoring.num_preview_samples")
+def num_preview_samples(lab: Lab) -> None:
+    def ask(count: int) -> list[Any]:
+        asked = {"inference_interval": 1000, "num_preview_samples": count}
+        seen = lab.run(
+            monitoring={**asked, "preview_temperature": 0.7}, hyperparams={"max_steps": 1}
+        )
+        return [[said.text for said in one.answers] for one in seen.previews]
+
+    one, several = ask(1), ask(4)
+    assert {len(texts) for texts in several} == {4}
+    assert [texts[:1] for texts in several] == one
+    assert all(len(set(texts)) > 1 for texts in several)
+
+
 @shows("monitoring.preview_golden_logprobs")
 def preview_golden_logprobs(lab: Lab) -> None:
     def ask(how: str, prompts: int) -> list[Any]:

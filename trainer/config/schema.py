@@ -116,6 +116,10 @@ class ProfileSection(Section):
     """System turn of rows that bring none. Empty: the profile's own. Flag: --system-prompt."""
 
 
+MIN_TEMPERATURE = 1e-5
+"""Below it scores would overflow, and the most likely token is what is meant."""
+
+
 class MonitoringConfig(Section):
     """What is written and shown while training, and how often (in optimizer steps; 0 = off)."""
 
@@ -133,6 +137,9 @@ class MonitoringConfig(Section):
     """Held-out prompts of a preview: the same ones each time."""
     preview_prompts: tuple[str, ...] = ()
     """Prompts of your own, shown after the held-out ones, without a golden answer."""
+    num_preview_samples: Annotated[int, Field(ge=1, le=100)] = 1
+    """Answers to each prompt of a preview, with other noise each. The first is the one shown; all
+    together say how often the model is right (pass@k). Needs `preview_temperature` above 0."""
     max_output_tokens: PositiveInt = 2048
     """Longest text in status.json, in tokens."""
     max_eval_tokens: PositiveInt = 2048
@@ -170,8 +177,8 @@ class MonitoringConfig(Section):
     preview_max_tokens: PositiveInt = 256
     """Longest preview, in tokens."""
     preview_temperature: Annotated[float, Field(ge=0.0)] = 0.7
-    """Sampling temperature of previews; 0 = greedy. The noise depends on seed, prompt and position
-    only."""
+    """Sampling temperature of previews; 0 = greedy. The noise depends on seed, prompt, position and
+    sample only."""
     remote_3090_host: str | None = None
     """Host of the preview server."""
     remote_3090_port: Annotated[int, Field(ge=1, le=65535)] = 8765
@@ -221,8 +228,30 @@ class MonitoringConfig(Section):
         if self.preview_backend == "openai":
             self._check_openai()
         self._check_canary_set()
+        self._check_samples()
         self._check_texts()
         return self
+
+    def _check_samples(self) -> None:
+        if self.num_preview_samples == 1:
+            return
+        if self.preview_temperature < MIN_TEMPERATURE:
+            raise CombinationError(
+                f"num_preview_samples={self.num_preview_samples} with preview_temperature="
+                f"{self.preview_temperature:g} would give the same greedy answer each time; set "
+                "preview_temperature above 0 (such as 0.7), or num_preview_samples=1",
+                "monitoring.num_preview_samples",
+                "monitoring.preview_temperature",
+            )
+        if not self.inference_interval or not (self.num_eval_samples or self.preview_prompts):
+            raise CombinationError(
+                f"num_preview_samples={self.num_preview_samples} is of preview prompts, and this "
+                "run has none; set inference_interval and num_eval_samples above 0, or "
+                "num_preview_samples=1",
+                "monitoring.num_preview_samples",
+                "monitoring.inference_interval",
+                "monitoring.num_eval_samples",
+            )
 
     def _check_texts(self) -> None:
         if self.tracker_texts and not {"tensorboard", "wandb", "trackio"} & set(self.report_to):

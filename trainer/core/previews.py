@@ -74,6 +74,7 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         delivery=delivery,
         evaluation=build_evaluation(job, prepared, model, delivery),
         is_on_gpu=prepared.device.type == "cuda",
+        num_samples=monitoring.num_preview_samples,
         drift=LocalDrift(local, drift.prompts, drift.path) if drift is not None else None,
         deliver_drift=deliver_drift(job.observers, drift.texts if drift is not None else ()),
     )

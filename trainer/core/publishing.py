@@ -232,6 +232,7 @@ def _worker_and_setup(
         if is_dated(run.prepared.tokenizer)
         else None,
         "previews": _previews(run, requests, local, profile, canary),
+        "num_samples": run.prepared.config.monitoring.num_preview_samples,
         "drift_prompts": run.drift.prompts if run.drift is not None else [],
         "drift_path": str(run.drift.path.resolve()) if run.drift is not None else None,
     }

@@ -301,5 +301,7 @@ class PreviewRequest(BaseModel):
     """Names the prompt over all steps of a run, such as `validation-3` or `user-0`."""
     held_out: bool = True
     """False when the prompt is also trained on, with this answer or another one."""
+    sample: int = 0
+    """Which of several answers to this prompt is wanted: each has noise of its own."""
     row: dict[str, Any] = {}
     """The columns of its row by the file's own names, as JSON values; where scores want them."""

@@ -59,9 +59,10 @@ class Delivery:
         """
         self._observers, self._scorer, self._keep = observers, scorer, keep
         self._requests = {one.prompt_id: one for one in requests}
+        graded = scorer.graded if scorer is not None else ()
         self._history: dict[Source, ScoreHistory] = {
-            "previews": ScoreHistory(),
-            "evaluation": ScoreHistory(),
+            "previews": ScoreHistory(graded),
+            "evaluation": ScoreHistory(graded),
         }
         for source, results in (known or {}).items():
             self._history[source].add(results)

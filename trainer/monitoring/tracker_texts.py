@@ -21,7 +21,10 @@ WITH_TABLES = ("wandb", "trackio")
 
 KEY = "previews"
 
-COLUMNS = ("step", "prompt_id", "prompt", "golden", "generated", "matches", "weights", "error")
+COLUMNS = (
+    *("step", "prompt_id", "sample", "prompt", "golden", "generated", "matches", "weights"),
+    "error",
+)
 
 WANDB_CONSOLE = "WANDB_CONSOLE"
 
@@ -91,21 +94,26 @@ class TrackerTables(TrainerCallback):  # type: ignore[misc]
 
 
 def table_of(results: Sequence[PreviewResult]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: texts, verdict and scores of each answer, texts cut as for TensorBoard."""
+    """Columns and rows: texts, verdict and scores of each answer, texts cut as for TensorBoard.
+
+    A prompt has one row, or one of each of its samples.
+    """
     given = [name for one in results for name, v in one.scores.items() if v is not None]
     names = list(dict.fromkeys(given))
     rows = [
         [
             result.step,
             result.prompt_id,
+            number,
             result.prompt[:TEXT_CHARS],
             (result.golden_answer or "")[:TEXT_CHARS],
-            result.text[:TEXT_CHARS],
-            {True: "yes", False: "no", None: ""}[result.matches],
+            said.text[:TEXT_CHARS],
+            {True: "yes", False: "no", None: ""}[said.matches],
             result.weights,
-            (result.error_message or "")[:TEXT_CHARS],
-            *[result.scores.get(name) for name in names],
+            (said.error_message or "")[:TEXT_CHARS],
+            *[said.scores.get(name) for name in names],
         ]
         for result in results
+        for number, said in enumerate(result.answers)
     ]
     return [*COLUMNS, *[f"score.{name}" for name in names]], rows

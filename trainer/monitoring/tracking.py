@@ -197,6 +197,12 @@ def preview_markdown(result: PreviewResult) -> str:
         parts += ["generated", _block(result.text)]
     else:
         parts += ["failed", _block(str(result.error_message))]
+    for number, sample in enumerate(result.samples, start=1):
+        said = verdicts[sample.matches] if sample.ok else "failed"
+        parts += [
+            f"sample {number}: {said}",
+            _block(sample.text if sample.ok else str(sample.error_message)),
+        ]
     return "\n\n".join(parts)
 
 

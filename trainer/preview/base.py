@@ -36,6 +36,26 @@ class ServerAnswer(BaseModel):
     raw_text: str | None = None
 
 
+class PreviewSample(BaseModel):
+    """A further answer to a prompt by the same weights; fields as in `PreviewResult`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str
+    raw_text: str = ""
+    matches: bool | None = None
+    scores: dict[str, float | None] = {}
+    tokens_generated: int = 0
+    finish_reason: FinishReason = "stop"
+    health: tuple[str, ...] = ()
+    error_message: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True when there is an answer to show."""
+        return self.error_message is None
+
+
 class PreviewResult(BaseModel):
     """One answer, with everything needed to judge it and to trust it."""
 
@@ -77,6 +97,9 @@ class PreviewResult(BaseModel):
     """Mean probability of the golden tokens, from 0 to 1; None where not asked for."""
     scores: dict[str, float | None] = {}
     """By the names of `monitoring.scores`; None: the score says nothing of this answer."""
+    samples: tuple[PreviewSample, ...] = Field(default=(), exclude_if=lambda found: not found)
+    """Further answers to the same prompt, sample 1 first, where monitoring.num_preview_samples is
+    above 1. Servers know nothing of them: where there are none, nothing travels."""
     received_step: int | None = None
     """The step training was at when the answer arrived: minus `step`, how far behind it is."""
     visible_s: float | None = None
@@ -91,6 +114,11 @@ class PreviewResult(BaseModel):
     def ok(self) -> bool:
         """True when there is an answer to show."""
         return self.error_message is None
+
+    @property
+    def answers(self) -> list[PreviewResult | PreviewSample]:
+        """This answer and the further ones, by the number of the sample."""
+        return [self, *self.samples]
 
     @classmethod
     def failed(

@@ -1,8 +1,9 @@
 """The only code that samples tokens: used in the training process and by a worker alike.
 
 One left-padded batch, one `generate` call. A logits processor samples with one number per row and
-token that is a function of (seed, prompt, position), so it depends neither on the order of prompts
-nor on the device nor on the global random state; with temperature 0 the most likely token wins.
+token that is a function of (seed, prompt, position, sample), so it depends neither on the order of
+prompts nor on the device nor on the global random state; with temperature 0 the most likely token
+wins.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
+from trainer.config.schema import MIN_TEMPERATURE
 from trainer.models.devices import any_algorithm
+from trainer.preview.samples import sample_seed
 
 STOP_WINDOW = 48
 """Tokens at the end that are decoded to look for a stop string, at least."""
-
-MIN_TEMPERATURE = 1e-5
-"""Below it scores would overflow, and the most likely token is what is meant."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,23 @@ class NoiseProcessor(LogitsProcessor):  # type: ignore[misc]
     drawn, however large the vocabulary, and equal scores give equal tokens on every device.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> None:
-        """Derive one seed per row from the run's seed and the row's prompt ids."""
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperature: float,
+        seed: int,
+        samples: Sequence[int] = (),
+    ) -> None:
+        """Derive one seed per row from the run's seed, the row's prompt ids and its sample.
+
+        Args:
+            samples: number of each row's sample; empty: 0 for all.
+        """
         self.temperature = temperature
-        self.seeds = [_row_seed(prompt, seed) for prompt in prompts]
+        self.seeds = [
+            _row_seed(prompt, sample_seed(seed, sample))
+            for prompt, sample in zip(prompts, samples or [0] * len(prompts), strict=True)
+        ]
         self.position = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -119,6 +132,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     processors: Sequence[Any] = (),
+    samples: Sequence[int] = (),
 ) -> list[Generation]:
     """Continue every prompt; the caller chooses mode, autocast and device of the model.
 
@@ -128,6 +142,7 @@ def generate(
         prompts: token ids, B rows of any length.
         settings: limits, temperature, stops.
         processors: the profile's, state per row; run before temperature and noise.
+        samples: number of each row's sample; empty: 0 for all.
     Returns:
         B generations in the order of the prompts.
     """
@@ -139,7 +154,7 @@ def generate(
         room = max(1, min(room, settings.max_length - width))
     chain = LogitsProcessorList(processors)
     if settings.temperature >= MIN_TEMPERATURE:
-        chain.append(NoiseProcessor(prompts, settings.temperature, settings.seed))
+        chain.append(NoiseProcessor(prompts, settings.temperature, settings.seed, samples))
     stopping = StoppingCriteriaList()
     if settings.stop_strings:
         stopping.append(StopStrings(tokenizer, settings.stop_strings, width))

@@ -186,6 +186,7 @@ class LocalPreviewBackend:
                     *self.profile.logits_processors(self.tokenizer, stop_ids=settings.stop_ids),
                     *self.processors,
                 ],
+                samples=[request.sample for request in requests],
             )
             seconds = time.perf_counter() - started
             scores = [self._score(request) for request in requests]
@@ -198,8 +199,8 @@ class LocalPreviewBackend:
     def _score(self, request: PreviewRequest) -> dict[str, Any]:
         """The golden answer's tokens and log-probabilities, where they are wanted and known."""
         prompt, golden = request.prompt_token_ids, request.golden_token_ids
-        if not (self.with_golden_logprobs and prompt and golden):
-            return {}
+        if not (self.with_golden_logprobs and prompt and golden) or request.sample:
+            return {}  # one sample has said it
         return {
             "golden_tokens": tuple(_token(self.tokenizer, token) for token in golden),
             **golden_figures(golden_logprobs(self.model, prompt, golden).tolist()),

@@ -31,6 +31,7 @@ from trainer.preview.base import (
 )
 from trainer.preview.http import OneByOneBackend
 from trainer.preview.openai_wire import Answer, read_answer, wire_messages
+from trainer.preview.samples import sample_seed
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,8 @@ class OpenAIPreviewBackend(OneByOneBackend):
         if self.model is None:
             self._find_model(deadline)
         path, question = self._question(request)
-        found = self._post(path, self._body(question, max_new_tokens), deadline)
+        body = self._body(question, max_new_tokens, request.sample)
+        found = self._post(path, body, deadline)
         try:
             answer = read_answer(found, max_new_tokens)
         except ValueError as error:
@@ -286,13 +288,15 @@ class OpenAIPreviewBackend(OneByOneBackend):
         messages, tools = wire_messages(turns)
         return "/chat/completions", {"messages": messages, **({"tools": tools} if tools else {})}
 
-    def _body(self, question: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    def _body(
+        self, question: dict[str, Any], max_new_tokens: int, sample: int = 0
+    ) -> dict[str, Any]:
         return {
             "model": self.model,
             **question,
             "max_tokens": max_new_tokens,
             "temperature": self.temperature,
-            "seed": self.seed,
+            "seed": sample_seed(self.seed, sample),
         }
 
     def _post(self, path: str, body: dict[str, Any], deadline: float) -> Any:
@@ -337,10 +341,12 @@ class OpenAIPreviewBackend(OneByOneBackend):
         for field in FIELDS:
             if field.name not in sent or not re.search(field.pattern, words):
                 continue
-            if field.instead is not None or sent[field.name] == field.default:
+            # The seeds of further samples are made of the one that was set, or not.
+            value = self.seed if field.name == "seed" else sent[field.name]
+            if field.instead is not None or value == field.default:
                 return field
             raise _ExplicitError(
-                f"{field.option}={sent[field.name]!r} is set, and {self.url} refuses "
+                f"{field.option}={value!r} is set, and {self.url} refuses "
                 f"{field.name!r}: {words} Leave {field.option} at its default, which is then not "
                 "sent, or take previews from elsewhere (monitoring.preview_backend)."
             )

@@ -22,6 +22,7 @@ import torch
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
 from trainer.preview.drift import Drift
 from trainer.preview.measure_drift import LocalDrift
+from trainer.preview.samples import joined_samples, sample_requests
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +249,7 @@ class PreviewScheduler:
         delivery: Settling | None = None,
         evaluation: EvaluationSet | None = None,
         is_on_gpu: bool = False,
+        num_samples: int = 1,
         drift: LocalDrift | None = None,
         deliver_drift: Callable[[int, Drift], None] = lambda step, drift: None,
     ) -> None:
@@ -261,6 +263,7 @@ class PreviewScheduler:
             delivery: what `deliver` hands answers on to, where that takes time.
             evaluation: prompts that are answered besides, at some steps.
             is_on_gpu: training is, on the current device.
+            num_samples: answers to each prompt of the previews; a lane knows its own number.
             drift: measures it where previews are made in the training thread.
             deliver_drift: called with step and what was measured, like `deliver`.
         """
@@ -276,9 +279,9 @@ class PreviewScheduler:
         if isinstance(backend, PreviewBackend):
             is_local = backend.backend_type == "local"
             self.lane = (
-                InlineLane(backend, requests, evaluation, drift)
+                InlineLane(backend, requests, evaluation, drift, num_samples)
                 if is_local
-                else ThreadLane(backend, requests)
+                else ThreadLane(backend, requests, num_samples)
             )
         else:
             self.lane = backend
@@ -409,6 +412,18 @@ def batches_of(requests: Sequence[PreviewRequest]) -> list[list[PreviewRequest]]
     ]
 
 
+def samples_of(
+    backend: PreviewBackend, requests: list[PreviewRequest], step: int, num_samples: int
+) -> list[PreviewResult]:
+    """A backend's answers with further samples in them, which are batches of their own."""
+    batches = [answers_of(backend, requests, step)]
+    for sample in range(1, num_samples):
+        if not any(result.ok for result in batches[0]):
+            break  # whoever is away is not asked again
+        batches.append(answers_of(backend, sample_requests(requests, sample), step))
+    return joined_samples(batches)
+
+
 def answers_of(
     backend: PreviewBackend, requests: list[PreviewRequest], step: int
 ) -> list[PreviewResult]:
@@ -430,9 +445,10 @@ class InlineLane:
         requests: list[PreviewRequest],
         evaluation: EvaluationSet | None = None,
         drift: LocalDrift | None = None,
+        num_samples: int = 1,
     ) -> None:
         """Take who answers what, and what else is measured with the same weights."""
-        self.backend, self.requests = backend, requests
+        self.backend, self.requests, self.num_samples = backend, requests, num_samples
         self.evaluation, self.drift = evaluation, drift
 
     def start(self, on_finished: OnFinished) -> None:
@@ -442,7 +458,7 @@ class InlineLane:
     def ask(self, step: int, *, is_kept: bool, is_evaluated: bool = False) -> None:
         """Answer now."""
         started = time.perf_counter()
-        results = answers_of(self.backend, self.requests, step)
+        results = samples_of(self.backend, self.requests, step, self.num_samples)
         if is_evaluated and self.evaluation is not None and self.evaluation.backend is not None:
             for batch in batches_of(self.evaluation.requests):
                 results += answers_of(self.evaluation.backend, batch, step)
@@ -477,9 +493,11 @@ class InlineLane:
 class ThreadLane:
     """Asks a backend with weights of its own in one thread; newer steps replace waiting ones."""
 
-    def __init__(self, backend: PreviewBackend, requests: list[PreviewRequest]) -> None:
+    def __init__(
+        self, backend: PreviewBackend, requests: list[PreviewRequest], num_samples: int = 1
+    ) -> None:
         """Take who answers what."""
-        self.backend, self.requests = backend, requests
+        self.backend, self.requests, self.num_samples = backend, requests, num_samples
         self._changed = threading.Condition()
         self._next: tuple[int, float] | None = None
         self._running: tuple[int, float] | None = None
@@ -553,7 +571,7 @@ class ThreadLane:
                 current = self._running
             assert current is not None, "waited for"
             step, asked_at = current
-            results = answers_of(self.backend, self.requests, step)
+            results = samples_of(self.backend, self.requests, step, self.num_samples)
             seconds = round(time.monotonic() - asked_at, 3)
             results = [one.model_copy(update={"visible_s": seconds}) for one in results]
             with self._changed:

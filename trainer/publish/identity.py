@@ -306,5 +306,6 @@ def _result(
             "golden_tokens": tuple(map(decode, ids or ())) if is_scored else None,
             **measured,
             "scores": {},
+            "samples": (),
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import threading
@@ -16,6 +17,7 @@ import torch
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.drift import Drift
 from trainer.preview.local import release_memory
+from trainer.preview.samples import joined_samples, sample_requests
 from trainer.preview.scheduler import Finished, OnFinished
 from trainer.publish.children import PublisherProcess, Worker
 from trainer.publish.identity import Canary, results_of
@@ -407,10 +409,13 @@ class PublishedPreviews:
 
     def _judged(self, one: Staged, answer: dict[str, Any]) -> list[PreviewResult]:
         """The worker's answers as results; a comparison that fails is an error of its prompts."""
+        count, num_samples = len(self.requests), self.setup.get("num_samples", 1)
+        shown, evaluated = self.requests, self._requests(one.step)[count:]
+        asked = [sample_requests(shown, sample) for sample in range(num_samples)]
         try:
-            return results_of(
+            found = results_of(
                 answer,
-                self._requests(one.step),
+                [*itertools.chain(*asked), *evaluated],
                 one.step,
                 canary=(self.canary, one.canary_value),
                 matches=self.matches,
@@ -418,6 +423,8 @@ class PublishedPreviews:
                 backend_type=self.backend_type,
                 visible_s=time.monotonic() - one.asked_at,
             )
+            batches = [found[count * n : count * (n + 1)] for n in range(num_samples)]
+            return joined_samples(batches) + found[count * num_samples :]
         except Exception as error:  # the profile's own code, or an answer that nobody thought of
             logger.exception("the previews of step %d cannot be used; training goes on", one.step)
             message = f"the answer cannot be used ({type(error).__name__}: {error})"

@@ -32,6 +32,7 @@ from trainer.child import own_lines
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError, RefusedError, TooSlowError
 from trainer.preview.drift import BaseAnswer, Drift, DriftRequest, load_base, save_base
+from trainer.preview.samples import sample_seed
 from trainer.publish.client import Transport, WorkerClient
 from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import AdapterConfig, PreviewsRequest, PreviewsResult, ServerHashes
@@ -92,6 +93,9 @@ class Setup(PublisherMessage):
     """Full weights under the adapter, as a safetensors file."""
     previews: dict[str, Any]
     """A PreviewsRequest without run, step and weights_id."""
+    num_samples: int = 1
+    """Answers to each of these prompts; each further one is a batch with a seed of its own, which
+    every server can be asked for."""
     evaluation: list[dict[str, Any]] = []
     """The same for prompts that are asked besides, at some steps; one batch each."""
     drift_prompts: list[list[int]] = []
@@ -231,8 +235,7 @@ class Publisher:
         }
         found: PreviewsResult | None = None
         try:
-            bodies = [self.setup.previews, *(self.setup.evaluation if give.is_evaluated else ())]
-            for part, body in enumerate(bodies):
+            for part, body in enumerate(self._bodies(give)):
                 drift = self._drift(give.step) if part == 0 else None
                 request = PreviewsRequest.model_validate({**body, **identity, "drift": drift})
                 num_prompts = len(request.prompts) + (len(drift.prompts) if drift else 0)
@@ -248,6 +251,19 @@ class Publisher:
             "generate_s": time.monotonic() - sent,
         }
         return pushed.weights_id, found
+
+    def _bodies(self, give: Give) -> list[dict[str, Any]]:
+        """The batches of a step: previews, their further samples, and the evaluation if it is due.
+
+        Golden answers are scored with the first batch.
+        """
+        previews = self.setup.previews
+        seed = previews.get("seed", PreviewsRequest.model_fields["seed"].default)
+        seeds = [sample_seed(seed, sample) for sample in range(1, self.setup.num_samples)]
+        samples = [
+            {**previews, "seed": one, "golden_logprobs": False, "canary": None} for one in seeds
+        ]
+        return [previews, *samples, *(self.setup.evaluation if give.is_evaluated else ())]
 
     def _ask(self, request: PreviewsRequest, part: int, timeout_s: float) -> PreviewsResult:
         """Previews, without drift where the server does not know it: an older one refuses it."""

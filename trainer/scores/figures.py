@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from trainer.preview.base import PreviewResult
-from trainer.scores.statistics import difference_of, interval_of
+from trainer.scores.statistics import difference_of, interval_of, is_binary, pass_at
 
 GOLDEN_PROBABILITY = "golden_probability"
 
@@ -20,6 +20,12 @@ GOLDEN_LOGPROB = "golden_logprob"
 
 SCORE = "score."
 """Before the names of `monitoring.scores`."""
+
+MATCH = "match"
+"""The profile's comparison with golden, where several samples of each prompt tell of it."""
+
+PASS = ".pass@"
+"""Between the name of a verdict and the k of pass@k."""
 
 
 class FigurePart(BaseModel):
@@ -51,7 +57,8 @@ class ScoreFigure(FigurePart):
     """The mean of one score over the prompts of one step."""
 
     name: str
-    """`golden_probability`, `golden_logprob`, or `score.` and a name of `monitoring.scores`."""
+    """`golden_probability`, `golden_logprob`, or `score.` and a name of `monitoring.scores`; of
+    several samples also `match.pass@K` and `score.NAME.pass@K`."""
     step: int
     """The step whose weights answered."""
     mean: float
@@ -81,17 +88,54 @@ def values_of(result: PreviewResult) -> dict[str, float]:
     return {name: v for name, v in (found | scores).items() if math.isfinite(v)}
 
 
+def verdicts_of(result: PreviewResult) -> dict[str, list[float]]:
+    """By name, a value of each sample; what one of them lacks is not in it, nor are shares.
+
+    Of one answer alone nothing is told.
+    """
+    if not result.samples:
+        return {}
+    found: dict[str, list[float | bool | None]] = {MATCH: [one.matches for one in result.answers]}
+    for name in result.scores:
+        found[SCORE + name] = [one.scores.get(name) for one in result.answers]
+    return {
+        name: [float(value) for value in values if value is not None]
+        for name, values in found.items()
+        if all(value is not None and math.isfinite(value) for value in values)
+    }
+
+
+def pass_values(name: str, verdicts: Sequence[float]) -> dict[str, float]:
+    """pass@k of a prompt for k = 1, 2, 4 and so on, and for all of its samples."""
+    count, right = len(verdicts), sum(one == 1.0 for one in verdicts)
+    powers = [2**power for power in range(count.bit_length()) if 2**power < count]
+    return {f"{name}{PASS}{k}": pass_at(right, count, k) for k in [*powers, count]}
+
+
 class ScoreHistory:
     """Every score of every prompt by step; a second answer by the same step replaces the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, graded: Collection[str] = ()) -> None:
+        """Start empty.
+
+        Args:
+            graded: names of scores that are no verdict, whatever their values. So are those that
+                had a value other than 0 and 1; pass@k is of verdicts only.
+        """
         self._by_name: dict[str, dict[int, dict[str, float]]] = {}
+        self._graded = {SCORE + name for name in graded}
 
     def add(self, results: Iterable[PreviewResult]) -> None:
         """Take note of results, of one step or of many."""
         for one in results:
             if one.ok:
-                for name, value in values_of(one).items():
+                values = values_of(one)
+                for name, verdicts in verdicts_of(one).items():
+                    if not is_binary(verdicts):
+                        self._graded.add(name)
+                    elif name not in self._graded:
+                        values |= pass_values(name, verdicts)
+                for name, value in values.items():
                     steps = self._by_name.setdefault(name, {})
                     steps.setdefault(one.step, {})[one.prompt_id or one.prompt] = value
 
@@ -99,7 +143,8 @@ class ScoreHistory:
         """The means of a step, in the order in which the scores first appeared."""
         found = []
         for name, steps in self._by_name.items():
-            if step in steps:
+            verdict, is_pass, _ = name.partition(PASS)
+            if step in steps and not (is_pass and verdict in self._graded):
                 found.append(_figure(name, step, steps))
         return tuple(found)
 

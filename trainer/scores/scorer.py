@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trainer.config.schema import MonitoringConfig
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.scores.spec import ScoreSpec, parse_scores
+from trainer.scores.standard import GRADED
 
 START_TIMEOUT_S = 120.0
 """Longest wait for the import of a score; some of them import torch."""
@@ -239,6 +240,8 @@ class Scorer:
         together = [spec for spec in specs if not spec.is_alone]
         groups = [[spec] for spec in specs if spec.is_alone]
         self.names = [spec.name for spec in specs]
+        self.graded = frozenset(spec.name for spec in specs if spec.kind in GRADED)
+        """Those that are no verdict of right or wrong."""
         self.timeout_s = timeout_s
         self.processes = [
             ScoreProcess(group, columns, log) for group in ([together] if together else []) + groups
@@ -259,13 +262,18 @@ class Scorer:
         """The results with their scores, and by score why it has none.
 
         Args:
-            results: of one step; those without an answer get no scores.
+            results: of one step, their further samples in them; those without an answer get no
+                scores.
             requests: by prompt_id.
         """
         answered = [one for one in results if one.ok]
         if not answered:
             return list(results), {}
-        answers = [_answer(one, requests.get(one.prompt_id)) for one in answered]
+        answers = [
+            _answer(one, text, requests.get(one.prompt_id))
+            for one in answered
+            for text in [one.text, *(sample.text for sample in one.samples if sample.ok)]
+        ]
         found: dict[str, Any] = {}
         threads = [
             threading.Thread(
@@ -283,11 +291,11 @@ class Scorer:
             thread.join()
         errors = {name: words for name, words in found.items() if isinstance(words, str)}
         columns = {name: found[name] for name in self.names if name not in errors}
-        scored = iter(
-            one.model_copy(update={"scores": {name: column[i] for name, column in columns.items()}})
-            for i, one in enumerate(answered)
+        rows = iter(
+            {"scores": {name: column[i] for name, column in columns.items()}}
+            for i in range(len(answers))
         )
-        return [next(scored) if one.ok else one for one in results], errors
+        return [_scored(one, rows) if one.ok else one for one in results], errors
 
     def close(self) -> None:
         """End the processes; what is being computed is given up."""
@@ -295,12 +303,19 @@ class Scorer:
             process.close()
 
 
-def _answer(result: PreviewResult, request: PreviewRequest | None) -> dict[str, Any]:
-    """What scores are told of an answer."""
+def _scored(result: PreviewResult, rows: Iterator[dict[str, Any]]) -> PreviewResult:
+    """A result and its samples with the next rows of scores, in the order they were asked in."""
+    own = next(rows)
+    samples = tuple(one.model_copy(update=next(rows)) if one.ok else one for one in result.samples)
+    return result.model_copy(update={**own, "samples": samples})
+
+
+def _answer(result: PreviewResult, text: str, request: PreviewRequest | None) -> dict[str, Any]:
+    """What scores are told of an answer, which is one of the result's samples."""
     turn = {"role": "user", "content": result.prompt}
     messages = [dict(one) for one in request.messages] if request is not None else []
     return {
-        "completion": result.text,
+        "completion": text,
         "golden_answer": result.golden_answer,
         "prompt": result.prompt,
         "messages": messages or [turn],

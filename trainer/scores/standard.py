@@ -235,6 +235,9 @@ PLAIN: dict[str, Score] = {
     "tool_calls": tool_calls,
 }
 
+GRADED = frozenset({"f1", "rouge_l"})
+"""Scores that are no verdict of right or wrong, also where all are 0 or 1."""
+
 WITH_ARGUMENT: dict[str, Callable[[str], Score]] = {
     "json_schema": schema_score,
     "regex": regex_score,

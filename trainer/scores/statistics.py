@@ -106,6 +106,17 @@ def _is_spread_seen(values: Sequence[float]) -> bool:
     return len(values) - most >= MIN_INFORMATIVE
 
 
+def pass_at(right: int, count: int, k: int) -> float:
+    """The chance that one of k answers is right, where `right` of `count` are: pass@k, unbiased.
+
+    Of all ways to take k of them, the share with a right one (Chen et al. 2021).
+
+    Args:
+        k: from 1 to count.
+    """
+    return 1 - math.comb(count - right, k) / math.comb(count, k)
+
+
 # ---- pairs: the same prompts at two steps
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import hashlib
 import json
 import logging
 import secrets
@@ -26,6 +25,7 @@ from trainer.preview.drift import Drift, DriftRequest, of_base
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.measure_drift import base_answers, base_settings, drift_from
 from trainer.preview.neutral import as_received, golden_logprobs
+from trainer.preview.samples import MAX_SEED, sample_seed
 from trainer.profiles import Message, get_profile
 from trainer.publish.wire import (
     AdapterConfig,
@@ -37,8 +37,6 @@ from trainer.publish.wire import (
 from trainer.server.held_model import HeldModel, UnanswerableError
 from trainer.server.inference_process import SharedNumbers
 from trainer.server.token_watch import JobCancelledError, TokenWatch, beat
-
-MAX_SEED = 2**53
 
 logger = logging.getLogger(__name__)
 
@@ -251,14 +249,6 @@ class Engine:
     def _signed(self, result: PreviewResult) -> PreviewResult:
         signs = {"weights_id": self.held.weights_id, "weights": "published"}
         return result.model_copy(update={**signs, "backend_type": "remote_3090"})
-
-
-def sample_seed(seed: int, sample: int) -> int:
-    """The seed of one of several samples; the first is the one that is made alone."""
-    if sample == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed}:{sample}".encode()).digest()
-    return int.from_bytes(digest[:7], "big") % MAX_SEED
 
 
 def engine_main(numbers: SharedNumbers, lines: IO[bytes], out: IO[bytes]) -> None:

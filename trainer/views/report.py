@@ -46,6 +46,7 @@ from trainer.views.timeline import (
     golden_words,
     mark_of,
 )
+from trainer.views.words import mark_of_sample
 
 REPORT_NAME = "report.html"
 
@@ -76,6 +77,14 @@ class Answer:
     knows: str | None
     """Whether the weights of `last_step` know the golden answer, as its tokens say."""
     tokens: Sequence[Any] = field(default_factory=tuple)
+
+    @property
+    def samples(self) -> list[tuple[str, str]]:
+        """(sign, text) of the further samples."""
+        return [
+            (mark_of_sample(one), one.text if one.ok else one.error_message or "")
+            for one in self.result.samples
+        ]
 
     @property
     def steps(self) -> str:
@@ -232,7 +241,8 @@ def _answers(line: Timeline) -> tuple[list[Answer], int]:
 def _is_same(one: PreviewResult, other: PreviewResult) -> bool:
     """Whether two answers tell the reader the same."""
     names = ("text", "raw_text", "matches", "health", "finish_reason", "error_message", "weights")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+    is_same = all(getattr(one, name) == getattr(other, name) for name in names)
+    return is_same and [s.text for s in one.samples] == [s.text for s in other.samples]
 
 
 def _config(reader: RunReader) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ from trainer.monitoring.events import ScoresDone
 from trainer.scores.figures import (
     GOLDEN_LOGPROB,
     GOLDEN_PROBABILITY,
+    PASS,
     SCORE,
     ScoreDifference,
     ScoreFigure,
@@ -27,8 +28,10 @@ _LABELS = {
 
 
 def label_of(name: str) -> str:
-    """What a figure is called, such as `golden token probability` or `number`."""
-    return _LABELS.get(name, name.removeprefix(SCORE))
+    """What a figure is called, such as `golden token probability`, `number` or `number pass@4`."""
+    name, is_pass, k = name.partition(PASS)
+    label = _LABELS.get(name, name.removeprefix(SCORE))
+    return f"{label} pass@{k}" if is_pass else label
 
 
 def curve_name(source: str, name: str) -> str:
@@ -127,6 +130,18 @@ def figure_rows(events: Sequence[ScoresDone]) -> list[tuple[str, str]]:
 
 
 def shown_figures(figures: Sequence[ScoreFigure]) -> list[ScoreFigure]:
-    """Those for people: a log-probability says once more what the probability says."""
+    """Those for people: a log-probability says once more what the probability says, and of pass@k
+    they get the smallest and the largest k."""
     names = {one.name for one in figures}
-    return [one for one in figures if one.name != GOLDEN_LOGPROB or GOLDEN_PROBABILITY not in names]
+    largest: dict[str, int] = {}
+    for name in names:
+        verdict, is_pass, k = name.partition(PASS)
+        if is_pass and k.isdecimal():
+            largest[verdict] = max(largest.get(verdict, 1), int(k))
+    hidden = {GOLDEN_LOGPROB} if GOLDEN_PROBABILITY in names else set()
+    ends = {f"{verdict}{PASS}{k}" for verdict, most in largest.items() for k in (1, most)}
+    return [
+        one
+        for one in figures
+        if one.name not in hidden and (PASS not in one.name or one.name in ends)
+    ]

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
-from trainer.preview.base import PreviewResult
+from trainer.preview.base import PreviewResult, golden_figures
 from trainer.scores.figures import ScoreFigure
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
-from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED
+from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED, samples_words
 from trainer.views.words import mark_of as sign_of
 
 MAX_PAIRS = 200_000
@@ -208,7 +208,10 @@ def golden_words(result: PreviewResult) -> str | None:
     if not nats:
         return None
     mean = math.exp(min(sum(nats) / len(nats), 0.0))
-    figure = f"{100 * mean:.0f} % a golden token"
+    # The number that stands everywhere else; the verdict is stricter, as one unlikely token is
+    # enough for another answer.
+    shown = golden_figures(nats)["golden_probability"]
+    figure = f"golden tokens {100 * shown:.1f} %"
     if result.matches:
         return f"says the golden answer ({figure})"
     if mean >= LIKELY:
@@ -220,6 +223,8 @@ def facts_of(result: PreviewResult) -> list[str]:
     """What is to be said of one answer besides its text, the most important first."""
     facts = [] if result.held_out else ["also trained on"]
     facts += [flag.replace("_", " ") for flag in result.health]
+    if result.samples:
+        facts.append(samples_words(result))
     if result.ok:
         facts.append(f"{result.tokens_generated} tokens, {result.tokens_per_sec:,.0f} tokens/s")
     where = f"by {result.backend_type}"

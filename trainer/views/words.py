@@ -19,7 +19,7 @@ from trainer.monitoring.events import (
     StepDone,
     printable,
 )
-from trainer.preview.base import PreviewResult
+from trainer.preview.base import PreviewResult, PreviewSample
 
 MARKS = {True: "=", False: "x", None: "."}
 """Sign before a preview: matches its golden answer, does not, or cannot be compared."""
@@ -40,12 +40,29 @@ def mark_of(result: PreviewResult) -> str:
     return MARKS[result.matches] if result.ok else MARK_ERROR
 
 
+def mark_of_sample(sample: PreviewSample) -> str:
+    """The sign of a further sample, as that of a preview."""
+    return MARKS[sample.matches] if sample.ok else MARK_ERROR
+
+
+def samples_words(result: PreviewResult) -> str:
+    """How many of a prompt's answers are right, such as `3 of 8 samples match`; "" for one."""
+    if not result.samples:
+        return ""
+    compared = [one.matches for one in result.answers if one.matches is not None]
+    if compared:
+        return f"{sum(compared)} of {len(compared)} samples match"
+    return f"{1 + len(result.samples)} samples"
+
+
 def remarks_of(result: PreviewResult) -> str:
     """What a preview needs said beside it, such as `(repeats, golden tokens 1.5 %)`; "" when
     there is nothing."""
     remarks = [name.replace("_", " ") for name in result.health]
     if not result.held_out:
         remarks.insert(0, "trained on")
+    if result.samples:
+        remarks.append(samples_words(result))
     if result.golden_probability is not None:
         remarks.append(f"golden tokens {100 * result.golden_probability:.1f} %")
     remarks += [

@@ -10,7 +10,10 @@ import pytest
 from tests.integration import faulty_proxy as faults
 from tests.integration.serving import Server
 from trainer.monitoring import create_preview_backend
+from trainer.preview.base import PreviewRequest
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.openai import OpenAIPreviewBackend
+from trainer.preview.scheduler import samples_of
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +43,28 @@ def test_its_answers_are_those_of_its_own_weights_and_labelled_unverified(
     assert (theirs.text, theirs.tokens_generated) == (plain, mine.tokens_generated)
     assert (theirs.weights, theirs.weights_id, theirs.step) == ("unverified", None, 3)
     backend.close()
+
+
+def test_its_samples_are_those_of_the_same_weights_here(model: Any, server: Server) -> None:
+    import torch
+
+    from trainer.config.training_sections import ModelSection
+    from trainer.models.load import load_model, load_tokenizer
+
+    section = ModelSection(model_path=str(model))
+    tokenizer = load_tokenizer(section)
+    more = {"max_new_tokens": 12, "temperature": 0.7, "seed": 5}
+    here = LocalPreviewBackend(
+        model=load_model(section, dtype=torch.float32), tokenizer=tokenizer, **more
+    )
+    there = OpenAIPreviewBackend(base_url=f"{server.url}/v1", tokenizer=tokenizer, **more)
+    there.check()
+    request = PreviewRequest(prompt="2+2?", prompt_token_ids=tuple(here.render("2+2?")))
+    [mine], [theirs] = (samples_of(one, [request], 3, 4) for one in (here, there))
+    there.close()
+    plain = [one.text.replace("<|endoftext|>", "") for one in mine.answers]
+    assert [one.text for one in theirs.answers] == plain
+    assert len(set(plain)) == 4
 
 
 def test_a_run_shows_them_and_trains_as_without(

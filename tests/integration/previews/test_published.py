@@ -18,7 +18,11 @@ from trainer.monitoring import TrainingStatusReader
 
 pytestmark = pytest.mark.slow
 KEY = "k" * 20
-SHOWN = ("step", "prompt_id", "text", "raw_text", "matches", "tokens_generated", "finish_reason")
+SHOWN = (
+    *("step", "prompt_id", "text", "raw_text", "matches", "tokens_generated", "finish_reason"),
+    "samples",
+)
+SAMPLES = {"num_preview_samples": 3, "preview_temperature": 0.7}
 
 
 @pytest.fixture
@@ -63,6 +67,7 @@ def test_a_sidecar_says_what_local_previews_say_and_every_one_is_verified(
 ) -> None:
     before = leftovers()
     scores = {"scores": ["number", "f1"], "num_eval_samples": 3, "num_score_prompts": 5}
+    scores |= SAMPLES
     local = train("local", monitoring=scores)
     result = train("sidecar", monitoring={**scores, "preview_backend": "sidecar"})
     assert result.success, result.error_message
@@ -73,6 +78,8 @@ def test_a_sidecar_says_what_local_previews_say_and_every_one_is_verified(
     assert {row["backend_type"] for row in rows} == {"sidecar"}
     assert [row["golden_tokens"] for row in rows] == [row["golden_tokens"] for row in ours]
     for row, mine in zip(rows, ours, strict=True):
+        assert len({row["text"], *(one["text"] for one in row["samples"])}) == 3
+        assert all(set(one["scores"]) == {"number", "f1"} for one in row["samples"])
         assert row["golden_logprobs"] == pytest.approx(mine["golden_logprobs"], abs=1e-4)
         assert row["golden_probability"] == pytest.approx(mine["golden_probability"], abs=1e-4)
         assert row["scores"] == mine["scores"]
@@ -102,8 +109,9 @@ def test_pushed_over_http_the_answers_equal_the_local_ones_byte_for_byte(
     mode: str,
 ) -> None:
     hyper = {"training_mode": mode}
-    local = train("local", hyperparams=hyper)
-    result = train("remote", hyperparams=hyper, monitoring=remote(server, tmp_path))
+    local = train("local", hyperparams=hyper, monitoring=SAMPLES)
+    there = remote(server, tmp_path, **SAMPLES)
+    result = train("remote", hyperparams=hyper, monitoring=there)
     assert result.success, result.error_message
     assert_same_weights(local.model_path, result.model_path)
     assert shown(tmp_path / "remote") == shown(tmp_path / "local")

@@ -150,6 +150,18 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
     ),
     (
+        {"monitoring.num_preview_samples": 4, "monitoring.preview_temperature": 0},
+        {"monitoring.num_preview_samples", "monitoring.preview_temperature"},
+    ),
+    (
+        {"monitoring.num_preview_samples": 4, "monitoring.inference_interval": 0},
+        {
+            "monitoring.num_preview_samples",
+            "monitoring.inference_interval",
+            "monitoring.num_eval_samples",
+        },
+    ),
+    (
         {"distributed.strategy": "fsdp2", "hyperparams.optimizer": "muon"},
         {"distributed.strategy", "hyperparams.optimizer"},
     ),

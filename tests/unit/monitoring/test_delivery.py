@@ -31,6 +31,8 @@ class Recorder:
 class SlowScorer:
     """Scores when it is told to."""
 
+    graded: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self.go, self.is_closed = threading.Event(), False
 

@@ -25,7 +25,7 @@ from trainer.monitoring.tracking import (
     summary_writer,
     tensorboard_callback,
 )
-from trainer.preview.base import PreviewResult
+from trainer.preview.base import PreviewResult, PreviewSample
 
 torch.set_num_threads(1)
 
@@ -161,6 +161,24 @@ def test_scores_of_answers_stand_beside_their_texts_in_tables_and_text():
     assert rows[1][columns.index("error")] == "too slow"
     assert len(rows[2][columns.index("generated")]) == 8192
     assert preview_markdown(answers[0]).startswith("step 4: not compared, f1 0.5\n")
+
+
+def test_each_sample_has_its_row_and_its_text():
+    said = (
+        PreviewSample(text="5", matches=True, scores={"f1": 1.0}),
+        PreviewSample(text="", error_message="no luck"),
+    )
+    first = PreviewResult(step=4, prompt="p", text="4", matches=False, samples=said)
+    columns, rows = table_of([first.model_copy(update={"scores": {"f1": 0.0}})])
+    names = ("sample", "generated", "matches", "error", "score.f1")
+    assert [[row[columns.index(name)] for name in names] for row in rows] == [
+        [0, "4", "no", "", 0.0],
+        [1, "5", "yes", "", 1.0],
+        [2, "", "", "no luck", None],
+    ]
+    text = preview_markdown(first)
+    assert "sample 1: matches\n\n    5" in text
+    assert "sample 2: failed\n\n    no luck" in text
 
 
 def test_without_texts_tensorboard_gets_numbers_only(tmp_path, previews):

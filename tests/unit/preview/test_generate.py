@@ -44,6 +44,36 @@ def test_a_batch_says_what_one_by_one_says(model: Any, tokenizer: Any, temperatu
     assert batch == single
 
 
+def test_a_sample_is_the_same_whatever_batch_it_is_in(model: Any, tokenizer: Any) -> None:
+    model.double()
+
+    def ask(prompts: Any, samples: list[int]) -> list[list[int]]:
+        with torch.no_grad():
+            found = generate(model, tokenizer, prompts, settings(temperature=1.0), (), samples)
+        return [one.raw_ids for one in found]
+
+    alone = {(n, k): ask([PROMPTS[n]], [k])[0] for n in range(4) for k in range(3)}
+    for k in range(3):
+        assert ask(PROMPTS, [k] * 4) == [alone[n, k] for n in range(4)]
+    mixed = [(2, 1), (0, 2), (2, 0), (2, 2), (1, 1), (0, 0)]
+    together = ask([PROMPTS[n] for n, _ in mixed], [k for _, k in mixed])
+    assert together == [alone[place] for place in mixed]
+    assert [alone[n, 0] for n in range(4)] == run(model, tokenizer, PROMPTS, temperature=1.0)
+    assert len({tuple(alone[2, k]) for k in range(3)}) == 3
+
+
+def test_samples_of_a_prompt_are_independent_draws_of_the_softmax() -> None:
+    """Pairs of samples 0 and 1 of 20,000 prompts: all 36 cells as often as they should be."""
+    prompts, chosen = [[n] for n in range(20_000)], []
+    for sample in (0, 1):
+        processor = NoiseProcessor(prompts, 0.7, seed=0, samples=[sample] * len(prompts))
+        chosen.append(processor(None, LOGITS.expand(len(prompts), -1)).argmax(-1))  # type: ignore[arg-type]
+    expected = torch.softmax(LOGITS / 0.7, -1)
+    pairs = torch.bincount(6 * chosen[0] + chosen[1], minlength=36)
+    cells = 20_000 * torch.outer(expected, expected).flatten()
+    assert chi_square(pairs, cells) < 66.6  # 35 degrees of freedom
+
+
 def test_greedy_is_the_argmax_of_a_plain_forward_loop(model: Any, tokenizer: Any) -> None:
     expected = list(PROMPTS[0])
     with torch.no_grad():

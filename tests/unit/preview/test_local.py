@@ -13,6 +13,8 @@ import torch
 
 from trainer.preview.base import PreviewBackend, PreviewRequest
 from trainer.preview.local import LocalPreviewBackend
+from trainer.preview.samples import sample_requests
+from trainer.preview.scheduler import samples_of
 from trainer.profiles import get_profile
 
 
@@ -89,6 +91,38 @@ def test_out_of_memory_halves_the_batch(backend: LocalPreviewBackend) -> None:
     assert sizes == [5, 2, 3, 1, 2]
     assert [result.prompt for result in results] == [r.prompt for r in requests(5)]
     assert all(result.ok for result in results)
+
+
+def test_further_samples_change_nothing_of_the_first_and_halve_alike(
+    backend: LocalPreviewBackend,
+) -> None:
+    kept = {"text", "raw_text", "matches", "tokens_generated", "finish_reason", "health"}
+    alone = samples_of(backend, requests(2), 1, 1)
+    several = samples_of(backend, requests(2), 1, 3)
+    assert [one.model_dump(include=kept) for one in several] == [
+        one.model_dump(include=kept) for one in alone
+    ]
+    assert {len(one.samples) for one in several} == {2}
+    for one in several:
+        assert len({said.text for said in one.answers}) == 3
+    sizes = out_of_memory_above(backend, 1)
+    halved = backend.preview_batch(sample_requests(requests(2), 2), 1)
+    assert sizes == [2, 1, 1]
+    assert [one.text for one in halved] == [one.samples[1].text for one in several]
+
+
+def test_a_sample_that_fails_is_told_and_the_others_stay(backend: LocalPreviewBackend) -> None:
+    answer = backend._answer
+
+    def fails(asked: Any, step: int, settings: Any) -> Any:
+        if asked[0].sample == 1:
+            raise RuntimeError("no luck")
+        return answer(asked, step, settings)
+
+    backend._answer = fails  # type: ignore[method-assign]
+    for one in samples_of(backend, requests(2), 1, 3):
+        assert [said.ok for said in one.answers] == [True, False, True]
+        assert one.samples[0].error_message == "RuntimeError: no luck"
 
 
 def test_out_of_memory_for_one_prompt_skips_it_and_says_so(backend: LocalPreviewBackend) -> None:

@@ -16,6 +16,8 @@ from trainer.errors import ConfigError
 from trainer.models.chat_template import tokenizer_hash
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.preview.openai import OpenAIPreviewBackend
+from trainer.preview.samples import sample_requests, sample_seed
+from trainer.preview.scheduler import samples_of
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -191,6 +193,36 @@ def test_a_refused_default_is_asked_without_once_and_said(
     assert renamed.items() <= last.items()
     assert len(said) == len(fields)
     assert all(any(f"'{field}'" in text for text in said) for field in fields)
+
+
+def test_each_sample_is_asked_with_a_seed_of_its_own_until_seeds_are_refused(fake: Fake) -> None:
+    backend = OpenAIPreviewBackend(base_url=fake.url, model="m1")
+    requests = [PreviewRequest(prompt="2+2?"), PreviewRequest(prompt="3+3?")]
+    results = samples_of(backend, requests, 1, 3)
+    assert [[said.ok for said in one.answers] for one in results] == [[True] * 3] * 2
+    expected = [sample_seed(42, sample) for sample in (0, 0, 1, 1, 2, 2)]
+    assert [body["seed"] for body in fake.bodies] == expected
+    assert (expected[0], len(set(expected))) == (42, 3)
+    fake.reply = refuses("seed")
+    [late] = backend.preview_batch(sample_requests(requests[:1], 2), 1)  # it is the first refused
+    assert late.ok, late.error_message
+    assert [len(one.samples) for one in samples_of(backend, requests, 1, 3)] == [2, 2]
+    assert not any("seed" in body for body in fake.bodies[-6:])
+    backend.close()
+
+
+def test_a_server_that_is_away_is_not_asked_for_further_samples() -> None:
+    asked = []
+
+    class Away:
+        backend_type = "openai"
+
+        def preview_batch(self, requests: Any, step: int) -> list[PreviewResult]:
+            asked.append(requests)
+            return [PreviewResult.failed(one, step, "nobody there", "openai") for one in requests]
+
+    [result] = samples_of(Away(), [PreviewRequest(prompt="hi")], 1, 9)  # type: ignore[arg-type]
+    assert (len(asked), result.samples, result.ok) == (1, (), False)
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 7), ("temperature", 0.2)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.base import PreviewRequest, PreviewResult, PreviewSample
 from trainer.publish.identity import Canary, results_of
 from trainer.publish.publisher import FAILURES_TO_OPEN, MAX_OPEN_PAUSE_S, Breaker
 
@@ -40,6 +40,11 @@ def judged(canary_value: float | None, *, mine: float | None = -3.0, **more: Any
         visible_s=0.5,
     )
     return result
+
+
+def test_samples_that_a_worker_made_up_are_left_out() -> None:
+    made_up = (PreviewSample(text="4", matches=True),)
+    assert judged(-3.0, samples=made_up).samples == ()
 
 
 def test_an_agreeing_canary_verifies() -> None:

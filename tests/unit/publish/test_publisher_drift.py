@@ -12,6 +12,7 @@ import pytest
 
 from trainer.exchange import RefusedError
 from trainer.preview.drift import BaseAnswer, Drift, load_base, of_base
+from trainer.preview.samples import sample_seed
 from trainer.publish.publisher import Give, Publisher, Setup, Tries
 from trainer.publish.wire import PreviewsRequest, PreviewsResult
 
@@ -42,6 +43,20 @@ def told(publisher: Publisher, step: int, drift: Drift | None) -> Any:
     publisher.out = io.BytesIO()
     publisher._report(give, Tries(), ID, found)
     return json.loads(publisher.out.getvalue())["drift"]
+
+
+def test_each_sample_is_a_batch_that_differs_by_its_seed_alone(publisher: Publisher) -> None:
+    """So that any server can be asked for samples, one of before them too."""
+    previews = {**publisher.setup.previews, "seed": 7, "golden_logprobs": True, "canary": [0]}
+    publisher.setup = publisher.setup.model_copy(
+        update={"previews": previews, "num_samples": 3, "evaluation": [{"prompts": []}]}
+    )
+    give = Give(step=0, slot=0, path="p", is_kept=False)
+    quiet = {**previews, "golden_logprobs": False, "canary": None}
+    expected = [previews, *({**quiet, "seed": sample_seed(7, sample)} for sample in (1, 2))]
+    assert publisher._bodies(give) == expected
+    evaluated = give.model_copy(update={"is_evaluated": True})
+    assert publisher._bodies(evaluated) == [*expected, {"prompts": []}]
 
 
 def test_step_0_gives_the_base_and_later_steps_are_asked_by_it(publisher: Publisher) -> None:

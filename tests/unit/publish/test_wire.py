@@ -7,8 +7,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from trainer.preview.base import PreviewRequest
-from trainer.publish.wire import AdapterConfig, PreviewPrompt
+from trainer.preview.base import PreviewRequest, PreviewResult, PreviewSample
+from trainer.publish.wire import AdapterConfig, PreviewPrompt, PreviewsResult
 
 ASKED = PreviewRequest(
     prompt="2+2?",
@@ -41,6 +41,14 @@ def test_a_prompt_without_a_golden_answer_travels_without_one() -> None:
 def test_the_server_asks_its_backend_the_same_and_scores_golden_ids_itself() -> None:
     asked = PreviewPrompt.model_validate(PreviewPrompt.values_of(ASKED)).request()
     assert asked == ASKED.model_copy(update={"golden_token_ids": None, "messages": ()})
+
+
+def test_an_answer_travels_without_samples_as_servers_and_older_trainers_know_none() -> None:
+    said = PreviewResult(step=1, prompt="2+2?", text="4")
+    written = PreviewsResult(run="r", step=1, weights_id="0" * 64, results=[said]).model_dump_json()
+    assert "sample" not in written
+    several = said.model_copy(update={"samples": (PreviewSample(text="5"),)})
+    assert PreviewResult.model_validate_json(several.model_dump_json()) == several
 
 
 def test_plain_lora_travels_as_older_servers_know_it() -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.preview.base import PreviewRequest, PreviewResult
+from trainer.preview.base import PreviewRequest, PreviewResult, PreviewSample
 from trainer.scores.functions import ScoreFunction
 from trainer.scores.scorer import MAX_FAILURES, Scorer
 from trainer.scores.spec import parse_scores
@@ -162,6 +162,16 @@ def test_a_bad_score_costs_its_own_column(
         assert words is None or errors[name].startswith(words)
         assert all((name in one.scores) == (words is None) for one in results[:3])
     assert results[3] == FAILED
+
+
+def test_each_sample_has_scores_of_its_own(make_scorer: MakeScorer) -> None:
+    said = [PreviewSample(text="4"), PreviewSample(text="", error_message="no luck")]
+    results = [RESULTS[1].model_copy(update={"samples": tuple(said)}), FAILED, RESULTS[0]]
+    [first, failed, last], errors = make_scorer("exact", "f1").score(results, REQUESTS)
+    assert errors == {}
+    assert first.scores == {"exact": 0.0, "f1": 0.0}
+    assert [one.scores for one in first.samples] == [{"exact": 1.0, "f1": 1.0}, {}]
+    assert (failed.scores, last.scores) == ({}, {"exact": 1.0, "f1": 1.0})
 
 
 def test_two_processes_of_one_score_give_one_answer(make_scorer: MakeScorer) -> None:

@@ -104,7 +104,7 @@ def test_golden_tokens_have_their_probability_and_a_word_for_it() -> None:
     tokens = golden_tokens(result)
     assert [token.level for token in tokens] == ["sure", "doubtful"]
     assert tokens[1].probability == pytest.approx(0.2)
-    assert golden_words(result) == "does not know the golden answer yet (44 % a golden token)"
+    assert golden_words(result) == "does not know the golden answer yet (golden tokens 57.5 %)"
     assert golden_tokens(result_of(0)) == []
     assert golden_words(result_of(0)) is None
 
@@ -112,7 +112,7 @@ def test_golden_tokens_have_their_probability_and_a_word_for_it() -> None:
 def test_a_model_that_knows_but_says_otherwise() -> None:
     result = result_of(0, golden_tokens=("4",), golden_logprobs=(-0.2,), matches=False)
     assert golden_words(result) == (
-        "knows the golden answer (82 % a golden token), generation goes elsewhere"
+        "knows the golden answer (golden tokens 81.9 %), generation goes elsewhere"
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.monitoring.events import printable
-from trainer.preview.base import PreviewResult
+from trainer.preview.base import PreviewResult, PreviewSample
 from trainer.views.words import duration_words, left_words, remarks_of
 
 
@@ -76,3 +76,13 @@ def test_what_is_left_is_a_round_guess():
 def test_a_prompt_that_is_trained_on_is_never_shown_as_held_out():
     result = PreviewResult(step=1, prompt="p", text="t", held_out=False, health=("never_stopped",))
     assert remarks_of(result) == "(trained on, never stopped)"
+
+
+def test_samples_are_counted_where_they_can_be_compared():
+    def said(*matches):
+        samples = tuple(PreviewSample(text="4", matches=one) for one in matches[1:])
+        return PreviewResult(step=1, prompt="?", text="4", matches=matches[0], samples=samples)
+
+    assert remarks_of(said(True)) == ""
+    assert remarks_of(said(False, True, True, None)) == "(2 of 3 samples match)"
+    assert remarks_of(said(None, None)) == "(2 samples)"

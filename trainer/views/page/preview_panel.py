@@ -30,6 +30,7 @@ from trainer.views.timeline import (
     mark_of,
     word_diff,
 )
+from trainer.views.words import mark_of_sample
 
 MAX_WRONG = 100
 """Wrong rows on the page; the others are in final_evaluation.jsonl."""
@@ -74,6 +75,9 @@ def _show_wrong(result: PreviewResult) -> None:
 
 
 GRID_COLUMNS = 24
+
+MAX_SAMPLES = 4
+"""More further samples than this are folded."""
 
 PROMPT_CHARS = 60
 
@@ -315,6 +319,13 @@ class PreviewPanel:
         if tokens:
             label = f"golden, by probability: {golden_words(result)}"
             self._part(label, lambda: golden_by_probability(tokens))
+        if result.samples:
+            label = f"further samples ({len(result.samples)})"
+            with ui.expansion(label, value=len(result.samples) <= MAX_SAMPLES).props("dense"):
+                for sample in result.samples:
+                    with box("div", "said"):
+                        mark(mark_of_sample(sample))
+                        answer(sample.text if sample.ok else sample.error_message or "")
         raw = ui.expansion("prompt and raw text", value=self._is_raw_open).props("dense")
         raw.on_value_change(lambda event: setattr(self, "_is_raw_open", bool(event.value)))
         with raw:
