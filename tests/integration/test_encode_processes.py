@@ -16,7 +16,7 @@ from trainer.config.schema import DataSection
 from trainer.data import encode_processes
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.profiles import DataProfile, get_profile
 
 ROWS: list[Any] = [
@@ -87,6 +87,20 @@ def test_a_killed_process_is_one_clear_error_and_nothing_is_kept(
     monkeypatch.setattr(encode_processes.Encoders, "_encode_piece", killing)
     with pytest.raises(TrainerError, match=r"killed by signal 9.*encode_processes=1"):
         prepare(2)
+    assert not children()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+def test_a_bad_row_at_the_end_is_named_and_nothing_is_kept(
+    tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows([*ROWS[:600], {"question": "last", "answer": "of <|im_end|> all"}])
+    section = DataSection(
+        dataset_path=str(path), encode_processes=2, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(DataError, match=r"jsonl:601: .*control token"):
+        prepare_data(section, encoder=RowEncoder(tokenizer, 256))
     assert not children()
     assert not (tmp_path / "cache").exists()
 

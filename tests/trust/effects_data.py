@@ -227,6 +227,21 @@ def train_on_thinking(lab: Lab) -> None:
     assert "train_on_thinking" in lab.refusal(data={"train_on_thinking": False})
 
 
+@shows("data.cache_max_gib")
+def cache_size(lab: Lab) -> None:
+    """What does not fit is not written; what is there makes room for what is written."""
+    folder = lab.path("small_cache")
+    kept = {"cache": True, "cache_dir": str(folder)}
+    tiny = lab.data(data={**kept, "cache_max_gib": 1e-9})
+    assert "data.cache_max_gib is less" in tiny.card.cache
+    lab.data(data=kept)
+    [entry] = folder.iterdir()
+    room = 1.5 * entry.stat().st_size / 2**30
+    other = lab.data(data={**kept, "cache_max_gib": room, "validation_split": 0.3})
+    assert "1 older entries removed" in other.card.cache
+    assert len([*folder.iterdir()]) == 1
+
+
 @shows("data.encode_processes")
 def encoding_processes(lab: Lab) -> None:
     """Two processes are started, and make the same rows."""

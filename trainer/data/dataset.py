@@ -125,7 +125,9 @@ def prepare_data(
         # A file that was written to meanwhile must not be kept under its earlier content.
         is_same = data.file_hashes == hashes
         changed = "not written: a file changed while read"
-        is_written, note = entry.write(_as_arrays(data), note) if is_same else (False, changed)
+        is_written, note = (
+            entry.write(_as_arrays(data), note, _about(data.card)) if is_same else (False, changed)
+        )
         if is_written:  # from here on the rows are in the file, and no longer in memory
             with contextlib.suppress(OSError):  # another run removed it already
                 data = _from_arrays(entry.arrays(), encoder)
@@ -337,6 +339,17 @@ def _check_fit(
 
 
 # ---- the same as arrays for the cache
+
+
+def _about(card: DataCard) -> dict[str, Any]:
+    """What `trainer data cache show` says of an entry."""
+    return {
+        "data": card.dataset_path,
+        "rows": card.num_train_rows + card.num_validation_rows,
+        "tokens": card.num_tokens,
+        "max_length": card.max_length,
+        "profile": card.profile,
+    }
 
 
 def _as_arrays(data: RunData) -> Arrays:
