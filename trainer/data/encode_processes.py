@@ -276,8 +276,11 @@ def main() -> None:
     lines_in, lines_out = own_lines()
 
     def reply(message: bytes) -> None:
-        lines_out.write(b"%d\n%b\n" % (len(message), message))
-        lines_out.flush()
+        try:
+            lines_out.write(b"%d\n%b\n" % (len(message), message))
+            lines_out.flush()
+        except BrokenPipeError:  # the run is gone, and nobody is left to be told anything
+            os._exit(0)
 
     messages = _messages(lines_in)
     try:
