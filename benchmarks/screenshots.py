@@ -22,9 +22,17 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
-from trainer.monitoring.events import EvaluationDone, PreviewsDone, RunEnded, RunStarted, StepDone
+from trainer.monitoring.events import (
+    EvaluationDone,
+    PreviewsDone,
+    RunEnded,
+    RunStarted,
+    ScoresDone,
+    StepDone,
+)
 from trainer.views.report import write_report
 from trainer.views.run_reader import RunReader
+from trainer.views.running_headline import RunningHeadline
 from trainer.views.terminal_rich import LiveView
 from trainer.views.watch import Follower
 
@@ -107,8 +115,8 @@ def chromium() -> Iterator[Any]:
 def take_pages(browser: Any, url: str, out: Path) -> None:
     """The live page: light, dark, and on a phone."""
     for name, scheme, width, height in (
-        ("page-light", "light", 1280, 1130),
-        ("page-dark", "dark", 1280, 1130),
+        ("page-light", "light", 1440, 900),
+        ("page-dark", "dark", 1440, 900),
         ("page-phone", "light", 390, 844),
     ):
         page = browser.new_page(
@@ -121,10 +129,7 @@ def take_pages(browser: Any, url: str, out: Path) -> None:
                 page.goto(url)
                 break
             time.sleep(0.5)
-        page.wait_for_selector(".chart-big canvas")
-        # The newest wrong answer shows the diffs: near golden, and unlike the one before.
-        wrong = page.locator("button.mark-wrong").all()
-        max(wrong, key=lambda mark: int(mark.get_attribute("data-step") or 0)).click()
+        page.wait_for_selector(".row-line")  # it opens on the newest wrong answer
         page.wait_for_timeout(WAIT_MS)
         page.evaluate("window.scrollTo(0, 0)")
         page.screenshot(path=out / f"{name}.png")
@@ -132,10 +137,9 @@ def take_pages(browser: Any, url: str, out: Path) -> None:
 
 
 def take_report(browser: Any, report: Path, out: Path) -> None:
-    """The top of the report, with one time-line open."""
+    """The top of the report; the newest wrong answers are open."""
     page = browser.new_page(viewport={"width": 1100, "height": 1300})
     page.goto(report.as_uri())
-    page.locator("details[id^=prompt] > summary").nth(1).click()
     page.evaluate("window.scrollTo(0, 0)")
     page.screenshot(path=out / "report.png")
     page.close()
@@ -143,7 +147,10 @@ def take_report(browser: Any, report: Path, out: Path) -> None:
 
 def terminal_svg(run: Path) -> str:
     """What `trainer watch` shows at 80 columns, as rich draws it."""
-    view = LiveView(time.monotonic)
+    reader = RunReader(run)
+    reader.poll()
+    verdict = RunningHeadline(reader.previews, reader.metrics.evaluations, reader.final_evaluation)
+    view = LiveView(time.monotonic, verdict)
     for event in Follower(run, num_before=10).poll():
         match event:
             case RunStarted():
@@ -154,6 +161,8 @@ def terminal_svg(run: Path) -> str:
                 view.evaluation = event
             case PreviewsDone():
                 view.set_previews(event)
+            case ScoresDone():
+                view.set_scores(event)
             case RunEnded():
                 view.set_end(event)
     with Path(os.devnull).open("w") as nowhere:

@@ -12,8 +12,10 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -141,6 +143,17 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def first_line(descriptor: int) -> bytes:
+    """In a child: one line and not a byte more, as the rest is read as it comes."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            sys.exit("the parent has ended")
+        line += byte
+    return line
+
+
 def own_lines() -> tuple[IO[bytes], IO[bytes]]:
     """In a child: where its lines come from and go to.
 
@@ -153,3 +166,30 @@ def own_lines() -> tuple[IO[bytes], IO[bytes]]:
     os.dup2(nothing, 0)
     os.close(nothing)
     return lines_in, lines_out
+
+
+# ---- this process as one that a launcher of several has started
+
+
+TOLD_S = 10.0
+"""How long a process waits for the first one of its machine to tell a mistake and end the run."""
+
+
+def is_first_of_machine() -> bool:
+    """Whether a launcher of several processes has started none before this one on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def is_told_by_first() -> bool:
+    """Whether the first process of this machine has ended the run, as it finds the same mistakes.
+
+    Its launcher then ends this one too, by SIGTERM.
+    """
+    if is_first_of_machine() or threading.current_thread() is not threading.main_thread():
+        return False
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        return came.wait(TOLD_S)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -16,7 +16,7 @@ import sys
 import warnings
 
 from trainer import __version__
-from trainer.child import quiet_libraries
+from trainer.child import is_told_by_first, quiet_libraries
 from trainer.errors import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -79,8 +79,7 @@ def _run_told(words: list[str]) -> int:
             return EXIT_COMPLETED
         return end.code if isinstance(end.code, int) else EXIT_FAILED
     except TrainerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _mistake(str(error), error.exit_code)
     except StoppedError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return error.exit_code
@@ -90,8 +89,14 @@ def _run_told(words: list[str]) -> int:
     except OSError as error:
         if error.filename is None:  # no file or folder that the user could mend
             raise
-        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
-        return EXIT_USER_INPUT
+        return _mistake(f"{error.filename}: {error.strerror}.", EXIT_USER_INPUT)
+
+
+def _mistake(words: str, exit_code: int) -> int:
+    """Say what was wrong; of the processes of one machine that torchrun started, one says it."""
+    if not is_told_by_first():
+        print(f"error: {words}", file=sys.stderr)
+    return exit_code
 
 
 def _let_go_of_closed_streams() -> bool:

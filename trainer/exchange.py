@@ -147,6 +147,15 @@ class BoundedClient:
                 )
             time.sleep(pause)
 
+    def post(self, path: str, deadline: float, body: dict[str, Any]) -> int:
+        """Send JSON once, to somebody whose answer says nothing; its HTTP status.
+
+        Raises:
+            PreviewError: nobody there, too slow, or an answer without an end.
+        """
+        status, _, _ = self._exchange("POST", path, deadline, body, None, None)
+        return status
+
     def cancel(self, path: str) -> None:
         """DELETE something that is being given up; whether it works no longer matters."""
         try:

@@ -160,7 +160,7 @@ def preview_of(step: int, number: int, **changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def helpers() -> Any:
     """What tests share: the functions of this file."""
     return sys.modules[__name__]

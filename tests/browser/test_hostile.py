@@ -35,6 +35,8 @@ def hostile_folder(tmp_path: Path, helpers: Any) -> Path:
         ]
         for number, line in enumerate(lines):
             line["prompt_id"] = f"{HOSTILE}{number // 2}"
+            line["prompt"] = f"{HOSTILE} prompt {number // 2}"
+        lines[1]["matches"] = name == NAME  # what the two disagree on is compared
         helpers.write_lines(run / "previews.jsonl", lines)
         row = {"type": "StepDone", "step": 9, "train_loss": None, "non_finite": {HOSTILE: HOSTILE}}
         helpers.write_lines(run / "metrics.jsonl", [row])
@@ -74,16 +76,26 @@ def test_the_page_shows_hostile_text_as_text(
     page.get_by_role("button", name="Compare the two").click()
     page.wait_for_selector("#previews .answer")
     assert HOSTILE[:60] in page.locator("#previews").inner_text()
+    assert page.locator(".page :is(script, img, [onload], [onerror])").count() == 0
     page.goto(page.url.split("/compare")[0] + "/")
     page.get_by_role("link", name=NAME).first.click()
-    page.wait_for_selector(".marks button.mark")
-    page.locator("button.mark[data-step='0']").click()
+    page.wait_for_selector(".row-line")
+    page.locator(".row-line[data-row='0']").click(position={"x": 60, "y": 12})
+    page.keyboard.press("ArrowLeft")
     page.wait_for_function("document.body.innerText.includes('zero <script>')")
+    page.get_by_role("button", name="rendered").click()
+    page.wait_for_selector(".answer.rendered")
     for title in ("prompt and raw text", "before training: data", "figures, config", "notices"):
         page.get_by_text(title).first.click()
-    page.locator("button.mark-error").click()
-    page.wait_for_selector("text=no answer")
-    page.mouse.move(400, 700)
+    page.get_by_role("button", name="diff").click()
+    page.locator(".alerts summary").click()
+    page.keyboard.press("a")
+    page.wait_for_selector(".all-table td")
+    assert page.locator(".all-table :is(script, img, [onload], [onerror])").count() == 0
+    page.keyboard.press("a")
+    page.locator(".row-line", has=page.locator(".mark-error")).click()
+    page.wait_for_selector(".answer-pane .mark-error")
+    page.mouse.move(400, 200)
     page.wait_for_timeout(500)
     shown = page.locator(".page").inner_text()
     assert shown.count("<script>alert('ran')</script>") >= 8
@@ -123,5 +135,52 @@ def test_a_report_opens_without_network_and_runs_no_script(
     box = page.locator("svg path.train").first.bounding_box()
     assert box is not None
     assert box["width"] > 300
-    page.locator("summary").first.click()
-    assert page.get_by_text("against golden").first.is_visible()
+    line = page.locator(".prompts > details").first
+    was_open = line.get_attribute("open") is not None
+    line.locator("summary").first.click()
+    assert (line.get_attribute("open") is not None) != was_open
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1440, 900)])
+def test_the_first_screen_of_a_report_has_headline_newest_step_and_first_difference(
+    open_page: Callable[..., Any], helpers: Any, tmp_path: Path, width: int, height: int
+) -> None:
+    """Of a hundred prompts at 41 steps, on a phone and on a desk, without JavaScript."""
+    run = tmp_path / "run"
+    run.mkdir()
+    golden = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n" * 6 + "#### 72"
+    lines = [
+        helpers.preview_of(
+            step,
+            number,
+            golden_answer=golden,
+            text=golden.replace("24 clips", "42 clips", 1) if number < 4 else golden,
+            matches=number >= 4 and step >= 500,
+        )
+        for step in range(0, 2050, 50)
+        for number in range(100)
+    ]
+    helpers.write_lines(run / "previews.jsonl", lines)
+    status = helpers.status_of(state="completed", step=2000, total_steps=2000)
+    (run / "status.json").write_text(json.dumps(status))
+    reader = RunReader(run)
+    reader.poll()
+    write_report(reader, tmp_path / "report.html")
+    page = open_page(
+        (tmp_path / "report.html").as_uri(),
+        wait_for="h1",
+        java_script_enabled=False,
+        viewport={"width": width, "height": height},
+    )
+    assert "96 of 100 right, from 0 before training" in page.locator(".headline").inner_text()
+    strip = page.locator(".strip").first.bounding_box()
+    assert strip is not None
+    assert strip["x"] + strip["width"] <= width
+    difference = page.locator("ins").first.bounding_box()
+    assert difference is not None
+    assert difference["y"] + difference["height"] < height
+    body = page.locator("body").bounding_box()
+    assert body is not None
+    assert page.locator(".turns").first.bounding_box()["width"] <= body["width"] <= width
+    page.mouse.wheel(500, 0)
+    assert page.locator("h1").bounding_box()["x"] >= 0  # nothing to scroll sideways

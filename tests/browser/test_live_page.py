@@ -42,9 +42,9 @@ def test_a_training_run_moves_is_asked_and_is_stopped(
         more = {"model_id": None, "system_prompt": None, "pid": server.pid}
         with helpers.program(*train, ready="training") as (process, _):
             (run / "worker.json").write_text(json.dumps({**worker, **more}))
-            page = open_page(monitor(run, "--allow-control"), wait_for=".marks button.mark")
+            page = open_page(monitor(run, "--allow-control"), wait_for=".row-line")
             _step_and_loss_move(page)
-            _time_line_opens_and_its_slider_moves(page)
+            _answer_goes_through_steps_and_prompts(page)
             _only_a_kept_step_can_be_marked(page)
             _model_is_asked(page)
             _run_is_stopped(page)
@@ -57,8 +57,7 @@ def test_a_training_run_moves_is_asked_and_is_stopped(
 
 
 def _step_and_loss_move(page: Any) -> None:
-    state = page.locator(".state")
-    figure = page.locator(".figure", has_text="loss").first.locator(".value")
+    state, figure = page.locator(".state"), page.locator(".curve-now").last
     loss = figure.inner_text()
     at_a_step = page.wait_for_function(  # not at the previews between two steps
         """() => {
@@ -69,32 +68,29 @@ def _step_and_loss_move(page: Any) -> None:
     words = at_a_step.json_value()
     page.wait_for_function("old => document.querySelector('.state').innerText !== old", arg=words)
     page.wait_for_function(
-        "old => document.querySelector('.figure .value').innerText !== old", arg=loss
+        "old => [...document.querySelectorAll('.curve-now')].pop().innerText !== old", arg=loss
     )
     first, second = (int(re.search(r"step (\d+)", text)[1]) for text in (words, state.inner_text()))  # type: ignore[index]
     assert second > first
 
 
-def _time_line_opens_and_its_slider_moves(page: Any) -> None:
-    page.locator("tr:nth-child(3) button.mark[data-step='0']").click()
-    place = page.locator(".place")
-    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 0, 1 of')")
-    prompt = page.locator(".timeline h3").inner_text()
-    page.wait_for_function("document.activeElement.classList.contains('timeline')")
-    page.wait_for_selector("button.mark[data-step='10']")
+def _answer_goes_through_steps_and_prompts(page: Any) -> None:
+    page.locator(".row-line").nth(2).click(position={"x": 60, "y": 12})
+    prompt = page.locator(".question").inner_text()
+    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step')")
+    while not page.locator(".place").inner_text().startswith("step 0 "):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_function("/\\(1 of \\d\\d?\\)/.test(document.querySelector('.place').innerText)")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 10, 2 of')")
-    slider = page.get_by_role("slider", name="position in the time-line")
-    slider.focus()
+    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 10 (2 of')")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 0, 1 of')")
-    page.locator(".timeline").focus()
-    page.keyboard.press("ArrowUp")
+    page.wait_for_function("document.querySelector('.place').innerText.startsWith('step 0 (1 of')")
+    page.keyboard.press("k")
     page.wait_for_function(
-        "old => document.querySelector('.timeline h3').innerText !== old", arg=prompt
+        "old => document.querySelector('.question').innerText !== old", arg=prompt
     )
-    assert "step 0, 1 of" in place.inner_text()
-    assert page.locator(".timeline").get_by_text("golden", exact=True).is_visible()
+    assert page.locator(".place").inner_text().startswith("step 0 (1 of")
+    assert page.locator(".answer-pane").get_by_text("golden", exact=True).is_visible()
 
 
 def _only_a_kept_step_can_be_marked(page: Any) -> None:
@@ -104,12 +100,23 @@ def _only_a_kept_step_can_be_marked(page: Any) -> None:
 
 
 def _model_is_asked(page: Any) -> None:
-    page.get_by_role("textbox", name="Prompt").fill("max of 3 and 4?")
-    page.get_by_role("button", name="Ask the model").click()
-    said = page.locator(".ask").get_by_text("Answered by")
-    said.wait_for()
-    assert re.search(r"weights [0-9a-f]{12}", said.inner_text())
-    assert page.locator(".ask .answer").text_content()  # of an untrained model: anything
+    box = page.get_by_role("textbox", name="Prompt")
+    for prompt in ("max of 3 and 4?", "max of 5 and 6?"):
+        box.fill(prompt)
+        box.press("Enter")
+        page.locator(".asked", has_text=prompt).wait_for()
+        page.wait_for_function("document.querySelector('.ask textarea').value === ''")
+    asked = page.locator(".asked")
+    assert asked.count() == 2
+    assert "max of 5 and 6?" in asked.first.inner_text()  # the newest first
+    assert re.search(r"Answered by .*weights [0-9a-f]{12}", asked.first.inner_text())
+    assert asked.first.locator(".answer").text_content()  # of an untrained model: anything
+    asked.first.get_by_role("button", name="pin").click()
+    pin = page.locator(".pin")
+    assert "max of 5 and 6?" in pin.inner_text()
+    prompts = page.locator(".rows").get_by_role("option")
+    assert prompts.filter(has_text="max of 5 and 6?").count() == 0  # it enters no statistic
+    pin.get_by_text("answers before").wait_for()  # it was asked again at a preview step
 
 
 def _run_is_stopped(page: Any) -> None:
@@ -151,7 +158,7 @@ def test_a_run_of_100000_rows_and_5000_previews_is_shown(
     (run / "status.json").write_text(json.dumps(status))
     url = monitor(run)
     started = time.perf_counter()
-    page = open_page(url, wait_for=".chart-big canvas")
+    page = open_page(url, wait_for=".curve canvas")
     drawn_s = time.perf_counter() - started
     paint = page.evaluate(
         "performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
@@ -160,9 +167,7 @@ def test_a_run_of_100000_rows_and_5000_previews_is_shown(
         print(f"\n100,000 rows, {len(previews)} previews: first paint {paint:.2f} s, ", end="")
         print(f"loss chart drawn {drawn_s:.2f} s after the request")
     assert page.locator(".state").inner_text() == f"completed, step {total} of {total}"
-    assert page.locator(".place").inner_text() == "step 100000, 1001 of 1001"
-    steps = page.locator(".marks th.step").all_inner_texts()
-    assert (steps[0], steps[-1], len(steps)) == ("0", "100000", 24)
+    assert page.locator(".place").inner_text() == "step 100,000 (1001 of 1001)"
     seconds = [_seconds_from_file_to_page(page, run, helpers, total + n) for n in range(1, 8)]
     with capsys.disabled():
         print(f"from the file to the page: {statistics.median(seconds):.2f} s, ", end="")
@@ -180,7 +185,7 @@ def _seconds_from_file_to_page(page: Any, run: Path, helpers: Any, step: int) ->
     (run / "status.tmp").replace(run / "status.json")
     page.wait_for_function(
         "step => document.querySelector('.state').innerText.includes(`step ${step} of`)"
-        " && document.querySelector('.timeline').innerText.includes(`said at ${step}`)",
+        " && document.querySelector('.answer-pane').innerText.includes(`said at ${step}`)",
         arg=step,
     )
     return time.perf_counter() - started
@@ -197,14 +202,14 @@ def test_a_page_opened_before_the_run_starts_shows_it_and_a_restart_counts_once(
     helpers.write_lines(run / "previews.jsonl", lines)
     (run / "status.json").write_text(json.dumps(helpers.status_of(step=200, total_steps=400)))
     page.get_by_role("link", name="run").click()
-    page.wait_for_function("document.querySelector('.place')?.innerText === 'step 200, 3 of 3'")
+    page.wait_for_function("document.querySelector('.place')?.innerText === 'step 200 (3 of 3)'")
     with (run / "previews.jsonl").open("a") as file:  # a resume from 100 makes 200 again
         file.write(json.dumps({"type": "resumed", "step": 100, "created_at": 1.0}) + "\n")
         file.write(json.dumps(helpers.preview_of(200, 0, text="again")) + "\n")
     page.wait_for_function("document.body.innerText.includes('again')")
-    assert page.locator(".place").inner_text() == "step 200, 3 of 3"
+    assert page.locator(".place").inner_text() == "step 200 (3 of 3)"
     page.reload()
-    page.wait_for_function("document.querySelector('.place')?.innerText === 'step 200, 3 of 3'")
+    page.wait_for_function("document.querySelector('.place')?.innerText === 'step 200 (3 of 3)'")
 
 
 def test_a_run_that_hangs_turns_amber_and_frames_without_data_are_not_drawn(
@@ -220,8 +225,9 @@ def test_a_run_that_hangs_turns_amber_and_frames_without_data_are_not_drawn(
     page = open_page(monitor(run), wait_for=".state-silent")
     assert re.match(r"training, step 200 of 400, no update for 1 min", page.inner_text(".state"))
     assert " left" not in page.locator(".page").inner_text()
-    assert page.locator(".charts canvas:visible").count() == 0
-    assert not page.locator("#final").is_visible()
+    assert page.locator("canvas:visible").count() == 0
+    assert not page.locator(".sources").is_visible()
+    assert page.locator("[role=status]").first.text_content() == "no update for a while"
     now = {**status, "updated_at": time.time()}
     path.write_text(json.dumps(helpers.status_of(step=202, total_steps=400, **now)))
     page.wait_for_function("document.querySelector('.state').innerText.includes(' left')")
@@ -243,12 +249,13 @@ def test_drift_has_a_curve_a_figure_and_an_alert(
         for step, kl in ((0, 0.0), (50, 1.25))
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = open_page(monitor(run), wait_for=".alert")
-    assert "drift of 1.25 nats per token" in page.inner_text(".alert")
-    assert "1.2500 nats per token, 12 of 20 changed" in page.inner_text(".figures")
+    page = open_page(monitor(run), wait_for=".alerts-warning")
+    assert "drift of 1.25 nats per token" in page.inner_text(".alerts summary")
+    assert "drift 1.250 nats per token" in page.inner_text(".figures-line")
+    page.get_by_text("all curves").click()
     title = page.get_by_text("drift from the answers before training, nats per token")
-    assert title.is_visible()
-    assert title.locator("xpath=..").locator("canvas").is_visible()
+    title.wait_for()
+    title.locator("xpath=..").locator("canvas").wait_for()
 
 
 def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
@@ -261,36 +268,64 @@ def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
     summary = {"final_evaluation": {"exact_match": 0.8, "matched": 4, "num_prompts": 5}}
     status = helpers.status_of(step=9, total_steps=9, summary=summary)
     (run / "status.json").write_text(json.dumps(status))
-    page = open_page(monitor(run), wait_for="#final .said")
-    shown = page.locator("#final").inner_text()
-    assert "80.0 % (4/5)" in shown
-    assert page.locator("#final .wrong-row").count() == 1
-    assert answers[3]["prompt"] in shown
-    assert "80.0 % (4/5)" in page.locator(".figure").first.inner_text()
+    page = open_page(monitor(run), wait_for=".sources")
+    assert "Final evaluation: 80.0 % (4/5) right." in page.inner_text(".headline-rest")
+    # Without previews it is what the page opens on.
+    chosen = page.get_by_role("button", name="final evaluation 80.0 % (4/5)")
+    assert chosen.get_attribute("aria-pressed") == "true"
+    page.wait_for_selector(".row-line[aria-selected=true]")
+    assert page.locator(".row-line").count() == 5
+    page.get_by_role("button", name="wrong now 1").click()
+    page.wait_for_function("document.querySelectorAll('.row-line').length === 1")
+    assert page.inner_text(".question") == answers[3]["prompt"]
+    assert page.inner_text(".side .answer del") == "100"
+    assert page.inner_text(".side .answer ins") == "3"
     assert "trainer chat" not in page.locator("#ask").inner_text()  # it left no weights
     assert "it left no weights" in page.locator("#ask").inner_text()
 
 
-def test_two_runs_are_compared(
+def test_runs_are_searched_sorted_and_compared_by_what_differs(
     open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
 ) -> None:
-    for name, text in (("one", "answer 100"), ("two", "answer 7")):
+    for rate, (name, right) in enumerate((("one", 3), ("two", 1), ("three", 2))):
         run = tmp_path / name
         run.mkdir()
-        (run / "status.json").write_text(json.dumps(helpers.status_of(step=9, total_steps=9)))
-        line = helpers.preview_of(9, 0, text=text, matches=name == "one")
-        helpers.write_lines(run / "previews.jsonl", [line])
-    page = open_page(monitor(tmp_path), wait_for="table .q-checkbox")
-    button = page.get_by_role("button", name="Compare the two")
+        (run / "status.json").write_text(json.dumps(helpers.status_of(step=9, total_steps=18)))
+        texts = ["answer 100" if n < right else "answer 7" for n in range(4)]
+        lines = [
+            helpers.preview_of(9, n, text=text, matches=n < right) for n, text in enumerate(texts)
+        ]
+        helpers.write_lines(run / "previews.jsonl", lines)
+        config = {"hyperparams": {"learning_rate": rate, "batch_size": 8}}
+        (run / "run.json").write_text(json.dumps({"config": config}))
+    page = open_page(monitor(tmp_path), wait_for=".run-table .q-checkbox")
+    names = page.locator(".run-name")
+    page.wait_for_function("document.querySelector('.run-table').innerText.includes('3/4')")
+    for right in (1, 2, 3):  # each run says whether it gets better
+        page.get_by_text(f"{right} of 4 right.").wait_for()
+    assert page.locator(".run-bar > div").first.evaluate("one => one.style.width") == "50%"
+    page.get_by_role("combobox", name="sort by").click()
+    page.get_by_role("option", name="most right").click()
+    page.wait_for_function(
+        """[...document.querySelectorAll('.run-name')].map(one => one.innerText).join()
+             === 'one,three,two'"""
+    )
+    page.get_by_role("textbox", name="search runs").fill("thr")
+    page.wait_for_function("document.querySelectorAll('.run-name').length === 1")
+    page.get_by_role("textbox", name="search runs").fill("")
+    page.wait_for_function("document.querySelectorAll('.run-name').length === 3")
+    button = page.get_by_role("button", name="Compare")
     assert button.is_disabled()
-    for name in ("one", "two"):
+    for name in names.all_inner_texts():
         page.get_by_role("checkbox", name=f"compare {name}").click()
-    button.click()
+    page.get_by_role("button", name="Compare 3").click()
     page.wait_for_selector("#previews .answer")
-    shown = page.locator("#previews").inner_text()
-    assert "answer 100" in shown
-    assert "answer 7" in shown
-    assert page.locator("h3", has_text="prompt number 0?").count() == 1
+    config = page.locator("#config tr").all_inner_texts()
+    assert [row.split() for row in config[1:]] == [["hyperparams.learning_rate", "0", "2", "1"]]
+    assert "2 of 4 prompts that all of them answered" in page.inner_text("#previews")
+    assert page.locator(".apart").count() == 2  # 0 is right for all, 3 for none
+    assert page.locator(".apart").first.locator("ins").inner_text() == "7"
+    assert "A: one 3 of 4 right" in page.locator(".compared").first.inner_text()
 
 
 def test_the_curves_of_a_comparison_take_the_colours_of_the_page(
@@ -345,7 +380,7 @@ def test_text_has_enough_contrast_and_a_phone_scrolls_no_page_sideways(
     phone = {"width": 390, "height": 844}
     page = open_page(
         monitor(run),
-        wait_for=".marks button.mark",
+        wait_for=".row-line",
         at_start=WIDEST_FRAME,
         color_scheme=scheme,
         viewport=phone,

@@ -169,6 +169,8 @@ def keep(trainer: Any, path: Path) -> None:
     for group in trainer.optimizer.param_groups:
         for one in group["params"]:
             for key, value in trainer.optimizer.state.get(one, {}).items():
+                if not isinstance(value, torch.Tensor):  # steps, of an 8-bit optimizer
+                    continue
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
                 state[f"{known[id(one)]}:{key}"] = whole.clone()
     if trainer.args.process_index == 0:

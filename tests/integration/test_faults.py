@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.integration import ranks as ranks_module
-from tests.integration.conftest import weights_of
+from trainer.core.finished import open_run
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -199,6 +199,7 @@ def test_of_a_main_rank_that_dies_its_watcher_tells_and_the_run_goes_on_exactly(
     assert again.ends() == [0, 0], again.texts()
     undisturbed = start(*words, out="undisturbed", steps=8)
     assert undisturbed.ends() == [0, 0], undisturbed.texts()
+    assert "find_unused_parameters" not in undisturbed.texts()
     assert_same_weights(again.out / "final_model", undisturbed.out / "final_model")
     assert status_of(again.out)["train_loss"] == status_of(undisturbed.out)["train_loss"]
 
@@ -238,12 +239,38 @@ def test_an_error_of_one_rank_before_training_leaves_no_folder(start: Start) -> 
     run = start(patch=MISSING)
     assert run.ends() == [2, 2], run.texts()
     assert "error: rank 1 raised DataError: rows.jsonl: no such file" in run.text_of(0)
-    assert "[rank 1] error: rows.jsonl: no such file" in run.text_of(1)
     assert not run.out.exists()
+
+
+def test_a_mistake_that_all_processes_find_is_told_once(start: Start) -> None:
+    run = start("--hyperparams.lr_scheduler", "flat")
+    first, second = run.ends()
+    assert first == 2, run.texts()
+    assert second in (2, -signal.SIGTERM)  # by the launcher, before it was ready for that
+    assert "hyperparams.lr_scheduler='flat' is not one of" in run.text_of(0)
+    assert run.texts().count("error:") == 1
+    assert not run.out.exists()
+
+
+OWN_MISTAKE = """
+import os
+from trainer import child
+child.TOLD_S = 1.0
+if rank == 1:
+    os.environ["TRAINER_NOPE"] = "1"
+"""
+
+
+def test_a_mistake_that_one_process_finds_in_its_settings_is_told_by_it(start: Start) -> None:
+    run = start(patch=OWN_MISTAKE)
+    assert run.ends()[1] == 2, run.texts()
+    assert "error: environment variable TRAINER_NOPE" in run.text_of(1)
+    assert not (run.out / "run.json").exists()
 
 
 NAN = """
 import torch
+from trainer.core.sharding import gathered
 from trainer.core.hf_trainer import SupervisedTrainer
 compute = SupervisedTrainer.compute_loss
 def compute_loss(self, *args, **options):
@@ -257,21 +284,31 @@ def guarded(self, *args):
     try:
         guard(self, *args)
     except Exception:
-        torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"FOLDER/rank-{rank}.pt")
+        held = {}
+        for names, tensor in gathered(self.accelerator.unwrap_model(self.model)):
+            held |= dict.fromkeys(names, tensor.clone())
+        held["is_fsdp2"] = bool(getattr(self.accelerator, "is_fsdp2", False))
+        torch.save(held, f"FOLDER/rank-{rank}.pt")
         raise
 SupervisedTrainer.compute_loss, SupervisedTrainer._note = compute_loss, noting
 SupervisedTrainer._guard = guarded
 """
 
 
-def test_a_nan_of_one_rank_stops_all_before_any_weight_moves(start: Start, tmp_path: Path) -> None:
-    patch = NAN.replace("FOLDER", str(tmp_path))
-    run = start("--output.checkpoint_interval", "3", patch=patch)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_a_nan_of_one_rank_stops_all_before_any_weight_moves(
+    start: Start, strategy: str, tmp_path: Path
+) -> None:
+    words = ("--output.checkpoint_interval", "3", "--distributed.strategy", strategy)
+    run = start(*words, patch=NAN.replace("FOLDER", str(tmp_path)))
     assert run.ends() == [1, 1], run.texts()
     run.check_failed("step 4: the loss of rank 1 is nan; the weights are those of step 3")
-    saved = weights_of(run.out / "checkpoints" / "step-00000003")
+    model, _ = open_run(run.out, step="3").load()
+    saved = model.state_dict()
+    assert len(saved) > 10
     for rank in range(2):
         held = torch.load(tmp_path / f"rank-{rank}.pt")
+        assert held["is_fsdp2"] == (strategy == "fsdp2")
         assert [name for name in saved if not torch.equal(saved[name], held[name])] == []
 
 

@@ -16,6 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.core.checkpoint import verify_checkpoint
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -88,9 +92,11 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
             launch = ["--nnodes", machines, "--nproc-per-node", 2 // machines, "--rdzv-id", "x"]
             launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
             launch += ["--local-addr", "127.0.0.1", "-m", "trainer", "train"]
-            usual = ["--dataset", qa_file, "--model", "tiny", "--output", out, "--fp32", "--quiet"]
+            usual = ["--dataset", qa_file, "--model", "tiny", "--fp32", "--quiet"]
+            usual += [] if "--output" in words else ["--output", out]
             usual += ["--environment.device", "cpu", "--batch-size", "2", "--max-length", "64"]
-            usual += ["--max-steps", "100000", "--monitoring.inference_interval", previews]
+            usual += ["--monitoring.inference_interval", previews]
+            usual += [] if "--max-steps" in words else ["--max-steps", "100000"]
             usual += ["--monitoring.micro_eval_interval", "0", "--monitoring.report_to", "none"]
             texts = [tmp_path / f"machine-{number}.txt" for number in range(machines)]
             agents = []
@@ -117,6 +123,25 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--hyperparams.lr_scheduler", "flat"), "hyperparams.lr_scheduler='flat' is not one of"),
+        (("--profile.name", "nope"), "profile.name='nope' is not a known profile"),
+    ],
+    ids=["before torch is loaded", "after"],
+)
+def test_a_mistake_of_the_user_is_told_once(
+    start: Start, words: tuple[str, ...], message: str
+) -> None:
+    run = start(*words)
+    assert run.agents[0].wait(WAIT_S) == 1
+    assert run.text().count(message) == 1
+    assert "exitcode  : 2" in run.text()
+    assert not run.out.exists()
+
+
+@pytest.mark.long
 def test_a_rank_that_dies_under_torchrun_is_no_stop_by_its_sigterm(start: Start) -> None:
     run = start()
     run.wait_for_step(3)
@@ -128,23 +153,61 @@ def test_a_rank_that_dies_under_torchrun_is_no_stop_by_its_sigterm(start: Start)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(
     ("number", "to_group"),
     [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)],
     ids=["SIGTERM", "SIGINT", "Ctrl-C"],
 )
 def test_a_signal_to_torchrun_saves_a_checkpoint(
-    start: Start, number: signal.Signals, to_group: bool
+    start: Start, number: signal.Signals, to_group: bool, strategy: str
 ) -> None:
-    run = start()
+    run = start("--distributed.strategy", strategy)
     run.wait_for_step(3)
     [agent] = run.agents
     os.killpg(agent.pid, number) if to_group else agent.send_signal(number)
     assert run.ends() == [1]
     status = run.status()
     assert (status["state"], status["summary"]["ended_by"]) == ("stopped", number.name)
+    record = json.loads((run.out / "run.json").read_text())
+    assert record["exit_code"] == 128 + number
+    assert record["processes"]["strategy"] == strategy
     names = sorted(path.name for path in (run.out / "checkpoints").iterdir())
     assert names == [f"step-{status['step']:08d}"]
+    assert verify_checkpoint(run.out / "checkpoints" / names[0]).step == status["step"]
+
+
+@pytest.mark.long
+def test_shards_that_torchrun_stopped_go_on_as_if_they_had_not_been(
+    start: Start, tmp_path: Path
+) -> None:
+    words = ("--distributed.strategy", "fsdp2", "--max-steps", "60", "--output.report", "false")
+    words += ("--hyperparams.lr_scheduler", "constant")
+    run = start(*words)
+    run.wait_for_step(3)
+    run.agents[0].send_signal(signal.SIGINT)
+    assert run.ends() == [1]
+    stopped_at = run.status()["step"]
+    assert 3 <= stopped_at < 60
+    again = start(*words, "--resume")
+    assert again.ends() == [0], again.text()
+    assert json.loads((again.out / "run.json").read_text())["resumed_from_step"] == stopped_at
+    undisturbed = start(*words, "--output", str(tmp_path / "undisturbed"))
+    assert undisturbed.ends() == [0], undisturbed.text()
+    runs = (again.out, tmp_path / "undisturbed")
+    found = [load_file(out / "final_model" / "model.safetensors") for out in runs]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    losses = [
+        {
+            one["step"]: one["train_loss"]
+            for one in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if one["type"] == "StepDone"
+        }
+        for out in runs
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 60
 
 
 @pytest.mark.long

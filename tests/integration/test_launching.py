@@ -120,6 +120,51 @@ def test_two_processes_train_adapters_on_a_quantized_base_as_one_does(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.long
+def test_four_shards_show_what_one_process_shows(tmp_path: Path) -> None:
+    """Sidecar previews with scores and the canary, evaluation, and a last step that is ragged."""
+    rows = tmp_path / "rows.jsonl"
+    lines = [
+        {"question": f"what is {n} plus {n}?", "answer": f"{n}+{n}={2 * n}"} for n in range(38)
+    ]
+    rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    usual = ["--dataset", str(rows), "--model", "tiny", "--fp32", "--environment.device", "cpu"]
+    usual += ["--monitoring.inference_interval", "2", "--monitoring.micro_eval_interval", "2"]
+    usual += ["--monitoring.scores", "number", "--monitoring.scores", "f1"]
+    usual += ["--monitoring.canary_set", "general", "--monitoring.preview_max_tokens", "8"]
+    usual += ["--monitoring.num_score_prompts", "2", "--monitoring.display", "plain"]
+    usual += ["--data.validation_split", "0.3", "--monitoring.preview_backend", "sidecar"]
+    usual += ["--monitoring.preview_drain_timeout", "120", "--monitoring.preview_temperature", "0"]
+    start = ["-m", "trainer", "train", *usual, "--output"]
+    four = [str(tmp_path / "four"), "--batch-size", "2", "--distributed.strategy", "fsdp2"]
+    one = [str(tmp_path / "one"), "--batch-size", "8"]
+    launch = [*TORCHRUN, "--standalone", "--nproc_per_node", "4", *start, *four]
+    text = ended(started(launch, tmp_path / "here"))
+    plain = ended(started([sys.executable, *start, *one], tmp_path / "here"))
+    assert record(tmp_path / "four")["mesh"] == "fsdp 4 (cpu)"
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
+    card = json.loads((tmp_path / "four" / "run.json").read_text())["data_card"]
+    assert card["num_train_rows"] % 8, "the last step is ragged"
+    last = json.loads((tmp_path / "four" / "status.json").read_text())["step"]
+    for said in (f"scores at step {last}, 2 evaluation prompts", f"drift at step {last}:"):
+        assert said in text
+        assert said in plain
+    assert "rank" not in text.replace("strategy:", "")
+    shown = [last_previews(tmp_path / name) for name in ("four", "one")]
+    assert len(shown[0]) == 4
+    assert [one["weights"] for one in shown[0]] == ["verified"] * 4
+    assert [one["text"] for one in shown[0]] == [one["text"] for one in shown[1]]
+    assert [one["scores"] for one in shown[0]] == [one["scores"] for one in shown[1]]
+
+
+def last_previews(run: Path) -> list[dict[str, Any]]:
+    """Of the last step that has answers, in order of the prompts."""
+    found = [json.loads(line) for line in (run / "previews.jsonl").read_text().splitlines()]
+    answered = [one for one in found if one["error_message"] is None]
+    last = max(one["step"] for one in answered)
+    return sorted((one for one in answered if one["step"] == last), key=lambda o: o["prompt_id"])
+
+
 def test_two_machines_meet_and_only_the_main_process_writes(qa_file: Path, tmp_path: Path) -> None:
     """Two agents on loopback, each with a folder, a cache and a run folder of its own."""
     with socket.socket() as free:

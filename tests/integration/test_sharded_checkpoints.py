@@ -6,10 +6,7 @@ Every run of shards is asserted to be one: accelerate falls back to DDP on a CPU
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,132 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.forked_runs import ROOT, other_paths
-from trainer.core.checkpoint import find_latest_checkpoint, verify_checkpoint
+from tests.integration.runs_of_shards import (
+    SAVED,
+    STEPS,
+    STRATEGY,
+    Runs,
+    check_close,
+    config_of,
+    figures,
+    trained,
+)
+from trainer.core.checkpoint import find_checkpoint, find_latest_checkpoint, verify_checkpoint
 from trainer.core.finished import open_run
 from trainer.errors import EXIT_FAILED, EXIT_USER_INPUT
-
-ROWS_OF_STEP, STEPS, SAVED = 8, 10, 5
-STRATEGY = {1: "auto", 2: "fsdp2", 4: "fsdp2"}
-
-
-class Runs:
-    """Runs in forked processes; a straight one of each kind is made once."""
-
-    def __init__(self, root: Path, tokenizer: Any) -> None:
-        self.root, self._tokenizer = root, tokenizer
-        self._straight: dict[str, Path] = {}
-        self._count = 0
-        script = Path(__file__).with_name("forked_ranks.py")
-        self._server = subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *other_paths()])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(root / "launcher.txt").open("w"),
-            text=True,
-        )
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == "ready\n"
-        rows = root / "rows.jsonl"
-        rows.write_text(
-            "".join(
-                json.dumps({"question": f"what is {n} plus {n}?", "answer": f"{2 * n}. " * (n % 4)})
-                + "\n"
-                for n in range(1, 73)
-                if n % 4
-            )
-        )
-
-    def model(self, kind: str) -> Path:
-        """A tiny Qwen3 with a tied head; `full untied`, or `full moe` of a Mixtral."""
-        from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-        name = kind.partition(" ")[2] or "tied"
-        folder = self.root / f"model-{name}"
-        if not folder.exists():
-            torch.manual_seed(0)
-            sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-            heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-            ids = {"vocab_size": len(self._tokenizer), "eos_token_id": 2, "pad_token_id": 0}
-            if name == "moe":
-                config = MixtralConfig(**sizes, **heads, **ids, num_local_experts=4)
-                MixtralForCausalLM(config).save_pretrained(folder)
-            else:
-                config = Qwen3Config(**sizes, **heads, **ids, tie_word_embeddings=name == "tied")
-                Qwen3ForCausalLM(config).save_pretrained(folder)
-            self._tokenizer.save_pretrained(folder)
-        return folder
-
-    def config(self, out: Path | str, world: int, strategy: str, kind: str) -> dict[str, Any]:
-        return {
-            "top": {
-                "model_path": str(self.model(kind)),
-                "dataset_path": str(self.root / "rows.jsonl"),
-                "output_dir": str(out),
-            },
-            "hyperparams": {
-                "batch_size": ROWS_OF_STEP // world,
-                "learning_rate": 1e-2,
-                "max_steps": STEPS,
-                "fp_precision": "fp32",
-                "training_mode": kind.partition(" ")[0],
-            },
-            "monitoring": {"inference_interval": 0, "micro_eval_interval": 5, "report_to": []},
-            "data": {"validation_split": 0.2},
-            "environment": {"num_threads": 1, "device": "cpu"},
-            "output": {"checkpoint_interval": SAVED, "keep_checkpoints": 9},
-            "distributed": {"strategy": strategy},
-        }
-
-    def launch(self, config: dict[str, Any], world: int, **more: Any) -> tuple[list[int], Path]:
-        """Exit codes, and the folder with what the ranks say."""
-        self._count += 1
-        said = self.root / f"said-{self._count}"
-        words = {"config": config, "folder": str(said), "world": world, **more}
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(words) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline()), said
-
-    def ended(self, config: dict[str, Any], world: int, **more: Any) -> Path:
-        """The folder with what the ranks of a run say, which came to its end."""
-        codes, said = self.launch(config, world, **more)
-        text = "".join(path.read_text()[-2000:] for path in sorted(said.glob("*.txt")))
-        assert codes == [0] * world, text
-        found = json.loads((said / "rank-0.json").read_text())
-        assert found["is_fsdp2"] == (config["distributed"]["strategy"] == "fsdp2")
-        assert found["processes"] == world
-        return said
-
-    def straight(self, world: int, strategy: str, kind: str) -> Path:
-        """The folder of what the ranks said; the run's own is beside it."""
-        name = f"{kind.replace(' ', '-')}-{world}-{strategy}"
-        if name not in self._straight:
-            config = self.config(self.root / name, world, strategy, kind)
-            self._straight[name] = self.ended(config, world)
-            (self._straight[name] / "run").symlink_to(self.root / name)
-        return self._straight[name]
-
-    def half(self, said: Path, *, damaged: bool = False) -> Path:
-        """A copy of a run as it was at its first checkpoint, or with a second that is damaged."""
-        self._count += 1
-        out = self.root / f"again-{self._count}"
-        last = f"step-{STEPS:08d}"
-        leave_out = ["final_model", ".lock", *([] if damaged else [last])]
-        shutil.copytree(said / "run", out, ignore=shutil.ignore_patterns(*leave_out))
-        if damaged:
-            path = sorted((out / "checkpoints" / last / "weights").iterdir())[-1]
-            data = bytearray(path.read_bytes())
-            data[-1] ^= 1
-            path.write_bytes(data)
-        return out
-
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait()
+from trainer.files import checkpoint_steps
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +36,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[R
     made = Runs(tmp_path_factory.mktemp("ranks"), tokenizer)
     yield made
     made.close()
-
-
-def figures(run: Path) -> dict[str, float]:
-    """Losses of a run's steps and evaluations."""
-    found = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        if values["type"] == "StepDone":
-            found[f"step {values['step']}"] = values["train_loss"]
-        elif values["type"] == "EvaluationDone":
-            found[f"validation {values['step']}"] = values["val_loss"]
-    return found
 
 
 def check_equal(one: Path, other: Path) -> None:
@@ -424,3 +297,73 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused_before_training(runs: 
         assert "rank 1 (on" in error
         assert "file system that all machines share" in error
         assert not (said / f"machine-{rank}" / "out").exists()
+
+
+# ---- the lowest validation loss, early stopping, what is kept
+
+STOPPING = (
+    "tied",
+    {
+        "hyperparams": {
+            "learning_rate": 0.1,  # it overshoots soon
+            "lr_scheduler": "constant",
+            "max_steps": 40,
+            "early_stopping_patience": 3,
+        },
+        "monitoring": {"micro_eval_interval": 2},
+        "output": {"keep_checkpoints": 1, "checkpoint_interval": 3},
+    },
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
+def test_early_stopping_and_what_is_kept_are_those_of_one_process(
+    runs: Runs, strategy: str, tmp_path: Path
+) -> None:
+    from trainer.commands import export
+
+    model, sections = STOPPING
+    shared = (model, {**sections, "distributed": {"strategy": strategy}})
+    one = trained(runs, "stopping", 1, STOPPING)
+    two = trained(runs, f"stopping {strategy}", 2, shared)
+    records = [json.loads((run / "run.json").read_text()) for run in (one, two)]
+    assert [record["summary"]["ended_by"] for record in records] == ["early_stopping"] * 2
+    wanted, found = figures(one), figures(two)
+    assert found == pytest.approx(wanted, rel=1e-4)
+    best = min((loss, key) for key, loss in wanted.items() if key.startswith("validation"))[1]
+    kept = [checkpoint_steps(run / "checkpoints") for run in (one, two)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 2
+    bests = [find_checkpoint(run, "best") for run in (one, two)]
+    assert {chosen.step for chosen in bests} == {int(best.split()[1])}
+    for number, run in enumerate((one, two)):
+        assert (
+            export.run([str(run), "--step", "best", "--output", str(tmp_path / str(number))]) == 0
+        )
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "01")
+    assert a.keys() == b.keys()
+    last = load_file(two / "final_model" / "model.safetensors")
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    assert not all(torch.allclose(last[name], b[name], atol=1e-2) for name in b)
+    check_close(two, one, 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_early_stopping_that_was_half_counted_goes_on_after_a_resume(runs: Runs) -> None:
+    two = trained(runs, "stopping fsdp2", 2, STOPPING)
+    steps = max(checkpoint_steps(two / "checkpoints"))
+    config = config_of(runs, runs.root / "stopping-half", 2, *STOPPING)
+    config["hyperparams"]["max_steps"] = 40
+    config["output"]["keep_checkpoints"] = 30
+    runs.ended(config, 2)
+    out = runs.root / "stopping-half"
+    late = [step for step in checkpoint_steps(out / "checkpoints") if step > steps - 4]
+    for step in late:
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(out / "final_model")
+    config["output"]["resume"] = "latest"
+    runs.ended(config, 2)
+    assert json.loads((out / "run.json").read_text())["summary"]["ended_by"] == "early_stopping"
+    assert figures(out) == figures(two)

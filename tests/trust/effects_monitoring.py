@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from tests.trust.effects import shows
 from tests.trust.lab import NUM_STEPS, Lab, http_server
 from trainer import cli
 from trainer.config.schema import MonitoringConfig
+from trainer.core import TrainerEngine
 from trainer.monitoring import create_preview_backend
 from trainer.preview.base import PreviewRequest
 
@@ -332,6 +334,44 @@ def tracker_texts(lab: Lab) -> None:
     assert "names no tracker that takes texts" in lab.refusal(monitoring={"tracker_texts": True})
 
 
+class _Waiting:
+    """An observer in which the run waits until there is something in a list."""
+
+    def __init__(self, found: list[Any]) -> None:
+        self.found = found
+
+    def on_event(self, event: Any) -> None:
+        deadline = time.monotonic() + 60
+        while type(event).__name__ == "StepDone" and not self.found:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def close(self) -> None: ...
+
+
+@shows("monitoring.notify", "monitoring.notify_silence")
+def notify(lab: Lab) -> None:
+    """A webhook hears of the end; and of silence, which is as short here as one step waits."""
+
+    def told(**more: float) -> list[str]:
+        with http_server(lambda _: {}) as (port, requests):
+            url = f"http://127.0.0.1:{port}/hook-SECRET?token=SECRET"
+            one = {"max_steps": 1}
+            config = lab.config(monitoring={"notify": [url], **more}, hyperparams=one)
+            waiting = _Waiting(requests if more else [0])
+            assert TrainerEngine(observers=[waiting]).run_job(config).success
+            assert {request.path for request in requests} == {"/hook-SECRET?token=SECRET"}
+            files = [one for one in Path(config.output.output_dir).rglob("*") if one.is_file()]
+            assert files
+            assert not [one for one in files if b"SECRET" in one.read_bytes()]
+            return [request.body["event"] for request in requests]
+
+    assert told() == ["ended"]
+    assert set(told(notify_silence=0.01)) >= {"silent", "ended"}
+    refused = lab.refusal(monitoring={"notify": ["/no/such/program"]})
+    assert "no program '/no/such/program'" in refused
+
+
 @shows("monitoring.display")
 def display(lab: Lab) -> None:
     """What the terminal gets: lines for people, one JSON object a line, or nothing."""
@@ -348,5 +388,7 @@ def display(lab: Lab) -> None:
     [line] = printed("quiet")
     assert line.startswith("completed, step 1 of 1")
     assert all(isinstance(json.loads(line), dict) for line in printed("json"))
-    assert any(line.startswith("data card") for line in printed("plain"))
+    plain = printed("plain")
+    assert any(line.startswith("data card") for line in plain)
+    assert any(line.startswith("live page: trainer monitor ") for line in plain)
     assert printed("rich") != printed("plain")

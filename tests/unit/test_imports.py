@@ -206,10 +206,11 @@ def test_what_needs_no_torch_loads_none(code: str, tmp_path: Path) -> None:
 
 
 SAME_NAMES = {
+    "notify": {"monitoring", "views"},  # the run's side, and the process that tells
     "report": {"commands", "views"},  # `trainer report`, and the report that it writes
     "watch": {"commands", "views"},  # `trainer watch`, and how a run is watched
 }
-"""Modules of one name in several rooms: the command, and the thing that it shows."""
+"""Modules of one name in several rooms: two sides of one thing, as a command and what it shows."""
 
 
 def rooms_by_name(names: Iterable[str]) -> dict[str, set[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
-from trainer.config.loader import required_for_training
+from trainer.config.loader import is_of_run, required_for_training
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
 from trainer.scores.spec import is_function
 from trainer.views.terminal import DisplayKind, create_display
@@ -43,9 +44,13 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
         let_the_end_be_told()
     if not is_main_process():
         result = TrainerEngine().run_job(loaded.config)
-        if result.state == "failed":  # a stop is told by the main process
+        # A stop is told by the main process.
+        if result.state == "failed" and not result.is_told_elsewhere:
             tell_failure(result.error_message)
         return result.exit_code if result.success else leave(result.exit_code)
+    if display_name not in ("quiet", "json"):
+        folder = shlex.quote(os.path.expanduser(loaded.config.output.output_dir))
+        print(f"live page: trainer monitor {folder}", flush=True)
     records = RunRecords(loaded.origins, is_report=loaded.config.output.report)
     observers = [create_display(display_name), records]
     result = TrainerEngine(observers=observers).run_job(loaded.config)
@@ -79,6 +84,12 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
             "the run, or leave --resume out."
         )
     loaded = ConfigLoader.load(file, os.environ, flags)
+    if "monitoring.notify" in loaded.left_out:
+        print(
+            f"warning: {file}: monitoring.notify in the config of a run is not used, so nobody is "
+            "told how this run ends; give --monitoring.notify again to change that",
+            file=sys.stderr,
+        )
     if not flags.allow_code:
         _refuse_code_of_runs(loaded)
     return loaded
@@ -93,9 +104,8 @@ def _refuse_code_of_runs(loaded: LoadedConfig) -> None:
     file, key = loaded.file, "monitoring.scores"
     if file is None or not loaded.origins[key].startswith("file "):
         return
-    is_of_run = file.name == RESOLVED_FILE or (file.parent / "run.json").is_file()
     functions = [entry for entry in loaded.config.monitoring.scores if is_function(entry)]
-    if is_of_run and functions:
+    if functions and is_of_run(file):
         raise ConfigError(
             f"{file}: {key} names code ({', '.join(functions)}), and this file was written by a "
             "run; give --allow-code if you know that code, or name the scores yourself "

@@ -9,6 +9,7 @@ import time
 from trainer.commands.arguments import parse, run_folder
 from trainer.errors import EXIT_COMPLETED, OutputError
 from trainer.views.run_reader import RunReader
+from trainer.views.running_headline import RunningHeadline
 from trainer.views.terminal import create_display
 from trainer.views.watch import NUM_PREVIEWS_BEFORE, watch_run
 
@@ -18,14 +19,17 @@ def run(argv: list[str]) -> int:
     words = parse(_parser(), argv)
     folder = run_folder(words.run)
     reader = RunReader(folder)
-    reader.poll_summary()
+    reader.poll()
     if reader.status is None:
         raise OutputError(reader.words())
     is_live = words.display == "rich" or (words.display == "auto" and sys.stdout.isatty())
     ended_at = reader.status.updated_at if reader.is_over else time.time()
     elapsed_s = max(0.0, ended_at - reader.status.started_at)
-    display = create_display(words.display, elapsed_s=elapsed_s)
+    verdict = RunningHeadline(reader.previews, reader.metrics.evaluations, reader.final_evaluation)
+    display = create_display(words.display, elapsed_s=elapsed_s, verdict=verdict)
     print(f"{reader.name}: {reader.words()}", flush=True)
+    if verdict.sentence() and not (is_live or reader.is_over):  # those views say it themselves
+        print(verdict.sentence(), flush=True)
     try:
         return watch_run(
             folder,

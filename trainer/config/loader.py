@@ -23,6 +23,10 @@ from trainer.config.flags import (
 from trainer.config.schema import TrainerConfig
 from trainer.config.section import CombinationError
 from trainer.errors import ConfigError
+from trainer.net import CUT
+
+KEEPS_SECRETS = ("monitoring.notify", "monitoring.openai_base_url")
+"""Their values are not repeated in messages."""
 
 UNTRAINED_MODEL = "tiny"
 
@@ -222,6 +226,15 @@ WHOLE_LIST_WORDS = {"all-linear"}
 """Texts that a list field takes instead of a list."""
 
 
+NOT_FROM_RUNS = ("monitoring.notify", "monitoring.notify_silence")
+"""The config of a run says nothing about these: it may be somebody else's, and has no secrets."""
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a config file was written by a run, or lies in the folder of one."""
+    return file.name == "config.resolved.json" or (file.parent / "run.json").is_file()
+
+
 @dataclass(frozen=True)
 class LoadedConfig:
     """A config and where its values come from."""
@@ -230,6 +243,8 @@ class LoadedConfig:
     origins: dict[str, str]
     """Dotted key -> `default`, `file config.json`, `environment TRAINER_...`, `flag --...`."""
     file: Path | None = None
+    left_out: tuple[str, ...] = ()
+    """Keys that the file names and that no file of a run may set (`NOT_FROM_RUNS`)."""
 
 
 class ConfigLoader:
@@ -255,14 +270,21 @@ class ConfigLoader:
         path = Path(file) if file is not None else parsed.config_file
         merged: dict[str, Any] = {}
         origins: dict[str, str] = {}
+        left_out: list[str] = []
         if path is not None:
-            _lay_over(merged, origins, read_config_file(path), lambda _: f"file {path}")
+            in_file = read_config_file(path)
+            if is_of_run(path):
+                left_out = [key for key in NOT_FROM_RUNS if in_file.pop(key, None)]
+            _lay_over(merged, origins, in_file, lambda _: f"file {path}")
         values, names = read_environment(env or {})
         _lay_over(merged, origins, values, lambda key: f"environment {names[key]}")
         _lay_over(merged, origins, _single_words(parsed.values), parsed.origins.__getitem__)
         config = _validate(merged, origins)
         return LoadedConfig(
-            config, {key: origins.get(key, "default") for key in config_fields()}, path
+            config,
+            {key: origins.get(key, "default") for key in config_fields()},
+            path,
+            tuple(key for key in left_out if key not in merged),
         )
 
 
@@ -352,6 +374,8 @@ def explain(error: ValidationError, origins: Mapping[str, str] | None = None) ->
 def _broken_rule(key: str, mistake: ErrorDetails) -> str:
     """What is wrong with the value of one option."""
     got, rule = mistake["input"], mistake["msg"]
+    if key in KEEPS_SECRETS:
+        got = CUT
     if mistake["type"] == "extra_forbidden":
         return unknown_key_text(key)
     choices = config_fields()[key].choices if key in config_fields() else ()

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from trainer.config.receiver import NOTIFY_SILENCE_S, notify_problem, shown_notify
 from trainer.config.section import CombinationError, Interval, PositiveInt, Section, Share
 from trainer.config.training_sections import (
     DistributedSection,
@@ -208,6 +209,14 @@ class MonitoringConfig(Section):
     tracker_texts: bool = False
     """Trackers get the texts of previews too: prompt, golden answer, what was generated. `false`:
     they get numbers only. From tensorboard, wandb and trackio; others get no texts."""
+    notify: tuple[str, ...] = ()
+    """Who is told when the run ends, fails, is killed, or says nothing any more: a webhook (an
+    `http://` or `https://` address) or a command (its words; no shell; `{text}` in a word stands
+    for the message). What is secret of it is written down nowhere, and the config in the folder of
+    a run cannot set it."""
+    notify_silence: Annotated[float, Field(ge=0.0)] = NOTIFY_SILENCE_S
+    """Seconds without a sign of life (and 10 step times) until `notify` is told that the run is
+    silent; 0 = never."""
     display: Literal["auto", "rich", "plain", "json", "quiet"] = "auto"
     """The terminal: `auto` is rich on a terminal, plain lines elsewhere. Flags: --quiet, --json."""
 
@@ -335,6 +344,25 @@ class MonitoringConfig(Section):
                 "monitoring.preview_backend",
             )
 
+    @model_validator(mode="after")
+    def _check_notify(self) -> MonitoringConfig:
+        problem = notify_problem(self.notify)
+        if problem is not None:
+            raise CombinationError(f"notify {problem}", "monitoring.notify")
+        if not self.notify and self.notify_silence != NOTIFY_SILENCE_S:
+            raise CombinationError(
+                f"notify_silence={self.notify_silence:g} says when notify is told that the run is "
+                "silent, and notify is empty; name a webhook or a command, or leave notify_silence "
+                "as it is",
+                "monitoring.notify_silence",
+                "monitoring.notify",
+            )
+        return self
+
+    @field_serializer("notify")
+    def _write_no_word(self, value: tuple[str, ...]) -> list[str]:
+        return shown_notify(value)
+
     @field_serializer("openai_base_url")
     def _write_no_secret(self, value: str | None) -> str | None:
         return None if value is None else without_secrets(value)
@@ -423,14 +451,45 @@ class TrainerConfig(Section):
     lora: LoraSection = LoraSection()
     distributed: DistributedSection = DistributedSection()
 
+    @property
+    def sharding_problem(self) -> tuple[str, str] | None:
+        """The option that keeps weights from being shared out (fsdp2), and the way out in words."""
+        hyper = self.hyperparams
+        if hyper.optimizer != "adamw":
+            words = "works on whole matrices; set it to adamw"
+            return "hyperparams.optimizer", f"hyperparams.optimizer={hyper.optimizer} {words}"
+        if hyper.masters != "fp32":
+            words = "is for whole weights; set it to fp32"
+            return "hyperparams.masters", f"hyperparams.masters={hyper.masters} {words}"
+        if hyper.compile != "off":
+            words = "is not proved on shards; set it to off"
+            return "hyperparams.compile", f"hyperparams.compile={hyper.compile} {words}"
+        if hyper.training_mode == "qlora":
+            words = (
+                "a base of 4-bit weights cannot be shared out; use lora, or "
+                "distributed.strategy=ddp where the quantized base fits each device"
+            )
+            return "hyperparams.training_mode", f"hyperparams.training_mode=qlora: {words}"
+        if hyper.auto_batch_size:
+            words = "tries batches on a whole model; set it to false"
+            return "hyperparams.auto_batch_size", f"hyperparams.auto_batch_size {words}"
+        if hyper.trains_adapters and self.model.add_tokens:
+            words = (
+                "trains single rows of the embedding in training_mode="
+                f"{hyper.training_mode}, and the rows of a shard cannot be put together for that; "
+                "use distributed.strategy=ddp or training_mode=full, or leave add_tokens empty"
+            )
+            return "model.add_tokens", f"model.add_tokens {words}"
+        return None
+
     @model_validator(mode="after")
     def _check_shards(self) -> TrainerConfig:
-        problem = self.hyperparams.sharding_problem
+        problem = self.sharding_problem
         if self.distributed.strategy == "fsdp2" and problem is not None:
             raise CombinationError(
                 f"distributed.strategy=fsdp2 asks for shards, but {problem[1]}",
                 "distributed.strategy",
-                f"hyperparams.{problem[0]}",
+                problem[0],
             )
         return self
 

@@ -97,29 +97,6 @@ class Hyperparams(Section):
         """Whether the model's own weights are frozen."""
         return self.training_mode != "full"
 
-    @property
-    def sharding_problem(self) -> tuple[str, str] | None:
-        """The option that keeps weights from being shared out (fsdp2), and the way out in words."""
-        if self.optimizer != "adamw":
-            words = "works on whole matrices; set it to adamw"
-            return "optimizer", f"hyperparams.optimizer={self.optimizer} {words}"
-        if self.masters != "fp32":
-            words = "is for whole weights; set it to fp32"
-            return "masters", f"hyperparams.masters={self.masters} {words}"
-        if self.compile != "off":
-            words = "is not proved on shards; set it to off"
-            return "compile", f"hyperparams.compile={self.compile} {words}"
-        if self.training_mode == "qlora":
-            words = (
-                "a base of 4-bit weights cannot be shared out; use lora, or "
-                "distributed.strategy=ddp where the quantized base fits each device"
-            )
-            return "training_mode", f"hyperparams.training_mode=qlora: {words}"
-        if self.auto_batch_size:
-            words = "tries batches on a whole model; set it to false"
-            return "auto_batch_size", f"hyperparams.auto_batch_size {words}"
-        return None
-
     @model_validator(mode="after")
     def _check_compile(self) -> Hyperparams:
         if self.compile != "off" and self.training_mode == "qlora":
@@ -260,6 +237,10 @@ class LoraSection(Section):
     they are two from then on. An error where there is no such tie."""
 
 
+OF_SHARDS = ("reshard_after_forward", "cpu_offload")
+"""Options of section `distributed` that whole copies have not."""
+
+
 class DistributedSection(Section):
     """How several processes, each with a device, train one model (torchrun, accelerate launch)."""
 
@@ -284,7 +265,7 @@ class DistributedSection(Section):
 
     @model_validator(mode="after")
     def _check_copies(self) -> DistributedSection:
-        changed = [name for name in ("reshard_after_forward", "cpu_offload") if self._is_set(name)]
+        changed = [name for name in OF_SHARDS if self._is_set(name)]
         if self.strategy == "ddp" and changed:
             raise CombinationError(
                 f"distributed.{changed[0]} is an option of shards, and distributed.strategy=ddp "

@@ -93,6 +93,41 @@ def telling_part(rows: EncodedDataset) -> dict[str, Any]:
     return {key: value[start : start + NUM_SUPERVISED + 1] for key, value in rows[index].items()}
 
 
+def has_unused_parameters(trainer: SupervisedTrainer, rows: EncodedDataset) -> bool:
+    """Whether a pass over text leaves parameters that are trained without a gradient.
+
+    Such as those for images; where experts are chosen by the text it is taken to be so. DDP waits
+    for the gradients of all others, or must look for these in every step.
+    """
+    if _chooses_parts(trainer.model.config):
+        return True
+    model, was_training = trainer.model, trainer.model.training
+    batch = trainer._prepare_inputs(PadCollator(0)([telling_part(rows)]))
+    try:
+        with untraced(model):
+            model.train()
+            with trainer.accelerator.autocast():  # which the model does itself once it is wrapped
+                loss = training_loss(trainer, model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return any(one.requires_grad and one.grad is None for one in model.parameters())
+    except RuntimeError as error:
+        if not is_out_of_memory(error):  # which is told where the longest rows are tried
+            raise
+        return True
+    finally:
+        model.zero_grad()
+        model.train(was_training)
+
+
+def _chooses_parts(config: Any) -> bool:
+    """Whether a model leaves out experts or layers, each time others."""
+    values = config.get_text_config().to_dict()
+    experts = [value for key, value in values.items() if "expert" in key]
+    if any(isinstance(one, int) and not isinstance(one, bool) and one > 1 for one in experts):
+        return True
+    return any(value for key, value in values.items() if "layerdrop" in key)
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """Memory that only the checks at start took is not what training needs."""
     if device.type == "cuda":

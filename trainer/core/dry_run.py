@@ -90,9 +90,7 @@ def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
         memory=estimate_memory(model_config, setup),
         fit=find_fit(model_config, setup, prepared.device, device_memory(prepared.device)),
         modes=tuple(mode_needs(model_config, setup)),
-        shards=shard_needs(model_config, setup)
-        if config.hyperparams.sharding_problem is None
-        else {},
+        shards=shard_needs(model_config, setup) if config.sharding_problem is None else {},
         num_steps=prepared.num_steps,
     )
 

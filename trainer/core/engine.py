@@ -167,6 +167,8 @@ class TrainerEngine:
             self.close()
             observers = [self.status_writer, *self._extra_observers] if is_main_process() else []
             self._open = _Stages(self, config, Job(config, observers))
+            if is_main_process():
+                self._open.job.notify()
         self._job = self._open.job
         return self._open
 
@@ -185,6 +187,7 @@ class TrainerEngine:
             prepared = self._prepare(config, job, is_dry=True)
             # One process makes it, whatever the others see.
             prepared = with_strategy(prepared, job.observers.notice, agree=lambda mine: mine)
+            prepared = with_preview_backend(prepared, job.observers.notice)
             return finish_dry_run(prepared, job.folder)
 
     def inspect_data(self, config: TrainerConfig) -> RunData:

@@ -51,7 +51,8 @@ def _end_with(job: Job, fault: Fault) -> None:
     if job.ending.acquire(timeout=GRACE_S):
         result = job.failed(RankError(str(fault), fault.exit_code, fault.traceback))
         job.end(result)
-        tell_failure(result.error_message)
+        if not result.is_told_elsewhere:
+            tell_failure(result.error_message)
         leave(result.exit_code)
 
 

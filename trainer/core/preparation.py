@@ -64,6 +64,7 @@ from trainer.models.train_on import (
     train_on,
 )
 from trainer.monitoring.events import Observers
+from trainer.monitoring.notify import check_notify
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
@@ -93,6 +94,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     required_for_training(config)
     check_trackers(config.monitoring.report_to)
     check_scores(config.monitoring)
+    check_notify(config.monitoring.notify)
     config = resolve(config)
     check_files(config.data)
     read_canary_set(config.monitoring.canary_set)

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from trainer.config.schema import MonitoringConfig, TrainerConfig
+from trainer.config.section import CombinationError
 from trainer.core.dry_run import memory_setup
 from trainer.core.memory import device_memory, estimate_memory, fits, size_words
 from trainer.core.publishing import NUM_SLOTS, profile_by_name
@@ -42,35 +45,63 @@ def with_preview_backend(prepared: Prepared, notice: Callable[..., None]) -> Pre
             "another one), or set monitoring.inference_interval=0."
         )
     if is_main_process():
-        changes, words = _in_place_of_local(prepared)
+        chosen, words = _in_place_of_local(prepared)
     else:
-        changes, words = {"preview_backend": "sidecar"}, "as the main process chooses"
-    notice(f"previews: {words}; {NOT_LOCAL}", "info" if "preview_backend" in changes else "warning")
+        chosen, words = {"preview_backend": "sidecar"}, "as the main process chooses"
+    changes = _without_previews(prepared.config) if chosen is None else chosen
+    if chosen is None and len(changes) > 1:
+        others = ", ".join(f"monitoring.{name}" for name in list(changes)[1:])
+        words += f" (what needs them is off too: {others})"
+    notice(f"previews: {words}; {NOT_LOCAL}", "warning" if chosen is None else "info")
     config = prepared.config.model_copy(
         update={"monitoring": monitoring.model_copy(update=changes)}
     )
     return dataclasses.replace(prepared, config=config)
 
 
-def _in_place_of_local(prepared: Prepared) -> tuple[dict[str, Any], str]:
-    """Changes of section `monitoring`, and why, in words."""
-    off, config = {"inference_interval": 0}, prepared.config
+def _in_place_of_local(prepared: Prepared) -> tuple[dict[str, Any] | None, str]:
+    """Changes of section `monitoring`, or None where there can be no previews; why, in words."""
+    config = prepared.config
     away = "give monitoring.preview_backend=remote_3090 a server elsewhere to have some"
     where = base_section(config.model)
     model_config = read_model_config(where, offline=config.environment.offline)
     if getattr(model_config, "auto_map", None):
-        return off, "off, because a sidecar does not run code from a model's own folder"
+        return None, "off, because a sidecar does not run code from a model's own folder"
     stop_ids = prepared.data.encoder.template.stop_ids
     has_code = prepared.profile.logits_processors(prepared.tokenizer, stop_ids=stop_ids)
     if has_code and not profile_by_name(config.profile.name):
-        return off, f"off, because a sidecar does not have the code of {config.profile.name}"
+        return None, f"off, because a sidecar does not have the code of {config.profile.name}"
     need = _need(prepared, model_config)
     asked = resolve_device(config.monitoring.sidecar_device)
     for device in dict.fromkeys((asked, torch.device("cpu"))):
         if need.fits(device):
             chosen = {"preview_backend": "sidecar", "sidecar_device": str(device)}
             return chosen, f"sidecar on {device} ({need.words(device)})"
-    return off, f"off, because a sidecar does not fit: {need.words(asked)}; {away}"
+    return None, f"off, because a sidecar does not fit: {need.words(asked)}; {away}"
+
+
+def _without_previews(config: TrainerConfig) -> dict[str, Any]:
+    """Changes that turn previews off, and whatever the rules of the config want them for.
+
+    Raises:
+        ConfigError: something else than previews is wanted of them.
+    """
+    changes: dict[str, Any] = {"inference_interval": 0}
+    fields, values = MonitoringConfig.model_fields, config.model_dump()
+    for _ in fields:
+        try:
+            TrainerConfig.model_validate(
+                {**values, "monitoring": {**values["monitoring"], **changes}}
+            )
+        except ValidationError as error:
+            broken: CombinationError = error.errors()[0]["ctx"]["error"]
+            section, _, name = broken.keys[0].partition(".")  # the one that asks for something
+            if section != "monitoring":
+                raise ConfigError(f"a sidecar cannot be had, and {broken}.") from error
+            changes[name] = fields[name].default
+        else:
+            break
+    return changes
 
 
 @dataclasses.dataclass(frozen=True)

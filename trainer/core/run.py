@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from trainer.child import is_first_of_machine
 from trainer.config.schema import TrainerConfig
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.process import StopRequest, process_settings
@@ -40,6 +41,7 @@ from trainer.models.precision import ResolvedPrecision
 from trainer.monitoring.beats import TO_CONTINUE
 from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
+from trainer.monitoring.notify import Notifier, notify_trouble
 from trainer.monitoring.ranks import RankWatch
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.preview.scheduler import PreviewScheduler
@@ -80,6 +82,8 @@ class TrainingResult:
     exit_code: int = EXIT_FAILED
     """0 completed or stopped by the control file, 1 failed, 2 the user's input, 129, 130 and 143
     stopped by a signal."""
+    is_told_elsewhere: bool = False
+    """Another process of this machine tells the user of the mistake that ended all of them."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures and counts: previews, final evaluation, times; `ended_by`: steps, early_stopping,
     control, a signal's name such as SIGINT, given_up, or error; `error_type` after a failure.
@@ -178,6 +182,7 @@ class Job:
             config: as it was asked for.
             observers: told of the run; closed with it.
         """
+        self.config = config
         self.output_dir = Path(config.output.output_dir)
         self.observers = Observers(observers)
         self.stop = StopRequest()
@@ -205,6 +210,8 @@ class Job:
         """Tells what the other processes of the run do; None where there are none."""
         self.ending = threading.Lock()
         """Held by the thread that ends the run: the main one, unless it hangs in an exchange."""
+        self.notifier: Notifier | None = None
+        """Tells somebody how the run ends; None where nobody asked for it."""
         self._closing = contextlib.ExitStack()
         # In the order of opening: run.json is written after every observer has told the end, and
         # nobody else may take the folder before that.
@@ -246,6 +253,26 @@ class Job:
         self.close()
         if self.ranks is not None:
             self.ranks.close()
+        if self.notifier is not None:
+            self.notifier.finish()
+
+    def notify(self) -> None:
+        """Have somebody told how the run ends, where `monitoring.notify` says whom."""
+        monitoring = self.config.monitoring
+        if not monitoring.notify or notify_trouble(monitoring.notify):  # which the checks refuse
+            return
+        try:
+            self.notifier = Notifier(
+                monitoring.notify,
+                silence_s=monitoring.notify_silence,
+                folder=self.output_dir.expanduser(),
+                warn=partial(self.observers.notice, level="warning"),
+                num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+            )
+        except OSError as error:  # no more processes here: that is no reason not to train
+            self.observers.notice(f"monitoring.notify: nobody will be told ({error})", "warning")
+            return
+        self.observers.add(self.notifier)
 
     def give_up(self) -> None:
         """End a run that somebody began in parts and does not want any more."""
@@ -405,11 +432,23 @@ class Job:
             message += self._how_to_continue()
             more |= {"traceback": error.traceback} if error.traceback else {}
         if isinstance(error, TrainerError):
-            return self._result("failed", more, exit_code=error.exit_code, error_message=message)
+            return self._result(
+                "failed",
+                more,
+                exit_code=error.exit_code,
+                error_message=message,
+                is_told_elsewhere=self._is_told_elsewhere(error),
+            )
         more["traceback"] = "".join(traceback.format_exception(error))
         logger.error("the run failed\n%s", more["traceback"])
         message = f"{type(error).__name__}: {message}"
         return self._result("failed", more, exit_code=EXIT_FAILED, error_message=message)
+
+    def _is_told_elsewhere(self, error: TrainerError) -> bool:
+        """Whether the first process of this machine tells the same mistake of the user."""
+        if self.ranks is None or error.exit_code != EXIT_USER_INPUT or is_first_of_machine():
+            return False
+        return isinstance(error, RankError) or self.ranks.is_told_by_main
 
     def _first_fault(self, error: BaseException) -> BaseException:
         """The error, or what another rank did that led to it; the others hear of this one."""

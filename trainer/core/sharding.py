@@ -90,9 +90,32 @@ def shard(trainer: Any, precision: ResolvedPrecision) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=half, reduce_dtype=torch.float32
     )
+    part_frozen_ties(trainer.model)
     model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model = trainer.model_wrapped = model
     trainer.optimizer = optimizer
+
+
+BEHIND_ADAPTERS = ("base_layer", "original_module")
+"""Where PEFT keeps a module that it has put something in place of."""
+
+
+def part_frozen_ties(model: nn.Module) -> None:
+    """Give frozen weights between which an adapter lies, such as those of a tied head, own copies.
+
+    FSDP2 keeps two modules with one weight together only where nothing lies between them. What is
+    frozen stays equal without a tie.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                owners.setdefault(id(parameter), []).append((path, module, name))
+    for tied in owners.values():
+        if any(path.rpartition(".")[2] in BEHIND_ADAPTERS for path, _, _ in tied):
+            for _, module, name in tied[1:]:
+                copy = getattr(module, name).detach().clone()
+                setattr(module, name, nn.Parameter(copy, requires_grad=False))
 
 
 def mesh_words(model: Any) -> str:

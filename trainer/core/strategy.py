@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trainer.config.schema import TrainerConfig
+from trainer.config.training_sections import OF_SHARDS, DistributedSection
 from trainer.core.dry_run import memory_setup
 from trainer.core.memory import MemorySetup, device_memory, estimate_memory, fits, size_words
 from trainer.core.run import Prepared, Strategy
@@ -43,7 +44,11 @@ def with_strategy(prepared: Prepared, notice: Callable[..., None], *, agree: Agr
         name = strategy.name
     elif name == "fsdp2":  # of a run that is continued by one process
         name = "auto"
-    section = prepared.config.distributed.model_copy(update={"strategy": name})
+    changes: dict[str, Any] = {"strategy": name}
+    if name == "ddp":  # which has no shards: as written down, the config loads again
+        fields = DistributedSection.model_fields
+        changes |= {option: fields[option].default for option in OF_SHARDS}
+    section = prepared.config.distributed.model_copy(update=changes)
     config = prepared.config.model_copy(update={"distributed": section})
     return dataclasses.replace(prepared, config=config, strategy=strategy)
 
@@ -113,7 +118,7 @@ def check_shardable(config: TrainerConfig, why: str) -> None:
     Raises:
         ConfigError: one line with the option and the way out.
     """
-    problem = config.hyperparams.sharding_problem
+    problem = config.sharding_problem
     if problem is not None:
         raise ConfigError(f"{why}, but {problem[1]}.")
 

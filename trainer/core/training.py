@@ -18,6 +18,7 @@ from trainer.core.checks import (
     MemoryProbe,
     choose_loss,
     forget_peak_memory,
+    has_unused_parameters,
     tiling_of,
 )
 from trainer.core.compiling import CompiledBlocks, compiler_errors
@@ -51,7 +52,7 @@ from trainer.monitoring.callbacks import (
 )
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
-from trainer.monitoring.processes import num_processes
+from trainer.monitoring.processes import any_process, num_processes
 from trainer.monitoring.step_report import StepReport
 from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables, keep_console_out
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
@@ -195,6 +196,11 @@ def assemble_trainer(
     if blocks is not None:
         blocks.trainer = trainer
     _prove_batches_and_loss(job, prepared, trainer, buckets=buckets)
+    handler = trainer.accelerator.ddp_handler
+    if prepared.strategy.name == "ddp" and handler is not None and handler.find_unused_parameters:
+        data = prepared.data.train
+        rows = data.rows if isinstance(data, PackedDataset) else data
+        [handler.find_unused_parameters] = any_process(has_unused_parameters(trainer, rows))
     forget_peak_memory(trainer.args.device)
     return trainer
 

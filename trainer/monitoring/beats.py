@@ -24,7 +24,6 @@ import secrets
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,7 @@ from typing import Any
 
 import psutil
 
-from trainer.child import own_lines
+from trainer.child import first_line, own_lines
 from trainer.errors import EXIT_FAILED
 from trainer.files import LOCK, STATUS_NAME, read_json_object, replace_file
 
@@ -483,23 +482,12 @@ def _take_lock(descriptor: int) -> None:
         time.sleep(TICK_S)
 
 
-def _first_line(descriptor: int) -> bytes:
-    """One line and not a byte more: the rest is read as it comes."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(descriptor, 1)
-        if not byte:
-            sys.exit("the rank has ended")
-        line += byte
-    return line
-
-
 def main() -> None:
     """Watch as the command line says."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends with its rank, and not before
     lines_in, lines_out = own_lines()
-    settings = Settings(**json.loads(_first_line(lines_in.fileno())))
+    settings = Settings(**json.loads(first_line(lines_in.fileno())))
 
     def tell(kind: str, **values: Any) -> None:
         with contextlib.suppress(OSError, ValueError):  # the rank is gone

@@ -27,12 +27,15 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.child import Child
-from trainer.errors import EXIT_FAILED, StoppedError, TrainerError
+from trainer.errors import EXIT_FAILED, EXIT_USER_INPUT, StoppedError, TrainerError
 from trainer.monitoring.beats import ECHO_S, Fault, Settings
 
 logger = logging.getLogger(__name__)
 
 KEY = "watcher"
+
+SAID = "said"
+"""What rank 0 tells the user of the end of the run."""
 
 STORE_TIMEOUT_S = 300
 
@@ -47,6 +50,10 @@ REACH_S = 5.0
 
 TOLD_S = 10.0
 """Longest wait until the others know what this rank ended by."""
+
+MAIN_S = 10.0
+"""How long rank 0 may take to say what it ends by; after 20 seconds this rank would be killed. It
+says so in the store, which outlives it under torchrun only."""
 
 MAX_STARTS = 5
 """Of one rank's watcher: whatever ends it goes on doing so."""
@@ -94,6 +101,10 @@ class RankWatch:
         self._on_fault = on_fault
         self.fault: Fault | None = None
         """What ended the run; None while it goes on."""
+        self.is_told_by_main = False
+        """Rank 0 tells the user of the mistake that ended this rank."""
+        self._shared: Any = None
+        """The store, once it is reached."""
         self._heard, self._lock = threading.Event(), threading.Lock()
         self._is_closed = False
         self._said: list[bytes] = []
@@ -108,22 +119,61 @@ class RankWatch:
         Returns:
             The fault that led to it, of another rank as a rule; None: it is this rank's own.
         """
+        exit_code = getattr(error, "exit_code", EXIT_FAILED)
+        own = fault_of(error, self.rank, int(exit_code), signal)
+        fault = self._fault_behind(error, own)
+        if self.rank == 0:
+            self._say(str(fault) if fault is not None else own.what)
+        elif own.exit_code == EXIT_USER_INPUT and fault is None:
+            said = self._hear_main()
+            self.is_told_by_main = said in (own.what, str(own))
+        return fault
+
+    def _fault_behind(self, error: BaseException, own: Fault) -> Fault | None:
         is_stop, is_echoed = isinstance(error, StoppedError), is_echo(error)
         if is_stop or is_echoed:
             # A launcher stops the others by signals, too, once one has died: who asked was it?
             fault = self.known(AGENT_S if is_stop else 0.0)
             if fault is not None:
                 return fault
-        exit_code = getattr(error, "exit_code", EXIT_FAILED)
-        own = fault_of(error, self.rank, int(exit_code), signal)
         self._send("failed", fault=asdict(own))
-        told = self.known(self._settings.timeout_s + ECHO_S + AGENT_S if is_echoed else TOLD_S)
-        return told if is_echoed and told != own else None
+        if is_echoed:
+            told = self.known(self._settings.timeout_s + ECHO_S + AGENT_S)
+            return told if told != own else None
+        deadline = time.monotonic() + TOLD_S
+        # A main rank that has ended in the same way is told nothing, and tells nothing.
+        while not (self._heard.wait(POLL_S) or self._said_by_main()):
+            if time.monotonic() > deadline:
+                break
+        return None
 
     def known(self, wait_s: float) -> Fault | None:
         """The fault that ended the run, if one is heard of in time."""
         self._heard.wait(wait_s)
         return self.fault
+
+    # ---- what the user is told once
+
+    def _say(self, words: str) -> None:
+        if self._shared is not None:
+            with contextlib.suppress(RuntimeError):  # of a store whose process is gone
+                self._shared.set(SAID, words)
+
+    def _said_by_main(self) -> str | None:
+        """None: nothing yet; empty: rank 0 is gone, and the store with it."""
+        if self.rank == 0 or self._shared is None:
+            return None
+        try:
+            return str(self._shared.get(SAID).decode()) if self._shared.check([SAID]) else None
+        except RuntimeError:
+            return ""
+
+    def _hear_main(self) -> str | None:
+        """What rank 0 says, which has as good a reason to end as this rank."""
+        deadline = time.monotonic() + MAIN_S
+        while (said := self._said_by_main()) is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return said
 
     def close(self) -> None:
         """The rank has ended in order, whatever it ended by; its watcher ends too."""
@@ -183,7 +233,8 @@ class RankWatch:
         # The same store as the process group's, whoever serves it, also before there is a group.
         timeout = timedelta(seconds=STORE_TIMEOUT_S)
         self._kept, _, _ = next(rendezvous("env://", timeout=timeout))
-        return PrefixStore("trainer", self._kept)
+        self._shared = PrefixStore("trainer", self._kept)
+        return self._shared
 
     def _send(self, kind: str, **values: Any) -> None:
         line = json.dumps({"kind": kind, **values}).encode()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from trainer.monitoring.events import RunState
 from trainer.preview.base import FinishReason, PreviewResult, WeightsProof
 from trainer.scores.figures import ScoreFigure
-from trainer.scores.statistics import SIGNIFICANCE, sign_test
+from trainer.scores.statistics import paired_trend
 
 # ---- how often previews matched their golden answers, and whether that is rising
 #
@@ -68,28 +68,8 @@ class MatchHistory:
             below SIGNIFICANCE; None where it cannot tell (with fewer than six prompts never).
         """
         if not self._is_trend_known:  # asked for at every status, changed by previews only
-            self._trend, self._is_trend_known = self._find_trend(), True
+            self._trend, self._is_trend_known = paired_trend(self._by_step), True
         return self._trend
-
-    def _find_trend(self) -> Trend | None:
-        steps = sorted(self._by_step)
-        size = max(1, len(steps) // 3)
-        if len(steps) < 2 * size:
-            return None
-        newest, before = self._shares(steps[-size:]), self._shares(steps[-2 * size : -size])
-        changes = [newest[prompt] - before[prompt] for prompt in newest.keys() & before.keys()]
-        gained, lost = sum(one > 0 for one in changes), sum(one < 0 for one in changes)
-        if sign_test(gained, lost) >= SIGNIFICANCE:
-            return None
-        return "rising" if gained > lost else "falling"
-
-    def _shares(self, steps: list[int]) -> dict[str, float]:
-        """Prompt -> share of its comparisons at these steps that match."""
-        found: dict[str, list[bool]] = {}
-        for step in steps:
-            for prompt, is_match in self._by_step[step].items():
-                found.setdefault(prompt, []).append(is_match)
-        return {prompt: sum(matches) / len(matches) for prompt, matches in found.items()}
 
 
 # ---- the content of status.json: one pydantic model, documented field by field in docs/status.md

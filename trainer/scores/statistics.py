@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 MIN_PROMPTS = 12
 """With fewer prompts there is no interval: it would be too wide to say anything, or wrong."""
@@ -128,6 +129,39 @@ def sign_test(gained: int, lost: int) -> float:
     count = gained + lost
     tail: float = sum(math.comb(count, i) for i in range(min(gained, lost) + 1)) / 2**count
     return min(1.0, 2 * tail)
+
+
+def paired_trend(
+    by_step: Mapping[int, Mapping[str, float]],
+) -> Literal["rising", "falling"] | None:
+    """The newest third of the steps against the third before, prompt by prompt.
+
+    Args:
+        by_step: step -> prompt -> value.
+    Returns:
+        None where a two-sided sign test over the prompts that changed is not below SIGNIFICANCE
+        (with fewer than six prompts never).
+    """
+    steps = sorted(by_step)
+    size = max(1, len(steps) // 3)
+    if len(steps) < 2 * size:
+        return None
+    newest = _means([by_step[step] for step in steps[-size:]])
+    before = _means([by_step[step] for step in steps[-2 * size : -size]])
+    changes = [newest[prompt] - before[prompt] for prompt in newest.keys() & before.keys()]
+    gained, lost = sum(one > 0 for one in changes), sum(one < 0 for one in changes)
+    if sign_test(gained, lost) >= SIGNIFICANCE:
+        return None
+    return "rising" if gained > lost else "falling"
+
+
+def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Prompt -> mean of its values."""
+    found: dict[str, list[float]] = {}
+    for values in steps:
+        for prompt, value in values.items():
+            found.setdefault(prompt, []).append(value)
+    return {prompt: sum(values) / len(values) for prompt, values in found.items()}
 
 
 def difference_of(

@@ -11,34 +11,29 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.scores.statistics import SIGNIFICANCE, sign_test
 from trainer.views.run_reader import RunReader
 from trainer.views.score_words import figure_rows
 from trainer.views.words import drift_summary_words, duration_words
 
 
-def live_figures(reader: RunReader) -> list[tuple[str, str]]:
-    """What one wants to see while a run goes on, the most wanted first."""
+def bar_figures(reader: RunReader) -> list[str]:
+    """What stands beside the state of a run: model, time, speed, memory, drift."""
     status, metrics = reader.status, reader.metrics
-    rows = final_figures(reader)
-    rows.append(("loss", _number(metrics.newest("train_loss"), "{:.4f}")))
-    if status is not None and status.val_loss is not None:
-        rows.append((f"validation loss, step {status.val_step}", f"{status.val_loss:.4f}"))
-    rows.append(("learning rate", _number(metrics.newest("learning_rate"), "{:.2e}")))
-    rows.append(("tokens/s", _number(metrics.newest("tokens_per_s"), "{:,.0f}")))
-    rows.append(("memory", _number(metrics.newest("memory_gib"), "{:.1f} GiB")))
-    rows += figure_rows(metrics.newest_scores())
-    accuracy = reader.previews.accuracy()
-    if accuracy:
-        step = max(accuracy)
-        right, of = accuracy[step]
-        trend = reader.previews.history().trend()
-        value = f"{right} of {of}" + (f", {trend}" if trend else "")
-        rows.append((f"previews that match, step {step}", value))
-    if metrics.drifts:
-        drift = metrics.drifts[-1]
-        value = f"{drift.kl:.4f} nats per token, {drift.num_changed} of {drift.num_prompts} changed"
-        rows.append((f"drift, step {drift.step}", value))
-    return [(label, value) for label, value in rows if value]
+    if status is None:
+        return []
+    memory, speed = metrics.newest("memory_gib"), metrics.last("tokens_per_s", RECENT_STEPS)
+    rate = metrics.newest("learning_rate")
+    found = [
+        status.model_name or "",
+        duration_words(max(0.0, status.updated_at - status.started_at)),
+        f"{float(np.median(speed)):,.0f} tokens/s" if len(speed) else "",
+        f"{memory:.1f} GiB" if memory == memory else "",
+        f"lr {rate:.2e}" if rate == rate and not reader.is_over else "",
+    ]
+    if metrics.drifts and math.isfinite(metrics.drifts[-1].kl):
+        found.append(f"drift {metrics.drifts[-1].kl:.3f} nats per token")
+    return [one for one in found if one]
 
 
 def accuracy_words(reader: RunReader) -> str:
@@ -139,8 +134,8 @@ SLOW_SHARE = 0.7
 
 MIN_STEPS_FOR_SPEED = 60
 
-ACCURACY_DROP = 0.2
-"""Share of matches below the best preview step's by more than this makes an alert."""
+FALLING_PREVIEWS = 2
+"""Preview steps in a row that are worse than the best one before them that make an alert."""
 
 NEVER_STOP_SHARE = 0.5
 
@@ -157,6 +152,10 @@ class Alert:
 
     level: Level
     text: str
+    prompt: str | None = None
+    """Key of the prompt that it is about, if it is about one."""
+    step: int | None = None
+    """The preview step that it is about."""
 
 
 def alerts_of(reader: RunReader) -> list[Alert]:
@@ -235,43 +234,61 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
                 "warning",
                 f"{len(failed)} of {len(newest)} previews of step {step} have no answer: "
                 f"{failed[0].error_message}",
+                prompt=failed[0].prompt_id or failed[0].prompt,
+                step=step,
             )
         )
-    endless = sum("never_stopped" in result.health for result in newest)
-    if step > 0 and endless and endless >= NEVER_STOP_SHARE * len(newest):
+    endless = [result for result in newest if "never_stopped" in result.health]
+    if step > 0 and endless and len(endless) >= NEVER_STOP_SHARE * len(newest):
         found.append(
-            Alert("warning", f"{endless} of {len(newest)} previews of step {step} never stop")
+            Alert(
+                "warning",
+                f"{len(endless)} of {len(newest)} previews of step {step} never stop",
+                prompt=endless[0].prompt_id or endless[0].prompt,
+                step=step,
+            )
         )
     return found + _accuracy_alerts(reader)
 
 
 def _accuracy_alerts(reader: RunReader) -> list[Alert]:
+    """Fewer right than at the best step before, prompt by prompt, at two preview steps in a row."""
     shares = {step: right / of for step, (right, of) in reader.previews.accuracy().items()}
-    if len(shares) < 2:
+    if len(shares) <= FALLING_PREVIEWS:
         return []
-    last = max(shares)
-    best = max(shares, key=lambda step: (shares[step], -step))
-    found = []
-    now, before = (
-        {one.prompt_id or one.prompt: one.matches for one in reader.previews.of_step(step)}
-        for step in (last, best)
+    steps = sorted(shares)
+    recent = steps[-FALLING_PREVIEWS:]
+    best = max(steps[:-FALLING_PREVIEWS], key=lambda step: (shares[step], -step))
+    before, now = _matches(reader, best), _matches(reader, recent[-1])
+    if not all(_has_fallen(_matches(reader, step), before) for step in recent):
+        return []
+    common = [key for key in now if key in before]  # one without an answer before lost nothing
+    right, were_right = (sum(answers[key] for key in common) for answers in (now, before))
+    lost = [key for key in common if before[key] and not now[key]]
+    names = ", ".join(repr(reader.previews.timelines[key].prompt[:60]) for key in lost[:3])
+    words = (
+        f"accuracy falls: {right} of {len(common)} previews match at step {recent[-1]}, "
+        f"{were_right} did at step {best}",
+        f"answered correctly at step {best}, wrong now: {names}",
     )
-    # The same prompts: one that had no answer before must not look like a loss of the others.
-    common = [key for key in now if None not in (now[key], before.get(key))]
-    right, were_right = (sum(map(bool, map(one.get, common))) for one in (now, before))
-    if common and right < were_right - ACCURACY_DROP * len(common):
-        found.append(
-            Alert(
-                "warning",
-                f"accuracy falls: {100 * right / len(common):.0f} % of the previews match at step "
-                f"{last}, {100 * were_right / len(common):.0f} % did at step {best}",
-            )
-        )
-    lost = [one for one in reader.previews.timelines.values() if one.is_lost()]
-    if lost and found:
-        names = ", ".join(repr(one.prompt[:60]) for one in lost[:3])
-        found.append(Alert("info", f"answered correctly before, wrong now: {names}"))
-    return found
+    return [
+        Alert("warning", words[0], prompt=lost[0], step=recent[-1]),
+        Alert("info", words[1], prompt=lost[0], step=recent[-1]),
+    ]
+
+
+def _matches(reader: RunReader, step: int) -> dict[str, bool]:
+    """Prompt -> whether its answer matches, of those that were compared."""
+    results = reader.previews.of_step(step)
+    return {one.prompt_id or one.prompt: one.matches for one in results if one.matches is not None}
+
+
+def _has_fallen(now: Mapping[str, bool], before: Mapping[str, bool]) -> bool:
+    """Whether the same prompts are right less often by more than chance (McNemar's exact test)."""
+    common = now.keys() & before.keys()
+    gained = sum(now[key] and not before[key] for key in common)
+    lost = sum(before[key] and not now[key] for key in common)
+    return lost > gained and sign_test(gained, lost) < SIGNIFICANCE
 
 
 def _drift_alerts(reader: RunReader) -> list[Alert]:

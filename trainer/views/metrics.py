@@ -368,7 +368,7 @@ class MetricsTable:
             name: one of COLUMNS.
             max_points: most points; of each stretch of steps the lowest and the highest stay.
         """
-        steps, values = self._known(name)
+        steps, values = self.known(name)
         picked = pick_points(values, max_points)
         return list(zip(steps[picked].tolist(), values[picked].tolist(), strict=True))
 
@@ -381,14 +381,14 @@ class MetricsTable:
             share: width of the window as a share of the run's steps, as in SMOOTHING_SHARE.
             is_log: the chart's axis is logarithmic: a geometric mean instead of a median.
         """
-        steps, values = self._known(name)
+        steps, values = self.known(name)
         half = window_half(len(values), share)
         picked = np.unique(np.linspace(0, max(len(values) - 1, 0), max_points).astype(np.int64))
         picked = picked[: len(values)]
         smooth = centred(values, picked, half, is_log=is_log)
         return list(zip(steps[picked].tolist(), smooth.tolist(), strict=True))
 
-    def _known(
+    def known(
         self, name: str
     ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.float64]]]:
         """Steps and values of a column without missing ones, (N,) each."""
@@ -401,7 +401,9 @@ class MetricsTable:
 def is_spread_wide(metrics: MetricsTable) -> bool:
     """Whether the loss is better seen on a log scale."""
     losses = metrics.last("train_loss", len(metrics))
-    return bool(len(losses)) and losses.min() > 0 and losses.max() >= LOG_RATIO * losses.min()
+    if not len(losses) or losses.min() <= 0:
+        return False
+    return bool(losses.max() >= LOG_RATIO * losses.min())
 
 
 def window_half(count: int, share: float) -> int:

@@ -10,15 +10,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer import __version__
 from trainer.files import replace_file
 from trainer.monitoring.events import Event, RunStarted
-from trainer.preview.base import PreviewResult
 from trainer.views.facts import (
     alerts_of,
     card_rows,
@@ -26,6 +24,7 @@ from trainer.views.facts import (
     environment_rows,
     report_figures,
 )
+from trainer.views.headline import headline_of
 from trainer.views.metrics import (
     SMOOTHING_SHARE,
     Chart,
@@ -34,63 +33,20 @@ from trainer.views.metrics import (
     is_spread_wide,
     make_chart,
 )
+from trainer.views.report_prompts import HEIGHT, NUM_OPEN, compared_of, prompt_cards
 from trainer.views.run_reader import MANIFEST_NAME, ORIGINS_NAME, RunReader, config_rows
 from trainer.views.score_words import certainty_words, curve_name, value_words
-from trainer.views.timeline import (
-    MARK_WORDS,
-    Piece,
-    PreviewBook,
-    Timeline,
-    facts_of,
-    golden_tokens,
-    golden_words,
-    mark_of,
-)
-from trainer.views.words import mark_of_sample
+from trainer.views.timeline import MARK_WORDS, mark_of
 
 REPORT_NAME = "report.html"
 
-GRID_COLUMNS = 24
-
 MAX_WRONG = 100
 """Wrong rows of the final evaluation shown; what is left out is counted."""
-
-MAX_ANSWERS = 200
-"""Different answers of one prompt shown; what is left out is counted."""
 
 CHART_POINTS = 1_500
 
 MIN_SMOOTHED = 50
 """Shorter curves are shown as they are."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer of a time-line, and the steps after it that gave the same one."""
-
-    result: PreviewResult
-    last_step: int
-    mark: str
-    golden: Sequence[Piece] | None
-    previous: Sequence[Piece] | None
-    facts: Sequence[str]
-    knows: str | None
-    """Whether the weights of `last_step` know the golden answer, as its tokens say."""
-    tokens: Sequence[Any] = field(default_factory=tuple)
-
-    @property
-    def samples(self) -> list[tuple[str, str]]:
-        """(sign, text) of the further samples."""
-        return [
-            (mark_of_sample(one), one.text if one.ok else one.error_message or "")
-            for one in self.result.samples
-        ]
-
-    @property
-    def steps(self) -> str:
-        """Such as `step 40` or `steps 40 to 120`."""
-        first, last = self.result.step, self.last_step
-        return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def write_report(reader: RunReader, path: Path) -> None:
@@ -104,26 +60,25 @@ def write_report(reader: RunReader, path: Path) -> None:
 
 def render_report(reader: RunReader) -> str:
     """The report as HTML; `reader` was polled before."""
-    book = reader.previews
-    shown = book.grid_steps(GRID_COLUMNS)
+    final = reader.final_evaluation
+    wrong = final.wrong[:MAX_WRONG] if final is not None else ()
     page: str = _template().render(
         name=reader.name,
         state=reader.state(),
         words=reader.words(),
+        headline=headline_of(reader.previews, reader.metrics.evaluations, final),
         alerts=alerts_of(reader),
         figures=report_figures(reader),
-        final=reader.final_evaluation,
-        max_wrong=MAX_WRONG,
+        final=final,
+        final_wrong=[(result, mark_of(result), compared_of(result)) for result in wrong],
+        num_open=NUM_OPEN,
         charts=charts_of(reader),
-        grid_steps=shown,
-        num_steps=len(book.steps),
-        grid=[(line, [mark_of(line.of_step(step)) for step in shown]) for line in _lines(book)],
+        prompts=prompt_cards(reader.previews),
+        strip_height=HEIGHT,
         mark_words=MARK_WORDS,
-        timelines=[(line, *_answers(line)) for line in _lines(book)],
         evaluations=reader.metrics.evaluations,
-        accuracy=book.accuracy(),
+        accuracy=reader.previews.accuracy(),
         scores=_scores(reader.metrics),
-        first_answers=book.of_step(0),
         card=card_rows(reader.manifest),
         sample=card_sample(reader.manifest),
         config=_config(reader),
@@ -149,10 +104,6 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2")
-
-
-def _lines(book: PreviewBook) -> list[Timeline]:
-    return list(book.timelines.values())
 
 
 def charts_of(reader: RunReader) -> list[Chart]:
@@ -211,38 +162,6 @@ def _scores(metrics: MetricsTable) -> list[tuple[int, str, str, str, int]]:
 
 def _evaluations(metrics: MetricsTable) -> list[tuple[float, float]]:
     return [(one.step, one.val_loss) for one in metrics.evaluations if math.isfinite(one.val_loss)]
-
-
-def _answers(line: Timeline) -> tuple[list[Answer], int]:
-    """The answers of a prompt, equal ones in a row as one, and how many more there are."""
-    groups: list[list[int]] = []
-    for index in range(len(line)):
-        if groups and _is_same(line[groups[-1][0]], line[index]):
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    shown = groups if len(groups) <= MAX_ANSWERS else [groups[0], *groups[-MAX_ANSWERS + 1 :]]
-    answers = [
-        Answer(
-            result=line[group[0]],
-            last_step=line[group[-1]].step,
-            mark=mark_of(line[group[0]]),
-            golden=line.golden_diff(group[0]),
-            previous=line.previous_diff(group[0]),
-            facts=facts_of(line[group[0]]),
-            knows=golden_words(line[group[-1]]),
-            tokens=golden_tokens(line[group[-1]]),
-        )
-        for group in shown
-    ]
-    return answers, len(groups) - len(shown)
-
-
-def _is_same(one: PreviewResult, other: PreviewResult) -> bool:
-    """Whether two answers tell the reader the same."""
-    names = ("text", "raw_text", "matches", "health", "finish_reason", "error_message", "weights")
-    is_same = all(getattr(one, name) == getattr(other, name) for name in names)
-    return is_same and [s.text for s in one.samples] == [s.text for s in other.samples]
 
 
 def _config(reader: RunReader) -> list[tuple[str, str, str]]:

@@ -239,8 +239,11 @@ class RunReader:
         if status is None or self.is_over or not self._is_local():
             return False
         try:
+            process = psutil.Process(status.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:  # in containers nobody may wait for it
+                return True
             # A number that was given to another process since is not our process.
-            return psutil.Process(status.pid).create_time() > status.started_at + 1
+            return process.create_time() > status.started_at + 1
         except psutil.NoSuchProcess:
             return True
         except psutil.Error:

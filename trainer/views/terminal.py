@@ -29,6 +29,8 @@ from trainer.monitoring.events import (
     plain_values,
     printable,
 )
+from trainer.views.cuts import cut_pair, fit
+from trainer.views.running_headline import RunningHeadline
 from trainer.views.score_words import scores_words
 from trainer.views.words import (
     ANSWER_CHARS,
@@ -62,7 +64,11 @@ SHARE_OF_STEPS = 20
 
 
 def create_display(
-    kind: DisplayKind = "auto", stream: TextIO | None = None, *, elapsed_s: float = 0.0
+    kind: DisplayKind = "auto",
+    stream: TextIO | None = None,
+    *,
+    elapsed_s: float = 0.0,
+    verdict: RunningHeadline | None = None,
 ) -> Observer:
     """Make the display of a run.
 
@@ -70,6 +76,7 @@ def create_display(
         kind: `auto` is `rich` on a terminal and `plain` elsewhere.
         stream: where to write; None: standard output.
         elapsed_s: seconds that the run has gone on for already.
+        verdict: what the headline knows already; None: nothing.
     Raises:
         ConfigError: the kind is unknown.
     """
@@ -81,9 +88,9 @@ def create_display(
         # rich takes a tenth of a second to import, and logs never need it.
         from trainer.views.terminal_rich import RichDisplay
 
-        return RichDisplay(safe, elapsed_s=elapsed_s)
+        return RichDisplay(safe, elapsed_s=elapsed_s, verdict=verdict)
     displays: dict[str, Callable[[SafeStream], Observer]] = {
-        "plain": partial(PlainDisplay, elapsed_s=elapsed_s),
+        "plain": partial(PlainDisplay, elapsed_s=elapsed_s, verdict=verdict),
         "json": JsonDisplay,
         "quiet": partial(QuietDisplay, elapsed_s=elapsed_s),
     }
@@ -146,9 +153,11 @@ class PlainDisplay(_Display):
         clock: Callable[[], float] = time.monotonic,
         *,
         elapsed_s: float = 0.0,
+        verdict: RunningHeadline | None = None,
     ) -> None:
-        """Take where to write; see _Display."""
+        """Take where to write, and what the headline knows already; see _Display."""
         super().__init__(stream, clock, elapsed_s=elapsed_s)
+        self.verdict = verdict or RunningHeadline()
         self._last_line_at = float("-inf")
         self._last_line_step = -1
         self._first_step_at: float | None = None
@@ -156,6 +165,7 @@ class PlainDisplay(_Display):
     def on_event(self, event: Event) -> None:
         """Write the lines of an event, or none."""
         self.note(event)
+        self.verdict.note(event)
         line = self.stream.line
         match event:
             case PhaseChanged():
@@ -183,6 +193,8 @@ class PlainDisplay(_Display):
                 line(notice_words(event))
             case RunEnded():
                 self.write_end(event)
+                if self.started is not None and self.verdict.sentence():
+                    line(self.verdict.sentence())
 
     def _is_line_due(self, event: StepDone) -> bool:
         """First and last step, each 5 % of the steps, and else as time goes by."""
@@ -213,10 +225,13 @@ class PlainDisplay(_Display):
         lines = [f"previews at step {event.step}: {match_words(event.results)}"]
         for result in event.results:
             prompt = printable(result.prompt, PROMPT_CHARS)
-            golden = "-"
-            if result.golden_answer is not None:
-                golden = printable(result.golden_answer, ANSWER_CHARS)
-            said = printable(result.text if result.ok else str(result.error_message), ANSWER_CHARS)
+            golden, said = "-", result.text if result.ok else str(result.error_message)
+            if result.golden_answer is not None and result.ok:
+                sides = cut_pair(result.golden_answer, said, ANSWER_CHARS)
+                golden, said = ("".join(piece.text for piece in side) for side in sides)
+            elif result.golden_answer is not None:
+                golden = fit(result.golden_answer, ANSWER_CHARS)
+            said = printable(said, ANSWER_CHARS)
             label = "generated" if result.ok else "failed"
             text = f"  {mark_of(result)} {prompt}  golden: {golden} | {label}: {said}"
             lines.append(f"{text}  {remarks_of(result)}".rstrip())

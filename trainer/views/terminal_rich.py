@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO, cast
 
 from rich.cells import cell_len, chop_cells
@@ -37,8 +38,10 @@ from trainer.monitoring.events import (
     StepDone,
     printable,
 )
-from trainer.monitoring.status_schema import SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult
+from trainer.views.cuts import cut_pair, fit
+from trainer.views.differences import Piece
+from trainer.views.running_headline import RunningHeadline
 from trainer.views.score_words import score_lines
 from trainer.views.words import (
     checkpoint_words,
@@ -68,6 +71,9 @@ MAX_TEXT_ROWS = 4
 
 MAX_SCORE_ROWS = 6
 
+MAX_VERDICT_ROWS, MIN_HEIGHT = 3, 20
+"""Lines of the headline, on terminals of so many rows."""
+
 STATE_STYLES = {
     "loading": "bold cyan",
     "training": "bold cyan",
@@ -77,15 +83,19 @@ STATE_STYLES = {
     "failed": "bold red",
 }
 
+DIFFERENCE_STYLES = {"missing": "bold green", "extra": "bold red"}
+"""Of words that only golden has, and of those that only the answer has."""
+
 _MATCH_STYLES = {"=": "green", "x": "red", ".": "yellow", "!": "bold red"}
 
 
 class LiveView:
     """The newest facts of a run, and how they are drawn."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """Take the clock, in seconds that only go forward."""
+    def __init__(self, clock: Callable[[], float], verdict: RunningHeadline | None = None) -> None:
+        """Take the clock, in seconds that only go forward, and the headline so far."""
         self._clock = clock
+        self.verdict = verdict or RunningHeadline()
         self.started: RunStarted | None = None
         self.phase: PhaseChanged | None = None
         self.step: StepDone | None = None
@@ -94,7 +104,6 @@ class LiveView:
         self.drift: DriftMeasured | None = None
         self.scores: dict[str, ScoresDone] = {}
         self.end: RunEnded | None = None
-        self._history = MatchHistory()
         self._phase_at = self._step_at = clock()
 
     def set_phase(self, event: PhaseChanged) -> None:
@@ -114,7 +123,6 @@ class LiveView:
         """New answers to the same prompts; older ones stay where there are none."""
         if event.is_superseded:
             return
-        self._history.add(event.results)
         self.previews = event
 
     def set_scores(self, event: ScoresDone) -> None:
@@ -137,13 +145,16 @@ class LiveView:
             yield _one_line(_figures(self.step, self.evaluation))
         if self.drift is not None:
             yield _one_line(Text(drift_words(self.drift), "dim"))
+        verdict = self._verdict_lines(options.max_width, console.size.height)
+        yield from verdict
         if self.previews is not None:
             yield Text()
             yield _one_line(self._preview_title(self.previews))
             figures = [line for event in self.scores.values() for line in score_lines(event)]
             figures = figures[:MAX_SCORE_ROWS]
             yield from (_one_line(Text(line)) for line in figures)
-            rows = console.size.height - HEADER_ROWS - 1 - len(figures) - (self.drift is not None)
+            rows = console.size.height - HEADER_ROWS - 1 - len(figures) - len(verdict)
+            rows -= self.drift is not None
             yield from preview_lines(self.previews.results, options.max_width, rows)
 
     def _headline(self, console: Console, is_ascii: bool) -> Text:
@@ -156,6 +167,12 @@ class LiveView:
             frame = spinner.render(console.get_time())
             line.append(f"{frame} ")
         return _one_line(line.append(self._headline_words(state)))
+
+    def _verdict_lines(self, width: int, height: int) -> list[Text]:
+        """Whether the model gets better; where there is little room, as much as a line holds."""
+        most = MAX_VERDICT_ROWS if height >= MIN_HEIGHT else 1
+        words = textwrap.wrap(self.verdict.sentence(), width, max_lines=most, placeholder=" ...")
+        return [_one_line(Text(line, style="bold")) for line in words]
 
     def _is_spinning(self) -> bool:
         if self.end is not None:
@@ -202,14 +219,6 @@ class LiveView:
         title = Text("previews at ")
         title.append(f"step {previews.step}", style="bold")
         title.append(f": {match_words(previews.results)}")
-        counts = self._history.counts(SHORT_WINDOW)
-        if counts is not None and counts[1] > sum(
-            result.matches is not None for result in previews.results
-        ):
-            trend = self._history.trend()
-            share = f"{100 * counts[0] / counts[1]:.0f} %"
-            title.append(f"; of the last {counts[1]}: {share}", style="dim")
-            title.append(f", {trend}" if trend else "", style="dim")
         return title
 
 
@@ -244,19 +253,22 @@ def _block(result: PreviewResult, width: int, text_rows: int, is_wide: bool) -> 
     title.append(printable(result.prompt, max(10, width - 4 - len(remarks))), style="dim")
     title.append(f"  {remarks}" if remarks else "", style="yellow")
     column = max(8, (width - 5) // 2 if is_wide else width - 13)
+    room = column * text_rows
     said = result.text if result.ok else (result.error_message or "")
-    generated = _fit(said, column * text_rows)
-    golden = None
-    if result.golden_answer is not None:
-        golden = _fit(result.golden_answer, column * text_rows)
-    left = _rows(Text(golden or ""), column, text_rows) if golden is not None else []
-    right = _rows(_styled(generated, golden, mark), column, text_rows)
-    if not is_wide or golden is None:
+    golden, generated = Text(), Text(fit(said, room, cell_len), style="" if result.ok else "red")
+    if result.golden_answer is not None and not result.ok:
+        golden = Text(fit(result.golden_answer, room, cell_len))
+    elif result.golden_answer is not None:
+        left, right = cut_pair(result.golden_answer, said, room, cell_len)
+        golden, generated = (_coloured(side, mark) for side in (left, right))
+    left_rows = _rows(golden, column, text_rows) if golden else []
+    right_rows = _rows(generated, column, text_rows)
+    if not is_wide or not golden:
         label = "generated" if result.ok else "failed"
-        return [_one_line(title), *_labelled("golden", left), *_labelled(label, right)]
+        return [_one_line(title), *_labelled("golden", left_rows), *_labelled(label, right_rows)]
     lines = []
-    for index in range(max(len(left), len(right))):
-        pair = [rows[index] if index < len(rows) else Text() for rows in (left, right)]
+    for index in range(max(len(left_rows), len(right_rows))):
+        pair = [rows[index] if index < len(rows) else Text() for rows in (left_rows, right_rows)]
         lines += _columns(pair[0], pair[1], width)
     return [_one_line(title), *lines]
 
@@ -268,16 +280,10 @@ def _columns(golden: Text, generated: Text, width: int) -> list[Text]:
     return [_one_line(line.append_text(generated))]
 
 
-def _styled(generated: str, golden: str | None, mark: str) -> Text:
-    """The answer in the colour of its mark; a wrong one from where it leaves the golden answer."""
-    start = 0
-    if mark == "x" and golden is not None:
-        pairs = zip(generated, golden, strict=False)
-        longer = len(golden) if len(generated) > len(golden) else 0
-        start = next((i for i, (one, other) in enumerate(pairs) if one != other), longer)
-    text = Text(generated)
-    text.stylize(_MATCH_STYLES[mark], start)
-    return text
+def _coloured(pieces: Sequence[Piece], mark: str) -> Text:
+    """A side of a comparison; what differs is coloured where that makes the answer wrong."""
+    styles = DIFFERENCE_STYLES if mark == "x" else {}
+    return Text.assemble(*[(piece.text, styles.get(piece.kind, "")) for piece in pieces])
 
 
 def _labelled(label: str, rows: list[Text]) -> list[Text]:
@@ -292,19 +298,6 @@ def _not_dim(text: Text) -> Text:
     """The text in its own colours behind a dim label."""
     text.style = "not dim"
     return text
-
-
-def _fit(text: str, cells: int) -> str:
-    """The text made printable and cut to a number of terminal cells (wide characters take two)."""
-    limit = cells
-    shown = printable(text, limit)
-    while cell_len(shown) > cells and limit > 1:
-        limit = max(1, limit * cells // cell_len(shown))
-        shorter = printable(text, limit)
-        if len(shorter) >= len(shown):
-            break
-        shown = shorter
-    return shown
 
 
 def _rows(text: Text, width: int, most: int) -> list[Text]:
@@ -344,12 +337,14 @@ class RichDisplay:
         clock: Callable[[], float] = time.monotonic,
         *,
         elapsed_s: float = 0.0,
+        verdict: RunningHeadline | None = None,
     ) -> None:
         """Take where to write.
 
         Args:
             clock: seconds that only go forward.
             elapsed_s: seconds that the run has gone on for already.
+            verdict: what the headline knows already.
         """
         self.stream, self.clock = stream, clock
         # Model output is no markup: only Text objects are printed.
@@ -358,12 +353,13 @@ class RichDisplay:
         )
         self._live: Live | None = None
         self._moved: list[tuple[logging.StreamHandler[SafeStream], object]] = []
-        self._view = LiveView(clock)
+        self._view = LiveView(clock, verdict)
         self._began = clock() - elapsed_s
 
     def on_event(self, event: Event) -> None:
         """Show what an event says."""
         view = self._view
+        view.verdict.note(event)
         match event:
             case PhaseChanged():
                 self._print_long_phase()
@@ -444,6 +440,9 @@ class RichDisplay:
             elapsed = self.clock() - self._began
             words = closing_words(event, view.started, view.step, view.evaluation, elapsed)
             self._print(words, STATE_STYLES.get(event.state, ""))
+            sentence = view.verdict.sentence()
+            if sentence:
+                self._print(sentence, "bold")
         self._view, self._began = LiveView(self.clock), self.clock()
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from difflib import SequenceMatcher
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -20,60 +18,9 @@ from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHis
 from trainer.preview.base import PreviewResult, golden_figures
 from trainer.scores.figures import ScoreFigure
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
+from trainer.views.verdicts import Verdict, verdict_of
 from trainer.views.words import MARK_ERROR, MARK_SUPERSEDED, samples_words
 from trainer.views.words import mark_of as sign_of
-
-MAX_PAIRS = 200_000
-"""Equal word pairs up to which the middle is compared word by word: very repetitive texts would
-take seconds, and say nothing more in detail."""
-
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-
-Kind = Literal["same", "missing", "extra"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of text."""
-
-    kind: Kind
-    """`same` in both; `missing`: only in the reference; `extra`: only in the text."""
-    text: str
-
-
-def word_diff(reference: str, text: str) -> list[Piece]:
-    """Compare `text` with `reference` by words, numbers, signs and white space.
-
-    Returns:
-        Pieces in reading order; the `same` and `extra` ones make up `text`, the `same` and
-        `missing` ones make up `reference`.
-    """
-    old, new = _WORDS.findall(reference), _WORDS.findall(text)
-    start = 0
-    while start < min(len(old), len(new)) and old[start] == new[start]:
-        start += 1
-    end = 0
-    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
-        end += 1
-    pieces = [Piece("same", "".join(new[:start]))]
-    pieces += _middle(old[start : len(old) - end], new[start : len(new) - end])
-    pieces.append(Piece("same", "".join(new[len(new) - end :])))
-    return [piece for piece in pieces if piece.text]
-
-
-def _middle(old: list[str], new: list[str]) -> list[Piece]:
-    """The part between the common beginning and the common end."""
-    counts = Counter(old)
-    if sum(counts[word] for word in new) > MAX_PAIRS:
-        return [Piece("missing", "".join(old)), Piece("extra", "".join(new))]
-    pieces = []
-    for tag, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if tag == "equal":
-            pieces.append(Piece("same", "".join(new[c:d])))
-        else:
-            pieces += [Piece("missing", "".join(old[a:b])), Piece("extra", "".join(new[c:d]))]
-    return pieces
-
 
 # ---- timeline: all answers to one prompt, in the order of the steps, and what became of them
 
@@ -103,17 +50,20 @@ class Timeline:
         self.prompt_id = prompt_id
         self.steps: list[int] = []
         self._results: dict[int, PreviewResult] = {}
+        self._judged: Verdict | None = None
 
     def add(self, result: PreviewResult) -> None:
         """Take an answer."""
         if result.step not in self._results:
             bisect.insort(self.steps, result.step)
         self._results[result.step] = result
+        self._judged = None
 
     def drop_after(self, step: int) -> None:
         """Forget the answers above `step`."""
         self.steps = [one for one in self.steps if one <= step]
         self._results = {one: self._results[one] for one in self.steps}
+        self._judged = None
 
     def __len__(self) -> int:
         """How many answers there are."""
@@ -136,58 +86,16 @@ class Timeline:
         """The user's turn."""
         return self[-1].prompt if self.steps else ""
 
-    def golden_diff(self, index: int) -> list[Piece] | None:
-        """The answer against golden; None without one of them."""
-        result = self[index]
-        if result.golden_answer is None or not result.ok:
-            return None
-        return word_diff(result.golden_answer.strip(), result.text.strip())
-
-    def previous_diff(self, index: int) -> list[Piece] | None:
-        """The answer against the one before it that is no error; None where there is none."""
-        if not self[index].ok:
-            return None
-        before = next((self[i] for i in range(index - 1, -1, -1) if self[i].ok), None)
-        return word_diff(before.text, self[index].text) if before is not None else None
+    @property
+    def judged(self) -> Verdict:
+        """What became of this prompt."""
+        if self._judged is None:  # judged anew only when an answer came: pages ask all the time
+            self._judged = verdict_of(self.results())
+        return self._judged
 
     def verdict(self) -> str:
         """What became of this prompt, such as `first right at step 400, lost at 900`."""
-        compared = [(r.step, r.matches) for r in self.results() if r.matches is not None]
-        if not compared:
-            has_golden = any(r.golden_answer is not None for r in self.results())
-            return "no answer yet" if has_golden else "no golden answer to compare with"
-        if not any(is_right for _, is_right in compared):
-            times = f"{len(compared)} previews" if len(compared) > 1 else "1 preview"
-            return f"not right yet, after {times}"
-        turns = [
-            (step, is_right)
-            for index, (step, is_right) in enumerate(compared)
-            if (index == 0 and is_right) or (index > 0 and is_right != compared[index - 1][1])
-        ]
-        return _turn_words(turns)
-
-    def is_lost(self) -> bool:
-        """Whether it was right once and is wrong now."""
-        compared = [r.matches for r in self.results() if r.matches is not None]
-        return bool(compared) and not compared[-1] and any(compared)
-
-
-def _turn_words(turns: list[tuple[int, bool]]) -> str:
-    """Words for the steps at which a prompt became right or wrong; the first one is right.
-
-    A wrong beginning is no turn, so right and wrong alternate from the first entry on.
-    """
-    gains = [step for step, is_right in turns if is_right]
-    losses = [step for step, is_right in turns if not is_right]
-    words = f"first right at step {gains[0]}"
-    if not losses:
-        return f"{words}, right since"
-    if len(losses) == 1:
-        words += f", lost at {losses[0]}"
-        return f"{words}, right again since {gains[1]}" if len(gains) > 1 else words
-    if turns[-1][1]:
-        return f"{words}, lost {len(losses)} times, right again since {gains[-1]}"
-    return f"{words}, lost {len(losses)} times, wrong since {losses[-1]}"
+        return self.judged.words
 
 
 def golden_tokens(result: PreviewResult) -> list[GoldenToken]:
@@ -227,17 +135,15 @@ def facts_of(result: PreviewResult) -> list[str]:
         facts.append(samples_words(result))
     if result.ok:
         facts.append(f"{result.tokens_generated} tokens, {result.tokens_per_sec:,.0f} tokens/s")
-    where = f"by {result.backend_type}"
-    proof = {
-        "in_process": "in the training process",
-        "verified": "weights verified",
-        "published": "weights published, no canary",
-        "unverified": "weights not verified",
-    }
-    facts.append(f"{where}, {proof[result.weights]}")
-    if result.received_step is not None:
-        behind = result.received_step - result.step
-        facts.append(f"{max(behind, 0)} steps behind training")
+    if result.weights != "in_process":  # of the training process there is nothing to prove
+        proof = {
+            "verified": "weights verified",
+            "published": "weights published, no canary",
+            "unverified": "weights not verified",
+        }
+        facts.append(f"by {result.backend_type}, {proof[result.weights]}")
+    if result.received_step is not None and result.received_step > result.step:
+        facts.append(f"{result.received_step - result.step} steps behind training")
     if result.visible_s is not None:
         facts.append(f"seen after {result.visible_s:.1f} s")
     return facts
@@ -251,7 +157,7 @@ MARK_WORDS = {
     "x": "does not match",
     ".": "nothing to compare with",
     MARK_ERROR: "no answer",
-    MARK_SUPERSEDED: "a newer step took its place",
+    MARK_SUPERSEDED: "superseded by a newer step",
 }
 
 
@@ -262,11 +168,23 @@ class PreviewBook:
         """Start empty."""
         self.timelines: dict[str, Timeline] = {}
         self._num_at: Counter[int] = Counter()
+        self.clock = 0
+        """Raised at every change; pages ask what changed since."""
+        self.changed_at: dict[int, int] = {}
+        """Step -> clock when an answer of it came."""
+        self.dropped_at = 0
+        """Clock when answers were forgotten."""
 
     def clear(self) -> None:
         """Forget everything."""
         self.timelines.clear()
         self._num_at.clear()
+        self._note_drop()
+
+    def _note_drop(self) -> None:
+        self.clock += 1
+        self.dropped_at = self.clock
+        self.changed_at = {step: at for step, at in self.changed_at.items() if step in self._num_at}
 
     def add(self, result: PreviewResult) -> None:
         """Take one answer; a second one by the same prompt and step replaces the first."""
@@ -275,6 +193,8 @@ class PreviewBook:
         if timeline.of_step(result.step) is None:
             self._num_at[result.step] += 1
         timeline.add(result)
+        self.clock += 1
+        self.changed_at[result.step] = self.clock
 
     def drop_after(self, step: int) -> None:
         """Forget the answers above `step`: a resumed run makes them again."""
@@ -284,6 +204,7 @@ class PreviewBook:
             timeline.drop_after(step)
         self.timelines = {key: one for key, one in self.timelines.items() if len(one)}
         self._num_at = Counter({one: n for one, n in self._num_at.items() if one <= step})
+        self._note_drop()
 
     def __len__(self) -> int:
         """How many answers there are."""
@@ -319,14 +240,6 @@ class PreviewBook:
             history.add(self.of_step(step))
         return history
 
-    def grid_steps(self, most: int) -> list[int]:
-        """At most `most` steps for a table, first and last among them, the others evenly spread."""
-        steps = self.steps
-        if len(steps) <= most:
-            return steps
-        last = len(steps) - 1
-        return [steps[round(i * last / (most - 1))] for i in range(most)]
-
 
 def mark_of(result: PreviewResult | None) -> str:
     """The sign of an answer; a blank where there is none."""
@@ -351,12 +264,17 @@ class FinalEvaluation:
 
     matched: int
     num_prompts: int
-    wrong: tuple[PreviewResult, ...]
-    """Answers that do not match golden, prompts without an answer among them, in file order."""
+    answers: tuple[PreviewResult, ...]
+    """All of them in file order; empty where their file is gone."""
     figures: tuple[ScoreFigure, ...]
     """Means of the scores, and of the probability of golden tokens where it was measured."""
     by_word: tuple[tuple[str, int, int], ...]
     """(first word of the prompt, matched, prompts) where that word tells kinds of prompts apart."""
+
+    @property
+    def wrong(self) -> tuple[PreviewResult, ...]:
+        """Answers that do not match golden, prompts without an answer among them."""
+        return tuple(one for one in self.answers if one.matches is not True)
 
     @property
     def score_words(self) -> str:
@@ -380,11 +298,11 @@ class FinalEvaluation:
         )
 
 
-def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluation | None:
-    """The final evaluation of a run folder; None where there was none.
+def final_score(summary: Mapping[str, Any]) -> FinalEvaluation | None:
+    """The counts and means of a final evaluation, without its answers; None where there was none.
 
     Args:
-        summary: of status.json; its counts hold where the file of answers is gone.
+        summary: of status.json and RunEnded.
     """
     found = summary.get("final_evaluation")
     if not isinstance(found, dict):
@@ -392,14 +310,21 @@ def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluat
     matched, num_prompts = found.get("matched"), found.get("num_prompts")
     if type(matched) is not int or type(num_prompts) is not int:
         return None
+    figures = _figures(found.get("figures"))
+    return FinalEvaluation(matched, num_prompts, answers=(), figures=figures, by_word=())
+
+
+def read_final_evaluation(folder: Path, summary: dict[str, Any]) -> FinalEvaluation | None:
+    """The final evaluation of a run folder; None where there was none.
+
+    Args:
+        summary: of status.json; its counts hold where the file of answers is gone.
+    """
+    score = final_score(summary)
+    if score is None:
+        return None
     results = _results(folder / ANSWERS_NAME)
-    return FinalEvaluation(
-        matched=matched,
-        num_prompts=num_prompts,
-        wrong=tuple(one for one in results if one.matches is not True),
-        figures=_figures(found.get("figures")),
-        by_word=_by_first_word(results),
-    )
+    return replace(score, answers=tuple(results), by_word=_by_first_word(results))
 
 
 def _figures(found: Any) -> tuple[ScoreFigure, ...]:

@@ -141,7 +141,7 @@ def preview_failure_words(summary: Mapping[str, Any]) -> str | None:
         parts.append(f"all {counts['failed']} previews failed: {reason}")
     elif counts.get("last_step_failed"):
         parts.append(f"all previews of the last step failed: {reason}")
-    if final and final["failed"] == final["num_prompts"]:
+    if final.get("failed") and final["failed"] == final.get("num_prompts"):
         parts.append(f"all {final['failed']} answers of the final evaluation failed")
     return "; ".join(parts) or None
 

@@ -150,6 +150,14 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"monitoring.preview_backend", "monitoring.preview_golden_logprobs"},
     ),
     (
+        {"monitoring.notify": [f"https://hooks.example.com/{CUT}"]},
+        {"monitoring.notify"},
+    ),
+    (
+        {"monitoring.notify_silence": 60},
+        {"monitoring.notify", "monitoring.notify_silence"},
+    ),
+    (
         {"monitoring.num_preview_samples": 4, "monitoring.preview_temperature": 0},
         {"monitoring.num_preview_samples", "monitoring.preview_temperature"},
     ),
@@ -257,7 +265,7 @@ def test_a_rule_over_several_options_names_where_those_were_set_and_no_others(
     nested: dict[str, dict[str, Any]] = {}
     for key, field in config_fields().items():
         nested.setdefault(field.section, {})[field.name] = values.get(key, field.default)
-    path = tmp_path / "run.json"
+    path = tmp_path / "all.json"
     path.write_text(json.dumps(nested))
     with pytest.raises(ConfigError) as caught:
         load(path)
@@ -270,22 +278,39 @@ def test_a_rule_over_several_options_names_where_those_were_set_and_no_others(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"optimizer": "adamw_8bit"}, "works on whole matrices"),
-        ({"masters": "bf16_stochastic"}, "is for whole weights"),
-        ({"compile": "blocks"}, "not proved on shards"),
-        ({"training_mode": "qlora"}, "a base of 4-bit weights cannot be shared out"),
-        ({"auto_batch_size": True}, "tries batches on a whole model"),
+        ({"hyperparams": {"optimizer": "muon"}}, "works on whole matrices"),
+        ({"hyperparams": {"optimizer": "adamw_8bit"}}, "works on whole matrices"),
+        ({"hyperparams": {"optimizer": "paged_adamw_8bit"}}, "works on whole matrices"),
+        ({"hyperparams": {"masters": "bf16_stochastic"}}, "is for whole weights"),
+        ({"hyperparams": {"compile": "blocks"}}, "not proved on shards"),
+        ({"hyperparams": {"training_mode": "qlora"}}, "4-bit weights cannot be shared out"),
+        ({"hyperparams": {"auto_batch_size": True}}, "tries batches on a whole model"),
+        (
+            {"model": {"add_tokens": ["<a>"]}, "hyperparams": {"training_mode": "lora"}},
+            "trains single rows of the embedding in training_mode=lora",
+        ),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        "-".join(map(str, next(iter(value.values())).values())) if isinstance(value, dict) else ""
+    ),
 )
 def test_what_is_not_proved_on_shards_is_refused_with_the_option(
     values: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"hyperparams": values, "distributed": {"strategy": "fsdp2"}}))
+    path.write_text(json.dumps({**values, "distributed": {"strategy": "fsdp2"}}))
     with pytest.raises(ConfigError, match=words) as caught:
         load(path)
-    assert all(f"hyperparams.{name} from file" in str(caught.value) for name in values)
+    section, options = next(iter(values.items()))
+    assert all(f"{section}.{name} from file" in str(caught.value) for name in options)
+
+
+def test_added_tokens_of_full_training_are_shared_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(
+        json.dumps({"model": {"add_tokens": ["<a>"]}, "distributed": {"strategy": "fsdp2"}})
+    )
+    assert load(path).config.sharding_problem is None
 
 
 def test_options_that_are_defaults_are_not_said_to_be_set() -> None:

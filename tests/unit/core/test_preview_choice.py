@@ -81,6 +81,18 @@ def test_a_default_backend_is_off_where_nothing_holds_it(chosen: Any) -> None:
     assert "remote_3090" in text
 
 
+def test_what_needs_previews_is_off_with_them_and_named(chosen: Any) -> None:
+    asked = {"scores": ["f1"], "num_score_prompts": 2, "canary_set": "general"}
+    monitoring, told = chosen(2**16, monitoring=asked)
+    assert (monitoring.scores, monitoring.num_score_prompts, monitoring.canary_set) == (
+        (),
+        0,
+        "off",
+    )
+    names = told[0][1].partition("off too: ")[2].partition(")")[0].split(", ")
+    assert set(names) == {f"monitoring.{name}" for name in asked}
+
+
 def test_the_other_processes_are_ready_whatever_they_see_of_memory(chosen: Any) -> None:
     monitoring, _ = chosen(2**16, rank=1)
     assert monitoring.preview_backend == "sidecar"

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
-from trainer.monitoring.status_schema import MatchHistory, sign_test
+from trainer.monitoring.status_schema import MatchHistory
 from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.scores.statistics import sign_test
 
 
 def history_of(previews, *steps: list[bool]) -> MatchHistory:

@@ -43,14 +43,29 @@ def test_throughput_that_falls(made_up_run: MakeRun) -> None:
     assert texts_of(run) == []  # a run that is over needs no help
 
 
-def test_accuracy_that_falls_names_the_prompts(made_up_run: MakeRun) -> None:
+def test_accuracy_that_falls_at_two_previews_in_a_row_names_the_prompts(
+    made_up_run: MakeRun,
+) -> None:
     run = made_up_run()
-    run.preview(0, [False, False])
-    run.preview(50, [True, True])
-    run.preview(100, [True, False])
+    run.preview(0, [False] * 8)
+    run.preview(50, [True] * 8)
+    run.preview(100, [True] + [False] * 7)
+    assert texts_of(run) == []  # once may be chance
+    run.preview(150, [True, True] + [False] * 6)
     warning, info = texts_of(run)
-    assert warning == "accuracy falls: 50 % of the previews match at step 100, 100 % did at step 50"
-    assert info == "answered correctly before, wrong now: 'max of 4 and 2?'"
+    assert warning == "accuracy falls: 2 of 8 previews match at step 150, 8 did at step 50"
+    assert info.startswith("answered correctly at step 50, wrong now: 'max of 4 and 2?', ")
+    alert = alerts_of(run.read())[0]
+    assert run.read().previews.timelines[alert.prompt].prompt == "max of 4 and 2?"
+    assert alert.step == 150
+
+
+def test_two_prompts_of_eight_that_go_wrong_are_no_alert(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(50, [True] * 8)
+    for step in (100, 150, 200):
+        run.preview(step, [True] * 6 + [False] * 2)
+    assert texts_of(run) == []
 
 
 def test_drift_above_the_threshold_names_the_prompt(made_up_run: MakeRun) -> None:
@@ -101,9 +116,11 @@ def test_a_superseded_preview_is_no_fault_and_has_a_sign_of_its_own(made_up_run:
 
 def test_prompts_without_an_answer_before_are_no_loss(made_up_run: MakeRun) -> None:
     run = made_up_run()
-    run.preview(10, [True, None, None, None])
-    run.preview(20, [True, False, False, False])
+    run.preview(10, [True] * 6 + [None] * 6)
+    for step in (20, 30):
+        run.preview(step, [True] * 6 + [False] * 6)
     assert texts_of(run) == []
-    run.preview(30, [False, False, False, False])
+    for step in (40, 50):
+        run.preview(step, [False] * 12)
     warning, _ = texts_of(run)
-    assert warning == "accuracy falls: 0 % of the previews match at step 30, 100 % did at step 10"
+    assert warning == "accuracy falls: 0 of 6 previews match at step 50, 6 did at step 10"

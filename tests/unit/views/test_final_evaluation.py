@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.preview.base import PreviewResult, to_json_line
-from trainer.views.facts import live_figures
+from trainer.views.headline import headline_of
 from trainer.views.report import render_report
 
 MakeRun = Callable[..., Any]
@@ -48,7 +48,8 @@ def test_score_and_kinds_of_prompts_are_named(made_up_run: MakeRun) -> None:
     assert final.score_words == "87.5 % (7/8)"
     assert final.by_word_words == "max 100 % (4/4), min 75 % (3/4)"
     assert [one.prompt for one in final.wrong] == ["min of 3 and 2?"]
-    assert live_figures(run.reader)[0] == ("exact match, final evaluation", "87.5 % (7/8)")
+    found = headline_of(run.reader.previews, [], final)
+    assert found.rest == "Final evaluation: 87.5 % (7/8) right."
 
 
 def test_the_report_has_the_wrong_rows(made_up_run: MakeRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import random
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -13,9 +14,13 @@ from typing import Any
 import pytest
 
 from trainer.cli import main
+from trainer.monitoring.events import PreviewsDone
 from trainer.monitoring.status_reader import TrainingStatusReader
+from trainer.preview.base import PreviewResult
+from trainer.views.headline import headline_of
 from trainer.views.metrics import short_number
 from trainer.views.report import RunRecords, render_report
+from trainer.views.report_prompts import strip_of
 
 MakeRun = Callable[..., Any]
 OLD_RUN = Path(__file__).parents[2] / "data" / "run_before_semantics" / "run"
@@ -56,7 +61,7 @@ def test_it_shows_the_numbers_of_the_files(made_up_run: MakeRun) -> None:
     for loss in losses:
         assert f"{loss:.4f}" in text
     assert "1 of 2 match at step 100" in text
-    assert "first right at step 100, right since" in text
+    assert "First right at step 100, right since" in text
     assert "completed, step 100 of 1000" in text
 
 
@@ -148,6 +153,69 @@ def test_equal_answers_in_a_row_are_shown_once(made_up_run: MakeRun) -> None:
     text = Elements(render_report(run.read())).text
     assert "steps 0 to 90" in text
     assert "steps 100 to 490" in text
+
+
+def test_it_says_the_headline_and_opens_the_newest_wrong_answers(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.evaluate(50, 1.5)
+    golden = "the answer is 42 and nothing else"
+    for step, right in [(0, 0), (50, 4), (100, 3)]:
+        answers = [index < right for index in range(8)]
+        run.preview(step, answers, golden_answer=golden, text=golden.replace("42", "17"))
+    reader = run.read()
+    page = render_report(reader)
+    headline = headline_of(reader.previews, reader.metrics.evaluations)
+    text = " ".join(Elements(page).text.split())
+    assert headline.sentence in text
+    assert text.index(headline.sentence) < text.index("Previews: 5 wrong now (1 lost, 4 never")
+    opened = re.findall(r'<details id="prompt-(\d+)"( open)?>', page)
+    assert [number for number, is_open in opened if is_open] == ["1", "2", "3"]
+    assert len(opened) == 8
+    [first] = re.findall(r'<details id="prompt-1".*?<details id="prompt-2"', page, re.DOTALL)
+    assert "lost at 100" in first
+    assert "the answer is <del>42</del> and" in first
+    assert "the answer is <ins>17</ins> and" in first
+    assert "first difference at word 4" in first
+
+
+def test_the_strip_has_a_bar_for_every_preview_step(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    for step in range(0, 600, 2):
+        run.preview(step, [step >= 400], golden_probability=0.05)
+    line = next(iter(run.read().previews.timelines.values()))
+    steps = line.steps
+    assert len(steps) == 300
+    paths = dict(strip_of(line, steps))
+    assert paths["good"] == "M200 0h100v20h-100z"
+    [low] = [path for kind, path in paths.items() if kind.startswith("bad-")]
+    assert low.startswith("M0 1")
+    assert "h200v" in low
+    few = dict(strip_of(line, steps[198:202]))
+    assert [path.count("M") for path in few.values()] == [2, 2]
+
+
+def test_a_hundred_prompts_fit_into_a_file_for_mail(made_up_run: MakeRun) -> None:
+    """Answers as long as GSM8K's, right and wrong by turns, which is the most there is to show."""
+    run, draw = made_up_run(), random.Random(5)
+    words = [f"w{number}" for number in range(60)]
+    wrong = [*words[:9], "17", *words[10:40], "x", *words[41:]]
+    results = tuple(
+        PreviewResult(
+            step=step,
+            prompt_id=f"validation-{number}",
+            prompt=f"question {number}",
+            golden_answer=" ".join(words),
+            text=" ".join(wrong),
+            matches=draw.random() < 0.5,
+        )
+        for step in range(0, 2050, 50)
+        for number in range(100)
+    )
+    run.writer.on_event(PreviewsDone(step=2000, results=results, duration_s=0.1))
+    page = render_report(run.read())
+    assert page.count('<details id="prompt-') == 100
+    assert len(page.encode()) <= 1_500_000
+    assert "more turning points are in previews.jsonl" in page
 
 
 @pytest.mark.parametrize("kind", ["running", "nothing but run.json", "without previews"])

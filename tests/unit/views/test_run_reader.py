@@ -123,6 +123,18 @@ def test_the_ending_in_words(
     assert run.read().words() == words
 
 
+def test_a_run_that_nobody_has_waited_for_is_lost(made_up_run: MakeRun) -> None:
+    """Whoever started it does not care: its number is still there."""
+    run = made_up_run()
+    run.step(1)
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    status = run.folder / "status.json"
+    status.write_text(status.read_text().replace(f'"pid": {os.getpid()}', f'"pid": {process.pid}'))
+    assert run.read().state() == "lost"
+    process.wait()
+
+
 def test_a_killed_run_is_lost_and_a_living_one_is_not(made_up_run: MakeRun) -> None:
     run = made_up_run()
     run.step(81)

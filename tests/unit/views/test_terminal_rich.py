@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import os
 import pty
+import random
+import re
 import select
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
@@ -78,16 +81,81 @@ def test_the_view_is_never_larger_than_the_terminal(view, previews, size, num_pr
         assert "more prompts in previews.jsonl" in lines[-1]
 
 
-def test_a_wrong_answer_is_red_from_where_it_leaves_the_golden_one(previews):
-    (result,) = previews(1, [False], golden_answer="abc def", text="abc xyz").results
-    line = next(line for line in preview_lines((result,), 80, 20) if "generated" in line.plain)
-    (red,) = [span for span in line.spans if span.style == "red"]
-    assert line.plain[red.start : red.end] == "xyz"
-    (result,) = previews(1, [True], golden_answer="abc", text="abc").results
-    line = next(line for line in preview_lines((result,), 80, 20) if "generated" in line.plain)
-    assert [line.plain[span.start : span.end] for span in line.spans if span.style == "green"] == [
-        "abc"
+def coloured(lines, style):
+    return [
+        line.plain[span.start : span.end]
+        for line in lines
+        for span in line.spans
+        if span.style == style
     ]
+
+
+def test_only_the_words_that_differ_are_coloured(previews):
+    (result,) = previews(1, [False], golden_answer="abc def 7", text="abc xyz 7").results
+    lines = preview_lines((result,), 80, 20)[1:]
+    assert coloured(lines, "bold green") == ["def"]
+    assert coloured(lines, "bold red") == ["xyz"]
+    (result,) = previews(1, [True], golden_answer="abc", text="abc.").results
+    lines = preview_lines((result,), 80, 20)[1:]
+    assert coloured(lines, "bold green") == coloured(lines, "bold red") == []
+
+
+@pytest.mark.parametrize("size", [(80, 24), (140, 40)])
+@pytest.mark.parametrize("num_pairs", [60, pytest.param(1000, marks=pytest.mark.long)])
+def test_answers_that_differ_in_one_number_look_different(previews, size, num_pairs):
+    """Real answers with their other words in the way, four prompts at a time, as on the screen."""
+    draw, rows = random.Random(7), gsm8k_answers(num_pairs)
+    for at in range(0, num_pairs, 4):
+        pairs = [(golden, with_another_number(golden, draw)) for golden in rows[at : at + 4]]
+        view = LiveView(Clock())
+        results = tuple(
+            result
+            for golden, text in pairs
+            for result in previews(
+                1, [False], golden_answer=golden, text=text, prompt="How many? " * 30
+            ).results
+        )
+        view.set_previews(replace(previews(1, [False]), results=results))
+        lines = drawn(view, *size)
+        assert sides_that_look_alike(lines, is_wide=size[0] >= 100) == []
+
+
+def gsm8k_answers(count):
+    """Answers in the manner of GSM8K: steps of a calculation, and the result behind ####."""
+    draw = random.Random(3)
+    names = ["James", "Natalia", "The farmer", "Each of the girls"]
+    found = []
+    for _ in range(count):
+        steps = []
+        for _ in range(draw.randint(2, 7)):
+            a, b = draw.randint(2, 99), draw.randint(2, 99)
+            words = draw.choice([" clips in May and June", "", " dollars for the tickets", " * 2"])
+            steps.append(f"{draw.choice(names)} has {a}*{b}=<<{a}*{b}={a * b}>>{a * b}{words}.")
+        found.append("\n".join([*steps, f"#### {a * b}"]))
+    return found
+
+
+def with_another_number(text, draw):
+    at = draw.choice(list(re.finditer(r"\d+", text)))
+    number = str(int(at.group()) + draw.choice([1, 10, 300]))
+    return text[: at.start()] + number + text[at.end() :]
+
+
+def sides_that_look_alike(lines, *, is_wide):
+    """Prompts whose golden and generated text are the same on the screen."""
+    blocks = []
+    for line in lines:
+        if line.startswith("x "):
+            blocks.append(["", ""])
+            side = 0
+        elif blocks and is_wide:
+            for index, part in enumerate(line[2:].split(" | ", 1)):
+                blocks[-1][index] += part.strip()
+        elif blocks:
+            side = {"golden": 0, "generated": 1}.get(line[2:11].strip(), side)
+            blocks[-1][side] += line[13:].strip()
+    assert len(blocks) == 4
+    return [golden for golden, text in blocks if golden == text]
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trainer.preview.base import PreviewResult
 from trainer.views.timeline import (
-    PreviewBook,
     Timeline,
     facts_of,
     golden_tokens,
     golden_words,
-    word_diff,
 )
 
 
@@ -61,7 +57,6 @@ def test_a_prompt_without_golden_has_nothing_to_compare_with() -> None:
     timeline = Timeline("user-0")
     timeline.add(result_of(0, golden_answer=None))
     assert timeline.verdict() == "no golden answer to compare with"
-    assert timeline.golden_diff(0) is None
 
 
 def test_answers_are_in_the_order_of_steps_and_the_newest_of_a_step_counts() -> None:
@@ -69,32 +64,6 @@ def test_answers_are_in_the_order_of_steps_and_the_newest_of_a_step_counts() -> 
     for step, text in [(20, "b"), (0, "a"), (20, "c")]:
         timeline.add(result_of(step, text=text))
     assert [one.text for one in timeline.results()] == ["a", "c"]
-
-
-def test_the_diff_against_the_previous_skips_errors() -> None:
-    timeline = Timeline("validation-0")
-    timeline.add(result_of(0, text="the old answer"))
-    timeline.add(result_of(20, text="", error_message="away"))
-    timeline.add(result_of(40, text="the new answer"))
-    pieces = timeline.previous_diff(2)
-    assert pieces is not None
-    kinds = [(piece.kind, piece.text) for piece in pieces]
-    assert kinds == [("same", "the "), ("missing", "old"), ("extra", "new"), ("same", " answer")]
-    assert timeline.previous_diff(1) is None
-    assert timeline.golden_diff(1) is None
-
-
-@given(st.text("ab 1.\n", max_size=40), st.text("ab 1.\n", max_size=40))
-def test_a_diff_makes_up_both_texts(reference: str, text: str) -> None:
-    pieces = word_diff(reference, text)
-    assert "".join(p.text for p in pieces if p.kind != "missing") == text
-    assert "".join(p.text for p in pieces if p.kind != "extra") == reference
-
-
-@pytest.mark.timeout(60)  # each word against each would take far longer
-def test_a_diff_of_endless_repetition_ends_soon() -> None:
-    pieces = word_diff("fo fa " * 4000, "x " + "fo " * 6000)
-    assert "".join(p.text for p in pieces if p.kind != "missing") == "x " + "fo " * 6000
 
 
 def test_golden_tokens_have_their_probability_and_a_word_for_it() -> None:
@@ -134,12 +103,3 @@ def test_facts_name_flags_backend_proof_and_delay() -> None:
         "3 steps behind training",
         "seen after 1.2 s",
     ]
-
-
-def test_the_grid_shows_first_and_last_step_whatever_fits() -> None:
-    book = PreviewBook()
-    for step in range(0, 1000, 10):
-        book.add(result_of(step, matches=True))
-    assert book.grid_steps(200) == book.steps
-    shown = book.grid_steps(12)
-    assert (len(shown), shown[0], shown[-1]) == (12, 0, 990)

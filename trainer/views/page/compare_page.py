@@ -1,12 +1,15 @@
-"""Two runs compared."""
+"""Runs compared: what was set differently, their curves, and the prompts on which they disagree."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
 
 from trainer.monitoring.events import printable
+from trainer.preview.base import PreviewResult
+from trainer.views.differences import compare
 from trainer.views.facts import report_figures
 from trainer.views.metrics import SMOOTHING_SHARE
 from trainer.views.page.charts import COLOURS, PERCENT, chart, line, match_line, validation_line
@@ -15,38 +18,54 @@ from trainer.views.page.elements import (
     answer,
     box,
     dark_button,
+    diff,
     mark,
     open_page,
     section,
     set_options,
     text,
 )
+from trainer.views.page.panel_data import rows_of
 from trainer.views.page.store import RunStore
-from trainer.views.run_reader import RunReader
+from trainer.views.run_reader import RunReader, config_rows
 from trainer.views.timeline import mark_of
 
 TICK_S = 1.0
 
 COMPARE_POINTS = 1_000
 
+LETTERS = "ABCDEF"
+"""So many runs at most: more curves could not be told apart."""
+
+CURVE_COLOURS = ("train", "val", "extra", "other")
+
+MAX_PROMPTS = 50
+"""Prompts shown on which the runs disagree; how many more there are is said."""
+
+NOT_COMPARED = ("output.", "data_card")
+"""Config keys that always differ and tell nothing."""
+
 
 class ComparePage:
-    """Two runs: figures side by side, curves over each other, the same prompts answered."""
+    """Runs side by side; each has a letter."""
 
-    def __init__(self, store: RunStore, readers: tuple[RunReader, RunReader]) -> None:
-        """Build the page in the current client; both runs were read before."""
-        self.readers = readers
+    def __init__(self, store: RunStore, readers: Sequence[RunReader]) -> None:
+        """Build the page in the current client; all runs were read before."""
+        self.readers = list(readers)
         self.labels = [store.label(reader) for reader in readers]
         self._seen: list[Any] = []
-        dark = open_page("two runs")
+        title = " and ".join(self.labels) if len(readers) == 2 else f"{len(readers)} runs"
+        dark = open_page(f"compare {title}")
         self._colours = Colours(dark, self._draw_charts)
         with box("div", "page"):
             with box("header", "top"):
                 ui.link("\N{LEFTWARDS ARROW} all runs", "/")
-                text("h1", "Two runs")
+                text("h1", f"{len(readers)} runs compared")
                 box("span", "grow")
                 dark_button(dark)
-            self._figures = box("div", "wide")
+            self._verdicts = box("div")
+            with section("What was set differently", "config"):
+                self._config = box("div", "wide")
             with section("Curves", "curves"), box("div", "charts"):
                 with box("div", "chart-big"):
                     text("h3", "loss, nats per trained token (validation dashed)")
@@ -54,10 +73,16 @@ class ComparePage:
                 with box("div", "chart-big"):
                     text("h3", "previews that match, %")
                     self._matches = ui.echart({"series": []})
-            with section("The newest answers to the same prompts", "previews"):
+            with section("Where they disagree", "previews"):
                 self._answers = box("div")
+            with section("Figures", "figures"):
+                self._figures = box("div", "wide")
         self.update()
         ui.timer(TICK_S, self.update)
+
+    @property
+    def _letters(self) -> str:
+        return LETTERS[: len(self.readers)]
 
     def update(self) -> None:
         """Draw again where a run changed."""
@@ -65,38 +90,66 @@ class ComparePage:
         if seen == self._seen:
             return
         self._seen = seen
-        one, other = self.readers
-        with one.lock, other.lock:
-            self._draw_figures()
-            self._draw_charts()
-            self._draw_answers()
+        self._draw_verdicts()
+        self._table(self._config, self._config_rows(), "All config values are the same.")
+        self._table(self._figures, self._figure_rows(), "")
+        self._draw_charts()
+        self._draw_answers()
 
-    def _draw_figures(self) -> None:
-        columns = [self._column(reader) for reader in self.readers]
+    def _draw_verdicts(self) -> None:
+        self._verdicts.clear()
+        with self._verdicts:
+            for letter, label, reader in zip(self._letters, self.labels, self.readers, strict=True):
+                with reader.lock:
+                    words = rows_of(reader).headline().sentence
+                with box("p", "compared"):
+                    text("b", f"{letter}: {label} ")
+                    text("span", words)
+
+    def _config_rows(self) -> list[tuple[str, list[str]]]:
+        """(key, its value in each run) of those that differ."""
+        columns = []
+        for reader in self.readers:
+            with reader.lock:
+                columns.append({key: value for key, value, _ in config_rows(reader)})
         names = list(dict.fromkeys(name for column in columns for name in column))
-        self._figures.clear()
-        with self._figures, box("table", "lined"):
-            with box("tr"):
-                for title in ("", *(f"{x}: {n}" for x, n in zip("AB", self.labels, strict=True))):
-                    text("th", title, scope="col")
-            for name in names:
-                with box("tr"):
-                    text("th", name, scope="row")
-                    for column in columns:
-                        text("td", column.get(name, ""))
+        rows = [(name, [column.get(name, "") for column in columns]) for name in names]
+        return [
+            (name, values)
+            for name, values in rows
+            if len(set(values)) > 1 and not name.startswith(NOT_COMPARED)
+        ]
 
-    @staticmethod
-    def _column(reader: RunReader) -> dict[str, str]:
-        return {
-            "state": reader.words(),
-            **dict(report_figures(reader)),
-        }
+    def _figure_rows(self) -> list[tuple[str, list[str]]]:
+        columns = []
+        for reader in self.readers:
+            with reader.lock:
+                columns.append({"state": reader.words(), **dict(report_figures(reader))})
+        names = list(dict.fromkeys(name for column in columns for name in column))
+        return [(name, [column.get(name, "") for column in columns]) for name in names]
+
+    def _table(self, place: Any, rows: list[tuple[str, list[str]]], nothing: str) -> None:
+        place.clear()
+        with place:
+            if not rows:
+                text("p", nothing, "dim")
+                return
+            with box("table", "lined"):
+                with box("tr"):
+                    titles = [f"{x}: {n}" for x, n in zip(self._letters, self.labels, strict=True)]
+                    for title in ("", *titles):
+                        text("th", title, scope="col")
+                for name, values in rows:
+                    with box("tr"):
+                        text("th", name, scope="row")
+                        for value in values:
+                            text("td", value)
 
     def _draw_charts(self) -> None:
         is_dark = self._colours.is_dark
         loss, matches = [], []
-        for name, reader, key in zip("AB", self.readers, ("train", "val"), strict=True):
-            colour = COLOURS[is_dark][key]
+        for number, (name, reader) in enumerate(zip(self._letters, self.readers, strict=True)):
+            colour = COLOURS[is_dark][CURVE_COLOURS[number % len(CURVE_COLOURS)]]
             with reader.lock:
                 points = reader.metrics.smoothed(
                     "train_loss", SMOOTHING_SHARE, max_points=COMPARE_POINTS
@@ -113,28 +166,51 @@ class ComparePage:
         set_options(self._loss, chart(loss, is_dark=is_dark))
         set_options(self._matches, chart(matches, is_dark=is_dark, y_range=PERCENT))
 
+    def _newest(self) -> list[dict[str, PreviewResult]]:
+        found = []
+        for reader in self.readers:
+            with reader.lock:
+                found.append({one.prompt: one for one in reader.previews.newest()})
+        return found
+
     def _draw_answers(self) -> None:
-        newest = [{r.prompt: r for r in reader.previews.newest()} for reader in self.readers]
-        common = [prompt for prompt in newest[0] if prompt in newest[1]]
+        newest = self._newest()
+        common = [prompt for prompt in newest[0] if all(prompt in one for one in newest[1:])]
+        apart = [prompt for prompt in common if _disagree([one[prompt] for one in newest])]
         self._answers.clear()
         with self._answers:
             if not common:
                 text("p", "These runs have no prompt in common.", "dim")
-            for prompt in common:
-                with box("div", "said"):
-                    text("h3", printable(prompt, 200))
+                return
+            text("p", f"{len(apart)} of {len(common)} prompts that all of them answered.", "dim")
+            for prompt in apart[:MAX_PROMPTS]:
+                with box("div", "said apart"):
+                    text("h3", printable(prompt, 200), dir="auto")
                     golden = newest[0][prompt].golden_answer
                     if golden is not None:
                         text("div", "golden", "label")
                         answer(golden)
                     with box("div", "side-by-side"):
-                        for name, found in zip("AB", newest, strict=True):
-                            self._draw_answer(name, found[prompt])
+                        for name, found in zip(self._letters, newest, strict=True):
+                            _draw_answer(name, found[prompt])
+            if len(apart) > MAX_PROMPTS:
+                text("p", f"and {len(apart) - MAX_PROMPTS} more", "dim")
 
-    @staticmethod
-    def _draw_answer(name: str, result: Any) -> None:
-        with box("div", "said"):
-            with box("div", "label"):
-                mark(mark_of(result))
-                text("span", f" {name}, step {result.step}")
+
+def _disagree(results: Sequence[PreviewResult]) -> bool:
+    """Whether some are right and some are not; without golden answers, whether texts differ."""
+    if all(one.matches is None for one in results):
+        return len({one.text.strip() for one in results}) > 1
+    return len({one.matches for one in results}) > 1
+
+
+def _draw_answer(name: str, result: PreviewResult) -> None:
+    with box("div", "said"):
+        with box("div", "label"):
+            mark(mark_of(result))
+            text("span", f" {name}, step {result.step}")
+        if result.ok and result.golden_answer is not None and not result.matches:
+            # The golden answer stands above: here what this run said, the rest of it marked.
+            diff(compare(result.golden_answer, result.text).text)
+        else:
             answer(result.text if result.ok else result.error_message or "")

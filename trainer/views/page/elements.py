@@ -10,7 +10,8 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from trainer.views.timeline import MARK_WORDS, GoldenToken, Piece
+from trainer.views.differences import Piece
+from trainer.views.timeline import MARK_WORDS, GoldenToken
 
 SYSTEM_CHANGED = "system_colours_changed"
 
@@ -75,7 +76,7 @@ def open_page(title: str) -> Any:
     """Styles, dark mode and title of a page; gives the dark-mode element."""
     ui.page_title(title)
     ui.add_css(_style("run.css") + "body.body--dark {" + _style("dark.css") + "}")
-    ui.add_css(_style("live.css"))
+    ui.add_css(_style("live.css") + _style("panel.css"))
     ui.colors(primary="#0b61c4")
     return ui.dark_mode(None)
 

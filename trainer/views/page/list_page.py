@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 from nicegui import ui
 
 from trainer.monitoring.events import printable
-from trainer.views.facts import moment
+from trainer.views.headline import Headline
+from trainer.views.page.compare_page import LETTERS
 from trainer.views.page.elements import box, dark_button, open_page, text
+from trainer.views.page.panel_data import rows_of
 from trainer.views.page.store import RunStore
 from trainer.views.run_reader import RunReader
+from trainer.views.words import duration_words
 
 TICK_S = 1.0
 
 MAX_ROWS = 200
 
-COLUMNS = ("state", "model", "loss", "validation", "previews that match", "last update")
+COLUMNS = (
+    "state",
+    "headline",
+    "right",
+    "by step",
+    "loss",
+    "validation",
+    "duration",
+    "updated",
+    "model",
+)
+
+SPARKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+
+SPARK_CHARS = 16
+
+Run = tuple[str, RunReader]
 
 
 class ListPage:
-    """All runs with their state; two can be chosen and compared."""
+    """All runs with their state; some can be chosen and compared."""
 
     def __init__(self, store: RunStore) -> None:
         """Build the page in the current client."""
         self.store = store
         self._keys: list[str] | None = None
         self._cells: dict[str, list[Any]] = {}
+        self._bars: dict[str, Any] = {}
         self._chosen: list[str] = []
         dark = open_page(f"runs in {store.root}")
         with box("div", "page"):
@@ -35,37 +58,56 @@ class ListPage:
                 box("span", "grow")
                 dark_button(dark)
             self._hint = text("p", "", "dim")
-            self._compare = ui.button("Compare the two", on_click=self._open_compare)
-            self._compare.props("no-caps outline")
+            with box("div", "ask-row"):
+                self._search = ui.input("search runs", on_change=self.update).props("dense")
+                self._order = ui.select(list(ORDERS), value="newest", on_change=self.update)
+                self._order.props('dense label="sort by"').classes("order")
+                self._compare = ui.button("Compare", on_click=self._open_compare)
+                self._compare.props("no-caps outline")
             self._table = box("div", "wide")
         self.update()
         ui.timer(TICK_S, self.update)
 
     def update(self) -> None:
         """Write what changed into the rows; draw them anew only when there are other runs."""
-        runs = self.store.by_age()[:MAX_ROWS]
+        runs = self._shown()
         if [key for key, _ in runs] != self._keys:
             self._keys = [key for key, _ in runs]
             self._draw(runs)
         for key, reader in runs:
-            for cell, words in zip(self._cells[key], _cells(reader), strict=True):
-                cell.set_text(words)
-            state = f"state state-{reader.state()}"
-            self._cells[key][0].classes(replace=state)
+            with reader.lock:
+                words, share = _cells(reader, self.store.headline(key)), _share(reader)
+            for cell, content in zip(self._cells[key], words, strict=True):
+                cell.set_text(content)
+            self._cells[key][0].classes(replace=f"state state-{reader.state()}")
+            self._bars[key].style(f"width: {round(100 * share)}%")
 
-    def _draw(self, runs: list[tuple[str, RunReader]]) -> None:
+    def _shown(self) -> list[Run]:
+        words = str(self._search.value or "").strip().lower()
+        runs = [
+            (key, reader)
+            for key, reader in self.store.by_age()
+            if words in self.store.label(reader).lower()
+        ]
+        order = ORDERS.get(str(self._order.value))
+        return (sorted(runs, key=order) if order is not None else runs)[:MAX_ROWS]
+
+    def _draw(self, runs: list[Run]) -> None:
         self._hint.set_text(
-            "Choose two runs to compare them." if runs else "No runs yet; this page looks again."
+            f"Choose two to {len(LETTERS)} runs to compare them."
+            if self.store.readers
+            else "No runs yet; this page looks again."
         )
         self._cells.clear()
         self._table.clear()
-        with self._table, box("table", "lined"):
-            with box("tr"):
+        with self._table, box("table", "lined run-table"):
+            with box("thead"), box("tr"):
                 for title in ("", "run", *COLUMNS):
                     text("th", title, scope="col")
-            for key, reader in runs:
-                with box("tr"):
-                    self._draw_row(key, reader)
+            with box("tbody"):
+                for key, reader in runs:
+                    with box("tr"):
+                        self._draw_row(key, reader)
         self._refresh_button()
 
     def _draw_row(self, key: str, reader: RunReader) -> None:
@@ -74,11 +116,14 @@ class ListPage:
             choice = ui.checkbox(value=key in self._chosen).props("dense")
             choice.props.update({"aria-label": f"compare {printable(label, 80)}"})
             choice.on_value_change(lambda event: self._choose(key, is_chosen=event.value))
-        with box("td"), box("a", href=f"/run/{key}"):
-            text("span", label)
+        with box("td", "run-name"):
+            with box("a", href=f"/run/{quote(label)}"):
+                text("span", label)
+            with box("div", "run-bar"):
+                self._bars[key] = box("div")
         self._cells[key] = []
-        for _ in COLUMNS:
-            with box("td"):
+        for name in COLUMNS:
+            with box("td").props(f'data-label="{name}"'):
                 self._cells[key].append(text("span", ""))
 
     def _choose(self, key: str, *, is_chosen: bool) -> None:
@@ -86,19 +131,84 @@ class ListPage:
         self._refresh_button()
 
     def _refresh_button(self) -> None:
-        self._compare.set_enabled(len(self._chosen) == 2)
+        count = len(self._chosen)
+        self._compare.set_enabled(2 <= count <= len(LETTERS))
+        names = {0: "Compare", 1: "Compare", 2: "Compare the two"}
+        self._compare.set_text(names.get(count, f"Compare {count}"))
 
     def _open_compare(self) -> None:
-        if len(self._chosen) == 2:
-            ui.navigate.to(f"/compare/{self._chosen[0]}/{self._chosen[1]}")
+        if 2 <= len(self._chosen) <= len(LETTERS):
+            ui.navigate.to(f"/compare/{'/'.join(self._chosen)}")
 
 
-def _cells(reader: RunReader) -> list[str]:
+def _right(reader: RunReader) -> str:
+    """Such as `12/16`; of a run whose previews were not read, by its newest status."""
+    if len(reader.previews):
+        return rows_of(reader).headline().short
+    status = reader.status
+    newest = status.last_previews if status is not None else ()
+    compared = [one.matches for one in newest if one.matches is not None]
+    return f"{sum(compared)}/{len(compared)}" if compared else ""
+
+
+def _right_share(reader: RunReader) -> float:
+    right, _, of = _right(reader).partition(",")[0].partition("/")
+    return int(right) / int(of) if right.isdigit() and of.isdigit() and int(of) else -1.0
+
+
+def _spark(reader: RunReader) -> str:
+    """Right answers by preview step as a line of signs; "" where previews were not read."""
+    if not len(reader.previews):
+        return ""
+    shares = rows_of(reader).shares()
+    if len(shares) < 2:
+        return ""
+    count = min(SPARK_CHARS, len(shares))
+    picked = [shares[round(n * (len(shares) - 1) / (count - 1))] for n in range(count)]
+    return "".join(SPARKS[round(share * (len(SPARKS) - 1))] for share in picked)
+
+
+def _share(reader: RunReader) -> float:
+    """How much of the run is done, from 0 to 1."""
+    status = reader.status
+    total = status.total_steps if status is not None else None
+    return min(1.0, reader.step / total) if total else 0.0
+
+
+def _cells(reader: RunReader, headline: Headline | None) -> list[str]:
     """A row of the list, in the order of COLUMNS."""
     status = reader.status
     if status is None:
         return [reader.words(), *[""] * (len(COLUMNS) - 1)]
     losses = [f"{v:.4f}" if v is not None else "" for v in (status.train_loss, status.val_loss)]
-    recent = status.accuracy_last_20
-    matches = f"{recent.num_matched} of {recent.num_previews}" if recent is not None else ""
-    return [reader.words(), status.model_name or "", *losses, matches, moment(status.updated_at)]
+    duration = duration_words(max(0.0, status.updated_at - status.started_at))
+    return [
+        reader.words(),
+        headline.sentence if headline is not None else "",
+        _right(reader),
+        _spark(reader),
+        *losses,
+        duration,
+        _ago(status.updated_at),
+        status.model_name or "",
+    ]
+
+
+def _ago(moment: float) -> str:
+    """Such as `3 min ago`; minutes at least, so that it does not change all the time."""
+    seconds = time.time() - moment
+    return "now" if seconds < 60 else f"{duration_words(seconds)} ago"
+
+
+def _loss(run: Run) -> float:
+    status = run[1].status
+    loss = status.val_loss if status is not None else None
+    return loss if loss is not None and loss == loss else float("inf")
+
+
+ORDERS: dict[str, Callable[[Run], Any] | None] = {
+    "newest": None,
+    "most right": lambda run: -_right_share(run[1]),
+    "validation loss": _loss,
+    "name": lambda run: str(run[1].folder),
+}

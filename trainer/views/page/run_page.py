@@ -1,23 +1,23 @@
-"""The page of one run: state, alerts, previews, curves, ask, act, and what the run was made of."""
+"""The page of one run: verdict, curves, answers, ask, controls, data and config."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from nicegui import ui
 
 from trainer.views.facts import (
     Alert,
-    alerts_of,
     card_rows,
     card_sample,
     environment_rows,
-    live_figures,
     report_figures,
 )
 from trainer.views.metrics import SMOOTHING_SHARE, is_spread_wide
-from trainer.views.page.actions import ActBox, AskBox
+from trainer.views.page.actions import ActBox
+from trainer.views.page.ask import AskBox
 from trainer.views.page.charts import drift_chart, loss_chart, match_chart, metric_chart
 from trainer.views.page.elements import (
     Colours,
@@ -31,10 +31,11 @@ from trainer.views.page.elements import (
     set_options,
     text,
 )
-from trainer.views.page.preview_panel import PreviewPanel, show_final_evaluation
+from trainer.views.page.panel import PreviewPanel
+from trainer.views.page.panel_data import Now, now_of, rows_of
 from trainer.views.page.store import PageOptions
 from trainer.views.run_reader import RunReader, Versions, config_rows
-from trainer.views.timeline import FinalEvaluation, mark_of
+from trainer.views.timeline import mark_of
 
 TICK_S = 0.5
 
@@ -52,32 +53,37 @@ SMALL_CHARTS = {
 class RunPage:
     """Builds the page in the current client and keeps it up to date."""
 
-    def __init__(self, reader: RunReader, label: str, options: PageOptions, *, is_alone: bool):
+    def __init__(
+        self,
+        reader: RunReader,
+        label: str,
+        options: PageOptions,
+        query: Mapping[str, str],
+        *,
+        is_alone: bool,
+    ):
         """Build everything; the run was read before.
 
         Args:
             label: name of the run for people.
+            query: of the address: what is shown at first.
             is_alone: there is no list of runs to go back to.
         """
         self.reader, self.options = reader, options
         self._seen = Versions(-1, -1, -1, -1)
-        self._alerts_shown: list[Alert] = []
-        self._final_shown: FinalEvaluation | None = None
+        self._alerts_shown: list[Alert] | None = None
+        self._announced = ""
+        self._state_shown: tuple[int, int, str, bool] | None = None
         self._charts_at = 0.0
         self._dark = open_page(label)
         self._colours = Colours(self._dark, self._draw_charts)
-        with box("div", "page"):
+        with box("div", "page run-page"):
             self._build_top(label, is_alone)
-            with section("Previews", "previews"):
-                self._panel = PreviewPanel(reader)
-            self._final = section("Final evaluation", "final")
-            self._final.set_visibility(False)
-            with self._final:
-                self._final_body = box("div")
-            self._build_charts()
+            with reader.lock:
+                self._panel = PreviewPanel(reader, label, query)
             with section("Ask the model now", "ask"):
                 self._ask = AskBox(reader, options.worker_hosts)
-            with section("Act on the run", "act"):
+            with section("Controls", "act"):
                 self._act = ActBox(
                     reader, lambda: self._panel.shown_step, is_allowed=options.is_control_allowed
                 )
@@ -92,17 +98,24 @@ class RunPage:
             if not is_alone:
                 ui.link("\N{LEFTWARDS ARROW} all runs", "/")
             text("h1", label)
-            self._state = text("span", "", "state").props("role=status")
+            self._state = text("span", "", "state")
+            # Only what the state is, not its countdown, is read aloud.
+            self._aloud = text("span", "", "unseen").props("role=status")
+            self._line = text("span", "", "figures-line dim")
             box("span", "grow")
+            self._alerts = box("details", "alerts")
+            with self._alerts:
+                self._alerts_count = text("summary", "no alerts")
+                self._alerts_list = box("div", "alerts-list").props("aria-live=polite")
             dark_button(self._dark)
-        self._bar = ui.linear_progress(0.0, show_value=False, size="8px")
+        self._bar = ui.linear_progress(0.0, show_value=False, size="4px")
         self._bar.props('aria-label="progress" instant-feedback')
-        self._alerts = box("div").props("aria-live=polite")
-        self._figures = box("div", "figures")
+        with box("div", "verdict-box"):
+            self._main = text("h2", "", "headline", id="headline")
+            self._rest = text("p", "", "headline-rest dim")
 
     def _build_charts(self) -> None:
-        self._curves = section("Curves", "curves")
-        with self._curves, box("div", "charts"):
+        with box("div", "charts"):
             with box("div", "chart-big"):
                 with box("div", "chart-head"):
                     text("h3", "loss, nats per trained token")
@@ -133,11 +146,15 @@ class RunPage:
                     self._small[name] = (frame, ui.echart({"series": []}))
 
     def _build_background(self) -> None:
-        with section("Run details", "about"):
+        with section("Data, config and more curves", "about"):
+            self._curves = ui.expansion("all curves").props("id=curves")
             self._card = ui.expansion("before training: data card and first answers")
             self._facts = ui.expansion("figures, config, environment")
             self._notices = ui.expansion("notices")
-        # Filled when they are opened: hundreds of cells that few look at.
+        with self._curves:
+            self._build_charts()
+        # Filled and drawn when they are opened: hundreds of cells and points that few look at.
+        self._curves.on_value_change(self._draw_charts)
         self._card.on_value_change(self._show_background)
         self._facts.on_value_change(self._show_background)
 
@@ -147,15 +164,18 @@ class RunPage:
         """Show what changed since the last look."""
         with self.reader.lock:
             now, seen = self.reader.versions.copy(), self._seen
-            self._state.set_text(self.reader.words())
-            is_silent = self.reader.is_silent()
-            self._state.classes("state-silent" if is_silent else "", remove="state-silent")
-            if now.status != seen.status or now.metrics != seen.metrics:
-                self._show_state()
+            said = now_of(self.reader)
+            self._state.set_text(said.words)
+            self._state.classes("state-silent" if said.is_silent else "", remove="state-silent")
+            self._show_alerts(said.alerts)
+            shown = (now.status, now.metrics, said.state, said.is_silent)
+            if shown != self._state_shown:
+                self._state_shown = shown
+                self._show_state(said)
                 self._act.refresh()
-            if now.previews != seen.previews:
-                self._panel.refresh()
-            self._panel.tick()
+            if now != seen:
+                self._show_headline()
+            self._panel.update()
             if now.manifest != seen.manifest:
                 self._show_background()
             if now.status != seen.status:
@@ -168,29 +188,57 @@ class RunPage:
                     self._draw_charts()
             self._seen = now
 
-    def _show_state(self) -> None:
-        reader = self.reader
+    def _show_state(self, now: Now) -> None:
+        reader, state = self.reader, now.state
         for name in ("completed", "failed", "lost", "stopped"):
-            is_it = reader.state() == name
-            self._state.classes(f"state-{name}" if is_it else "", remove=f"state-{name}")
-        self._show_final()
+            self._state.classes(f"state-{name}" if state == name else "", remove=f"state-{name}")
+        said = "no update for a while" if now.is_silent else state
+        if said != self._announced:
+            self._announced = said
+            self._aloud.set_text(now.words if reader.is_over else said)
         total = reader.status.total_steps if reader.status is not None else None
-        self._bar.set_value(reader.step / total if total else 0.0)
-        self._figures.clear()
-        with self._figures:
-            for label, value in live_figures(reader):
-                with box("div", "figure"):
-                    text("div", label, "label")
-                    text("div", value, "value")
-        alerts = alerts_of(reader)
-        if alerts != self._alerts_shown:  # what is drawn again is read out again
-            self._alerts_shown = alerts
-            self._alerts.clear()
-            with self._alerts:
-                for alert in alerts:
-                    text("div", f"{alert.level}: {alert.text}", f"alert alert-{alert.level}")
+        self._bar.set_value(round(reader.step / total, 3) if total else 0.0)
+        self._line.set_text(" \N{MIDDLE DOT} ".join(now.bar))
+
+    def _show_headline(self) -> None:
+        headline = rows_of(self.reader).headline()
+        self._main.set_text(headline.main)
+        self._rest.set_text(headline.rest)
+
+    def _show_alerts(self, alerts: list[Alert]) -> None:
+        if alerts == self._alerts_shown:  # what is drawn again is read out again
+            return
+        self._alerts_shown = alerts
+        count = f"{len(alerts)} alert{'' if len(alerts) == 1 else 's'}" if alerts else "no alerts"
+        # The first one in full where there is place: nothing on the page moves for it.
+        first = f": {alerts[0].text}" if alerts else ""
+        self._alerts_count.set_text(count + first)
+        level = alerts[0].level if alerts else "none"
+        self._alerts.classes(replace=f"alerts alerts-{level}")
+        self._alerts_list.clear()
+        with self._alerts_list:
+            for alert in alerts:
+                self._draw_alert(alert)
+            if not alerts:
+                text("p", "Nothing to look at.", "dim")
+
+    def _draw_alert(self, alert: Alert) -> None:
+        words = f"{alert.level}: {alert.text}"
+        place = self._place_of(alert)
+        if place is None:
+            text("div", words, f"alert alert-{alert.level}")
+            return
+        shown = text("button", words, f"alert alert-{alert.level}", type="button")
+        shown.on("click", lambda: self._panel.choose(*place))
+
+    def _place_of(self, alert: Alert) -> tuple[int, int | None] | None:
+        """(prompt, step) that an alert speaks of; None where it is about none."""
+        keys = list(self.reader.previews.timelines)
+        return (keys.index(alert.prompt), alert.step) if alert.prompt in keys else None
 
     def _draw_charts(self) -> None:
+        if not self._curves.value:
+            return
         self._charts_at = time.monotonic()
         reader, is_dark = self.reader, self._colours.is_dark
         with reader.lock:
@@ -212,19 +260,6 @@ class RunPage:
             for name, (frame, chart) in self._small.items():
                 frame.set_visibility(reader.metrics.has(name))
                 set_options(chart, metric_chart(reader, name, is_dark=is_dark))
-            self._curves.set_visibility(reader.metrics.has("train_loss"))
-
-    def _show_final(self) -> None:
-        """The final evaluation, drawn once: it does not change."""
-        final = self.reader.final_evaluation
-        if final == self._final_shown:
-            return
-        self._final_shown = final
-        self._final_body.clear()
-        self._final.set_visibility(final is not None)
-        if final is not None:
-            with self._final_body:
-                show_final_evaluation(final)
 
     def _show_background(self) -> None:
         """Fill what is open."""

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from nicegui import Client, ui
 
 from trainer.guard import Guard
-from trainer.views.page.compare_page import ComparePage
+from trainer.views.page.compare_page import LETTERS, ComparePage
 from trainer.views.page.elements import open_page, text
 from trainer.views.page.list_page import ListPage
 from trainer.views.page.login import guarded_page
@@ -64,35 +64,40 @@ def _reading(
 
 
 def _add_pages(store: RunStore, options: PageOptions) -> None:
-    async def home(client: Client) -> None:
-        if len(store.readers) == 1 and store.root in [r.folder for r in store.readers.values()]:
-            await show(client, next(iter(store.readers)), is_alone=True)
+    async def home(client: Client, request: Request) -> None:
+        if store.is_one_run:
+            await show(client, request, next(iter(store.readers)))
         else:
+            store.num_lists += 1
+            client.on_delete(lambda: setattr(store, "num_lists", store.num_lists - 1))
             ListPage(store)
 
-    async def run(client: Client, key: str) -> None:
-        await show(client, key, is_alone=False)
+    async def run(client: Client, request: Request, name: str) -> None:
+        await show(client, request, store.key_of(name))
 
-    async def show(client: Client, key: str, *, is_alone: bool) -> None:
+    async def show(client: Client, request: Request, key: str) -> None:
         reader = await store.load(key)
         if reader is None:
             _not_found()
             return
         _watch(client, store, key)
-        RunPage(reader, store.label(reader), options, is_alone=is_alone)
+        query = dict(request.query_params)
+        RunPage(reader, store.label(reader), options, query, is_alone=store.is_one_run)
 
-    async def compare(client: Client, one: str, other: str) -> None:
-        first, second = await store.load(one), await store.load(other)
-        if first is None or second is None or first is second:
+    async def compare(client: Client, keys: str) -> None:
+        wanted = list(dict.fromkeys(keys.split("/")))
+        readers = [await store.load(key) for key in wanted]
+        found = [reader for reader in readers if reader is not None]
+        if len(found) < len(readers) or not 2 <= len(found) <= len(LETTERS):
             _not_found()
             return
-        _watch(client, store, one)
-        _watch(client, store, other)
-        ComparePage(store, (first, second))
+        for key in wanted:
+            _watch(client, store, key)
+        ComparePage(store, found)
 
     ui.page("/")(home)
-    ui.page("/run/{key}")(run)
-    ui.page("/compare/{one}/{other}")(compare)
+    ui.page("/run/{name:path}")(run)
+    ui.page("/compare/{keys:path}")(compare)
 
 
 def _watch(client: Client, store: RunStore, key: str) -> None:

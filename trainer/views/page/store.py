@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import OutputError
+from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME
+from trainer.views.headline import Headline, headline_of
 from trainer.views.run_reader import RunReader, find_runs
 
 
@@ -24,6 +26,26 @@ class PageOptions:
     """Hosts besides this machine whose workers may be asked."""
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """The headline of a run of the list, and what it was made of."""
+
+    stamp: tuple[int, ...]
+    at: float
+    headline: Headline
+
+
+def _stamp_of(reader: RunReader) -> tuple[int, ...]:
+    """What a headline is made of, in short: sizes of files, and whether the run is over."""
+    sizes = [int(reader.is_over)]
+    for name in (METRICS_NAME, PREVIEWS_NAME):
+        try:
+            sizes.append((reader.folder / name).stat().st_size)
+        except OSError:
+            sizes.append(-1)
+    return tuple(sizes)
+
+
 # ---- RunStore: all runs of a folder, read by one task however many pages are open
 
 
@@ -31,13 +53,16 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 
-NUM_AHEAD = 3
+NUM_AHEAD = 8
 """Runs, the newest ones, that are read before anybody asks for them."""
 
 SUMMARY_S = 2.0
 """Runs that nobody looks at are only asked for their status, this often."""
 
 FIND_S = 5.0
+
+JUDGE_S = 10.0
+"""A headline of the list is at least so old before it is made anew."""
 
 
 class RunStore:
@@ -53,6 +78,9 @@ class RunStore:
         self.readers: dict[str, RunReader] = {}
         self.watched: Counter[str] = Counter()
         """Id -> pages that look at it."""
+        self.num_lists = 0
+        """Pages that show the list of runs."""
+        self._judged: dict[str, _Judged] = {}
         self._summary_at = self._found_at = 0.0
         self._loading = asyncio.Lock()
         self.find()
@@ -102,6 +130,29 @@ class RunStore:
                 reader.poll_summary()
         if is_summary_due:
             self._summary_at = now
+        if self.num_lists > 0:
+            self._judge_next(now)
+
+    def headline(self, key: str) -> Headline | None:
+        """The verdict on a run of the list; None until its files have been read for it."""
+        judged = self._judged.get(key)
+        return judged.headline if judged is not None else None
+
+    def _judge_next(self, now: float) -> None:
+        """Read one run for its headline, the newest first, where its files have grown."""
+        for key, reader in self.by_age():
+            judged, stamp = self._judged.get(key), _stamp_of(reader)
+            if judged is not None and (judged.stamp == stamp or now - judged.at < JUDGE_S):
+                continue
+            if not self.watched[key]:
+                # A list may be of hundreds of runs: what is read for a sentence is not kept.
+                reader = RunReader(reader.folder)
+                reader.poll()
+            headline = headline_of(
+                reader.previews, reader.metrics.evaluations, reader.final_evaluation
+            )
+            self._judged[key] = _Judged(stamp, now, headline)
+            return
 
     def by_age(self) -> list[tuple[str, RunReader]]:
         """(id, run) pairs, the one that began last first."""
@@ -111,6 +162,16 @@ class RunStore:
             return -status.started_at if status is not None else 0.0
 
         return sorted(self.readers.items(), key=key)
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether the folder is that of one run, so that there is no list."""
+        return len(self.readers) == 1 and self.root in [r.folder for r in self.readers.values()]
+
+    def key_of(self, name: str) -> str:
+        """The id of the run that has this label; the name itself where none has."""
+        found = (key for key, reader in self.readers.items() if self.label(reader) == name)
+        return next(found, name)
 
     def label(self, reader: RunReader) -> str:
         """The run's place below the folder, or its name where it is the folder."""
