@@ -1,7 +1,7 @@
 """Encoded rows on disk, found again by everything that decides them; never by time or name.
 
-A file is the sha256 of the rest, and the rest flat arrays behind an index of them as JSON. They are
-read from the file when they are used; there is no pickle in it.
+A file is the checksum of the rest (XXH3: against damage, not against forgers), and the rest flat
+arrays behind an index of them as JSON. They are read when they are used; there is no pickle in it.
 What cannot be described exactly (a profile without source code) is not cached.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from trainer.config.schema import DataSection
 from trainer.data.cache_key import (
@@ -54,7 +55,9 @@ SUFFIX = ".cache"
 
 TEMPORARY = ".tmp"
 
-DIGEST_BYTES, LENGTH_BYTES, MAX_INDEX_BYTES = 32, 8, 2**24
+DIGEST_BYTES, LENGTH_BYTES, MAX_INDEX_BYTES = 16, 8, 2**24
+
+READ_BYTES = 2**20
 
 STALE_S = 86_400
 """A file that nobody finished in so long was left by a killed writer."""
@@ -126,7 +129,10 @@ class CacheEntry:
         try:
             with self.path.open("rb") as file:
                 digest = file.read(DIGEST_BYTES)
-                if hashlib.file_digest(file, "sha256").digest() != digest:
+                found = xxhash.xxh3_128()
+                while block := file.read(READ_BYTES):
+                    found.update(block)
+                if found.digest() != digest:
                     raise DamagedEntryError("its checksum is wrong")
         except FileNotFoundError:
             return None
@@ -174,7 +180,7 @@ class CacheEntry:
         size = DIGEST_BYTES + sum(map(len, pieces))
         if self.max_bytes is not None and size > self.max_bytes:
             raise OSError(errno.EFBIG, f"{size / 2**30:.3g} GiB, data.cache_max_gib is less")
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         for piece in pieces:
             digest.update(piece)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
