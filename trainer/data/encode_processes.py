@@ -6,7 +6,6 @@ profile, then pieces of rows, and end when the run does, however it does.
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 import traceback
@@ -70,7 +69,7 @@ def prepare_rows(
     if count < 2:
         return _by_this_process(preparer, rows)
     try:
-        job = pickle.dumps(_parts(preparer))
+        job = pickle.dumps(preparer)
     except Exception as error:  # whatever a profile's own state raises
         if configured is None:
             return _by_this_process(preparer, rows)
@@ -215,17 +214,6 @@ def _gone(child: Child) -> TrainerError:
 # ---- what goes between the processes: nothing that both of them have
 
 
-def _parts(preparer: Preparer) -> tuple[Any, ...]:
-    profile = preparer.profile
-    return (
-        (type(profile).__module__, type(profile).__qualname__),
-        preparer.encoder,
-        preparer.system_prompt,
-        preparer.seed,
-        pickle.dumps(profile),
-    )
-
-
 def _packed(outcome: Outcome) -> Outcome:
     if outcome.example is None:
         return outcome
@@ -241,12 +229,6 @@ def _unpacked(outcome: Outcome, messages: list[Message], preparer: Preparer) -> 
 
 
 # ---- the other side
-
-
-def _load(job: bytes) -> Preparer:
-    (module, _), encoder, system_prompt, seed, profile = pickle.loads(job)
-    importlib.import_module(module)
-    return Preparer(pickle.loads(profile), encoder, system_prompt, seed)
 
 
 def _answer(preparer: Preparer, piece: Sequence[Conversation]) -> Any:
@@ -284,7 +266,7 @@ def main() -> None:
 
     messages = _messages(lines_in)
     try:
-        preparer = _load(next(messages))
+        preparer = pickle.loads(next(messages))
     except Exception as error:  # a profile whose module is not found, or fails
         reply(pickle.dumps(f"{type(error).__name__}: {error}"))
         return
