@@ -1,5 +1,6 @@
 # make demo   a tiny model learns in about a minute, golden answers beside what it says
 # make test   every claim's tests, on two cores in under 15 minutes
+#             (the first time it fetches a browser: `make browser`)
 # make test-long  those and the exhaustive ones (marker `long`), in under an hour
 # make quick  the fast tests        make check  format, lint, types
 # make trust  the numeric checks        make mutants  that each check kills its mutant
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-long quick trust mutants fuzz check format docs wheel bench gpu gpu-wheels screenshots clean
+.PHONY: demo test test-long quick browser trust mutants fuzz check format docs wheel bench gpu gpu-wheels screenshots clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,10 +32,21 @@ demo: $(STAMP)
 # Tests compute in one thread each; some wait, so that three files at a time fill two cores.
 FILES := -n 3 --dist loadfile
 
-test: $(STAMP)
+# The browser of the page's tests: the system's, else Playwright's, else (as root) the system's package.
+BROWSER := $(VENV)/.browser
+
+$(BROWSER): $(STAMP)
+	@if command -v chromium chromium-browser > /dev/null \
+	  || $(BIN)/python -m playwright install chromium \
+	  || { test "$$(id -u)" = 0 && apt-get install --yes --quiet chromium; }; then touch $@; \
+	else echo "NO BROWSER: neither Playwright nor the system's packages have a Chromium; its tests are skipped" >&2; fi
+
+browser: $(BROWSER)
+
+test: $(STAMP) $(BROWSER)
 	$(BIN)/python -m pytest $(FILES) -m "not long"
 
-test-long: $(STAMP)
+test-long: $(STAMP) $(BROWSER)
 	$(BIN)/python -m pytest $(FILES)
 
 quick: $(STAMP)

@@ -182,8 +182,7 @@ def main() -> None:
     if words.launch_trl:
         from trainer.models.precision import default_precision, resolve_device
 
-        # As the other side: bf16 where the device computes in it, as TRL's own default is.
-        precision = default_precision(resolve_device("auto"))
+        precision = default_precision(resolve_device("auto"))  # as the other side
         task = task_of("grouped", Path(words.launch_trl), words.gsm8k, 1)
         trl(task, precision=precision, batching="grouped")
         print(time.time())

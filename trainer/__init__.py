@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.config import ConfigLoader, TrainerConfig, create_default_config
     from trainer.core import TrainerEngine, TrainingResult
+    from trainer.job import run_job
     from trainer.profiles import get_profile
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "create_default_config",
     "get_profile",
+    "run_job",
 ]
 
 
@@ -49,6 +51,7 @@ __getattr__ = lazy_names(
     {
         "trainer.config": ["ConfigLoader", "TrainerConfig", "create_default_config"],
         "trainer.core": ["TrainerEngine", "TrainingResult"],
+        "trainer.job": ["run_job"],
         "trainer.profiles": ["get_profile"],
     },
 )

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -137,10 +137,39 @@ class Child:
                 logger.warning("process %d was killed and is still there", self.pid)
 
 
-def quiet_libraries() -> None:
-    """Keep packages that transformers imports from telling of kernels for other machines."""
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+FALSE_HERE = {
+    # Rows are cut or dropped after they were made into tokens.
+    "transformers.tokenization_utils_base": "will result in indexing errors",
+    # They are unpacked.
+    "transformers.quantizers.quantizer_gguf": "the weights stay quantized regardless",
+}
+"""Logger -> words of a message that is not true of what this program does."""
+
+
+def _is_true(record: logging.LogRecord) -> bool:
+    return FALSE_HERE.get(record.name, "\n") not in record.getMessage()
+
+
+def quiet_libraries() -> Callable[[], None]:
+    """Keep packages from telling of kernels for other machines, and what is false here.
+
+    Returns:
+        A function that lets them speak again.
+    """
+    loggers = [logging.getLogger(n) for n in ("bitsandbytes", "torchao", "torch.utils._pytree")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
+    for name in FALSE_HERE:
+        logging.getLogger(name).addFilter(_is_true)
+
+    def put_back() -> None:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
+        for name in FALSE_HERE:
+            logging.getLogger(name).removeFilter(_is_true)
+
+    return put_back
 
 
 def first_line(descriptor: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright; a monitor and other programs in processes of their own.
+"""Chromium, driven by Playwright; a monitor and other programs in processes of their own.
 
 Skipped, loudly, where there is no Chromium; REQUIRE_BROWSER=1 makes that an error.
 """
@@ -19,7 +19,17 @@ from urllib.parse import urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def find_chromium() -> str | None:
+    """The system's, or the one that `playwright install chromium` has fetched."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    home = os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright"
+    fetched = sorted(Path(home).glob("chromium-*/chrome-linux*/chrome"))
+    return found or (str(fetched[-1]) if fetched else None)
+
+
+CHROMIUM = find_chromium()
 LOOPBACK = ("127.0.0.1", "localhost", "")
 PATIENCE_MS = 60_000
 """How long a page is waited for: a loose limit, nothing is timed by it."""
@@ -29,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here needs a browser."""
     if CHROMIUM is not None or os.environ.get("REQUIRE_BROWSER") == "1":
         return
-    why = "NO BROWSER TEST WAS RUN: there is no `chromium` here (apt-get install chromium)"
+    why = "NO BROWSER TEST WAS RUN: there is no `chromium` here (make browser)"
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=why))

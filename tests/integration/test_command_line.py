@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,7 @@ def test_a_dry_run_prints_the_sums_and_trains_nothing(
     shown = ("trained", "weights", "gradients", "optimizer", "activations", "fits", "qlora", "5 of")
     for word in shown:
         assert word in done.stdout, done.stdout
+    assert re.search(r"\n  bf16 +(\d+\.\d\d of fp32's speed|this CPU has no bf16)", done.stdout)
     assert [path.name for path in out.iterdir()] == ["config.resolved.json"]
 
 
@@ -189,6 +191,8 @@ def test_a_dry_run_prints_json_for_programs_and_little_when_quiet(
     assert (fit["device"], fit["batch_size"], fit["gradient_accumulation"]) == ("cpu", 8, 1)
     assert 0 < fit["total"] < fit["memory"]
     assert [mode["mode"] for mode in last["modes"]][:1] == ["full"]
+    assert last["precision"] == "fp32 everywhere on cpu"
+    assert "fp32" in last["bf16"]["words"]
     quiet = cli("train", *words, "--quiet").stdout
     assert "card" not in quiet
     assert "memory" in quiet

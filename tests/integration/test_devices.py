@@ -104,7 +104,7 @@ def test_weights_are_on_the_device_of_the_run_before_the_optimizer_is_built(
 ) -> None:
     meta = torch.device("meta")  # stands for a GPU
     asked: list[torch.device] = []
-    monkeypatch.setattr(optim, "default_precision", lambda d: (asked.append(d), "fp32")[1])
+    monkeypatch.setattr(optim, "computes_in_bf16", lambda d: bool(asked.append(d)))
     engine = TrainerEngine()
     config = job(hyperparams={"optimizer": "muon"})
     if model == "tiny":

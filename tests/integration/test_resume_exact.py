@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -316,3 +317,44 @@ def test_mutant_n19_no_guard_is_killed(
     monkeypatch.setattr(SupervisedTrainer, "_guard", lambda self, loss, norm: None)
     with pytest.raises(AssertionError):
         check_n19(job, monkeypatch, 1.0, math.nan)
+
+
+CHANGED = {"learning_rate": 3e-4, "lr_scheduler": "cosine", "warmup_steps": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.long)])
+def test_n18_a_rate_that_is_changed_on_purpose_is_that_of_the_new_schedule(
+    train: Callable[..., Any], optimizer: str
+) -> None:
+    hyper = {"max_steps": 6, "warmup_steps": 1, "learning_rate": 1e-3, "optimizer": optimizer}
+    assert train(hyperparams=hyper, monitoring=QUIET, output=KEEP).success
+    output = {**KEEP, "resume": "latest"}
+    new = {**hyper, **CHANGED, "max_steps": 10}
+    refused = train(hyperparams=new, monitoring=QUIET, output=output)
+    assert refused.exit_code == 2
+    for word in ("learning_rate: 0.001 -> 0.0003", "lr_scheduler", "warmup", "--allow-changes"):
+        assert word in refused.error_message, refused.error_message
+    output["allow_changes"] = True
+    other = train(hyperparams={**new, "max_grad_norm": 0.5}, monitoring=QUIET, output=output)
+    assert other.exit_code == 2
+    assert "max_grad_norm" in other.error_message
+    again = train(hyperparams=new, monitoring=QUIET, output=output)
+    assert (again.success, again.global_step) == (True, 10), again.error_message
+    lines = TrainingStatusReader(again.output_dir).metrics()
+    rates = {line["step"]: line["learning_rate"] for line in lines if line["type"] == "StepDone"}
+    for step in range(7, 11):
+        wanted = closed_form("cosine", step, 3e-4, 2, 10)
+        assert rates[step] == pytest.approx(wanted, rel=1e-12), step
+    path = again.output_dir / "checkpoints" / "step-00000008" / "optimizer.pt"
+    groups = torch.load(path, weights_only=True)["param_groups"]
+    assert {group["lr"] for group in groups} == {pytest.approx(rates[9])}
+    # A third part, from a checkpoint of the second, knows of both.
+    output["resume"] = str(again.output_dir / "checkpoints" / "step-00000008")
+    third = train(hyperparams={**new, "learning_rate": 1e-4}, monitoring=QUIET, output=output)
+    assert third.success, third.error_message
+    record = json.loads((third.output_dir / "run.json").read_text())
+    assert [entry["step"] for entry in record["changes"]] == [6, 8]
+    assert len(record["changes"][0]["changes"]) == 4
+    assert record["changes"][1]["changes"] == ["hyperparams.learning_rate: 0.0003 -> 0.0001"]
+    assert record["config"]["output"]["allow_changes"] is False

@@ -226,6 +226,51 @@ def early_stopping(lab: Lab) -> None:
         assert (step == 2) == is_early
 
 
+BY_SCORE = {"early_stopping_metric": "score.golden_probability", "early_stopping_patience": 1}
+ASKED = {
+    **{"micro_eval_interval": 1, "inference_interval": 1000, "num_eval_samples": 1},
+    **{"num_score_prompts": 14, "preview_golden_logprobs": "on", "preview_max_tokens": 1},
+}
+HALF = {"validation_split": 0.5}
+
+
+@shows("hyperparams.early_stopping_metric", "monitoring.score_lag")
+def early_stopping_metric(lab: Lab) -> None:
+    """A score that stays where it was at step 0 stops at step 1, and so much later as it lags."""
+    still = {**BY_SCORE, "learning_rate": 1e-12}
+    for lag in (0, 2):
+        seen = lab.run(hyperparams=still, monitoring={**ASKED, "score_lag": lag}, data=HALF)
+        assert seen.result.global_step == 1 + lag
+        assert "score.golden_probability has not" in seen.result.summary["stop_reason"]
+    other = {**BY_SCORE, "early_stopping_metric": "score.nothing"}
+    told = lab.refusal(hyperparams=other, monitoring=ASKED)
+    assert "there are score.golden_probability" in told
+
+
+@shows("output.best_by")
+def best_by(lab: Lab) -> None:
+    for metric in ("val_loss", "score.golden_probability"):
+        seen = lab.run(output={"best_by": metric}, monitoring=ASKED, data=HALF)
+        assert seen.result.summary["best"]["by"] == metric
+        is_asked = any(type(one).__name__ == "ScoreDecided" for one in seen.recorder.events)
+        assert is_asked == (metric != "val_loss")
+
+
+@shows("output.final_model")
+def final_model(lab: Lab) -> None:
+    """With this rate the loss only rises after the first steps."""
+    hyper, often = {"learning_rate": 3.0}, {"micro_eval_interval": 1}
+    for choice, is_best in (("last", False), ("best", True)):
+        output = {"final_model": choice, "keep_checkpoints": 9}
+        seen = lab.run(hyperparams=hyper, monitoring=often, output=output)
+        best = seen.result.summary["best"]["step"]
+        assert best < NUM_STEPS
+        step = best if is_best else NUM_STEPS
+        assert seen.result.summary["final_model_step"] == step
+        kept = load_file(seen.folder / f"checkpoints/step-{step:08d}/model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in seen.tensors.items())
+
+
 # ---- lora
 
 
@@ -398,6 +443,17 @@ def resume(lab: Lab) -> None:
     seen = lab.run(output={"output_dir": folder, "resume": "latest"})
     assert [step.step for step in seen.steps] == [3, 4]
     assert torch.equal(seen.weights, lab.base.weights)
+
+
+@shows("output.allow_changes")
+def allow_changes(lab: Lab) -> None:
+    hyper = {"lr_scheduler": "constant", "learning_rate": 1e-3, "max_steps": 2}
+    first = lab.run(hyperparams=hyper)
+    changed = {**hyper, "learning_rate": 5e-4, "max_steps": 3}
+    output = {"resume": "latest", "output_dir": str(first.folder)}
+    assert "--allow-changes" in lab.refusal(hyperparams=changed, output=output)
+    seen = lab.run(hyperparams=changed, output={**output, "allow_changes": True})
+    assert [step.learning_rate for step in seen.steps] == [5e-4]
 
 
 @shows("output.report")

@@ -37,7 +37,8 @@ ROOMS: dict[str, set[str]] = {
     "core": {*MONITORING, "monitoring"},
     "server": {*DATA, "preview", "publish.wire", "publish.identity", "publish.weight_file"},
     "views": {*GROUND, "monitoring", "preview.base", "scores.figures", "scores.statistics"},
-    "commands": {*MONITORING, "monitoring", "core", "server", "views"},
+    "job": {*MONITORING, "monitoring", "core", "views"},
+    "commands": {*MONITORING, "monitoring", "core", "server", "views", "job"},
 }
 
 

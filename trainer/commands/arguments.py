@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
 
 from trainer.errors import ConfigError, OutputError
 from trainer.files import require_folder
@@ -17,6 +22,9 @@ Command = Callable[[list[str]], int]
 RUN_FILES = ("run.json", "status.json")
 
 MAX_SEED = 2**32 - 1
+
+WIDE = 100_000
+"""Columns of an output that is no terminal."""
 
 _WHOLE = re.compile(r"[0-9]{1,18}", re.ASCII)
 _NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
@@ -134,6 +142,18 @@ def choose(commands: Mapping[str, Command], argv: list[str], prog: str) -> Comma
             f"see `{prog} --help`."
         )
     return commands[argv[0]]
+
+
+def print_table(table: Table) -> None:
+    """Print a table; off a terminal each row is one line, for grep and for people's logs."""
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    wide = Console(file=io.StringIO(), width=WIDE, highlight=False, color_system=None)
+    with wide.capture() as captured:
+        wide.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 def add_weights_flags(parser: argparse.ArgumentParser, *, is_run_optional: bool = False) -> None:

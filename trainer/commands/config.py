@@ -7,15 +7,16 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import choose
+from trainer.commands.arguments import choose, print_table
 from trainer.config import ConfigLoader, LoadedConfig, TrainerConfig, find_config_file, resolve
-from trainer.config.docs import as_json, explain_rows, starter_file
+from trainer.config.docs import as_json, explain_rows, starter_file, starter_yaml
 from trainer.config.flags import parse_flags
 from trainer.errors import EXIT_COMPLETED, ConfigError, OutputError
+
+YAML = (".yaml", ".yml")
 
 USAGE = """\
 usage: trainer config COMMAND [OPTIONS]
@@ -24,7 +25,7 @@ usage: trainer config COMMAND [OPTIONS]
   explain   print every value with its origin; takes the flags of `trainer train`
   schema    print the JSON schema
   validate  check config files: trainer config validate FILE ...
-  init      write a starter file: trainer config init [config.json]"""
+  init      write a starter file: trainer config init [config.json], or --yaml [config.yaml]"""
 
 
 def run(argv: list[str]) -> int:
@@ -58,10 +59,9 @@ def _explain(words: list[str]) -> int:
         is_set = not origin.startswith("default")
         style = "bold" if is_set else "dim"
         table.add_row("*" if is_set else "", key, Text(value, style), Text(origin, style))
-    console = Console()
     if loaded.file is not None:
-        console.print(f"config file: {loaded.file}", highlight=False, markup=False)
-    console.print(table)
+        print(f"config file: {loaded.file}")
+    print_table(table)
     return EXIT_COMPLETED
 
 
@@ -90,16 +90,19 @@ def _validate(words: list[str]) -> int:
 
 
 def _init(words: list[str]) -> int:
-    flags = [word for word in words if word.startswith("-")]
-    _refuse(flags or words[1:], "init")
-    path = Path(words[0] if words else "config.json")
-    if path.suffix != ".json":
+    names = [word for word in words if word != "--yaml"]
+    flags = [word for word in names if word.startswith("-")]
+    _refuse(flags or names[1:], "init")
+    is_yaml = len(names) < len(words) or (bool(names) and Path(names[0]).suffix in YAML)
+    path = Path(names[0] if names else "config.yaml" if is_yaml else "config.json")
+    if path.suffix not in (YAML if is_yaml else (".json",)):
         raise ConfigError(
-            f"{path}: `trainer config init` writes JSON; give a name ending in .json."
+            f"{path}: `trainer config init` writes JSON, and YAML with --yaml; give a name ending "
+            f"in {'.yaml' if is_yaml else '.json or .yaml'}."
         )
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(starter_file())
+            file.write(starter_yaml() if is_yaml else starter_file())
     except FileExistsError as error:
         raise OutputError(
             f"{path}: exists already and is not overwritten; give another name."

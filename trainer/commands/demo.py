@@ -30,6 +30,10 @@ NUM_HELD_OUT = 200
 
 PREVIEW_EVERY_STEPS = 20
 
+NUM_SCORE_PROMPTS = 200
+
+PATIENCE = 3
+
 
 def run(argv: list[str]) -> int:
     """Write the data, train, and judge 200 held-out answers."""
@@ -49,13 +53,18 @@ def run(argv: list[str]) -> int:
     data = write_demo_data(
         folder / "data",
         num_train_rows=words.steps * BATCH_SIZE,
-        num_validation_rows=NUM_HELD_OUT,
+        num_validation_rows=NUM_HELD_OUT + (NUM_SCORE_PROMPTS if words.early_stopping else 0),
         seed=words.seed,
     )
     records = RunRecords({}, is_report=True)
     engine = TrainerEngine(observers=[create_display(words.display), records])
     config = demo_config(
-        folder, data, steps=words.steps, seed=words.seed, backend=words.preview_backend
+        folder,
+        data,
+        steps=words.steps,
+        seed=words.seed,
+        backend=words.preview_backend,
+        patience=words.early_stopping,
     )
     result = engine.run_job(config)
     records.finish(folder)
@@ -84,6 +93,16 @@ def _parser() -> argparse.ArgumentParser:
         help="where previews are generated: in this process or in a second one [local]",
     )
     parser.add_argument(
+        "--early-stopping",
+        type=whole_number(1),
+        nargs="?",
+        const=PATIENCE,
+        default=0,
+        metavar="PATIENCE",
+        help=f"stop after so many evaluations of {NUM_SCORE_PROMPTS} held-out prompts at which "
+        f"score.exact has not clearly risen [{PATIENCE}], and keep the best step",
+    )
+    parser.add_argument(
         "--display",
         choices=("auto", "rich", "plain", "json", "quiet"),
         default="auto",
@@ -93,9 +112,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def demo_config(
-    folder: Path, data: DemoData, *, steps: int, seed: int, backend: str = "local"
+    folder: Path,
+    data: DemoData,
+    *,
+    steps: int,
+    seed: int,
+    backend: str = "local",
+    patience: int = 0,
 ) -> TrainerConfig:
-    """The recipe: Muon for the matrices learns these tasks in 100 steps, AdamW needs far more."""
+    """The recipe: Muon for the matrices learns these tasks in 100 steps, AdamW needs far more.
+
+    Args:
+        patience: evaluations without a clear rise of score.exact after which it stops; 0: none.
+    """
+    stopping: dict[str, Any] = {}
+    scoring: dict[str, Any] = {"micro_eval_interval": 50}
+    if patience:
+        stopping = {"early_stopping_patience": patience, "early_stopping_metric": "score.exact"}
+        scoring = {
+            "scores": ["exact"],
+            "num_score_prompts": NUM_SCORE_PROMPTS,
+            "micro_eval_interval": PREVIEW_EVERY_STEPS,
+        }
     return create_default_config(
         model_path="tiny",
         dataset_path=str(data.train_path),
@@ -109,6 +147,7 @@ def demo_config(
             "warmup_steps": min(20, steps - 1),
             "max_length": 128,
             "fp_precision": "fp32",
+            **stopping,
         },
         data={"validation_path": str(data.validation_path)},
         profile={"name": "regime3", "system_prompt": "Answer in canonical form."},
@@ -118,7 +157,7 @@ def demo_config(
             "num_eval_samples": 5,
             "preview_max_tokens": 32,
             "preview_temperature": 0.0,
-            "micro_eval_interval": 50,
+            **scoring,
             "final_eval_prompts": NUM_HELD_OUT,
             "max_eval_tokens": 32,
         },

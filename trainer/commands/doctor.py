@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trainer import __version__
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import parse, print_table
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
@@ -48,12 +48,13 @@ def run(argv: list[str]) -> int:
     for label, text in [
         *_machine(),
         *_devices(),
+        *_speed(),
         ("versions", ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)),
         *_optional(),
         ("model hub", "not asked (--offline)" if words.offline else _hub()),
     ]:
-        table.add_row(label, text)
-    Console().print(table)
+        table.add_row(label, Text(text))  # in plain text, [qlora] is markup
+    print_table(table)
     return 0
 
 
@@ -100,6 +101,12 @@ def _devices() -> list[tuple[str, str]]:
     lines.append(("attention", ", ".join(["sdpa", "eager", *installed_attention()])))
     lines.append(("precision", "; ".join(precisions)))
     return lines
+
+
+def _speed() -> list[tuple[str, str]]:
+    from trainer.models.bf16_speed import measure_bf16
+
+    return [("bf16 on the cpu", measure_bf16(1024, 4096).words)]
 
 
 def _processes(num_gpus: int) -> str:

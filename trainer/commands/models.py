@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
-from trainer.commands.arguments import parse
+from trainer.commands.arguments import parse, print_table
 from trainer.models import ALIASES
 
 
@@ -20,7 +19,6 @@ def run(argv: list[str]) -> int:
     table = Table("alias", "stands for", "size", "note", box=None, pad_edge=False)
     for name, alias in ALIASES.items():
         table.add_row(name, alias.path, alias.size, alias.note)
-    console = Console()
-    console.print(table)
-    console.print("\n--model also takes any hub id (Qwen/Qwen3-0.6B) and any model folder.")
+    print_table(table)
+    print("\n--model also takes any hub id (Qwen/Qwen3-0.6B), any model folder and .gguf files.")
     return 0

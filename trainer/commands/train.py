@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from trainer.commands.arguments import print_table
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
 from trainer.config.loader import is_of_run, required_for_training
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
+from trainer.job import run_job
+from trainer.monitoring.events import Waits
 from trainer.scores.spec import is_function
 from trainer.views.terminal import DisplayKind, create_display
-from trainer.views.words import preview_failure_words
 
 RESOLVED_FILE = "config.resolved.json"
 
@@ -34,36 +36,26 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     if flags.dry_run:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
-    from trainer.core.engine import TrainerEngine
+    with _words_while_loading(display_name):
+        import trainer.core.engine  # noqa: F401  (what run_job needs)
     from trainer.core.faults import leave, let_the_end_be_told, tell_failure
     from trainer.core.run import is_main_process
-    from trainer.views.report import RunRecords
 
     is_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if is_several:
         let_the_end_be_told()
-    if not is_main_process():
-        result = TrainerEngine().run_job(loaded.config)
-        # A stop is told by the main process.
-        if result.state == "failed" and not result.is_told_elsewhere:
-            tell_failure(result.error_message)
-        return result.exit_code if result.success else leave(result.exit_code)
-    if display_name not in ("quiet", "json"):
-        folder = shlex.quote(os.path.expanduser(loaded.config.output.output_dir))
-        print(f"live page: trainer monitor {folder}", flush=True)
-    records = RunRecords(loaded.origins, is_report=loaded.config.output.report)
-    observers = [create_display(display_name), records]
-    result = TrainerEngine(observers=observers).run_job(loaded.config)
-    report = records.finish(result.output_dir)
-    if result.error_message:
-        word = "stopped" if result.state == "stopped" else "error"
-        print(f"{word}: {result.error_message}", file=sys.stderr)
-    if result.success and display_name not in ("quiet", "json"):
-        _say_what_next(result.output_dir, result.model_path, report)
-        failure = preview_failure_words(result.summary)
-        if failure is not None:
-            print(f"warning: {failure}")
+    result = run_job(loaded.config, origins=loaded.origins)
+    # A stop is told by the main process.
+    is_mine = result.state == "failed" and not result.is_told_elsewhere
+    if not is_main_process() and is_mine:
+        tell_failure(result.error_message)
     return result.exit_code if result.success or not is_several else leave(result.exit_code)
+
+
+def _words_while_loading(display: str) -> contextlib.AbstractContextManager[None]:
+    if display in ("quiet", "json") or os.environ.get("RANK", "0") != "0":
+        return contextlib.nullcontext()
+    return Waits.of("loading the libraries", lambda text: print(text, flush=True))
 
 
 def load_config(flags: ParsedFlags) -> LoadedConfig:
@@ -116,6 +108,7 @@ def _refuse_code_of_runs(loaded: LoadedConfig) -> None:
 def _dry_run(loaded: LoadedConfig) -> int:
     from trainer.core.engine import TrainerEngine
     from trainer.core.run import is_main_process
+    from trainer.models.bf16_speed import measure_bf16
 
     if not is_main_process():  # one process says it for all
         return EXIT_COMPLETED
@@ -124,9 +117,11 @@ def _dry_run(loaded: LoadedConfig) -> int:
     kind: DisplayKind = display if display in ("json", "quiet") else "plain"
     found = TrainerEngine(observers=[create_display(kind)]).dry_run(loaded.config)
     hyper = found.config.hyperparams
+    bf16 = measure_bf16(*found.block_sizes) if found.device.type == "cpu" else None
     resolved = Path(found.config.output.output_dir) / RESOLVED_FILE
     if display == "json":
-        print(json.dumps({"event": "DryRun", **found.as_json(), "config": str(resolved)}))
+        told = {**found.as_json(), "bf16": bf16.as_json() if bf16 is not None else None}
+        print(json.dumps({"event": "DryRun", **told, "config": str(resolved)}))
         return EXIT_COMPLETED
     world = found.strategy.num_processes
     rows = hyper.batch_size * hyper.gradient_accumulation * world
@@ -134,6 +129,7 @@ def _dry_run(loaded: LoadedConfig) -> int:
     lines: Sequence[tuple[str, str]] = [
         ("processes", str(found.strategy)),
         ("precision", found.precision.reason),
+        *([("bf16", bf16.words)] if bf16 is not None else []),
         ("attention", found.attention),
         *found.memory.lines(),
         ("fits", found.fit.words()),
@@ -148,14 +144,9 @@ def _dry_run(loaded: LoadedConfig) -> int:
     ]
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, text in lines:
-        table.add_row(f"  {label}", text)
-    Console(highlight=False).print(table)
+        table.add_row(f"  {label}", Text(text))
+    print_table(table)
+    if found.warning is not None:
+        print(f"warning: {found.warning}")
     print("dry run: nothing was trained")
     return EXIT_COMPLETED
-
-
-def _say_what_next(output_dir: Path, model_path: Path | None, report: Path | None) -> None:
-    print(f"model: {model_path}")
-    if report is not None:
-        print(f"report: {report}")
-    print(f"talk to it: trainer chat {output_dir}")

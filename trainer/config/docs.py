@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.flags import (
+    CHANGES_KEY,
     CONSTANT_FLAGS,
     RESUME_KEY,
     SHORT_FLAGS,
@@ -105,12 +106,26 @@ def starter_file() -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
+def starter_yaml() -> str:
+    """The same as config.yaml."""
+    lines = ["# Made by `trainer config init --yaml`. All options: docs/configuration.md"]
+    for section in dict.fromkeys(key.split(".")[0] for key in STARTER_KEYS):
+        lines.append(f"{section}:")
+        for key in STARTER_KEYS:
+            field = config_fields()[key]
+            if field.section == section:
+                value = json.dumps(STARTER_VALUES.get(key, field.default))  # JSON is YAML
+                lines += [f"  # {field.description}", f"  {field.name}: {value}"]
+    return "\n".join(lines) + "\n"
+
+
 def docs_page() -> str:
     """docs/configuration.md."""
     lines = [INTRODUCTION, "## Short flags", "", "| flag | field |", "|---|---|"]
     for key, flags in SHORT_FLAGS.items():
         lines.append(f"| {', '.join(f'`{flag}`' for flag in flags)} | `{key}` |")
     lines.append(f"| `--resume [STEP_DIR]` | `{RESUME_KEY}`; alone it means `latest` |")
+    lines.append(f"| `--allow-changes` | `{CHANGES_KEY}=true` |")
     lines += [f"| `{flag}` | `{key}={value}` |" for flag, (key, value, _) in CONSTANT_FLAGS.items()]
     lines.append("| `--dry-run` | check everything, print the sums, train nothing |")
     for section in section_names():

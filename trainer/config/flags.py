@@ -173,6 +173,7 @@ SHORT_FLAGS: dict[str, tuple[str, ...]] = {
     "hyperparams.max_length": ("--max-length", "--max_length"),
     "monitoring.preview_backend": ("--preview-backend", "--preview_backend"),
     "profile.system_prompt": ("--system-prompt", "--system_prompt"),
+    "monitoring.display": ("--display",),
 }
 
 CONSTANT_FLAGS: dict[str, tuple[str, str, str]] = {
@@ -184,6 +185,8 @@ CONSTANT_FLAGS: dict[str, tuple[str, str, str]] = {
 }
 
 RESUME_KEY = "output.resume"
+
+CHANGES_KEY = "output.allow_changes"
 
 
 @dataclass
@@ -304,6 +307,16 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         metavar="STEP_DIR",
         default=argparse.SUPPRESS,
         help="continue the run in --output from its newest, or a named, checkpoint",
+    )
+    short.add_argument(
+        "--allow-changes",
+        "--allow_changes",
+        dest=CHANGES_KEY,
+        action=_Store,
+        nargs=0,
+        const="true",
+        default=argparse.SUPPRESS,
+        help="with --resume: learning rate, scheduler and warm-up may be changed from here on",
     )
     for name, (key, value, text) in CONSTANT_FLAGS.items():
         short.add_argument(

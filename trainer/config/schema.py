@@ -19,7 +19,15 @@ from pydantic import (
 )
 
 from trainer.config.receiver import NOTIFY_SILENCE_S, notify_problem, shown_notify
-from trainer.config.section import CombinationError, Interval, PositiveInt, Section, Share
+from trainer.config.section import (
+    VAL_LOSS,
+    CombinationError,
+    Interval,
+    Metric,
+    PositiveInt,
+    Section,
+    Share,
+)
 from trainer.config.training_sections import (
     DistributedSection,
     Hyperparams,
@@ -27,6 +35,9 @@ from trainer.config.training_sections import (
     ModelSection,
 )
 from trainer.net import is_cut, without_secrets
+
+MIN_DECIDING_PROMPTS = 12
+"""As MIN_PROMPTS of trainer/scores/statistics.py, below which no difference is clear."""
 
 
 class DataSection(Section):
@@ -170,6 +181,11 @@ class MonitoringConfig(Section):
     num_score_prompts: Annotated[int, Field(ge=0)] = 0
     """Held-out prompts that are answered for scores only (greedily, at step 0, every
     `micro_eval_interval` steps and after the last one), besides those of `num_eval_samples`."""
+    score_lag: Annotated[int, Field(ge=0, le=8)] = 1
+    """Where a score decides (`early_stopping_metric`, `best_by`): evaluations that training may be
+    ahead of the one that is taken, before it waits. A stop comes so many evaluations after the one
+    that decides it, however fast answers are. Each above 1 takes room for one more copy of the
+    weights where previews are made elsewhere."""
     canary_set: str = "off"
     """Prompts that tell what the model forgets: `general` (a built-in set) or a JSONL file of
     prompts. What the weights before training answer to them is kept at step 0, and each preview
@@ -398,12 +414,36 @@ class OutputSection(Section):
     checkpoint_interval: Interval = 500
     """Steps between checkpoints; the last step and a stop always make one."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept. The one of the step with the lowest validation loss is kept besides
-    (each lower loss makes one), and the one that was marked as best."""
+    """Newest checkpoints kept. The best one by `best_by` is kept besides (each lower validation
+    loss makes one, and where a score decides each evaluation), and the one that was marked as
+    best."""
+    best_by: Metric | None = None
+    """What makes a step the best one: `val_loss`, or `score.NAME` as in
+    `hyperparams.early_stopping_metric`. Empty: the same as that."""
+    final_model: Literal["last", "best"] | None = None
+    """Which weights `final_model` gets: those of the last step, or of the best one by `best_by`
+    (of the step that was marked as best, if one was). Empty: `best` with early stopping, else
+    `last`."""
     resume: str | None = None
     """`latest`, or the folder of a checkpoint of this run. Flag: --resume [STEP_DIR]."""
+    allow_changes: bool = False
+    """With `resume`: `hyperparams.learning_rate`, `lr_scheduler` and `warmup_steps` may differ from
+    the checkpoint's. From the next step on the rate is that of the new values at that step, as if
+    the run had had them from its start; run.json has each change with its step. Flag:
+    --allow-changes."""
     report: bool = True
     """Write `report.html` into the run folder at the end: curves, previews, config, in one file."""
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> OutputSection:
+        if self.allow_changes and self.resume is None:
+            raise CombinationError(
+                "output.allow_changes is for a run that is resumed; give --resume too, or leave it "
+                "out",
+                "output.allow_changes",
+                "output.resume",
+            )
+        return self
 
 
 class EnvironmentSection(Section):
@@ -514,6 +554,66 @@ class TrainerConfig(Section):
                 "compiled anew; change one of them",
                 "hyperparams.compile",
                 "model.attn_implementation",
+            )
+        return self
+
+    @property
+    def best_metric(self) -> str:
+        """What makes a step the best one (`output.best_by`)."""
+        return self.output.best_by or self.hyperparams.early_stopping_metric
+
+    @property
+    def final_choice(self) -> str:
+        """`last` or `best` (`output.final_model`)."""
+        is_early = self.hyperparams.early_stopping_patience > 0
+        return self.output.final_model or ("best" if is_early else "last")
+
+    @property
+    def deciding_scores(self) -> tuple[str, ...]:
+        """The scores that stop the run or choose its best step, such as `score.exact`."""
+        hyper = self.hyperparams
+        stop_by = hyper.early_stopping_metric if hyper.early_stopping_patience else VAL_LOSS
+        return tuple(one for one in dict.fromkeys((stop_by, self.best_metric)) if one != VAL_LOSS)
+
+    @model_validator(mode="after")
+    def _check_deciding(self) -> TrainerConfig:
+        hyper, best_by = self.hyperparams, self.output.best_by
+        metric = hyper.early_stopping_metric
+        if metric not in (VAL_LOSS, best_by) and best_by and not hyper.early_stopping_patience:
+            raise CombinationError(
+                f"hyperparams.early_stopping_metric={metric} decides nothing: early_stopping_"
+                f"patience is 0, and output.best_by={best_by}; set a patience, or leave one empty",
+                "hyperparams.early_stopping_metric",
+                "hyperparams.early_stopping_patience",
+                "output.best_by",
+            )
+        deciding = self.deciding_scores
+        if deciding and self.monitoring.num_score_prompts < MIN_DECIDING_PROMPTS:
+            is_best = best_by == deciding[0]
+            where = "output.best_by" if is_best else "hyperparams.early_stopping_metric"
+            raise CombinationError(
+                f"{where}={deciding[0]} decides by the answers to monitoring.num_score_prompts="
+                f"{self.monitoring.num_score_prompts}; with fewer than {MIN_DECIDING_PROMPTS} no "
+                "rise can be told from chance: set it, better to 100 or more",
+                where,
+                "monitoring.num_score_prompts",
+            )
+        if self.monitoring.score_lag != 1 and not deciding:
+            raise CombinationError(
+                f"monitoring.score_lag={self.monitoring.score_lag} is how far training may be "
+                "ahead of a score that decides, and none does; name one in "
+                "hyperparams.early_stopping_metric or output.best_by, or leave it at 1",
+                "monitoring.score_lag",
+                "hyperparams.early_stopping_metric",
+            )
+        is_measured = deciding or self.monitoring.micro_eval_interval
+        if (self.output.final_model == "best" or best_by == VAL_LOSS) and not is_measured:
+            raise CombinationError(
+                "the best step is the one with the lowest validation loss, and "
+                "monitoring.micro_eval_interval=0 measures none; set an interval, or "
+                "output.final_model=last and no output.best_by",
+                "output.final_model" if self.output.final_model == "best" else "output.best_by",
+                "monitoring.micro_eval_interval",
             )
         return self
 

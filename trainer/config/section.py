@@ -5,10 +5,11 @@ No torch, no file access.
 
 from __future__ import annotations
 
+import re
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -22,6 +23,20 @@ Precision = Literal["bf16", "fp16", "fp32"]
 TrainingMode = Literal["full", "lora", "qlora"]
 
 Masters = Literal["fp32", "bf16_stochastic"]
+
+VAL_LOSS = "val_loss"
+
+
+def _check_metric(value: str) -> str:
+    if value != VAL_LOSS and not re.fullmatch(r"score\.\w+", value):
+        raise PydanticCustomError(
+            "metric", "should be val_loss, or score. and the name of a score, such as score.exact"
+        )
+    return value
+
+
+Metric = Annotated[str, AfterValidator(_check_metric)]
+"""What tells a better step: `val_loss`, or `score.` and the name of a score."""
 
 
 class CombinationError(ValueError):

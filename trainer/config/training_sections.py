@@ -13,9 +13,11 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from trainer.config.section import (
+    VAL_LOSS,
     CombinationError,
     Interval,
     Masters,
+    Metric,
     PositiveInt,
     Precision,
     Section,
@@ -49,7 +51,8 @@ class Hyperparams(Section):
     """Longest row, prompt and answer, in tokens. Empty: the model's context, at most 2048."""
     fp_precision: Precision | None = None
     """One precision for loading, computing and saving; full training keeps fp32 master weights.
-    Empty: `bf16` where the device computes in it, else `fp32`."""
+    Empty: `bf16` on a GPU that computes in it, `fp32` elsewhere: a CPU with bf16 arithmetic may be
+    slower in it (`trainer doctor` and `--dry-run` measure that)."""
     masters: Masters = "fp32"
     """Dtype of the weights that full training moves. `bf16_stochastic`: the only copy is bf16, and
     the optimizer rounds up or down at random, so that small updates are not lost; norms and biases
@@ -87,8 +90,13 @@ class Hyperparams(Section):
     the first batch of each length. Batches are padded to few different lengths;
     previews and evaluation are not compiled. On CPU (with a C++ compiler) and CUDA."""
     early_stopping_patience: Interval = 0
-    """Stop after this many micro-evaluations without a lower validation loss; 0 = off. The best
-    weights have a checkpoint, which is kept; the final model has the last ones."""
+    """Stop after this many micro-evaluations without a lower validation loss, or without a clear
+    rise of the score that decides; 0 = off. The best weights have a checkpoint, which is kept, and
+    the final model has them too (`output.final_model`)."""
+    early_stopping_metric: Metric = "val_loss"
+    """What early stopping looks at: `val_loss`, or a score of the `monitoring.num_score_prompts`:
+    `score.NAME`, a name of `monitoring.scores` or `golden_probability`. A score has risen only
+    where the paired interval at 95 % says so."""
     early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     """By how much (nats per token) validation loss must fall to count as lower."""
 
@@ -122,6 +130,18 @@ class Hyperparams(Section):
                 "lower warmup_steps or raise max_steps",
                 "hyperparams.warmup_steps",
                 "hyperparams.max_steps",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_early_stopping_metric(self) -> Hyperparams:
+        if self.early_stopping_metric != VAL_LOSS and self.early_stopping_min_delta:
+            raise CombinationError(
+                f"early_stopping_min_delta is in nats of validation loss, and early_stopping_metric"
+                f"={self.early_stopping_metric}, which has risen where the paired interval says "
+                "so; set early_stopping_min_delta=0 or early_stopping_metric=val_loss",
+                "hyperparams.early_stopping_min_delta",
+                "hyperparams.early_stopping_metric",
             )
         return self
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import files
+from trainer.config.section import VAL_LOSS
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, OutputError, ResumeError
 from trainer.files import checkpoint_steps, is_alive, step_name
@@ -334,6 +336,9 @@ def clean_staging(root: Path) -> list[Path]:
 
 BEST = "best"
 
+MARK = "mark"
+"""A person's mark, among what makes a step the best one."""
+
 
 @dataclass(frozen=True)
 class ChosenCheckpoint:
@@ -350,8 +355,8 @@ def find_checkpoint(run_dir: Path, wanted: str | int) -> ChosenCheckpoint:
 
     Args:
         run_dir: the folder that was --output.
-        wanted: a step, or `best`: the step that a person marked as best, else the one with the
-            lowest validation loss.
+        wanted: a step, or `best`: the step that a person marked as best, else the best one by
+            `output.best_by`: the lowest validation loss, or a score.
     Raises:
         OutputError: there is no such checkpoint, or it is damaged; those there are are named.
     """
@@ -377,12 +382,22 @@ def _best_step(run_dir: Path, root: Path) -> tuple[int, str]:
     marked = read_mark(run_dir)
     if marked:
         return marked, "marked as best"
+    # The end of a run takes evaluations that its last checkpoint was still waiting for.
+    record = files.read_json_object(run_dir / RunFolder.RUN_JSON) or {}
+    best = (record.get("summary") or {}).get("best") or {}
+    if best.get("by", VAL_LOSS) not in (VAL_LOSS, MARK):
+        return int(best["step"]), f"best by {best['by']}, {best['value']:.4g}"
     state = _newest_state(root)
     if state is None:
         raise OutputError(f"{run_dir}: no checkpoint was written yet, so there is no best one.")
+    scores = state.get("deciding") or {}
+    rule = scores.get("rules", {}).get(scores.get("best_by"))
+    if rule is not None:
+        return _best_by_score(run_dir, root, scores["best_by"], rule)
+    losses = state["early_stopping"]
     # Runs of before semantics 2 have no `lowest_step`.
-    step = state.get("lowest_step", state["best_step"])
-    loss = state.get("lowest_loss", state["best_loss"])
+    step = losses.get("lowest_step", losses["best_step"])
+    loss = losses.get("lowest_loss", losses["best_loss"])
     if not step:
         raise OutputError(
             f"{run_dir}: no step is marked as best and no validation loss was measured, so there "
@@ -391,12 +406,25 @@ def _best_step(run_dir: Path, root: Path) -> tuple[int, str]:
     return step, f"lowest validation loss, {loss:.4f}"
 
 
+def _best_by_score(run_dir: Path, root: Path, metric: str, rule: dict[str, Any]) -> tuple[int, str]:
+    """What the state of its rule says."""
+    if not rule.get("best_step"):
+        raise OutputError(
+            f"{run_dir}: no step is marked as best, and {metric} was clearly above step 0 at none, "
+            f"so there is no best one; name a step ({_there_are(root)})."
+        )
+    mean = statistics.fmean(rule["reference"].values())
+    return int(rule["best_step"]), f"best by {metric}, {mean:.4g}"
+
+
 def _newest_state(root: Path) -> dict[str, Any] | None:
-    """What the newest readable checkpoint knows of validation losses; None: there is none."""
+    """What the newest readable checkpoint knows of losses and scores; None: there is none."""
     for step in reversed(checkpoint_steps(root)):
         try:
             text = (step_dir(root, step) / RUN_STATE_FILE).read_text(encoding="utf-8")
-            return dict(json.loads(text)["early_stopping"])
+            found = dict(json.loads(text))
+            dict(found["early_stopping"])
+            return found
         except (OSError, ValueError, KeyError, TypeError):
             continue  # a damaged one; whichever is chosen in the end is verified
     return None

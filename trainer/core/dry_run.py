@@ -23,7 +23,8 @@ from trainer.core.run import Prepared, Strategy
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.data.batches import PackedDataset
 from trainer.data.dataset import RunData
-from trainer.models.load import read_model_config
+from trainer.models.bf16_speed import block_sizes
+from trainer.models.load import is_gguf, read_model_config
 from trainer.models.precision import ResolvedPrecision
 from trainer.models.train_on import base_section
 from trainer.monitoring.processes import num_processes
@@ -35,6 +36,7 @@ class DryRun:
 
     config: TrainerConfig
     data: RunData
+    device: torch.device
     strategy: Strategy
     precision: ResolvedPrecision
     attention: str
@@ -45,6 +47,10 @@ class DryRun:
     shards: dict[int, int]
     """Number of processes -> bytes that each needs where they share the weights out (FSDP2)."""
     num_steps: int
+    warning: str | None
+    """That it needs more than the device has, and what to change."""
+    block_sizes: tuple[int, int]
+    """Hidden and inner size of the model's MLP, for `measure_bf16`."""
 
     def as_json(self) -> dict[str, Any]:
         """The figures as plain JSON values, sizes in bytes."""
@@ -55,6 +61,7 @@ class DryRun:
             "num_steps": self.num_steps,
             "memory": self.memory.as_json(),
             "fit": self.fit.as_json(),
+            "warning": self.warning,
             "modes": [dataclasses.asdict(mode) for mode in self.modes],
             "shards": self.shards,
             "data_card": self.data.card.as_json(),
@@ -79,20 +86,67 @@ def finish_dry_run(prepared: Prepared, folder: RunFolder | None) -> DryRun:
     where = base_section(config.model)
     model_config = read_model_config(where, offline=config.environment.offline)
     setup = memory_setup(prepared)
+    memory = estimate_memory(model_config, setup)
+    fit = find_fit(model_config, setup, prepared.device, device_memory(prepared.device))
     if folder is not None and prepared.resume is None:
         folder.write_json(folder.config_resolved, resolved_config(config))
     return DryRun(
         config=config,
         data=data,
+        device=prepared.device,
         strategy=prepared.strategy,
         precision=prepared.precision,
         attention=prepared.attention.reason,
-        memory=estimate_memory(model_config, setup),
-        fit=find_fit(model_config, setup, prepared.device, device_memory(prepared.device)),
+        memory=memory,
+        fit=fit,
+        warning=too_much(memory.total, fit),
         modes=tuple(mode_needs(model_config, setup)),
         shards=shard_needs(model_config, setup) if config.sharding_problem is None else {},
         num_steps=prepared.num_steps,
+        block_sizes=block_sizes(model_config),
     )
+
+
+def too_much(need: int, fit: Fit) -> str | None:
+    """That a run needs more than its device has, and what to change; None where it fits."""
+    if fits(need, fit.memory, device_type=torch.device(fit.device).type):
+        return None
+    return f"memory: as it is set, this run needs about {size_words(need)}. {fit.words()}"
+
+
+ROUGH_SHARE = 0.3
+"""A rough upper sum below this share of the memory needs no better one."""
+
+
+def memory_warning(prepared: Prepared) -> str | None:
+    """`too_much` of a run that is about to load its weights; quick where there is plenty.
+
+    Of a .gguf file the dry run alone tells it: its config takes long to read.
+    """
+    where = base_section(prepared.config.model)
+    if is_gguf(where.model_path):
+        return None
+    model_config = read_model_config(where, offline=prepared.config.environment.offline)
+    setup, memory = memory_setup(prepared), device_memory(prepared.device)
+    if _rough_need(model_config, setup) < ROUGH_SHARE * memory:
+        return None
+    need = estimate_memory(model_config, setup).total
+    if fits(need, memory, device_type=prepared.device.type):
+        return None
+    return too_much(need, find_fit(model_config, setup, prepared.device, memory))
+
+
+def _rough_need(model_config: Any, setup: MemorySetup) -> float:
+    """Bytes of a dense model with fp32 masters, AdamW and all activations; inf where unknown."""
+    text = model_config.get_text_config()
+    names = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+    sizes = [value for name in names if isinstance(value := getattr(text, name, None), int)]
+    if len(sizes) < len(names) or hasattr(text, "num_experts"):
+        return float("inf")
+    hidden, layers, vocabulary, inner = map(float, sizes)
+    weights = 2 * vocabulary * hidden + layers * (4 * hidden + 3 * inner) * hidden
+    tokens = setup.batch_size * setup.length
+    return 20 * weights + tokens * (4 * layers * (16 * hidden + 4 * inner) + 12 * vocabulary)
 
 
 def memory_setup(prepared: Prepared) -> MemorySetup:

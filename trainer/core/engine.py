@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from trainer.config.loader import resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.batch_size import fit_batch_size, keep_found_batch_size
-from trainer.core.dry_run import DryRun, finish_dry_run
+from trainer.core.dry_run import DryRun, finish_dry_run, memory_warning
 from trainer.core.faults import watch_ranks
 from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
+from trainer.core.optim import rate_words
 from trainer.core.preparation import (
     check_against_rows,
+    check_callbacks,
     check_config,
     check_folder,
     encode_rows,
@@ -32,9 +35,11 @@ from trainer.core.preparation import (
     load_for_training,
     num_steps,
     open_run_folder,
+    start_run_trackers,
 )
 from trainer.core.preview_choice import with_preview_backend
 from trainer.core.process import StopRequest, ignore_dead_workers, process_settings, stop_on_signals
+from trainer.core.resume import is_of_schedule
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.strategy import check_launcher, with_strategy
 from trainer.core.together import join_processes, true_for_all
@@ -67,16 +72,18 @@ class TrainerEngine:
         status_writer: TrainingStatusWriter | None = None,
         *,
         observers: Sequence[Observer] = (),
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        """Say who is told about the runs.
+        """Say who is told about the runs; `trainer.run_job` shows them as well.
 
         Args:
             status_writer: writes status.json to its own path and to the run folder; None: to
                 the run folder only.
             observers: terminal views, trackers and others.
+            callbacks: of transformers, called before ours at each point.
         """
         self.status_writer = status_writer or TrainingStatusWriter(None)
-        self._extra_observers = list(observers)
+        self._extra_observers, self._callbacks = list(observers), list(callbacks)
         self._open: _Stages | None = None
         self._job: Job | None = None
 
@@ -215,6 +222,7 @@ class TrainerEngine:
         self, config: TrainerConfig, job: Job, *, has_folder: bool = True, is_dry: bool = False
     ) -> Prepared:
         """The steps before the weights: they fail on the user's mistakes."""
+        check_callbacks(self._callbacks)
         config, numerics = check_config(config)
         if has_folder:
             check_launcher(config)
@@ -229,6 +237,9 @@ class TrainerEngine:
         total, changes = check_against_rows(config, data, job.resumed_from)
         for change in changes:
             job.observers.notice(f"changed since the checkpoint: {change}", "warning")
+        if job.resumed_from is not None and any(map(is_of_schedule, changes)):
+            told = rate_words(config.hyperparams, total, start=job.resumed_from.step)
+            job.observers.notice(told, "warning")
         lines = tuple(card_lines(data.card))
         job.observers.emit(CardShown(title="data", lines=lines, sample=data.card.sample))
         return Prepared(
@@ -264,10 +275,10 @@ class TrainerEngine:
             return load_for_training(prepared, stages.job), prepared.tokenizer
 
     def _build_callbacks(self, config: TrainerConfig) -> list[Any]:
-        """The live monitor with its preview scheduler, and TensorBoard."""
+        """The user's own, the live monitor with its preview scheduler, and TensorBoard."""
         with self._part(config) as stages:
             prepared = stages.under(config, stages.prepared)
-            return assemble_callbacks(stages.job, prepared, stages.loaded)
+            return [*self._callbacks, *assemble_callbacks(stages.job, prepared, stages.loaded)]
 
     def _create_trainer(
         self, config: TrainerConfig, model: Any, datasets: RunData, callbacks: list[Any]
@@ -363,7 +374,11 @@ class _Stages:
 
     @cached_property
     def recorded(self) -> Prepared:
-        """The same, once it is on disk."""
+        """The same, once it is on disk and its trackers have begun."""
+        start_run_trackers(self.job, self.prepared)
+        told = memory_warning(self.prepared) if is_main_process() else None
+        if told is not None:
+            self.job.observers.notice(told, "warning")
         self.job.record(self.prepared, self._engine.status_writer)
         return self.prepared
 

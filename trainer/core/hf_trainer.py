@@ -51,9 +51,6 @@ from trainer.models.shard_files import has_shards
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.step_report import StepRecord
 
-OWN_TRACKERS = {"tensorboard", "none"}
-"""Not for HF to start: TensorBoard's callback is ours, with previews in the same file."""
-
 # The rates are made by schedule.py; these names and the warm-up are what trackers show of them.
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -109,7 +106,7 @@ def build_training_arguments(
             logging_steps=config.monitoring.status_update_interval,
             logging_first_step=True,
             logging_nan_inf_filter=False,  # it hides NaN losses in the log
-            report_to=[name for name in config.monitoring.report_to if name not in OWN_TRACKERS],
+            report_to=[],  # trackers are started before the weights are loaded (`Trackers`)
             save_strategy="no",
             eval_strategy="no",
             disable_tqdm=True,
@@ -387,9 +384,13 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
                 "hyperparams.learning_rate."
             )
 
+    def use_weights(self, folder: Path) -> None:
+        """Take the weights of a checkpoint, and nothing else of it."""
+        self._load_from_checkpoint(str(folder))
+
     def restore(self, folder: Path) -> None:
         """Take weights and position of a checkpoint, and train nothing."""
-        self._load_from_checkpoint(str(folder))
+        self.use_weights(folder)
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_FILE))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from trainer.config.training_sections import Hyperparams
 from trainer.core.bf16_masters import Bf16AdamW, make_bf16_adamw
 from trainer.errors import ConfigError
-from trainer.models.precision import default_precision, is_vector
+from trainer.models.precision import computes_in_bf16, is_vector
 
 # ---- muon in fp32, for devices without bf16 arithmetic
 #
@@ -299,7 +299,7 @@ def _moment_dtype(optimizer: Any, parameter: torch.Tensor) -> torch.dtype:
 
 def _muon(matrices: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Torch's, which computes in bf16, where the device does; elsewhere ours, in fp32."""
-    if default_precision(matrices[0].device) != "bf16":
+    if not computes_in_bf16(matrices[0].device):
         return Fp32Muon(matrices, lr=lr, weight_decay=weight_decay)
     return torch.optim.Muon(
         matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -451,14 +451,32 @@ class RateSchedule(LambdaLR):
 
         Call it after the optimizer's, which brings the rates of the checkpoint along.
         """
+        peaks = self.base_lrs  # the checkpoint's may be others
         super().load_state_dict(state_dict)
+        self.base_lrs = peaks
         rates = [
             peak * factor(self.last_epoch)
             for peak, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, peak, rate in zip(self.optimizer.param_groups, peaks, rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
         self._last_lr = rates
+
+
+def rate_words(hyperparams: Hyperparams, total: int, *, start: int) -> str:
+    """The rate of the first step after `start`, and where it comes from.
+
+    Args:
+        hyperparams: with learning_rate filled in.
+        total: steps of the whole run.
+    """
+    name, warmup = hyperparams.lr_scheduler, warmup_length(hyperparams.warmup_steps, total)
+    peak = hyperparams.learning_rate or 0.0
+    rate = peak * rate_factor(name, start, warmup=warmup, total=total)
+    return (
+        f"the learning rate of step {start + 1} is {rate:.3g}: that of a run of {total} steps with "
+        f"lr_scheduler={name}, learning_rate={peak:g} and {warmup} steps of warm-up"
+    )
 
 
 def check_schedule(hyperparams: Hyperparams, total: int, *, start: int = 0) -> None:

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
+from trainer.config.training_sections import ModelSection
+from trainer.core.best_step import check_deciding, check_deciding_rows
 from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
 from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
-from trainer.core.resume import ResumePoint, check_resumable, find_resume_point
+from trainer.core.resume import ResumePoint, check_resumable, find_resume_point, flat
 from trainer.core.run import Job, Prepared, is_main_process
-from trainer.core.run_folder import RunFolder
+from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
 from trainer.core.together import Ask, is_alone, together
 from trainer.data.batches import EpochOrder
@@ -32,12 +36,13 @@ from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError, ModelError
+from trainer.files import staged
 from trainer.models import resolve_alias
 from trainer.models.adapter_files import SAVED_BASE, describe_base
 from trainer.models.adapters import add_lora
 from trainer.models.attention import AttentionPlan, plan_attention
 from trainer.models.chat_template import fix_date
-from trainer.models.devices import be_deterministic, cuda_problem, own_device
+from trainer.models.devices import be_deterministic, bound_kernel_caches, cuda_problem, own_device
 from trainer.models.load import (
     check_is_model,
     check_locked,
@@ -45,6 +50,7 @@ from trainer.models.load import (
     context_length,
     embedding_rows,
     grow_embeddings,
+    is_gguf,
     load_tokenizer,
     read_model_config,
 )
@@ -66,6 +72,7 @@ from trainer.models.train_on import (
 from trainer.monitoring.events import Observers
 from trainer.monitoring.notify import check_notify
 from trainer.monitoring.processes import num_processes
+from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
 from trainer.preview.canary_set import read_canary_set
@@ -94,6 +101,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     required_for_training(config)
     check_trackers(config.monitoring.report_to)
     check_scores(config.monitoring)
+    check_deciding(config)
     check_notify(config.monitoring.notify)
     config = resolve(config)
     check_files(config.data)
@@ -113,7 +121,23 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     if hyper.compile != "off":
         check_compiler(device)
     precision = resolve_precision(name, hyper.training_mode, device, hyper.masters)
+    if device.type == "cpu" and precision.use_bf16:
+        bound_kernel_caches()
     return config, Numerics(device, precision)
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuse what HF's Trainer cannot call.
+
+    Raises:
+        ConfigError: names the first that is no callback.
+    """
+    for one in callbacks:
+        if not isinstance(one, TrainerCallback):
+            raise ConfigError(
+                f"callbacks: {one!r} is no instance of transformers.TrainerCallback; derive your "
+                "class from it, and give an object of it. What only listens is an observer."
+            )
 
 
 def fit_to_model(
@@ -132,7 +156,7 @@ def fit_to_model(
     if config.hyperparams.training_mode == "full":
         check_is_model(config.model)
     observers.phase("loading", f"loading the tokenizer of {config.model.model_path}")
-    base, adapter = base_section(config.model), adapter_of(config.model)
+    base, adapter = saved_base(config) or base_section(config.model), adapter_of(config.model)
     if adapter is not None and config.model.add_tokens:
         raise ConfigError(
             f"model.add_tokens: the adapter {adapter} that is trained on keeps the tokens that it "
@@ -299,6 +323,12 @@ def check_against_rows(
             "monitoring.num_score_prompts is set, but no rows are held out "
             f"({data.card.validation}); hold some out or set it to 0."
         )
+    if config.output.final_model == "best" and data.validation is None:
+        raise ConfigError(
+            "output.final_model=best is set, but no rows are held out by which a step is the best "
+            f"({data.card.validation}); hold some out or set it to last."
+        )
+    check_deciding_rows(config, data)
     if resume is None:
         return total, ()
     return total, tuple(
@@ -327,6 +357,33 @@ def num_steps(config: TrainerConfig, data: RunData) -> int:
     return math.ceil(hyper.num_epochs * order.steps_per_epoch)
 
 
+def start_run_trackers(job: Job, prepared: Prepared) -> None:
+    """Start what monitoring.report_to names, before minutes are spent on the weights.
+
+    Raises:
+        ConfigError: one cannot start.
+    """
+    config = prepared.config
+    if not is_main_process() or not set(config.monitoring.report_to) - NOT_HFS:
+        return
+    values = flat(resolved_config(config))
+    arguments = Arguments(
+        shown_config(values, with_texts=config.monitoring.tracker_texts),
+        read_model_config(
+            saved_base(config) or base_section(config.model), offline=config.environment.offline
+        ),
+        output_dir=Path(config.output.output_dir),
+    )
+    job.trackers = start_trackers(
+        config.monitoring,
+        arguments,
+        total_steps=prepared.num_steps,
+        notice=job.observers.notice,
+    )
+    if job.trackers is not None:
+        job.observers.add(job.trackers)
+
+
 # ---- the weights
 
 
@@ -338,14 +395,16 @@ def load_for_training(prepared: Prepared, job: Job) -> Any:
         DataError: a row holds an id that the embedding has no row for.
     """
     config, tokenizer, seed = prepared.config, prepared.tokenizer, prepared.config.environment.seed
-    job.observers.phase("loading", f"loading {config.model.model_path}")
+    section = saved_base(config) or config.model
+    doing = "unpacking" if is_gguf(section.model_path) else "loading"
+    job.observers.phase("loading", f"{doing} {section.model_path}")
     started = time.perf_counter()
     if prepared.device.type == "cuda":
         torch.cuda.set_device(prepared.device)  # else a context is made on GPU 0 as well
     is_quantized = config.hyperparams.training_mode == "qlora"
     load = partial(
         load_base,
-        config.model,
+        section,
         dtype=prepared.precision.load_dtype,
         seed=seed,
         offline=config.environment.offline,
@@ -412,7 +471,24 @@ def _check_rows(data: RunData, model: Any, tokenizer: Any) -> None:
                 )
 
 
+def saved_base(config: TrainerConfig) -> ModelSection | None:
+    """The unpacked base of an adapter run on a .gguf file that is resumed; None of other runs.
+
+    Unpacking takes minutes, and the run has saved what came out. Added tokens are in it already, so
+    with them the file is read again.
+    """
+    folder = (Path(config.output.output_dir) / SAVED_BASE).resolve()
+    is_of_run = config.output.resume is not None and config.hyperparams.trains_adapters
+    if not (is_of_run and is_gguf(config.model.model_path)) or config.model.add_tokens:
+        return None
+    if not (folder / "config.json").is_file():
+        return None
+    return config.model.model_copy(update={"model_path": str(folder)})
+
+
 def _save_base(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Whole or not at all: what is there is taken for the base of this run."""
     if not folder.exists():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with staged(folder) as staging:
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)

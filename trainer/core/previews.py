@@ -17,6 +17,7 @@ from trainer.data.rows import golden_text
 from trainer.data.template import ChatTemplate
 from trainer.errors import TemplateError
 from trainer.exchange import AwayError
+from trainer.monitoring.deciding import DecidingScores
 from trainer.monitoring.delivery import deliver_drift
 from trainer.monitoring.preview_backend import create_preview_backend
 from trainer.preview.base import PreviewBackend, PreviewRequest
@@ -24,12 +25,18 @@ from trainer.preview.measure_drift import LocalDrift
 from trainer.preview.openai import OpenAIPreviewBackend
 from trainer.preview.scheduler import Lane, PreviewScheduler
 from trainer.profiles import Message
+from trainer.publish.lane import PublishedPreviews
 
 
-def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewScheduler | None:
+def build_scheduler(
+    job: Job, prepared: Prepared, model: Any, deciding: DecidingScores | None = None
+) -> PreviewScheduler | None:
     """The configured backend with the run's fixed prompts; None where previews are off.
 
     On the main process; on the others too where its snapshots need all of them.
+
+    Args:
+        deciding: takes the evaluations; None: no score decides.
     """
     monitoring, is_main = prepared.config.monitoring, is_main_process()
     is_shared = prepared.is_sharded and monitoring.preview_backend in PUBLISHED
@@ -64,7 +71,10 @@ def build_scheduler(job: Job, prepared: Prepared, model: Any) -> PreviewSchedule
         backend = build_published(publishing, requests, local, prepared.data.score_prompts)
     elif monitoring.preview_backend != "local":
         backend = create_preview_backend(monitoring)
-    delivery = build_delivery(job, prepared, [*requests, *prepared.data.score_prompts])
+    if deciding is not None and isinstance(backend, PublishedPreviews):
+        deciding.spool = backend
+    answered = [*requests, *prepared.data.score_prompts]
+    delivery = build_delivery(job, prepared, answered, deciding)
     job.on_close("scores", delivery.close)
     return PreviewScheduler(
         backend,

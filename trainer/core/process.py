@@ -21,7 +21,7 @@ from trainer.errors import (
     EXIT_SIGTERM,
     StoppedError,
 )
-from trainer.models.devices import DETERMINISTIC_VARIABLES
+from trainer.models.devices import DETERMINISTIC_VARIABLES, KERNEL_CACHES
 from trainer.net import hub_setting
 
 # ---- Ctrl-C, SIGTERM, SIGHUP: the first asks for a stop at the end of the step, a second aborts
@@ -173,7 +173,11 @@ def _set_child_handler(handler: Any) -> None:
 # ---- settings
 
 
-VARIABLES = ("ACCELERATE_", "FSDP_", "PYTORCH_ENABLE_MPS_FALLBACK", *DETERMINISTIC_VARIABLES)
+VARIABLES = (
+    *("ACCELERATE_", "FSDP_", "PYTORCH_ENABLE_MPS_FALLBACK", "WANDB_CONSOLE"),
+    *DETERMINISTIC_VARIABLES,
+    *KERNEL_CACHES,
+)
 """How the variables are called that this program, transformers and accelerate set for a run."""
 
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from trainer.models.train_on import base_section
 from trainer.monitoring.processes import hear, say
 from trainer.net import remember_key_file, url_of
 from trainer.preview.base import PreviewRequest
+from trainer.preview.golden import golden_parts
 from trainer.preview.http import server_key
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.scheduler import Lane, batches_of
@@ -97,7 +99,10 @@ def build_published(
     transport = "dir" if backend == "sidecar" else "http"
     snapshots = _snapshotter(run.prepared, run.model)
     base = _base(run) if is_adapter else None
-    room = snapshots.layout.size * NUM_SLOTS[transport] + (base.layout.size if base else 0)
+    num_slots = NUM_SLOTS[transport]
+    if is_spooled := bool(run.prepared.config.deciding_scores):
+        num_slots += max(run.prepared.config.monitoring.score_lag - 1, 0)
+    room = snapshots.layout.size * num_slots + (base.layout.size if base else 0)
     folder = arena_folder(room, run.folder.path, instead=run.instead)
     if SHARED_MEMORY.exists() and not is_in_memory(folder):
         run.notice(
@@ -118,13 +123,14 @@ def build_published(
             setup=setup,
             snapshotter=snapshots,
             folder=folder,
-            num_slots=NUM_SLOTS[transport],
+            num_slots=num_slots,
             requests=requests,
             canary=canary,
             matches=run.prepared.profile.matches,
-            decode=lambda token: str(run.prepared.tokenizer.decode([token])),
+            parts_of=partial(golden_parts, run.prepared.tokenizer, run.prepared.profile),
             backend_type=backend,
             evaluation=evaluation,
+            is_spooled=is_spooled,
             notice=lambda text: run.notice(text, "warning"),
             log=run.folder.log("publisher"),
         )

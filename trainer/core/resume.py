@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,7 @@ CHANGES: dict[int, tuple[str, ...]] = {
         "packing with flash attention",
         "router loss in bf16",
         "date that templates print",
+        "weights of final_model with early stopping",
     ),
 }
 """Number -> what it does otherwise than the number before, in words that follow "the"."""
@@ -180,6 +182,7 @@ FREE_KEYS = frozenset(
         "hyperparams.auto_batch_size",
         "hyperparams.num_epochs",
         "hyperparams.max_steps",
+        "hyperparams.early_stopping_metric",
         "hyperparams.early_stopping_patience",
         "hyperparams.early_stopping_min_delta",
         "hyperparams.compile",
@@ -191,6 +194,27 @@ FREE_KEYS = frozenset(
     }
 )
 """May change: paths, because the rows themselves are compared; lengths of the run, recorded."""
+
+
+SCHEDULE_KEYS = frozenset(
+    {
+        "hyperparams.learning_rate",
+        "hyperparams.lr_scheduler",
+        "hyperparams.warmup_steps",
+    }
+)
+"""May be changed on purpose (output.allow_changes): the rates of the steps that are left."""
+
+LENGTH_KEYS = frozenset({"hyperparams.max_steps", "hyperparams.num_epochs"})
+
+
+def is_of_schedule(change: str) -> bool:
+    """Whether a change, in the words of `check_resumable`, moves the rates that are left."""
+    return change.split(":")[0] in SCHEDULE_KEYS | LENGTH_KEYS
+
+
+HISTORY = "changes"
+"""In run.json and in a checkpoint's metadata: each resume that changed something."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +229,11 @@ class ResumePoint:
     """Of those that made it."""
     problems: tuple[str, ...] = ()
     """Newer checkpoints that were passed over, and why."""
+
+    def history(self, changes: Sequence[str]) -> list[dict[str, Any]]:
+        """The changes of the run up to here, and those that are made now, each with its step."""
+        before = list(self.metadata.get(HISTORY, []))
+        return [*before, {"step": self.step, "changes": list(changes)}] if changes else before
 
     @property
     def date(self) -> dt.date | None:
@@ -299,11 +328,13 @@ def check_resumable(
     free = FREE_KEYS | {PROCESSES}
     if is_same_step:
         free |= CUT_KEYS
-    refused = [text for key, text in changed.items() if key not in free]
+    if config.output.allow_changes:
+        free |= SCHEDULE_KEYS
+    refused = {key: text for key, text in changed.items() if key not in free}
     if refused:
         raise ResumeError(
             "--resume continues a run as it was, and these values differ from the checkpoint's: "
-            f"{'; '.join(refused)}. Set them back, or start a new run in another --output."
+            f"{'; '.join(refused.values())}. {_way_out(refused)}"
         )
     if metadata["data_fingerprint"] != fingerprint:
         raise ResumeError(
@@ -318,6 +349,19 @@ def check_resumable(
             "STEP_DIR."
         )
     return [*changed.values(), *_version_changes(metadata.get("versions", {}))]
+
+
+def _way_out(refused: Iterable[str]) -> str:
+    """What can be done about values that differ."""
+    schedule = [key for key in refused if key in SCHEDULE_KEYS]
+    others = [key for key in refused if key not in SCHEDULE_KEYS]
+    advice = "Set them back, or start a new run in another --output."
+    if not schedule:
+        return advice
+    on_purpose = f"--allow-changes changes {', '.join(schedule)} from here on"
+    if not others:
+        return f"To do that on purpose: {on_purpose}. Else: {advice}"
+    return f"{advice} ({on_purpose}, and none of the others.)"
 
 
 PROCESSES = "processes"

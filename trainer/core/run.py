@@ -23,7 +23,7 @@ from trainer.child import is_first_of_machine
 from trainer.config.schema import TrainerConfig
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.process import StopRequest, process_settings
-from trainer.core.resume import SEMANTICS, ResumePoint, environment_manifest
+from trainer.core.resume import HISTORY, SEMANTICS, ResumePoint, environment_manifest
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData
@@ -44,6 +44,7 @@ from trainer.monitoring.events import Observer, Observers, RunEnded
 from trainer.monitoring.notify import Notifier, notify_trouble
 from trainer.monitoring.ranks import RankWatch
 from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.monitoring.trackers import Trackers
 from trainer.preview.scheduler import PreviewScheduler
 from trainer.profiles import DataProfile
 
@@ -86,7 +87,7 @@ class TrainingResult:
     """Another process of this machine tells the user of the mistake that ended all of them."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Figures and counts: previews, final evaluation, times; `ended_by`: steps, early_stopping,
-    control, a signal's name such as SIGINT, given_up, or error; `error_type` after a failure.
+    callback, control, a signal's name such as SIGINT, given_up, or error; `error_type` then.
     `previews` holds `asked`, `done`, `failed`, `verified` and more; its `all_failed` is true where
     the run has not shown a single answer, whatever `success` says."""
 
@@ -151,6 +152,11 @@ class Prepared:
         return self.resume.step if self.resume is not None else 0
 
     @property
+    def history(self) -> list[dict[str, Any]]:
+        """Each resume of the run that changed something: `step` and `changes`."""
+        return self.resume.history(self.changes) if self.resume is not None else []
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the weights only."""
         return self.config.distributed.strategy == "fsdp2"
@@ -201,10 +207,16 @@ class Job:
         """The newest that this process wrote."""
         self.monitor: LiveMonitorCallback | None = None
         """The live monitor, once it is built."""
+        self.trackers: Trackers | None = None
+        """Those that are transformers'; None where there are none, and on other processes."""
         self.trainer: SupervisedTrainer | None = None
         """HF's Trainer, once it is made."""
         self.blocks: CompiledBlocks | None = None
         """The compiled layers of the model; None where `hyperparams.compile` is off."""
+        self.best: dict[str, Any] | None = None
+        """The best step of the run, by what, and its value; None before that is known."""
+        self.final_step: int | None = None
+        """Whose weights the final model gets; None before that is known."""
         self.result: TrainingResult | None = None
         self.ranks: RankWatch | None = None
         """Tells what the other processes of the run do; None where there are none."""
@@ -292,6 +304,7 @@ class Job:
         """
         if self.folder is None:
             return
+        self.folder.clear_unstarted()
         monitoring = prepared.config.monitoring
         self._attach = partial(
             status_writer.attach,
@@ -324,6 +337,7 @@ class Job:
                 "data_fingerprint": data.train.fingerprint(),
                 "resumed_from_step": prepared.resume.step if prepared.resume else None,
                 "changed_since_checkpoint": list(prepared.changes),
+                HISTORY: prepared.history,
                 "environment": environment_manifest(prepared.device),
             },
         )
@@ -385,10 +399,14 @@ class Job:
         self, model_path: Path | None, final_evaluation: dict[str, Any] | None
     ) -> TrainingResult:
         """The result of a run that reached its end, or was asked by its control file to end."""
+        deciding = self.monitor.deciding if self.monitor is not None else None
         is_over = self.stopping is not None and self.stopping.is_over
+        is_over = is_over or (deciding is not None and deciding.stop_reason is not None)
         is_early = is_over and self.trainer is not None and self.step < self.trainer.state.max_steps
         who = self.stop.asked_by  # a signal that comes by now is too late
         ended_by = "control" if who else "early_stopping" if is_early else "steps"
+        if ended_by == "steps" and self.monitor is not None and self.monitor.callback_stop:
+            ended_by = "callback"
         message = None
         if who:
             message = f"by {who} after step {self.step}; its model is saved"
@@ -473,6 +491,7 @@ class Job:
     ) -> TrainingResult:
         trainer = self.trainer
         evaluation = self.monitor.evaluation if self.monitor is not None else None
+        deciding = self.monitor.deciding if self.monitor is not None else None
         return TrainingResult(
             state=state,
             success=success,
@@ -488,6 +507,9 @@ class Job:
                 "compile": self.blocks.summary() if self.blocks is not None else None,
                 "fp16_overflows": trainer.num_overflows if trainer is not None else 0,
                 "stop_reason": self.monitor.stop_reason if self.monitor else None,
+                "best": self.best,
+                "final_model_step": self.final_step,
+                "deciding": deciding.summary() if deciding is not None else None,
                 **more,
             },
             **options,

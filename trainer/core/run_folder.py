@@ -40,6 +40,8 @@ class RunFolder:
         """Use `create`, which checks."""
         self.path, self._lock, self._is_new = path, lock, is_new
         self._added: list[str] = []
+        self._is_over_unstarted = False
+        """An earlier run is in it that made no step."""
         self.notices: list[str] = []
 
     @classmethod
@@ -63,6 +65,7 @@ class RunFolder:
         except BaseException:
             folder.close()
             raise
+        folder._is_over_unstarted = not resume and (path / cls.RUN_JSON).exists()
         folder._added = [name for name in SHARED_NAMES if not (path / name).exists()]
         return folder
 
@@ -75,19 +78,44 @@ class RunFolder:
                 "another --output."
             )
         if resume and not holds_run:
+            what = "a run that made no step" if cls._holds_unstarted(path) else "no run"
             raise ResumeError(
-                f"--resume: {path} holds no run, so there is nothing to resume. Give the --output "
+                f"--resume: {path} holds {what}, so there is nothing to resume. Give the --output "
                 "of the run, or leave --resume out."
             )
 
     @classmethod
     def _holds_run(cls, path: Path) -> bool:
         try:
-            return any(
+            return not cls._holds_unstarted(path) and any(
                 (path / name).exists() for name in (cls.RUN_JSON, cls.STATUS, cls.CHECKPOINTS)
             )
         except OSError:
             return False  # not a folder we may look into: taking the lock will say why
+
+    @classmethod
+    def _holds_unstarted(cls, path: Path) -> bool:
+        """Whether a run was stopped here while it loaded: it said nothing and trained nothing."""
+        if (path / cls.CHECKPOINTS).exists() or (path / cls.FINAL_MODEL).exists():
+            return False
+        try:
+            state = json.loads((path / cls.RUN_JSON).read_text(encoding="utf-8"))["state"]
+            metrics = path / "metrics.jsonl"
+            if state != "stopped" or not metrics.exists():
+                return bool(state == "stopped")
+            with metrics.open("rb") as lines:
+                return not any(b'"StepDone"' in line for line in lines)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def clear_unstarted(self) -> None:
+        """Remove what a run left here that was stopped before its first step."""
+        if not self._is_over_unstarted:
+            return
+        for path in (self.path / name for name in (*OWN_FILES, SAVED_BASE)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._added = [name for name in SHARED_NAMES if not (self.path / name).exists()]
+        self._is_over_unstarted = False
 
     def _take_lock(self) -> None:
         """Make the folder and hold an exclusive lock in it as long as this process lives."""
@@ -220,5 +248,5 @@ class RunFolder:
 def resolved_config(config: TrainerConfig) -> dict[str, Any]:
     """The config as JSON values that start the same run anew: where it was resumed is no part."""
     values: dict[str, Any] = config.model_dump(mode="json")
-    values["output"]["resume"] = None
+    values["output"] |= {"resume": None, "allow_changes": False}
     return values

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.config.schema import MonitoringConfig
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.files import append_lines
 from trainer.models.load import context_length
+from trainer.monitoring.deciding import DecidingScores
 from trainer.monitoring.delivery import Delivery, Source
 from trainer.monitoring.events import json_line, plain_values
 from trainer.monitoring.preview_backend import create_preview_backend
@@ -24,6 +26,9 @@ from trainer.preview.scheduler import EvaluationSet, batches_of
 from trainer.scores.figures import SCORE, ScoreHistory
 from trainer.scores.scorer import Scorer
 from trainer.scores.spec import parse_scores
+
+TOLD_EVERY_S = 2.0
+"""Seconds between words about a final evaluation that goes on."""
 
 GOLDEN_PROMPTS = 16
 """Up to so many prompts have their golden answers scored without being asked."""
@@ -83,8 +88,17 @@ def build_scorer(job: Job, monitoring: MonitoringConfig) -> Scorer | None:
     )
 
 
-def build_delivery(job: Job, prepared: Prepared, requests: Sequence[PreviewRequest]) -> Delivery:
-    """Who scores the answers and tells of them; a resumed run knows those of before."""
+def build_delivery(
+    job: Job,
+    prepared: Prepared,
+    requests: Sequence[PreviewRequest],
+    deciding: DecidingScores | None = None,
+) -> Delivery:
+    """Who scores the answers and tells of them; a resumed run knows those of before.
+
+    Args:
+        deciding: takes the evaluations.
+    """
     known: dict[Source, list[PreviewResult]] = {}
     path = job.folder.path / EVALUATIONS_NAME if job.folder is not None else None
     if prepared.resume is not None and path is not None:
@@ -105,6 +119,7 @@ def build_delivery(job: Job, prepared: Prepared, requests: Sequence[PreviewReque
         requests=requests,
         known=known,
         keep=keep,
+        **({"decide": deciding.arrive} if deciding is not None else {}),
     )
 
 
@@ -129,12 +144,15 @@ def build_evaluation(
         greedy_backend(prepared, model, len(requests), monitoring.preview_max_tokens)
         if is_local
         else None,
+        is_deciding=bool(prepared.config.deciding_scores),
     )
 
 
-def final_evaluation(job: Job, prepared: Prepared, model: Any) -> dict[str, Any] | None:
+def final_evaluation(job: Job, prepared: Prepared, model: Any, step: int) -> dict[str, Any] | None:
     """Answer every prompt of the final evaluation greedily, score it, and write one line each.
 
+    Args:
+        step: whose weights the model has.
     Returns:
         exact_match (share), matched, num_prompts, failed, the path of the answers, the figures of
         the scores, and why a score has none; None where no evaluation was asked for.
@@ -147,26 +165,36 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any) -> dict[str, Any]
     scorer, by_id = build_scorer(job, monitoring), {one.prompt_id: one for one in requests}
     results: list[PreviewResult] = []
     errors: dict[str, str] = {}
+    told_at = time.monotonic()
     try:
         with path.open("w", encoding="utf-8") as file:
             for batch in batches_of(requests):
-                answered = backend.preview_batch(batch, job.step)
+                answered = backend.preview_batch(batch, step)
                 if scorer is not None:
                     answered, failed = scorer.score(answered, by_id)
                     errors |= failed
                 file.writelines(json.dumps(to_json_line(result)) + "\n" for result in answered)
                 results += answered
+                if time.monotonic() - told_at > TOLD_EVERY_S and len(results) < len(requests):
+                    told_at = time.monotonic()
+                    words = f"{len(results)} of {len(requests)} prompts are answered"
+                    job.observers.phase("training", f"final evaluation: {words}")
     finally:
         if scorer is not None:
             scorer.close()
     for name, words in errors.items():
         job.observers.notice(f"score {name}: no value in the final evaluation: {words}", "warning")
     matched = sum(result.matches is True for result in results)
+    share = 100 * matched / len(results)
+    job.observers.notice(
+        f"final evaluation: {matched} of {len(results)} answers match ({share:.1f} %), all in "
+        f"{path}"
+    )
     history = ScoreHistory()
     history.add(results)
     # A score that some of the prompts lack is the mean of others than the rest of the scores.
     missing = {SCORE + name for name in errors}
-    figures = [one for one in history.figures(job.step) if one.name not in missing]
+    figures = [one for one in history.figures(step) if one.name not in missing]
     return {
         "exact_match": matched / len(results),
         "matched": matched,

@@ -13,6 +13,14 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from trainer.core.best_step import (
+    build_deciding,
+    build_stopping,
+    choice_words,
+    recover_evaluations,
+    take_the_rest,
+    use_final_weights,
+)
 from trainer.core.checkpoint import Hashes, save_checkpoint, set_aside_newer
 from trainer.core.checks import (
     MemoryProbe,
@@ -25,12 +33,13 @@ from trainer.core.compiling import CompiledBlocks, compiler_errors
 from trainer.core.evaluation import build_evaluator
 from trainer.core.fused_loss import with_kernel
 from trainer.core.hf_trainer import SaveCheckpoint, SupervisedTrainer
+from trainer.core.model_card import model_card, write_card
 from trainer.core.optim import RateSchedule, build_optimizer
 from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler
 from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_batches, needs_mask
 from trainer.core.publishing import agree_on_previews
-from trainer.core.resume import SEMANTICS, ResumePoint, package_versions
+from trainer.core.resume import HISTORY, SEMANTICS, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.core.scoring import final_evaluation
@@ -40,12 +49,11 @@ from trainer.core.shared_files import SharedWriting, shared_tasks
 from trainer.core.together import Ask, together
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
 from trainer.errors import NonFiniteError, OutputError, StoppedError
-from trainer.files import CHECKPOINTS_NAME, FAILED, checkpoint_steps, staged
+from trainer.files import CHECKPOINTS_NAME, FAILED, staged
 from trainer.models.adapter_files import load_finished_model, save_adapter, write_model
 from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.monitoring.callbacks import (
     Commands,
-    EarlyStopping,
     LiveMonitorCallback,
     MicroEvaluation,
     Previews,
@@ -54,7 +62,7 @@ from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
 from trainer.monitoring.processes import any_process, num_processes
 from trainer.monitoring.step_report import StepReport
-from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables, keep_console_out
+from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
 from trainer.preview.neutral import undisturbed
 from trainer.preview.scheduler import PreviewScheduler
@@ -69,7 +77,8 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
     """
     config, data = prepared.config, prepared.data
     order, observers = epoch_order(config, data), job.observers
-    scheduler = build_scheduler(job, prepared, loaded.model)
+    deciding = build_deciding(job, prepared)
+    scheduler = build_scheduler(job, prepared, loaded.model, deciding)
     if scheduler is not None:
         job.on_close("previews", scheduler.close)
     job.monitor = LiveMonitorCallback(
@@ -89,14 +98,15 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
             observers,
             interval=config.monitoring.micro_eval_interval,
             is_shared=prepared.is_sharded,
-            stopping=_early_stopping(prepared),
+            stopping=build_stopping(prepared),
         ),
         previews=Previews(scheduler, observers, max_tokens=config.monitoring.preview_max_tokens)
         if scheduler is not None
         else None,
+        deciding=deciding,
         checkpoint_interval=config.output.checkpoint_interval,
     )
-    callbacks: list[Any] = [job.monitor]
+    callbacks: list[Any] = [*([job.trackers] if job.trackers is not None else []), job.monitor]
     with_texts, names = config.monitoring.tracker_texts, config.monitoring.report_to
     if "tensorboard" in names and job.folder is not None:
         callback, tracker = tensorboard_callback(
@@ -111,10 +121,6 @@ def assemble_callbacks(job: Job, prepared: Prepared, loaded: LoadedModel) -> lis
         without = [name for name in names if name not in ("tensorboard", *WITH_TABLES)]
         if without:
             observers.notice(f"{', '.join(without)}: gets no texts of previews", "warning")
-    elif "wandb" in names:
-        told = keep_console_out()
-        if told is not None:
-            observers.notice(told, "warning")
     return callbacks
 
 
@@ -131,17 +137,6 @@ def _held_out(job: Job, pad_id: int) -> Collate:
         return dict(padded(rows) if is_packs else proved(rows))
 
     return collate
-
-
-def _early_stopping(prepared: Prepared) -> EarlyStopping:
-    hyper, output = prepared.config.hyperparams, prepared.config.output
-    stopping = EarlyStopping(hyper.early_stopping_patience, hyper.early_stopping_min_delta)
-    if prepared.resume is not None:
-        stopping.restore(prepared.resume.run_state["early_stopping"])
-        kept = checkpoint_steps(Path(output.output_dir) / CHECKPOINTS_NAME)
-        if stopping.lowest_step not in kept:  # its weights are gone, so a later step is the best
-            stopping.lowest_loss, stopping.lowest_step = None, 0
-    return stopping
 
 
 def assemble_trainer(
@@ -195,6 +190,7 @@ def assemble_trainer(
     job.trainer = memory.trainer = trainer
     if blocks is not None:
         blocks.trainer = trainer
+    job.observers.phase("loading", "proving attention, batches and loss on the model")
     _prove_batches_and_loss(job, prepared, trainer, buckets=buckets)
     handler = trainer.accelerator.ddp_handler
     if prepared.strategy.name == "ddp" and handler is not None and handler.find_unused_parameters:
@@ -301,6 +297,7 @@ def _checkpoint_saver(job: Job, prepared: Prepared) -> SaveCheckpoint:
                     "date": prepared.date.isoformat(),
                     "versions": package_versions(),
                     "semantics": SEMANTICS,
+                    HISTORY: prepared.history,
                     "world_size": num_processes(),
                 },
                 hashing=writing.hash_again,
@@ -330,8 +327,10 @@ def use_smaller_batches(job: Job, prepared: Prepared, trainer: SupervisedTrainer
 
 def _run_state(job: Job) -> dict[str, Any]:
     """What a checkpoint keeps of the run beside HF's own state."""
-    assert job.stopping is not None, "built before training"
-    return {"early_stopping": job.stopping.state()}
+    assert job.stopping is not None and job.monitor is not None, "built before training"
+    deciding = job.monitor.deciding
+    state = {"early_stopping": job.stopping.state()}
+    return state if deciding is None else {**state, "deciding": deciding.state()}
 
 
 # ---- the loop and its end
@@ -352,6 +351,7 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         _leave_newer_behind(job, resume, job.folder)
     job.stop.can_wait = True
     try:
+        recover_evaluations(job, prepared, trainer)
         if resume is not None and _is_trained(job, resume, prepared.num_steps):
             trainer.restore(resume.path)
             job.observers.notice(f"all {resume.step} steps are done; nothing is left to train")
@@ -359,6 +359,8 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
             with compiler_errors(job.stop) if job.blocks else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
         job.durations_s["training"] = time.perf_counter() - started
+        if is_main_process():
+            take_the_rest(job)
         if scheduler is not None:
             _drain_previews(job, scheduler, prepared.config.monitoring.preview_drain_timeout)
     finally:
@@ -399,12 +401,18 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
             output_dir=config.output.output_dir,
         )
     )
+    if config.deciding_scores or config.final_choice == "best":
+        job.observers.notice(choice_words(prepared))
     job.observers.phase("training", f"training {total} steps")
 
 
 def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
     """Whether the run had reached its end; HF's loop would make one step more."""
-    return resume.step >= total or (job.stopping is not None and job.stopping.is_over)
+    [is_over] = any_process(job.monitor is not None and job.monitor.is_over)
+    deciding = job.monitor.deciding if job.monitor is not None else None
+    if resume.step < total and deciding is not None and deciding.is_over:
+        deciding.stop(resume.step)
+    return resume.step >= total or is_over
 
 
 def _drain_previews(job: Job, scheduler: PreviewScheduler, timeout_s: float) -> None:
@@ -448,6 +456,7 @@ def finish_training(
         raise StoppedError(words, exit_code=job.stop.exit_code)
     if not job.stop.is_set:
         check_weights_moved(job.step - prepared.start_step, trainer.num_overflows)
+    step = use_final_weights(job, prepared, trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = None
     if prepared.is_sharded and is_adapted(model):
@@ -462,16 +471,19 @@ def finish_training(
                 "the final evaluation asks prompts that were trained on: no rows are held out",
                 "warning",
             )
-        observers.phase("training", f"answering {len(data.final_prompts)} held-out prompts")
+        observers.phase(
+            "training", f"final evaluation: answering {len(data.final_prompts)} prompts"
+        )
     asked = model if prepared.is_sharded else loaded.model
     if adapter is not None and data.final_prompts:
         asked = plain_model(prepared, model, adapter)
-    evaluation = final_evaluation(job, prepared, asked)
+    evaluation = final_evaluation(job, prepared, asked, step)
     observers.phase("saving", "saving the final model")
     path = save_final_model(
         model,
         prepared.tokenizer,
         job.folder.final_model_dir,
+        card=model_card(job, prepared, evaluation),
         dtype=prepared.precision.compute_dtype,
         stop_ids=data.encoder.template.stop_ids,
         use_cache=loaded.use_cache,
@@ -503,12 +515,14 @@ def save_final_model(
     dtype: torch.dtype,
     stop_ids: frozenset[int],
     use_cache: bool,
+    card: str = "",
     adapter: dict[str, torch.Tensor] | None = None,
     when_written: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write model (or adapter) and tokenizer to `folder`, in place of an earlier one.
 
     Args: as of `write_model`, and:
+        card: text of README.md; "": none is written.
         when_written: called once the files are whole, before they take the folder's name.
     Raises:
         OutputError: the folder cannot be written.
@@ -523,5 +537,7 @@ def save_final_model(
             use_cache=use_cache,
             adapter=adapter,
         )
+        if card:
+            write_card(staging, card)
         when_written()
     return folder

@@ -308,7 +308,13 @@ def _sides(
 def _prompts(sides: Sides, count: int) -> tuple[PreviewRequest, ...]:
     """Prompts of held-out rows, or of training rows where none are held out; always the same."""
     items = sorted(sides.validation or sides.train, key=lambda item: (item.group, item.key))
-    return first_prompts(items, count, bool(sides.validation), trained=sides.trained_groups)
+    return first_prompts(
+        items,
+        count,
+        bool(sides.validation),
+        trained=frozenset(item.group for item in sides.train),
+        also_trained=sides.trained_groups,
+    )
 
 
 def _check_thoughts(section: DataSection, encoded: list[EncodedRow]) -> None:

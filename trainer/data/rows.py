@@ -59,6 +59,10 @@ def is_text(messages: list[Message]) -> bool:
     return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
 
 
+TOO_LONG = ("longer than max_length", "no trained token within max_length")
+"""Reasons of rows that are right, but longer than hyperparams.max_length."""
+
+
 @dataclass
 class RowErrors:
     """Rows that could not be used, and why."""
@@ -68,12 +72,23 @@ class RowErrors:
     max_bad_rows: int | None = None
     """More bad rows than this stop the run under `skip` too."""
     errors: list[str] = field(default_factory=list)
-    reasons: dict[str, int] = field(default_factory=dict)
+    by_reason: dict[str, list[str]] = field(default_factory=dict)
+    """The same by the short name of what is wrong."""
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many rows each reason has."""
+        return {reason: len(errors) for reason, errors in self.by_reason.items()}
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that are wrong; one that is only too long is none of them."""
+        return sum(n for reason, n in self.reasons.items() if reason not in TOO_LONG)
 
     def add(self, where: str, message: str, reason: str) -> None:
         """Note one bad row."""
         self.errors.append(f"{where}: {message}")
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        self.by_reason.setdefault(reason, []).append(self.errors[-1])
 
     def raise_if_strict(self) -> None:
         """Stop with the first 20 errors when the policy says so.
@@ -84,20 +99,39 @@ class RowErrors:
         """
         if self.policy == "strict":
             if self.errors:
-                raise DataError(
-                    f"{len(self.errors)} bad rows:{self._shown()}\n"
-                    "Fix them, or set data.on_bad_row=skip to leave them out and count them."
-                )
-        elif self.max_bad_rows is not None and len(self.errors) > self.max_bad_rows:
+                num_long = len(self.errors) - self.num_bad
+                kinds = [f"{self.num_bad} bad rows"] if self.num_bad else []
+                kinds += [f"{num_long} rows too long for training"] if num_long else []
+                advice = []
+                if num_long:
+                    advice.append(
+                        "Raise hyperparams.max_length, or set data.truncation=drop to leave out "
+                        "what is longer."
+                    )
+                if self.num_bad:
+                    advice.append(
+                        "Fix bad rows, or set data.on_bad_row=skip to leave them out and count "
+                        "them."
+                    )
+                raise DataError(f"{' and '.join(kinds)}:{self._shown()}\n{' '.join(advice)}")
+        elif self.max_bad_rows is not None and self.num_bad > self.max_bad_rows:
             raise DataError(
-                f"{len(self.errors)} bad rows, data.max_bad_rows={self.max_bad_rows}:"
+                f"{self.num_bad} bad rows, data.max_bad_rows={self.max_bad_rows}:"
                 f"{self._shown()}\nFix them, or raise data.max_bad_rows."
             )
 
     def _shown(self) -> str:
-        shown = "".join(f"\n  {error}" for error in self.errors[:MAX_ERRORS_SHOWN])
-        more = len(self.errors) - MAX_ERRORS_SHOWN
-        return shown + (f"\n  ... and {more} more" if more > 0 else "")
+        """Rows of one reason together, each reason with its share of the lines."""
+        shown = ""
+        most = max(MAX_ERRORS_SHOWN // max(len(self.by_reason), 1), 1)
+        for reason, errors in self.by_reason.items():
+            is_group = len(errors) > 1
+            shown += f"\n  {len(errors)} rows: {reason}" if is_group else ""
+            indent = "    " if is_group else "  "
+            shown += "".join(f"\n{indent}{error}" for error in errors[:most])
+            more = len(errors) - most
+            shown += f"\n{indent}... and {more} more" if more > 0 else ""
+        return shown
 
 
 class BadRowError(ValueError):

@@ -322,17 +322,15 @@ def trained_groups(validation: list[EncodedRow], train: list[EncodedRow]) -> fro
     """Groups of held-out rows whose prompt is trained on too, with whatever answer."""
     groups = {item.group for item in train}
     # Prompts of other turns can be the same tokens: cut at max_length, or rewritten by a profile.
-    prompts = {
-        tuple(item.example.prompt_ids): item.group
-        for item in validation
-        if not is_text(item.row.messages)
-    }
+    prompts: dict[tuple[int, ...], set[str]] = {}
+    for item in validation:
+        if not is_text(item.row.messages):
+            prompts.setdefault(tuple(item.example.prompt_ids), set()).add(item.group)
     lengths = {len(ids) for ids in prompts}
-    same = {
-        prompts.get(tuple(item.example.prompt_ids))
-        for item in train
-        if item.example.prompt_length in lengths and not is_text(item.row.messages)
-    }
+    same: set[str] = set()
+    for item in train:
+        if item.example.prompt_length in lengths and not is_text(item.row.messages):
+            same |= prompts.get(tuple(item.example.prompt_ids), set())
     return frozenset(item.group for item in validation if item.group in groups | same)
 
 
@@ -364,30 +362,34 @@ def first_prompts(
     is_held_out: bool,
     *,
     trained: frozenset[str] = frozenset(),
+    also_trained: frozenset[str] = frozenset(),
 ) -> tuple[PreviewRequest, ...]:
     """The first `count` distinct prompts, those that are nowhere trained on before the others.
+
+    Which these are is decided by the rows as they are in the file: profiles that are compared on
+    one file are asked the same rows, also where one of them rewrites two prompts to the same.
 
     Args:
         items: the rows, in the order in which they are asked.
         count: at most so many prompts.
         is_held_out: the rows are not trained on.
-        trained: groups of held-out rows that are trained on with another answer.
+        trained: groups of rows that are trained on.
+        also_trained: groups of held-out rows whose prompt is trained on, maybe only after both were
+            rewritten or cut.
     """
     source = "validation" if is_held_out else "train"
-    chosen: dict[tuple[int, ...], PreviewRequest] = {}
-    groups: set[str] = set()
+    chosen: dict[str, PreviewRequest] = {}
     for item in sorted(items, key=lambda item: item.group in trained):
         if len(chosen) == count:
             break
         ids = tuple(item.example.prompt_ids)
-        if ids not in chosen and item.group not in groups:
-            groups.add(item.group)
-            chosen[ids] = PreviewRequest(
+        if item.group not in chosen:
+            chosen[item.group] = PreviewRequest(
                 prompt=item.example.prompt,
                 prompt_token_ids=ids,
                 golden_answer=item.example.golden_answer,
                 prompt_id=f"{source}-{item.row.index}",
-                held_out=is_held_out and item.group not in trained,
+                held_out=is_held_out and item.group not in trained | also_trained,
                 golden_token_ids=tuple(item.example.golden_ids) or None,
                 messages=tuple(dict(turn) for turn in item.example.conversation),
                 row=json.loads(json.dumps(item.row.columns, default=str)),

@@ -45,6 +45,8 @@ class Alias:
 
 TINY = "tiny"
 
+GATED = "accept its licence on the hub, then `hf auth login`"
+
 ALIASES: dict[str, Alias] = {
     TINY: Alias("tiny", "0.8M", "built in, untrained; for trying things without a download"),
     "qwen3": Alias("Qwen/Qwen3-0.6B", "0.6B", "the usual first choice for one GPU"),
@@ -54,6 +56,18 @@ ALIASES: dict[str, Alias] = {
     "qwen3-8b": Alias("Qwen/Qwen3-8B", "8B", "lora on 24 GB with short rows"),
     "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B-Instruct", "0.5B", ""),
     "qwen2.5-1.5b": Alias("Qwen/Qwen2.5-1.5B-Instruct", "1.5B", ""),
+    "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", "135M", "trains on a CPU"),
+    "smollm2-360m": Alias("HuggingFaceTB/SmolLM2-360M-Instruct", "360M", ""),
+    "smollm2-1.7b": Alias("HuggingFaceTB/SmolLM2-1.7B-Instruct", "1.7B", ""),
+    "smollm3-3b": Alias("HuggingFaceTB/SmolLM3-3B", "3B", ""),
+    "llama3.2-1b": Alias("meta-llama/Llama-3.2-1B-Instruct", "1B", GATED),
+    "llama3.2-3b": Alias("meta-llama/Llama-3.2-3B-Instruct", "3B", GATED),
+    "llama3.1-8b": Alias("meta-llama/Llama-3.1-8B-Instruct", "8B", GATED),
+    "gemma3-270m": Alias("google/gemma-3-270m-it", "270M", GATED),
+    "gemma3-1b": Alias("google/gemma-3-1b-it", "1B", GATED),
+    "mistral-7b": Alias("mistralai/Mistral-7B-Instruct-v0.3", "7B", GATED),
+    "phi3.5-mini": Alias("microsoft/Phi-3.5-mini-instruct", "3.8B", ""),
+    "phi4-mini": Alias("microsoft/Phi-4-mini-instruct", "3.8B", ""),
 }
 
 

@@ -111,6 +111,7 @@ def save_adapter(model: Any, folder: Path, state: dict[str, torch.Tensor] | None
     """
     # PEFT would add the base's embeddings where they have adapters; they are the base's own.
     model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
     record = getattr(model, "base_record", None)
     if record is not None:
         (folder / BASE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -63,6 +63,20 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+KERNEL_CACHES = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
+}
+"""Of oneDNN, and of the layer that torch has above it. Each keeps 1024 compiled kernels, one or
+more for each shape of a product in bf16: over a gigabyte where lengths change. A step makes 20."""
+
+
+def bound_kernel_caches() -> None:
+    """Keep fewer kernels of a CPU's bf16; read at the first product that a process makes so."""
+    for name, capacity in KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
+
+
 @contextlib.contextmanager
 def any_algorithm() -> Iterator[None]:
     """Allow all algorithms within the block, for what no deterministic one exists for."""

@@ -129,6 +129,11 @@ def grow_embeddings(model: Any, ids: Sequence[int]) -> None:
 GGUF_SUFFIX = ".gguf"
 
 
+def is_gguf(model_path: str) -> bool:
+    """Whether a model is a .gguf file, whose weights are unpacked when it is loaded."""
+    return Path(resolve_alias(model_path)).suffix.lower() == GGUF_SUFFIX
+
+
 def load_tokenizer(section: ModelSection, *, offline: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of `model.model_path`.
 

@@ -73,12 +73,17 @@ def resolve_device(device: str) -> torch.device:
     return wanted
 
 
-def default_precision(device: torch.device) -> Precision:
-    """bf16 where the device computes in it: emulated, it is many times slower than fp32."""
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic: emulated, it is many times slower than fp32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and cpu_has_bf16()
+
+
+def default_precision(device: torch.device) -> Precision:
+    """bf16 on a GPU that has it. A CPU that has it may be slower in it, so it must be asked for."""
+    return "bf16" if device.type == "cuda" and computes_in_bf16(device) else "fp32"
 
 
 def fill_precision(config: TrainerConfig, device: torch.device) -> tuple[TrainerConfig, Precision]:

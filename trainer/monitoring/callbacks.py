@@ -3,7 +3,7 @@
 Each part does one thing and any of them may be absent: report the step, obey commands, measure the
 loss on held-out rows, make previews, decide which steps get a checkpoint. Observers (status files,
 terminal, trackers) only listen; two parts decide on training: early stopping, and a stop that
-somebody asked for.
+somebody asked for. Scores stop it too (`deciding.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
 from trainer.monitoring.control import ControlFile
+from trainer.monitoring.deciding import DecidingScores
 from trainer.monitoring.events import (
     TRAINING,
     EvaluationDone,
@@ -269,6 +270,7 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         commands: Commands | None = None,
         evaluation: MicroEvaluation | None = None,
         previews: Previews | None = None,
+        deciding: DecidingScores | None = None,
         checkpoint_interval: int | None = None,
     ) -> None:
         """Take what to do; what is None is not done.
@@ -276,34 +278,53 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         Args:
             observers: told of everything.
             report: what is told of a step; None: what HF's log says.
+            deciding: the scores that choose the best step or stop the run.
             checkpoint_interval: steps between checkpoints; 0 = only at the end, where a command
                 asks, and at the lowest loss; None: HF's own arguments decide.
         """
         self.observers = observers if isinstance(observers, Observers) else Observers(observers)
         self.report = report or LoggedReport(self.observers)
         self.commands, self.evaluation, self.previews = commands, evaluation, previews
+        self.deciding = deciding
         self.checkpoint_interval = checkpoint_interval
+        self.callback_stop: str | None = None
+        """That a callback of the user has stopped the run, in words."""
         self._step_started = 0.0
 
     @property
     def stop_reason(self) -> str | None:
         """Why training ended before its last step; None where it did not."""
-        reasons = [part.stop_reason for part in (self.commands, self.evaluation) if part]
-        return next((reason for reason in reasons if reason), None)
+        parts = (self.commands, self.evaluation, self.deciding)
+        reasons = [part.stop_reason for part in parts if part]
+        return next((reason for reason in reasons if reason), self.callback_stop)
 
     @property
     def protected_steps(self) -> set[int]:
-        """Steps whose checkpoints are kept: of the lowest validation loss, and the marked one."""
-        lowest = self.evaluation.stopping.lowest_step if self.evaluation is not None else 0
-        file = self.commands.file if self.commands is not None else None
-        return {lowest, file.marked_step if file is not None else 0} - {0}
+        """Steps whose checkpoints are kept: the best one, what may be it, and the marked one."""
+        file, deciding = self.commands.file if self.commands is not None else None, self.deciding
+        kept = {file.marked_step if file is not None else 0}
+        if deciding is not None:
+            kept |= deciding.protected_steps
+        if self.evaluation is not None and (deciding is None or deciding.best_rule is None):
+            kept.add(self.evaluation.stopping.lowest_step)
+        return kept - {0}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether early stopping, by loss or score, says that it is time to stop."""
+        evaluation, deciding = self.evaluation, self.deciding
+        by_score = deciding is not None and deciding.is_over
+        return by_score or (evaluation is not None and evaluation.stopping.is_over)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step 0: what the model says before it is trained."""
         if state.is_world_process_zero:
             self.report.begin(args, state, kwargs)
-        if self.previews is not None and state.global_step == 0:
-            self.previews.make(0, is_last=False)
+        if state.global_step == 0:
+            if self.previews is not None:
+                self.previews.make(0, is_last=False)
+            if self._is_evaluated(0, is_last=False):
+                self._decide(0, state.max_steps, state.is_world_process_zero)
         wait_for_main()
         self._step_started = time.perf_counter()
 
@@ -313,11 +334,16 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         if is_main:
             self.report.step_ended(state, time.perf_counter() - self._step_started)
         asked = self.commands.poll(step, total) if self.commands is not None else Asked()
-        is_last = asked.stop or step >= total
+        if control.should_training_stop and step < total:
+            self.callback_stop = f"a callback asked to stop after step {step}"
+        is_last = asked.stop or step >= total or control.should_training_stop
         is_best = False
         if self.evaluation is not None and not asked.by_signal:
             is_over, is_best = self._measure(kwargs.get("model"), step, is_main, is_last=is_last)
             is_last = is_last or is_over
+        is_evaluated = self._is_evaluated(step, is_last=is_last) and not asked.by_signal
+        if is_evaluated and is_main and self.deciding is not None:
+            self.deciding.make_room(step)
         if self.previews is not None:
             # A signal leaves no time: the previews of the last weights are not made.
             is_end = is_last and not asked.by_signal
@@ -326,12 +352,17 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             scheduler = self.previews.scheduler if self.previews is not None else None
             is_previewed = scheduler is not None and scheduler.is_asked(step)
             self.commands.acknowledge(step, is_previewed=is_previewed)
+        if is_evaluated:
+            is_last = self._decide(step, total, is_main) or is_last
         wait_for_main()
         control.should_training_stop = control.should_training_stop or is_last
         if self.checkpoint_interval is not None:
             is_nth = bool(self.checkpoint_interval) and step % self.checkpoint_interval == 0
-            control.should_save = is_last or is_best or is_nth or asked.save
+            # Any step that is evaluated may be the best one, once its score is there.
+            control.should_save = is_last or is_best or is_nth or asked.save or is_evaluated
         if control.should_save and is_main:
+            if self.deciding is not None and 0 in self.deciding.pending:
+                self.deciding.wait_for(0)  # a resume could not ask the weights before training
             self.observers.pause(f"writing the checkpoint of step {step}")
         self._step_started = time.perf_counter()
 
@@ -370,3 +401,25 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
         wait_for_main()
         is_over, is_best = any_process(is_over, evaluation.stopping.lowest_step == step)
         return is_over, is_best
+
+    def _is_evaluated(self, step: int, *, is_last: bool) -> bool:
+        """Whether a score decides by an evaluation of `step`."""
+        return self.deciding is not None and self.deciding.is_due(step, is_last=is_last)
+
+    def _decide(self, step: int, total: int, is_main: bool) -> bool:
+        """Take the evaluation whose turn it is; whether to stop, alike on all processes."""
+        deciding = self.deciding
+        assert deciding is not None, "asked for"
+        deciding.note_asked(step)
+        is_over = is_ready = False
+        if is_main:
+            is_ready = deciding.catch_up(step)
+            is_over = deciding.is_over and step < total
+        wait_for_main()
+        is_over, is_ready = any_process(is_over, is_ready)
+        if not is_ready and self.commands is not None:
+            # A signal came while the score was waited for: here, as nothing was decided yet.
+            return self.commands.poll(step, total).stop
+        if is_over and is_main:
+            deciding.stop(step)
+        return is_over

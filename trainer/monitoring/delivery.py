@@ -48,6 +48,7 @@ class Delivery:
         requests: Sequence[PreviewRequest] = (),
         known: Mapping[Source, Iterable[PreviewResult]] | None = None,
         keep: Callable[[list[PreviewResult]], None] = lambda results: None,
+        decide: Callable[[int, list[PreviewResult]], None] = lambda step, results: None,
     ) -> None:
         """Take whom to tell.
 
@@ -56,8 +57,10 @@ class Delivery:
             requests: all prompts of the run.
             known: answers of the interrupted part of a resumed run.
             keep: takes the answers of evaluations, which observers are told the means of only.
+            decide: takes the same with their step, whatever became of them.
         """
         self._observers, self._scorer, self._keep = observers, scorer, keep
+        self._decide = decide
         self._requests = {one.prompt_id: one for one in requests}
         graded = scorer.graded if scorer is not None else ()
         self._history: dict[Source, ScoreHistory] = {
@@ -129,6 +132,8 @@ class Delivery:
                 self._tell(self._scored(item))
             except Exception:  # answers are not lost because their score is
                 logger.exception("the answers of step %d were not told", item.step)
+                if item.source == "evaluation":
+                    self._decide(item.step, item.results)
             finally:
                 with self._changed:
                     self._is_busy = False
@@ -157,6 +162,8 @@ class Delivery:
         figures = history.figures(step) if any(one.ok for one in results) else ()
         if figures:
             self._observers.emit(ScoresDone(step=step, source=item.source, figures=figures))
+        if item.source == "evaluation":
+            self._decide(step, results)
 
 
 def deliver_previews(observers: Observers) -> Callable[[int, list[PreviewResult], float], None]:

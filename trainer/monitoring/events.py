@@ -1,16 +1,19 @@
 """What a run tells its observers (status file, terminal, trackers): plain frozen values.
 
-An observer has one method, `on_event(event)`. No torch and no file access here.
+An observer has one method, `on_event(event)`, and may have two more. No torch and no file access
+here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import threading
+import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol
 
@@ -197,6 +200,36 @@ class ScoresDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreDecided:
+    """An evaluation was taken by the rule that chooses the best step, or stops the run."""
+
+    step: int
+    """The step training was at when it was taken."""
+    evaluation_step: int
+    """The step whose weights answered."""
+    metric: str
+    """Such as `score.exact`."""
+    mean: float | None
+    """Mean over the prompts; None: the evaluation is missing and decides nothing."""
+    is_best: bool
+    """Whether it is clearly above the best one before."""
+    best_step: int
+    """The best step whose weights are kept; 0: none yet."""
+    reference_step: int | None
+    """The step that later ones must rise above; None: nothing was taken."""
+    num_without: int
+    """Evaluations since that step."""
+    patience: int
+    """Evaluations without a clear rise after which the run stops; 0: it does not."""
+    missing: str | None
+    """Why the evaluation decides nothing, in words."""
+    num_missing: int
+    """Such evaluations so far."""
+    waited_s: float
+    """Seconds that training has waited for scores so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowShown:
     """A copy of one row of the batch just trained, without generation."""
 
@@ -242,6 +275,7 @@ Event = (
     | PreviewsDone
     | DriftMeasured
     | ScoresDone
+    | ScoreDecided
     | RowShown
     | CheckpointSaved
     | Notice
@@ -250,11 +284,20 @@ Event = (
 
 
 class Observer(Protocol):
-    """Receives every event in order, in the training process; must be quick."""
+    """Receives every event in order, in the training process; must be quick.
+
+    A method `close()` is called too where there is one, after the last event; maybe twice. So is
+    `on_wait(text)`, when a phase such as loading goes on and nothing was told for two seconds or
+    more: with the phase and its seconds.
+    """
 
     def on_event(self, event: Event) -> None:
         """Take note of one event; an exception is logged and does not stop training."""
         ...
+
+
+class ClosingObserver(Observer, Protocol):
+    """An observer that holds something."""
 
     def close(self) -> None:
         """Flush and let go; may be called twice."""
@@ -272,6 +315,7 @@ class Observers:
         self._observers = list(observers)
         self._failed: set[int] = set()
         self._lock = threading.RLock()
+        self._waits = Waits(self._tell_wait)
 
     def add(self, observer: Observer) -> None:
         """Tell one more from now on."""
@@ -280,7 +324,10 @@ class Observers:
     def emit(self, event: Event) -> None:
         """Tell everybody; never raises."""
         with self._lock:
+            self._waits.note(event)
             self._tell(event)
+        if isinstance(event, PhaseChanged) and any(hasattr(o, "on_wait") for o in self._observers):
+            self._waits.start()
 
     def phase(self, state: RunState, text: str) -> None:
         """Tell everybody what happens now."""
@@ -303,11 +350,20 @@ class Observers:
             except caught as error:
                 self._report(observer, f"failed on {type(event).__name__}", error)
 
+    def _tell_wait(self, text: str) -> None:
+        with self._lock:
+            for observer in self._observers:
+                try:
+                    getattr(observer, "on_wait", _nothing)(text)
+                except Exception as error:
+                    self._report(observer, "failed on a wait", error)
+
     def close(self) -> None:
         """Close everybody; never raises."""
+        self._waits.stop()
         for observer in self._observers:
             try:
-                observer.close()
+                getattr(observer, "close", _nothing)()
             except BaseException as error:
                 self._report(observer, "could not be closed", error)
 
@@ -323,6 +379,78 @@ class Observers:
             error,
             exc_info=not isinstance(error, OSError),
         )
+
+
+def _nothing(*_: object) -> None: ...
+
+
+class Waits:
+    """Says again what is being done, while nothing else is told: after 2 s, and ever more rarely.
+
+    A thread of its own, because what is waited for holds the one that trains.
+    """
+
+    FIRST_S = 2.0
+    SHARE = 0.1
+    """Later words come when a tenth of the time so far has passed."""
+
+    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+        """Take who tells of a wait."""
+        self._tell, self._clock = tell, clock
+        self._phase: PhaseChanged | None = None
+        self._began = self._told_at = clock()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def note(self, event: Event) -> None:
+        """Something was told: a new phase, the end of one, or anything else."""
+        self._told_at = self._clock()
+        if isinstance(event, PhaseChanged):
+            self._began = self._told_at
+            self._phase = None if event.text == TRAINING else event
+        elif isinstance(event, StepDone | RunStarted | RunEnded):
+            self._phase = None
+
+    def words(self) -> str | None:
+        """What is to be told now."""
+        now, phase = self._clock(), self._phase
+        elapsed = now - self._began
+        if phase is None or now - self._told_at < max(self.FIRST_S, self.SHARE * elapsed):
+            return None
+        self._told_at = now
+        return f"{phase.text}: {elapsed:.0f} s"
+
+    def start(self) -> None:
+        """Begin to look, once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="waits", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+        self._tell = _nothing  # who tells holds this
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, text: str, tell: Callable[[str], None]) -> Iterator[None]:
+        """Tell of what is done in the block, which has no observers yet."""
+        waits = cls(tell)
+        tell(text)
+        waits.note(PhaseChanged(state="loading", text=text))
+        waits.start()
+        try:
+            yield
+        finally:
+            waits.stop()
+
+    def _run(self) -> None:
+        while not self._over.wait(self.FIRST_S / 8):
+            words = self.words()
+            if words is not None:
+                self._tell(words)
 
 
 ELISION = " ... "

@@ -165,6 +165,35 @@ class DriftStatus(StatusPart):
     """What measuring took."""
 
 
+class DecidingStatus(StatusPart):
+    """The newest evaluation that a score was to decide by, and where its rule stands."""
+
+    step: int
+    """The step training was at when it was taken."""
+    evaluation_step: int
+    """The weights of this step answered."""
+    metric: str
+    """Such as `score.exact`."""
+    mean: float | None
+    """Mean over the prompts; null: the evaluation is missing and decides nothing."""
+    is_best: bool
+    """Whether it is clearly above the best one before."""
+    best_step: int
+    """The best step whose weights are kept; 0: none yet."""
+    reference_step: int | None
+    """The step that later ones must rise above."""
+    num_without: int
+    """Evaluations since that step."""
+    patience: int
+    """Evaluations without a clear rise after which the run stops; 0: it does not."""
+    missing: str | None
+    """Why the evaluation decides nothing; null where it counts."""
+    num_missing: int
+    """Such evaluations so far."""
+    waited_s: float
+    """Seconds that training has waited for scores so far."""
+
+
 class RowStatus(StatusPart):
     """One row of a batch that was trained on, as text."""
 
@@ -278,6 +307,8 @@ class TrainingStatus(StatusPart):
     """Means over the newest previews: probability of golden tokens, and scores."""
     evaluation_scores: tuple[ScoreFigure, ...] = ()
     """The same over the prompts of `monitoring.num_score_prompts`."""
+    deciding: DecidingStatus | None = None
+    """The score that decides; null where none does, and before its first evaluation."""
     training_row: RowStatus | None = None
     """A row of a recent batch."""
     last_checkpoint: CheckpointStatus | None = None

@@ -26,6 +26,7 @@ from trainer.monitoring.events import (
     RowShown,
     RunEnded,
     RunStarted,
+    ScoreDecided,
     ScoresDone,
     StepDone,
     json_line,
@@ -42,6 +43,7 @@ from trainer.monitoring.status_schema import (
     NUM_NOTICES,
     SHORT_WINDOW,
     AccuracyStatus,
+    DecidingStatus,
     DriftStatus,
     MatchHistory,
     PreviewStatus,
@@ -63,6 +65,10 @@ _OF_STEP = (
     "eta_s",
     "memory_gib",
 )
+
+
+_OF_METRICS = StepDone | EvaluationDone | DriftMeasured | ScoresDone | ScoreDecided
+"""Events that are lines of metrics.jsonl."""
 
 
 class StatusBuilder:
@@ -113,6 +119,8 @@ class StatusBuilder:
                 self.fields["drift"] = {**values, "worst_prompt": self._cut(event.worst_prompt)[0]}
             case ScoresDone():
                 self.set_scores(values)
+            case ScoreDecided():
+                self.fields["deciding"] = values
             case RowShown():
                 self.fields["training_row"] = self._cut_texts(values, "prompt", "golden_answer")
             case CheckpointSaved():
@@ -139,6 +147,9 @@ class StatusBuilder:
                 self.set_evaluation(line)
             elif line.get("type") == "ScoresDone":
                 self.set_scores(line)
+            elif line.get("type") == "ScoreDecided":
+                decided = {name: line.get(name) for name in DecidingStatus.model_fields}
+                self.fields["deciding"] = decided
             elif line.get("type") == "DriftMeasured":
                 self.fields["drift"] = {name: line.get(name) for name in DriftStatus.model_fields}
 
@@ -296,7 +307,7 @@ class TrainingStatusWriter:
         if isinstance(event, RunStarted):
             self._continue_files(event.start_step)
         self._builder.apply(event)
-        if isinstance(event, StepDone | EvaluationDone | DriftMeasured | ScoresDone):
+        if isinstance(event, _OF_METRICS):
             self._append(METRICS_NAME, _metrics_line(event))
         elif isinstance(event, PreviewsDone):
             self._append(PREVIEWS_NAME, "".join(_preview_line(one) for one in event.results))
@@ -378,7 +389,9 @@ def _has_content(path: Path) -> bool:
         return False
 
 
-def _metrics_line(event: StepDone | EvaluationDone | DriftMeasured | ScoresDone) -> str:
+def _metrics_line(
+    event: StepDone | EvaluationDone | DriftMeasured | ScoresDone | ScoreDecided,
+) -> str:
     odd: dict[str, str] = {}
     line = {"type": type(event).__name__, "created_at": time.time(), **plain_values(event, odd)}
     return json_line({**line, "non_finite": odd} if odd else line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +34,10 @@ class ServerAnswer(BaseModel):
     run: str | None = None
     step: int | None = None
     raw_text: str | None = None
+
+
+IF_KNOWN = Field(exclude_if=lambda value: value is None)
+"""Left out of files where it is not known: there is a line for each prompt and step."""
 
 
 class PreviewSample(BaseModel):
@@ -90,6 +94,12 @@ class PreviewResult(BaseModel):
     """Flags: empty, repeats, never_stopped, template_leak, copies_prompt."""
     golden_tokens: tuple[str, ...] | None = None
     """Texts of the golden answer's tokens; with `golden_logprobs` only."""
+    golden_token_ids: Annotated[tuple[int, ...] | None, IF_KNOWN] = None
+    """Their ids."""
+    golden_token_bytes: Annotated[tuple[str, ...] | None, IF_KNOWN] = None
+    """Their UTF-8 bytes in hex: a token may hold a part of a character."""
+    golden_is_frame: Annotated[tuple[bool, ...] | None, IF_KNOWN] = None
+    """Whether each only frames the answer: the profile's markers or emoji, the end of the turn."""
     golden_logprobs: tuple[float, ...] | None = None
     """Nats of each golden token under these weights, given the prompt and the golden tokens
     before it; None where not asked for."""

@@ -24,6 +24,7 @@ from trainer.preview.base import (
     special_texts,
 )
 from trainer.preview.generate import Generation, GenerationSettings, generate
+from trainer.preview.golden import golden_parts
 from trainer.preview.neutral import golden_logprobs, undisturbed
 from trainer.profiles import DataProfile, Message, get_profile
 
@@ -202,7 +203,7 @@ class LocalPreviewBackend:
         if not (self.with_golden_logprobs and prompt and golden) or request.sample:
             return {}  # one sample has said it
         return {
-            "golden_tokens": tuple(_token(self.tokenizer, token) for token in golden),
+            **golden_parts(self.tokenizer, self.profile, golden),
             **golden_figures(golden_logprobs(self.model, prompt, golden).tolist()),
         }
 
@@ -246,10 +247,6 @@ class LocalPreviewBackend:
                 leak_ids=leaks,
             ),
         )
-
-
-def _token(tokenizer: Any, index: int) -> str:
-    return str(tokenizer.decode([index], clean_up_tokenization_spaces=False))
 
 
 def release_memory() -> None:

@@ -62,6 +62,8 @@ class EvaluationSet:
     deliver: Deliver
     backend: PreviewBackend | None = None
     """Answers them in the training process; None: the lane knows how."""
+    is_deciding: bool = False
+    """A score decides by them: no newer step takes the place of one."""
 
 
 class Lane(Protocol):
@@ -330,7 +332,8 @@ class PreviewScheduler:
                 self.evaluations.asked += len(evaluation.requests)
         stall = Stall(is_on_gpu=self._is_on_gpu)
         # Not under the lock: lanes call `_finished` from threads of their own.
-        is_kept = is_last or is_wanted or step == 0
+        is_deciding = evaluation is not None and evaluation.is_deciding
+        is_kept = is_last or is_wanted or step == 0 or is_deciding
         self.lane.ask(step, is_kept=is_kept, is_evaluated=evaluation is not None)
         stall.end()
         with self._lock:

@@ -104,6 +104,11 @@ class EmojiThinkProfile(DataProfile):
         """What `transform` did so far, zeros left out."""
         return {name: count for name, count in self.counts.items() if count}
 
+    def frame(self, answer: str) -> list[tuple[int, int]]:
+        """The emoji around the answer's words; nothing in a direct row."""
+        found = self._frame.fullmatch(answer)
+        return [] if found is None else [(0, found.start("body")), (found.end("body"), len(answer))]
+
     def matches(self, answer: str, golden: str) -> bool:
         """Compare what stands between the markers; direct rows are compared as they are."""
         meant = self._frame.fullmatch(golden)

@@ -7,6 +7,7 @@ Nothing here knows about files, tokenizers' internals or training.
 from __future__ import annotations
 
 import datetime as dt
+import re
 from typing import Any, NotRequired, TypedDict
 
 from trainer.errors import ProfileError
@@ -95,6 +96,14 @@ class DataProfile:
         """
         return []
 
+    def frame(self, answer: str) -> list[tuple[int, int]]:
+        """Where a golden answer has what only frames it, such as markers.
+
+        Returns:
+            (start, end) in characters of `answer`.
+        """
+        return []
+
     def matches(self, answer: str, golden: str) -> bool:
         """Whether a generated answer says what the golden one says; spacing at the ends and
         between words does not count."""
@@ -140,6 +149,11 @@ class Regime3Profile(DataProfile):
             if turn["role"] == "assistant" and not turn.get("tool_calls"):
                 turn["content"] = wrap_answer(turn["content"])
         return turns
+
+    def frame(self, answer: str) -> list[tuple[int, int]]:
+        """The markers."""
+        found = re.finditer(f"{re.escape(ANS_START)}|{re.escape(ANS_END)}", answer)
+        return [marker.span() for marker in found]
 
     def matches(self, answer: str, golden: str) -> bool:
         """Compare what stands between the markers; an answer without both markers is wrong."""

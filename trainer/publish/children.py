@@ -41,6 +41,11 @@ class Worker(Protocol):
         """Called when the server does not answer; never blocks."""
         ...
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has ended and is not started again."""
+        ...
+
     def close(self) -> None:
         """End what is ours; may be called twice."""
         ...
@@ -60,6 +65,11 @@ class RemoteWorker:
 
     def look_after(self) -> None:
         """Not ours."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Never: somebody may start it again."""
+        return False
 
     def close(self) -> None:
         """Not ours."""
@@ -104,6 +114,14 @@ class SidecarWorker:
             logger.warning("the sidecar ended (%s); starting it again", process.returncode)
             process.end(0)  # it is gone: only our end of its pipe is still open
             self._spawn()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has ended and is not started again."""
+        with self._lock:
+            process = self._process
+            is_gone = process is not None and process.returncode is not None
+            return is_gone and self.restarts >= MAX_RESTARTS
 
     def close(self) -> None:
         """End it; may be called twice."""

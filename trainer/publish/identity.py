@@ -210,7 +210,7 @@ def results_of(
     *,
     canary: tuple[Canary | None, float | None],
     matches: Callable[[str, str], bool],
-    decode: Callable[[int], str],
+    parts_of: GoldenParts,
     backend_type: str,
     visible_s: float,
 ) -> list[PreviewResult]:
@@ -220,7 +220,7 @@ def results_of(
         answer: the publisher's event `done`: weights_id, results, golden_logprobs, canary_logprob.
         canary: the canary, if there is one, and the trainer's own sum for this step.
         matches: the profile's comparison of an answer with golden.
-        decode: one token id -> text.
+        parts_of: golden ids -> what a result says of them.
     """
     proof: WeightsProof = "published"
     if canary[0] is not None:
@@ -231,7 +231,7 @@ def results_of(
         proof = "verified"
     scores = answer["golden_logprobs"] or [None] * len(requests)
     return [
-        _result(request, found, score, matches, decode).model_copy(
+        _result(request, found, score, matches, parts_of).model_copy(
             update={
                 "step": step,
                 "weights_id": answer["weights_id"],
@@ -268,6 +268,12 @@ def canary_rows(requests: Sequence[PreviewRequest]) -> tuple[int, ...]:
 HEALTH = frozenset({"empty", "repeats", "never_stopped", "template_leak", "copies_prompt"})
 
 
+GoldenParts = Callable[[Sequence[int]], dict[str, Any]]
+
+NO_PARTS = dict.fromkeys(
+    ("golden_tokens", "golden_token_ids", "golden_token_bytes", "golden_is_frame")
+)
+
 NOT_MEASURED = {"golden_logprobs": None, "golden_probability": None}
 
 
@@ -289,7 +295,7 @@ def _result(
     found: dict[str, Any],
     score: list[float] | None,
     matches: Callable[[str, str], bool],
-    decode: Callable[[int], str],
+    parts_of: GoldenParts,
 ) -> PreviewResult:
     """One answer: the worker's words about it, our own about everything else."""
     theirs = _plausible(PreviewResult.model_validate(found))
@@ -303,7 +309,7 @@ def _result(
             "held_out": request.held_out,
             "golden_answer": golden,
             "matches": is_match(request, theirs.text, matches) if theirs.ok else None,
-            "golden_tokens": tuple(map(decode, ids or ())) if is_scored else None,
+            **(parts_of(ids) if ids is not None and is_scored else NO_PARTS),
             **measured,
             "scores": {},
             "samples": (),

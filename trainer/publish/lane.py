@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import shutil
 import threading
 import time
@@ -20,7 +21,7 @@ from trainer.preview.local import release_memory
 from trainer.preview.samples import joined_samples, sample_requests
 from trainer.preview.scheduler import Finished, OnFinished
 from trainer.publish.children import PublisherProcess, Worker
-from trainer.publish.identity import Canary, results_of
+from trainer.publish.identity import Canary, GoldenParts, results_of
 from trainer.publish.snapshot import Arena, Snapshotter, read_later
 
 
@@ -42,7 +43,8 @@ class LaneState:
     """Where the snapshots are, and how the publisher and the server do."""
 
     free: list[int]
-    staged: Staged | None = None
+    staged: list[Staged] = field(default_factory=list)
+    """In order of steps; more than one only of those that are spooled."""
     feeding: Staged | None = None
     given: list[Staged] = field(default_factory=list)
     delivering: list[int] = field(default_factory=list)
@@ -52,6 +54,7 @@ class LaneState:
     last_wanted: int | None = None
     """The last step found no free slot; its weights stay, so it is copied while draining."""
     is_away: bool = False
+    away_since: float | None = None
     is_open: bool = False
     away_error: str = ""
     respawns: int = 0
@@ -64,7 +67,9 @@ class LaneState:
 # In the training thread there is one thing: a copy of the weights into an arena, and the forward
 # pass of the canary. A publisher process does the rest; two threads here sleep on its pipe and feed
 # it. Newest wins: one snapshot is with the publisher, one is staged and replaced by newer ones;
-# what was replaced is reported as superseded. First and last step are kept.
+# what was replaced is reported as superseded. First and last step are kept, and evaluations by
+# which a score decides: these are answered in order of steps, and the training thread waits for
+# room for them (`has_room`).
 
 
 logger = logging.getLogger(__name__)
@@ -91,9 +96,10 @@ class PublishedPreviews:
         requests: Sequence[PreviewRequest],
         canary: Canary | None,
         matches: Callable[[str, str], bool],
-        decode: Callable[[int], str],
+        parts_of: GoldenParts,
         backend_type: str,
         evaluation: Sequence[PreviewRequest] = (),
+        is_spooled: bool = False,
         notice: Callable[[str], None] = logger.warning,
         log: Path | None = None,
     ) -> None:
@@ -104,20 +110,21 @@ class PublishedPreviews:
             folder: private folder of the arenas; removed at the end.
             num_slots: arenas: 2, and 1 more for transport `dir`.
             evaluation: prompts that are asked besides, at some steps.
+            is_spooled: no evaluation gives way to a newer step.
             notice: told once when the server goes away and when it is back.
             log: where the publisher's own complaints go; None: nowhere.
         """
         self.log = log
         self.worker, self.setup, self.snapshotter = worker, setup, snapshotter
         self.folder, self.requests, self.canary = folder, list(requests), canary
-        self.matches, self.decode, self.backend_type = matches, decode, backend_type
+        self.matches, self.parts_of, self.backend_type = matches, parts_of, backend_type
         self.notice = notice
         self.arenas: list[Arena] = [
             snapshotter.arena(folder / f"arena-{slot}") for slot in range(num_slots)
         ]
         self.bytes_sent = 0
         self.times: list[dict[str, float]] = []
-        self.evaluation = list(evaluation)
+        self.evaluation, self._is_spooled = list(evaluation), is_spooled
         self._evaluated: set[int] = set()
         self._state = LaneState(free=list(range(num_slots)))
         self._changed = threading.Condition(threading.RLock())
@@ -141,7 +148,8 @@ class PublishedPreviews:
         if is_evaluated:
             self._evaluated.add(step)
         with self._changed:
-            slot = self._slot_for(step, is_kept=is_kept)
+            is_spooled = is_evaluated and self._is_spooled
+            slot = self._slot_for(step, is_kept=is_kept or is_spooled, is_spooled=is_spooled)
         if slot is None:
             self.snapshotter.leave_out()
             return
@@ -154,7 +162,9 @@ class PublishedPreviews:
             reason = self._failure(step, error)
         else:
             with self._changed:
-                self._state.staged = Staged(step, slot, is_kept, copied, value, asked_at)
+                is_kept = is_kept or is_spooled
+                staged = Staged(step, slot, is_kept, copied, value, asked_at)
+                self._state.staged.append(staged)
                 self._changed.notify_all()
             return
         # Only out here: inside `except` the traceback holds what the failed attempt allocated.
@@ -176,7 +186,7 @@ class PublishedPreviews:
         )
         return f"the weights of this step were not copied ({words})"
 
-    def _slot_for(self, step: int, *, is_kept: bool) -> int | None:
+    def _slot_for(self, step: int, *, is_kept: bool, is_spooled: bool) -> int | None:
         """A slot that may be overwritten now, or why there is none."""
         state = self._state
         if state.last_wanted not in (None, step):  # its weights are gone
@@ -185,14 +195,16 @@ class PublishedPreviews:
         if state.dead or (state.is_open and not is_kept):
             self._finish(step, error=state.dead or state.away_error)
             return None
-        older = state.staged
+        older = state.staged[-1] if state.staged else None
         if older is not None and not older.is_kept:
-            state.staged = None
+            state.staged.pop()
             self._finish(older.step, superseded_by=step)
             return older.slot
-        if older is None and state.free:
+        if state.free and (older is None or is_spooled):
             return state.free.pop()
-        if is_kept:
+        if is_spooled:
+            self._finish(step, error=state.away_error or "no room for a copy of these weights")
+        elif is_kept:
             state.last_wanted = step
         else:
             self._finish(step, superseded_by=step)
@@ -202,10 +214,30 @@ class PublishedPreviews:
         """Steps that are neither shown nor given up."""
         state = self._state
         with self._changed:
-            waiting = [state.staged, state.feeding, *state.given]
+            waiting = [*state.staged, state.feeding, *state.given]
             last = [] if state.last_wanted is None else [state.last_wanted]
             steps = [one.step for one in waiting if one is not None]
             return steps + last + state.delivering
+
+    def has_room(self) -> bool:
+        """Whether the weights of an evaluation can be copied now."""
+        with self._changed:
+            state = self._state
+            is_replaced = bool(state.staged) and not state.staged[-1].is_kept
+            return bool(state.dead or state.free or is_replaced)
+
+    def away_s(self) -> float:
+        """For how many seconds the server has not answered; 0 while it does, or is being asked."""
+        with self._changed:
+            if self.worker.is_lost:
+                return math.inf
+            since = self._state.away_since
+            return 0.0 if since is None else time.monotonic() - since
+
+    def hurry(self) -> None:
+        """Have a server that does not answer be asked again at once."""
+        with self._changed:
+            self._send({"op": "hurry"})
 
     def wait(self, timeout_s: float) -> None:
         """Wait for something to happen; in the drain at the end only."""
@@ -215,7 +247,7 @@ class PublishedPreviews:
                 self._send({"op": "hurry"})
             state = self._state
             wanted = state.last_wanted
-            if wanted is None or state.staged is not None or not state.free:
+            if wanted is None or state.staged or not state.free:
                 self._changed.wait(timeout_s)
                 return
             state.last_wanted = None
@@ -229,8 +261,8 @@ class PublishedPreviews:
         """Report everything that is pending as failed."""
         with self._changed:
             steps = [step for step in self.pending() if step not in self._state.delivering]
-            self._state.staged = self._state.feeding = self._state.last_wanted = None
-            self._state.given = []
+            self._state.feeding = self._state.last_wanted = None
+            self._state.staged, self._state.given = [], []
             self._state.dead = reason
             for step in steps:
                 self._finish(step, error=reason)
@@ -273,9 +305,7 @@ class PublishedPreviews:
                 self._changed.wait_for(lambda: self._state.is_closing or self._can_give())
                 if self._state.is_closing:
                     return
-                one = self._state.staged
-                assert one is not None, "_can_give() says so"
-                self._state.staged, self._state.feeding = None, one
+                one = self._state.feeding = self._state.staged.pop(0)
             reason = None
             try:
                 one.copied()  # waits for the device, on a GPU, without holding anything up
@@ -296,7 +326,7 @@ class PublishedPreviews:
 
     def _can_give(self) -> bool:
         state = self._state
-        if state.staged is None or state.dead or self.worker.url is None:
+        if not state.staged or state.dead or self.worker.url is None:
             return False
         if not state.given:
             return True
@@ -339,6 +369,7 @@ class PublishedPreviews:
             self._publisher = None
             left, state.given = state.given, []
             state.is_away = state.is_open = False
+            state.away_since = None
             state.respawns += 1
             if state.respawns > MAX_RESPAWNS:
                 state.dead = f"the publisher process ended {state.respawns} times"
@@ -367,6 +398,7 @@ class PublishedPreviews:
             if is_open and not self._state.is_open:
                 self.notice(f"previews: {error}")
             self._state.is_away, self._state.is_open = True, is_open
+            self._state.away_since = self._state.away_since or time.monotonic()
             self._state.away_error = error
             self._changed.notify_all()
         self.worker.look_after()
@@ -419,7 +451,7 @@ class PublishedPreviews:
                 one.step,
                 canary=(self.canary, one.canary_value),
                 matches=self.matches,
-                decode=self.decode,
+                parts_of=self.parts_of,
                 backend_type=self.backend_type,
                 visible_s=time.monotonic() - one.asked_at,
             )
@@ -441,6 +473,7 @@ class PublishedPreviews:
         if self._state.is_open:
             self.notice("previews: the server answers again")
         self._state.is_away = self._state.is_open = False
+        self._state.away_since = None
 
     def _take(self, step: int) -> Staged | None:
         """Out of the list of what the publisher has."""

@@ -31,7 +31,7 @@ from trainer.models.load import (
     load_tokenizer,
     read_model_config,
 )
-from trainer.models.precision import DTYPES, default_precision, resolve_device
+from trainer.models.precision import DTYPES, computes_in_bf16, resolve_device
 from trainer.models.quantized import check_bitsandbytes, place, quantization_of, set_dtype
 from trainer.publish.identity import (
     adapter_tensors,
@@ -94,11 +94,7 @@ class HeldModel:
         self.section, self._quantize = ModelSection(model_path=model_path), quantize
         self._folder, self._base_path = Path(resolve_alias(model_path)), base
         self.device, self.wanted_dtype = resolve_device(device), dtype
-        if (
-            dtype == "bf16"
-            and self.device.type == "cuda"
-            and default_precision(self.device) != dtype
-        ):
+        if dtype == "bf16" and self.device.type == "cuda" and not computes_in_bf16(self.device):
             raise ConfigError(
                 f"--dtype bf16: {torch.cuda.get_device_name(self.device)} has no bf16 arithmetic; "
                 "use auto or fp32."
@@ -128,7 +124,7 @@ class HeldModel:
         """In which weights are held that are bf16, or are not."""
         if self.wanted_dtype != "auto":
             return DTYPES[self.wanted_dtype]
-        can = is_bf16 and default_precision(self.device) == "bf16"
+        can = is_bf16 and computes_in_bf16(self.device)
         return torch.bfloat16 if can else torch.float32
 
     def _load(self, wait_for_weights: bool, device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.monitoring.status_schema import DecidingStatus
 from trainer.scores.statistics import SIGNIFICANCE, sign_test
 from trainer.views.run_reader import RunReader
 from trainer.views.score_words import figure_rows
@@ -33,7 +34,21 @@ def bar_figures(reader: RunReader) -> list[str]:
     ]
     if metrics.drifts and math.isfinite(metrics.drifts[-1].kl):
         found.append(f"drift {metrics.drifts[-1].kl:.3f} nats per token")
+    if status.deciding is not None:
+        found.append(f"{status.deciding.metric} decides: {deciding_words(status.deciding)}")
     return [one for one in found if one]
+
+
+def deciding_words(found: DecidingStatus) -> str:
+    """Such as `best step 60, 1 of 3 evaluations without a clear rise, waited 2 s`."""
+    parts = [f"best step {found.best_step}" if found.best_step else "no best step yet"]
+    if found.patience:
+        parts.append(f"{found.num_without} of {found.patience} evaluations without a clear rise")
+    if found.num_missing:
+        parts.append(f"{found.num_missing} missing")
+    if found.waited_s:
+        parts.append(f"training waited {duration_words(found.waited_s)}")
+    return ", ".join(parts)
 
 
 def accuracy_words(reader: RunReader) -> str:
@@ -95,6 +110,28 @@ def _summary_figures(reader: RunReader) -> list[tuple[str, str]]:
         rows.append(("training waited for previews", figure))
     if summary.get("stop_reason"):
         rows.append(("stopped because", str(summary["stop_reason"])))
+    return [*rows, *choice_rows(summary)]
+
+
+def choice_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The best step, whose weights the final model has, and what waiting for scores cost."""
+    best, final, deciding = (summary.get(name) for name in ("best", "final_model_step", "deciding"))
+    rows = []
+    if isinstance(best, Mapping):
+        value = best.get("value")
+        known = f", {value:.4g}" if isinstance(value, float | int) else ""
+        rows.append(("best step", f"{best.get('step')} (by {best.get('by')}{known})"))
+    if final is not None:
+        rows.append(("final model", f"weights of step {final}"))
+    if isinstance(deciding, Mapping):
+        rows.append(("training waited for scores", f"{deciding.get('waited_s')} s"))
+        missing = [
+            f"{one.get('metric')} at step {', '.join(map(str, one.get('missing_steps', ())))}"
+            for one in deciding.get("rules", ())
+            if one.get("missing_steps")
+        ]
+        if missing:
+            rows.append(("decided nothing, as they are missing", "; ".join(missing)))
     return rows
 
 
@@ -166,6 +203,7 @@ def alerts_of(reader: RunReader) -> list[Alert]:
         *_speed_alerts(reader),
         *_preview_alerts(reader),
         *_drift_alerts(reader),
+        *_deciding_alerts(reader),
         *_file_alerts(reader),
     ]
     order = {"error": 0, "warning": 1, "info": 2}
@@ -289,6 +327,14 @@ def _has_fallen(now: Mapping[str, bool], before: Mapping[str, bool]) -> bool:
     gained = sum(now[key] and not before[key] for key in common)
     lost = sum(before[key] and not now[key] for key in common)
     return lost > gained and sign_test(gained, lost) < SIGNIFICANCE
+
+
+def _deciding_alerts(reader: RunReader) -> list[Alert]:
+    found = reader.status.deciding if reader.status is not None else None
+    if found is None or found.missing is None:
+        return []
+    words = f"{found.metric} of step {found.evaluation_step} is missing and decides nothing: "
+    return [Alert("warning", words + found.missing)]
 
 
 def _drift_alerts(reader: RunReader) -> list[Alert]:

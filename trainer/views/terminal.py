@@ -14,11 +14,11 @@ from trainer.monitoring.events import (
     TRAINING,
     CardShown,
     CheckpointSaved,
+    ClosingObserver,
     DriftMeasured,
     EvaluationDone,
     Event,
     Notice,
-    Observer,
     PhaseChanged,
     PreviewsDone,
     RunEnded,
@@ -69,7 +69,7 @@ def create_display(
     *,
     elapsed_s: float = 0.0,
     verdict: RunningHeadline | None = None,
-) -> Observer:
+) -> ClosingObserver:
     """Make the display of a run.
 
     Args:
@@ -89,7 +89,7 @@ def create_display(
         from trainer.views.terminal_rich import RichDisplay
 
         return RichDisplay(safe, elapsed_s=elapsed_s, verdict=verdict)
-    displays: dict[str, Callable[[SafeStream], Observer]] = {
+    displays: dict[str, Callable[[SafeStream], ClosingObserver]] = {
         "plain": partial(PlainDisplay, elapsed_s=elapsed_s, verdict=verdict),
         "json": JsonDisplay,
         "quiet": partial(QuietDisplay, elapsed_s=elapsed_s),
@@ -161,6 +161,10 @@ class PlainDisplay(_Display):
         self._last_line_at = float("-inf")
         self._last_line_step = -1
         self._first_step_at: float | None = None
+
+    def on_wait(self, text: str) -> None:
+        """Say that a phase goes on."""
+        self.stream.line(printable(text, NOTICE_CHARS))
 
     def on_event(self, event: Event) -> None:
         """Write the lines of an event, or none."""

@@ -12,11 +12,11 @@ from typing import Any
 from trainer.errors import EXIT_COMPLETED, EXIT_FAILED, OutputError
 from trainer.monitoring.events import (
     TRAINING,
+    ClosingObserver,
     DriftMeasured,
     EvaluationDone,
     Event,
     Notice,
-    Observer,
     PhaseChanged,
     PreviewsDone,
     RunEnded,
@@ -146,7 +146,9 @@ class Follower:
             yield PhaseChanged(state=status.state, text=status.phase, is_pause=is_pause)
 
 
-def watch_run(folder: Path, display: Observer, *, num_before: int, is_once: bool = False) -> int:
+def watch_run(
+    folder: Path, display: ClosingObserver, *, num_before: int, is_once: bool = False
+) -> int:
     """Show a run until it ends or its process is gone.
 
     Args:

@@ -169,12 +169,34 @@ def closing_words(
     drift = drift_summary_words(event.summary)
     if drift is not None:
         parts.append(drift)
+    parts += final_model_words(event.summary, event.step)
     parts.append(duration_words(elapsed_s) + since)
     parts.append(f"folder {printable(started.output_dir, 200)}")
     failure = preview_failure_words(event.summary)
     if failure is not None:
         parts.append(failure)
     return ", ".join(parts)
+
+
+def final_model_words(summary: Mapping[str, Any], last: int) -> list[str]:
+    """Whose weights the final model has where that is not the last step, and the wait for scores.
+
+    Args:
+        last: the last step.
+    """
+    final, best = summary.get("final_model_step"), summary.get("best")
+    parts = []
+    if final is not None and final != last:
+        by = f" (best by {best['by']})" if isinstance(best, Mapping) else ""
+        parts.append(f"final model of step {final}{by}")
+    deciding = summary.get("deciding")
+    if isinstance(deciding, Mapping):
+        parts.append(f"waited {duration_words(deciding['waited_s'])} for scores")
+        num_missing = sum(len(rule["missing_steps"]) for rule in deciding["rules"])
+        if num_missing:
+            plural = "evaluation that decides" if num_missing == 1 else "evaluations that decide"
+            parts.append(f"{num_missing} {plural} missing")
+    return parts
 
 
 # ---- the state of a run in one sentence, the same on the terminal, the page and the report

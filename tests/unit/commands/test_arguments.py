@@ -38,6 +38,7 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("chat", ".", "--step"): COUNT,
     ("chat", ".", "--temperature"): NUMBER,
     ("data", "inspect", "x.jsonl", "--rows"): FROM_ZERO,
+    ("demo", "--early-stopping"): COUNT,
     ("demo", "--seed"): SEED,
     ("demo", "--steps"): COUNT,
     ("export", ".", "--step"): COUNT,

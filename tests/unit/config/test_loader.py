@@ -121,6 +121,7 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"data.shuffle": False, "data.group_by_length": True},
         {"data.shuffle", "data.group_by_length"},
     ),
+    ({"output.allow_changes": True}, {"output.allow_changes", "output.resume"}),
     ({"data.max_bad_rows": 3}, {"data.max_bad_rows", "data.on_bad_row"}),
     (
         {"data.enable_packing": True, "data.shuffle": False, "data.group_by_length": False},
@@ -249,6 +250,33 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
     (
         {"hyperparams.early_stopping_patience": 2, "monitoring.micro_eval_interval": 0},
         {"hyperparams.early_stopping_patience", "monitoring.micro_eval_interval"},
+    ),
+    (
+        {
+            "hyperparams.early_stopping_min_delta": 0.1,
+            "hyperparams.early_stopping_metric": "score.exact",
+        },
+        {"hyperparams.early_stopping_min_delta", "hyperparams.early_stopping_metric"},
+    ),
+    (
+        {"hyperparams.early_stopping_metric": "score.exact", "output.best_by": "val_loss"},
+        {
+            "hyperparams.early_stopping_metric",
+            "hyperparams.early_stopping_patience",
+            "output.best_by",
+        },
+    ),
+    (
+        {"output.best_by": "score.exact", "monitoring.scores": ["exact"]},
+        {"output.best_by", "monitoring.num_score_prompts"},
+    ),
+    (
+        {"monitoring.score_lag": 2},
+        {"monitoring.score_lag", "hyperparams.early_stopping_metric"},
+    ),
+    (
+        {"output.final_model": "best", "monitoring.micro_eval_interval": 0},
+        {"output.final_model", "monitoring.micro_eval_interval"},
     ),
 ]
 

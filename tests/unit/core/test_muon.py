@@ -112,6 +112,6 @@ def test_a_closure_is_called_with_gradients_on_and_its_loss_returned() -> None:
 def test_torchs_runs_where_the_device_computes_in_bf16_and_ours_elsewhere(
     monkeypatch: pytest.MonkeyPatch, precision: str, kind: type[torch.optim.Optimizer]
 ) -> None:
-    monkeypatch.setattr(optim, "default_precision", lambda device: precision)
+    monkeypatch.setattr(optim, "computes_in_bf16", lambda device: precision == "bf16")
     optimizer = optim.MuonAdamW(nn.Sequential(nn.Linear(4, 4, bias=False)), lr=1e-2)
     assert type(optimizer._parts["muon"]) is kind

@@ -97,7 +97,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(
 def test_a_step_equals_muon_and_adamw_run_apart_bit_for_bit(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
 ) -> None:
-    monkeypatch.setattr(optim, "default_precision", lambda device: "bf16" if has_bf16 else "fp32")
+    monkeypatch.setattr(optim, "computes_in_bf16", lambda device: has_bf16)
     one, apart = make_model(), make_model()
     train(one, [MuonAdamW(one, lr=1e-2, weight_decay=0.1)], steps=5)
     matrices = [p for n, p in apart.named_parameters() if ".layers." in n and p.ndim == 2]

@@ -86,3 +86,26 @@ def test_the_environment_names_versions_and_no_variables(monkeypatch: pytest.Mon
     found = environment_manifest(torch.device("cpu"))
     assert found["packages"]["torch"]
     assert "secret-canary" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_run_that_was_stopped_while_it_loaded_gives_its_folder_to_the_next(
+    tmp_path: Path, is_trained: bool
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"state": "stopped"}))
+    (tmp_path / "status.json").write_text("{}")
+    (tmp_path / "base_model").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    kind = "StepDone" if is_trained else "Notice"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"type": kind, "step": 0}) + "\n")
+    if is_trained:
+        with pytest.raises(OutputError, match="holds a run already"):
+            RunFolder.create(tmp_path, resume=False)
+        return
+    with pytest.raises(ResumeError, match="a run that made no step"):
+        RunFolder.create(tmp_path, resume=True)
+    folder = RunFolder.create(tmp_path, resume=False)
+    assert (tmp_path / "run.json").exists()  # a start may still be refused
+    folder.clear_unstarted()
+    folder.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.txt"]

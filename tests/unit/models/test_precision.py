@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from trainer.config import TrainerConfig
 from trainer.errors import ConfigError
-from trainer.models import precision
+from trainer.models import bf16_speed, precision
 from trainer.models.precision import resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
@@ -57,3 +60,53 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="CUDA devices"):
         resolve_device("cuda:99")
     assert resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_empty_is_fp32_on_a_cpu_whatever_it_has(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
+    config, name = precision.fill_precision(TrainerConfig(), CPU)
+    assert (name, config.hyperparams.fp_precision) == ("fp32", "fp32")
+    asked = TrainerConfig.model_validate({"hyperparams": {"fp_precision": "bf16"}})
+    assert precision.fill_precision(asked, CPU)[1] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ((2.0, 1.0), "2.00 of fp32's speed (2.00 to 2.00: an MLP block of 64 x 128"),
+        ((1.0, 2.0), "0.50 of fp32's speed"),
+    ],
+)
+def test_what_bf16_would_gain_is_measured_by_turns(
+    monkeypatch: pytest.MonkeyPatch, times: tuple[float, float], words: str
+) -> None:
+    ticks, is_bf16 = [0.0], [False]
+
+    def clock() -> float:
+        return ticks[0]
+
+    autocast = torch.autocast
+
+    def noted(*args: Any, enabled: bool) -> Any:
+        is_bf16.append(enabled)
+        ticks[0] += times[enabled]
+        return autocast(*args, enabled=enabled)
+
+    monkeypatch.setattr(bf16_speed, "PASS_FLOPS", 1e6)
+    monkeypatch.setattr(bf16_speed.time, "perf_counter", clock)
+    monkeypatch.setattr(bf16_speed.torch, "autocast", noted)
+    before = torch.random.get_rng_state()
+    found = bf16_speed.measure_bf16(64, 128)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert is_bf16[1:] == [False, True] * (1 + bf16_speed.PAIRS)
+    assert words in found.words
+    advice = "ask for it with --bf16" if times[0] > times[1] else "slower here"
+    assert found.words.endswith(advice)
+
+
+def test_a_cpu_that_only_emulates_bf16_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bf16_speed, "cpu_has_bf16", lambda: False)
+    assert "fp32 is faster" in bf16_speed.measure_bf16(64, 128).words

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from trainer.monitoring.events import DriftMeasured, EvaluationDone, ScoresDone, StepDone
+from trainer.monitoring.events import (
+    DriftMeasured,
+    EvaluationDone,
+    ScoreDecided,
+    ScoresDone,
+    StepDone,
+)
 from trainer.monitoring.status_schema import (
     AccuracyStatus,
     CheckpointStatus,
+    DecidingStatus,
     DriftStatus,
     ErrorStatus,
     NoticeStatus,
@@ -21,12 +28,14 @@ from trainer.monitoring.status_schema import (
 )
 from trainer.scores.figures import ScoreDifference, ScoreFigure
 
+EVENTS = [StepDone, EvaluationDone, DriftMeasured, ScoresDone, ScoreDecided]
 TEXT = (Path(__file__).parents[3] / "docs" / "status.md").read_text(encoding="utf-8")
 HEADINGS = {
     "## status.json": TrainingStatus,
     "### An entry of `last_previews`": PreviewStatus,
     "### `accuracy_last_20` and `accuracy_last_50`": AccuracyStatus,
     "### `drift`": DriftStatus,
+    "### `deciding`": DecidingStatus,
     "### An entry of `preview_scores` and `evaluation_scores`": ScoreFigure,
     "### `first` and `best`": ScoreDifference,
     "### `training_row`": RowStatus,
@@ -43,7 +52,7 @@ def test_every_field_has_its_row_in_order(heading):
     assert rows == list(HEADINGS[heading].model_fields)
 
 
-@pytest.mark.parametrize("event", [StepDone, EvaluationDone, DriftMeasured, ScoresDone])
+@pytest.mark.parametrize("event", EVENTS)
 def test_metrics_lines_are_described(event):
     row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
     assert row is not None

@@ -35,7 +35,7 @@ def judged(canary_value: float | None, *, mine: float | None = -3.0, **more: Any
         9,
         canary=(canary if mine is not None else None, mine),
         matches=str.__eq__,
-        decode=str,
+        parts_of=lambda ids: {"golden_tokens": tuple(map(str, ids))},
         backend_type="sidecar",
         visible_s=0.5,
     )

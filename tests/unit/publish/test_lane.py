@@ -31,6 +31,10 @@ class NoWorker:
 
     def look_after(self) -> None: ...
 
+    @property
+    def is_lost(self) -> bool:
+        return False
+
     def close(self) -> None: ...
 
 
@@ -58,7 +62,7 @@ class Unlucky:
             requests=REQUESTS,
             canary=Canary((0,), 1, 1.0, self._score),
             matches=str.__eq__,
-            decode=str,
+            parts_of=lambda ids: {"golden_tokens": tuple(map(str, ids))},
             backend_type="sidecar",
         )
         self.told = threading.Event()
@@ -216,3 +220,49 @@ def test_a_number_is_read_while_the_gpu_has_other_work() -> None:
     marker.record()
     assert read() == 3.0
     assert not marker.query(), "the number came before the work was done"
+
+
+def spooled(folder: Path, num_slots: int, finished: list[Finished]) -> PublishedPreviews:
+    """A lane whose evaluations never give way, and whose server is not there yet."""
+    folder.mkdir()
+    lane = PublishedPreviews(
+        worker=NoWorker(),
+        setup={},
+        snapshotter=Snapshotter({"w": torch.ones(4)}, torch.float32, torch.device("cpu")),
+        folder=folder,
+        num_slots=num_slots,
+        requests=REQUESTS,
+        canary=None,
+        matches=str.__eq__,
+        decode=str,
+        backend_type="sidecar",
+        evaluation=[PreviewRequest(prompt="c")],
+        is_spooled=True,
+    )
+    lane.start(finished.append)
+    return lane
+
+
+def test_no_newer_step_takes_the_place_of_an_evaluation_by_which_a_score_decides(
+    tmp_path: Path,
+) -> None:
+    finished: list[Finished] = []
+    lane = spooled(tmp_path / "arenas", 2, finished)
+    try:
+        lane.ask(0, is_kept=True, is_evaluated=True)
+        assert lane.has_room()
+        lane.ask(5, is_kept=False)  # a preview gives way, as there is an evaluation before it
+        assert [(one.step, one.is_superseded) for one in finished] == [(5, True)]
+        lane.ask(10, is_kept=False, is_evaluated=True)
+        assert not lane.has_room()
+        assert lane.pending() == [0, 10]
+        lane.ask(15, is_kept=False)
+        assert lane.pending() == [0, 10]
+        assert [one.step for one in lane._state.staged] == [0, 10]  # answered in this order
+        lane.ask(20, is_kept=False, is_evaluated=True)  # nobody waited for room
+        assert [one.step for one in finished] == [5, 15, 20]
+        [error] = {one.error_message for one in finished[-1].results}
+        assert (error, len(finished[-1].results)) == ("no room for a copy of these weights", 3)
+        assert not finished[-1].is_superseded
+    finally:
+        lane.close()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import time
+import zlib
 from typing import Any
 
 
@@ -100,3 +101,25 @@ def exits(completion: str) -> float:
 
 def exits_politely(completion: str) -> float:
     sys.exit(3)
+
+
+SHARES = {0: 0, 2: 0, 4: 50, 6: 100}
+"""Step -> percent of the prompts that `planned` calls right; the last one from there on."""
+
+
+def planned(prompt: str, step: int) -> bool:
+    """Right for more prompts at later steps, whatever the answer is."""
+    share = SHARES.get(step, 100)
+    return zlib.crc32(prompt.encode()) % 100 < share
+
+
+def planned_slowly(prompt: str, step: int) -> bool:
+    time.sleep(0.03)
+    return planned(prompt, step)
+
+
+def planned_with_a_gap(prompt: str, step: int) -> bool:
+    """As `planned`, but it fails at step 8."""
+    if step == 8:
+        raise ValueError("nothing at step 8")
+    return planned(prompt, step)

@@ -69,7 +69,7 @@ def is_verified(model: Any, found: Any) -> bool:
 def test_auto_is_bf16_for_bf16_weights_where_the_device_computes_in_it(
     sent: str, device_has: str, held_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_model, "default_precision", lambda device: device_has)
+    monkeypatch.setattr(held_model, "computes_in_bf16", lambda device: device_has == "bf16")
     held, model = hold(), trained()
     held.load_weights(file_of(model, tmp_path / "x", held_model.DTYPES[sent]), ID)
     wanted = held_model.DTYPES[held_in]
@@ -160,7 +160,7 @@ def test_mutant_canary_in_the_dtype_of_the_answers_is_killed(
 
 def test_bf16_where_the_gpu_has_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_model, "resolve_device", lambda device: torch.device("cuda", 0))
-    monkeypatch.setattr(held_model, "default_precision", lambda device: "fp32")
+    monkeypatch.setattr(held_model, "computes_in_bf16", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ConfigError, match="--dtype bf16: Tesla T4 has no bf16 arithmetic"):
         hold("bf16")

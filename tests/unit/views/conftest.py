@@ -14,6 +14,7 @@ from trainer.monitoring.events import (
     PreviewsDone,
     RunEnded,
     RunStarted,
+    ScoreDecided,
     StepDone,
 )
 from trainer.monitoring.status_writer import TrainingStatusWriter
@@ -100,6 +101,15 @@ class MadeUpRun:
                 duration_s=0.5,
             )
         )
+
+    def decide(self, step: int, **changes: Any) -> None:
+        """The evaluation of the step before is taken by a score that decides."""
+        values: dict[str, Any] = {
+            **{"evaluation_step": step - 20, "metric": "score.exact", "mean": 0.5},
+            **{"is_best": False, "best_step": 20, "reference_step": 20, "num_without": 1},
+            **{"patience": 3, "missing": None, "num_missing": 0, "waited_s": 2.0, **changes},
+        }
+        self.writer.on_event(ScoreDecided(step=step, **values))
 
     def end(self, state: Any = "completed", step: int = 1000, **changes: Any) -> None:
         """The run is over."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainer.views.facts import DRIFT_KL, alerts_of
+from trainer.views.facts import DRIFT_KL, alerts_of, bar_figures
 from trainer.views.timeline import mark_of
 
 MakeRun = Callable[..., Any]
@@ -66,6 +66,19 @@ def test_two_prompts_of_eight_that_go_wrong_are_no_alert(made_up_run: MakeRun) -
     for step in (100, 150, 200):
         run.preview(step, [True] * 6 + [False] * 2)
     assert texts_of(run) == []
+
+
+def test_a_score_that_is_missing_where_it_decides(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.decide(60)
+    assert texts_of(run) == []
+    run.decide(80, mean=None, missing="no answer for 60 s", num_missing=1)
+    [text] = texts_of(run)
+    assert text == ("score.exact of step 60 is missing and decides nothing: no answer for 60 s")
+    assert bar_figures(run.read())[-1] == (
+        "score.exact decides: best step 20, 1 of 3 evaluations without a clear rise, 1 missing, "
+        "training waited 2.0 s"
+    )
 
 
 def test_drift_above_the_threshold_names_the_prompt(made_up_run: MakeRun) -> None:

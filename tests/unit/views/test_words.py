@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.monitoring.events import printable
 from trainer.preview.base import PreviewResult, PreviewSample
-from trainer.views.words import duration_words, left_words, remarks_of
+from trainer.views.words import duration_words, final_model_words, left_words, remarks_of
 
 
 @given(st.text(), st.integers(min_value=1, max_value=60))
@@ -86,3 +86,18 @@ def test_samples_are_counted_where_they_can_be_compared():
     assert remarks_of(said(True)) == ""
     assert remarks_of(said(False, True, True, None)) == "(2 of 3 samples match)"
     assert remarks_of(said(None, None)) == "(2 samples)"
+
+
+def test_the_last_line_says_whose_weights_the_final_model_has():
+    rule = {"metric": "score.exact", "missing_steps": [40]}
+    summary = {
+        "final_model_step": 20,
+        "best": {"by": "score.exact", "step": 20, "value": 0.5},
+        "deciding": {"waited_s": 2.0, "rules": [rule]},
+    }
+    assert final_model_words(summary, 80) == [
+        "final model of step 20 (best by score.exact)",
+        "waited 2.0 s for scores",
+        "1 evaluation that decides missing",
+    ]
+    assert final_model_words({"final_model_step": 80, "best": None}, 80) == []

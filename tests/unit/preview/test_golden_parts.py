@@ -1,0 +1,98 @@
+"""Golden tokens have their ids, bytes and part; profiles compared on one file ask the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config.schema import DataSection
+from trainer.data.dataset import prepare_data
+from trainer.data.encode import RowEncoder
+from trainer.preview.golden import golden_parts
+from trainer.profiles import DataProfile, get_profile
+
+ANSWER = "<<ANS_START>> caf\u00e9 \u2705 <<ANS_END>>"
+
+
+def test_golden_tokens_carry_ids_bytes_and_which_of_them_are_the_frame(tokenizer: Any) -> None:
+    ids = [*tokenizer.encode(ANSWER), tokenizer.eos_token_id]
+    found = golden_parts(tokenizer, get_profile("regime3"), ids)
+    assert found["golden_token_ids"] == tuple(ids)
+    pieces = [bytes.fromhex(piece) for piece in found["golden_token_bytes"]]
+    assert b"".join(pieces) == (ANSWER + "<|im_end|>").encode()
+    assert "\u2705".encode() not in pieces  # it takes several tokens, whose texts cannot be read
+    inner = [piece for piece, is_frame in zip(pieces, found["golden_is_frame"], strict=True)]
+    said = b"".join(
+        piece
+        for piece, is_frame in zip(inner, found["golden_is_frame"], strict=True)
+        if not is_frame
+    )
+    assert said.strip().decode() == "caf\u00e9 \u2705"
+    assert found["golden_is_frame"][-1] is True
+    plain = golden_parts(tokenizer, get_profile("plain"), ids)
+    assert sum(plain["golden_is_frame"]) == 1  # the end of the turn
+
+
+def test_emoji_around_an_answer_are_its_frame(tokenizer: Any) -> None:
+    profile = get_profile("emoji_think", {"think_range": [2, 2], "stop_range": [2, 2]})
+    turns: list[Any] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]
+    [_, answer] = profile.transform(turns, index=0, seed=0)
+    ids = tokenizer.encode(answer["content"])
+    found = golden_parts(tokenizer, profile, ids)
+    kept = [
+        one for one, is_frame in zip(ids, found["golden_is_frame"], strict=True) if not is_frame
+    ]
+    assert tokenizer.decode(kept).strip() == "yes"
+
+
+@pytest.mark.parametrize("piece", ["<0xE2>", "\u2581word"])
+def test_tokens_of_sentencepiece_are_bytes_too(piece: str) -> None:
+    from types import SimpleNamespace
+
+    from trainer.preview.golden import token_bytes
+
+    tokenizer = SimpleNamespace(
+        added_tokens_decoder={},
+        convert_ids_to_tokens=lambda token: piece,
+        backend_tokenizer=SimpleNamespace(decoder="Sequence(...)"),
+    )
+    assert token_bytes(tokenizer, 0) == {"<0xE2>": b"\xe2", "\u2581word": b" word"}[piece]
+
+
+class OnePrompt(DataProfile):
+    """Rewrites every second question to one and the same."""
+
+    name = "one"
+
+    def transform(self, messages: list[Any], *, index: int, seed: int) -> list[Any]:
+        turns = [turn.copy() for turn in messages]
+        if index % 2:
+            turns[0]["content"] = "the same for all"
+        return turns
+
+
+def test_profiles_compared_on_one_file_are_asked_the_same_rows(
+    write_rows: Callable[..., Path], tokenizer: Any
+) -> None:
+    rows = [{"question": f"what is {n}?", "answer": f"it is {n}"} for n in range(60)]
+    section = DataSection(dataset_path=str(write_rows(rows)), validation_split=0.5, cache=False)
+
+    def asked(profile: DataProfile) -> list[list[str]]:
+        data = prepare_data(
+            section,
+            profile=profile,
+            encoder=RowEncoder(tokenizer, 256),
+            num_preview=6,
+            num_score=6,
+            num_final=20,
+        )
+        parts = (data.preview_prompts, data.score_prompts, data.final_prompts)
+        return [[one.prompt_id for one in part] for part in parts]
+
+    expected = asked(get_profile("plain"))
+    assert [len(part) for part in expected] == [6, 6, 20]
+    assert asked(get_profile("regime3")) == expected
+    assert asked(OnePrompt()) == expected
