@@ -44,7 +44,7 @@ BLOCK = 64 * 1024
 
 def replace_file(
     path: Path,
-    content: str | Sequence[bytes],
+    content: str | Sequence[bytes | memoryview],
     *,
     mode: int = 0o666,
     tag: str | None = None,

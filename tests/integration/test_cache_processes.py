@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from trainer.commands.data import run
 from trainer.data import cache as cache_module
 from trainer.data.cache import Arrays, CacheEntry, find_entry
 
@@ -127,3 +129,39 @@ def test_a_file_that_is_edited_again_and_again_does_not_fill_the_disk(tmp_path: 
     assert len(kept) == cache_module.KEPT_ENTRIES
     assert kept == [0, *range(30 - cache_module.KEPT_ENTRIES + 1, 30)]
     assert all(other.load() is not None for other in others)
+
+
+def test_a_full_cache_makes_room_by_last_use_and_keeps_what_others_are_writing(
+    tmp_path: Path,
+) -> None:
+    size = 0
+    for number, label in enumerate(("a.jsonl", "b.jsonl", "c.jsonl")):
+        entry = entry_of(tmp_path, number, label)
+        entry.store(arrays(), {"rows": number})
+        os.utime(entry.path, (1000 + number, 1000 + number))
+        size = entry.path.stat().st_size
+    (tmp_path / ".x.cache.1234.tmp").write_bytes(b"being written")
+    (tmp_path / ".y.cache.1234.tmp").write_bytes(b"left by a killed writer")
+    os.utime(tmp_path / ".y.cache.1234.tmp", (1, 1))
+    used = entry_of(tmp_path, 0, "a.jsonl").load()
+    oldest = entry_of(tmp_path, 1, "b.jsonl").load()
+    os.utime(entry_of(tmp_path, 1, "b.jsonl").path, (1, 1))
+    last = dataclasses.replace(entry_of(tmp_path, 3, "d.jsonl"), max_bytes=3 * size + 100)
+    assert last.store(arrays(), {"rows": 3}) == 1
+    names = sorted(path.name[:7] for path in tmp_path.iterdir())
+    assert names == [".x.cach", "a.jsonl", "c.jsonl", "d.jsonl"]
+    assert used is not None
+    assert oldest is not None
+    assert used["x"][:].tolist() == oldest["x"][:].tolist() == [0, 1, 2], "open, so still there"
+    assert cache_module.about_entry(last.path) == {"rows": 3}
+
+
+def test_the_command_shows_what_entries_are_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry_of(tmp_path, 1).store(arrays(), {"data": "rows\x1b.jsonl", "rows": 3})
+    (tmp_path / "old-format.cache").write_bytes(os.urandom(100))
+    assert run(["cache", "show", "--dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "data rows\\x1b.jsonl, rows 3" in shown
+    assert "2 entries" in shown

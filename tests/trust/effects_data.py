@@ -12,6 +12,7 @@ from tests.trust import flash
 from tests.trust.effects import shows
 from tests.trust.lab import LORA, NUM_ROWS, Lab
 from tests.trust.reference import llama
+from trainer.data import encode_processes
 from trainer.models.adapter_files import load_finished_model
 
 
@@ -224,6 +225,39 @@ def train_on_thinking(lab: Lab) -> None:
         trained = "".join(text for text, is_on in data.card.sample if is_on)
         assert trained.startswith(start)
     assert "train_on_thinking" in lab.refusal(data={"train_on_thinking": False})
+
+
+@shows("data.cache_max_gib")
+def cache_size(lab: Lab) -> None:
+    """What does not fit is not written; what is there makes room for what is written."""
+    folder = lab.path("small_cache")
+    kept = {"cache": True, "cache_dir": str(folder)}
+    tiny = lab.data(data={**kept, "cache_max_gib": 1e-9})
+    assert "data.cache_max_gib is less" in tiny.card.cache
+    lab.data(data=kept)
+    [entry] = folder.iterdir()
+    room = 1.5 * entry.stat().st_size / 2**30
+    other = lab.data(data={**kept, "cache_max_gib": room, "validation_split": 0.3})
+    assert "1 older entries removed" in other.card.cache
+    assert len([*folder.iterdir()]) == 1
+
+
+@shows("data.encode_processes")
+def encoding_processes(lab: Lab) -> None:
+    """Two processes are started, and make the same rows."""
+    started: list[Any] = []
+    original = encode_processes.Child
+
+    def start(*args: Any, **options: Any) -> Any:
+        started.append(original(*args, **options))
+        return started[-1]
+
+    with mock.patch.object(encode_processes, "Child", start):
+        two = lab.data(data={"encode_processes": 2, "cache": False})
+        assert len(started) == 2
+        one = lab.data(data={"encode_processes": 1, "cache": False})
+        assert len(started) == 2
+    assert one.train.fingerprint() == two.train.fingerprint()
 
 
 @shows("data.shuffle", "data.group_by_length")

@@ -19,6 +19,7 @@ from trainer.data import rendered, spans, template
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX, BadRowError, Example
 from trainer.data.tools import Dialect
+from trainer.data.turns import assistant_turns
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -226,8 +227,9 @@ def test_mutant_n9_turns_looked_for_by_the_prompts_length_is_killed(
     """Prompts hold what the row lost, so that they are longer than its own start."""
     check_shape("qwen3_5_think", "agent")
 
-    def by_length(self: Any, prompt: str) -> tuple[int, str]:
-        plain = template.without_marks(prompt)
+    def by_length(self: Any, nth: int) -> tuple[int, str]:
+        turns = self.row[: assistant_turns(self.row)[nth]]
+        plain = self.template.text(turns, ask=True, thinking=self.rendered.is_thinking)
         return max(len(plain) - 40, 0), plain[-40:]
 
     monkeypatch.setattr(spans._Search, "_anchor", by_length)

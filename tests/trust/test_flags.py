@@ -188,7 +188,9 @@ def test_mutant_n28_an_untrained_golden_answer_is_killed(monkeypatch: pytest.Mon
 
 
 def test_mutant_n28_weights_of_one_kept_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "kept_weights", lambda weights, labels: weights)
+    monkeypatch.setattr(
+        encode, "kept_weights", lambda weights, labels: weights or [1.0] * len(labels)
+    )
     killed(check_same_without_flags)
 
 

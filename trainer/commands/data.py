@@ -136,7 +136,7 @@ def _cache(words: list[str]) -> int:
     parser.add_argument("--dir", help="folder of the cache [that of the config]")
     asked = parse(parser, words)
     folder = Path(asked.dir).expanduser() if asked.dir else _configured_folder()
-    from trainer.data.cache import entries
+    from trainer.data.cache import about_entry, entries
 
     found = entries(folder)
     size = sum(path.stat().st_size for path in found)
@@ -145,6 +145,9 @@ def _cache(words: list[str]) -> int:
             stat = path.stat()
             when = dt.datetime.fromtimestamp(stat.st_mtime).isoformat(" ", "minutes")
             print(f"{when}  {stat.st_size / 2**20:8.1f} MiB  {path.name}")
+            about = ", ".join(f"{what} {value}" for what, value in about_entry(path).items())
+            if about:
+                print(f"    {_plain(about)}")
         print(f"{len(found)} entries, {size / 2**20:.1f} MiB in {folder}")
         return EXIT_COMPLETED
     for path in found:

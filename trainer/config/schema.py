@@ -72,6 +72,12 @@ class DataSection(Section):
     """Keep encoded rows on disk; the next start with the same files and options reads them."""
     cache_dir: str | None = None
     """Folder of encoded rows. Empty: `ultimate-trainer` in $XDG_CACHE_HOME or ~/.cache."""
+    cache_max_gib: Annotated[float, Field(gt=0)] | None = 50.0
+    """GiB that the entries of that folder may take; those that were longest unused are removed when
+    one is written. Empty: any size."""
+    encode_processes: PositiveInt | None = None
+    """Processes that encode rows. Empty: one for few rows, else as many as there are cores for each
+    process of the run. The rows and their order are the same with any number."""
     truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
     """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
     tokens. The data card counts them."""

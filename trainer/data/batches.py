@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
+from trainer.data.file_arrays import FileArray, blocks_of
 from trainer.data.rows import IGNORE_INDEX, Example
 
 GROUPS_PER_POOL = 50  # batches sorted together: short padding, yet rows still meet new company
+
+AnyArray = np.ndarray[Any, Any] | FileArray
 
 BLANK = -1
 """Index of a row without anything to train: it fills the last batches of several processes."""
@@ -194,22 +197,23 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         """Copy ids, labels and weights of the examples, which may be dropped afterwards."""
         self.lengths = [len(example.input_ids) for example in examples]
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self._ids = _flat([example.input_ids for example in examples])
-        self._labels = _flat([example.labels for example in examples])
-        self._weights = _flat_weights(examples, self._labels)
+        labels = _flat([example.labels for example in examples])
+        self._ids: AnyArray = _flat([example.input_ids for example in examples])
+        self._labels: AnyArray = labels
+        self._weights: AnyArray | None = _flat_weights(examples, labels)
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray[Any, Any]]) -> EncodedDataset:
-        """The dataset that `as_arrays` was called on."""
+    def from_arrays(cls, arrays: Mapping[str, AnyArray]) -> EncodedDataset:
+        """The dataset that `as_arrays` was called on; arrays in files stay there."""
         dataset = cls([])
-        dataset._starts, dataset._ids = arrays["starts"], arrays["ids"]
+        dataset._starts, dataset._ids = np.asarray(arrays["starts"]), arrays["ids"]
         dataset._labels, dataset._weights = arrays["labels"], arrays.get("weights")
         dataset.lengths = np.diff(dataset._starts).tolist()
         return dataset
 
-    def as_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+    def as_arrays(self) -> dict[str, AnyArray]:
         """All rows: ids, labels and any loss weights end to end, and where each row starts."""
-        arrays: dict[str, np.ndarray[Any, Any]] = {
+        arrays: dict[str, AnyArray] = {
             "starts": self._starts,
             "ids": self._ids,
             "labels": self._labels,
@@ -235,11 +239,12 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         """sha256 of all row borders, ids, labels and any loss weights, in order."""
         digest = hashlib.sha256()
         for array in self.as_arrays().values():
-            digest.update(np.ascontiguousarray(array).tobytes())
+            for block in blocks_of(array):
+                digest.update(block.tobytes())
         return digest.hexdigest()
 
 
-def _flat(rows: list[list[int]]) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _flat(rows: list[Sequence[int]]) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.concatenate(
         [np.asarray(row, dtype=np.int32) for row in rows] or [np.zeros(0, np.int32)]
     )

@@ -1,64 +1,78 @@
 """Encoded rows on disk, found again by everything that decides them; never by time or name.
 
-A file is the sha256 of the rest, and the rest an .npz (no pickle): flat arrays and one JSON text.
+A file is the checksum of the rest (XXH3: against damage, not against forgers), and the rest flat
+arrays behind an index of them as JSON. They are read when they are used; there is no pickle in it.
 What cannot be described exactly (a profile without source code) is not cached.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import inspect
-import io
 import json
 import logging
 import os
 import re
 import secrets
-import sys
-import types
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-from pydantic import BaseModel
+import xxhash
 
-from trainer import __version__
 from trainer.config.schema import DataSection
-from trainer.files import default_cache_dir, replace_file
-from trainer.models.chat_template import printed_dates
-from trainer.profiles import DataProfile
+from trainer.data.cache_key import (
+    NotCacheableError,
+    canonical,
+    describe,
+    library_versions,
+    own_code_hash,
+)
+from trainer.data.file_arrays import FileArray, OpenFile
+from trainer.errors import TrainerError
+from trainer.files import default_cache_dir, remove_quietly, replace_file
 
 logger = logging.getLogger(__name__)
 
-NO_EFFECT = {"cache", "cache_dir", "shuffle", "group_by_length", "enable_packing"}
+NO_EFFECT = {
+    *(
+        "cache",
+        "cache_dir",
+        "cache_max_gib",
+        "encode_processes",
+        "shuffle",
+        "group_by_length",
+        "enable_packing",
+    ),
+}
 """Options of section `data` that do not change the encoded rows."""
 
 SUFFIX = ".cache"
 
 TEMPORARY = ".tmp"
 
-DIGEST_BYTES = 32
+DIGEST_BYTES, LENGTH_BYTES, MAX_INDEX_BYTES = 16, 8, 2**24
+
+READ_BYTES = 2**20
+
+STALE_S = 86_400
+"""A file that nobody finished in so long was left by a killed writer."""
+
+ALIGNED = 64
+"""Every array begins at a multiple of so many bytes."""
 
 KEY_CHARS = 40
 
 KEPT_ENTRIES = 8
 """Entries of data files with one name; the one that was longest unused goes first."""
 
-LIBRARIES = ("transformers", "tokenizers", "jinja2")
-
-OWN_PACKAGES = ("data", "profiles")
-
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-
-class NotCacheableError(Exception):
-    """Something that decides the rows has no exact description."""
+FileArrays = dict[str, FileArray]
 
 
 class DamagedEntryError(Exception):
@@ -75,8 +89,10 @@ class CacheEntry:
     """The file of one key, there or not."""
 
     path: Path
+    max_bytes: int | None = None
+    """What all entries of the folder may take; None: any size."""
 
-    def read(self) -> tuple[Arrays | None, str]:
+    def read(self) -> tuple[FileArrays | None, str]:
         """Its arrays or None, and what the data card says of them; damage is a warning."""
         try:
             arrays = self.load()
@@ -85,78 +101,144 @@ class CacheEntry:
             return None, f"damaged entry replaced ({error}): "
         return arrays, f"read from {self.path}" if arrays is not None else ""
 
-    def write(self, arrays: Arrays, note: str) -> str:
-        """Store the arrays; what the data card says of it. A full disk is a warning.
+    def write(self, arrays: Arrays, note: str, about: Mapping[str, Any]) -> tuple[bool, str]:
+        """Store the arrays: whether that went well, and what the data card says of it.
+
+        A full disk is a warning.
 
         Args:
             note: of `read`.
+            about: as of `store`.
         """
         try:
-            removed = self.store(arrays)
+            removed = self.store(arrays, about)
         except OSError as error:
             logger.warning(
                 "%s: cannot be written (%s); the next start encodes again", self.path, error
             )
-            return f"not written: {error.strerror}"
-        more = f"; {removed} older entries of this file name removed" if removed else ""
-        return f"{note}written to {self.path}{more}"
+            return False, f"not written: {error.strerror}"
+        more = f"; {removed} older entries removed" if removed else ""
+        return True, f"{note}written to {self.path}{more}"
 
-    def load(self) -> Arrays | None:
-        """Its arrays; None where there is no file.
+    def load(self) -> FileArrays | None:
+        """Its arrays, in the file; None where there is none.
 
         Raises:
             DamagedEntryError: it cannot be read, or its content is not what was written.
         """
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                digest = file.read(DIGEST_BYTES)
+                found = xxhash.xxh3_128()
+                while block := file.read(READ_BYTES):
+                    found.update(block)
+                if found.digest() != digest:
+                    raise DamagedEntryError("its checksum is wrong")
         except FileNotFoundError:
             return None
         except OSError as error:
             raise DamagedEntryError(str(error.strerror)) from error
-        digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:
-            raise DamagedEntryError("its checksum is wrong")
         with contextlib.suppress(OSError):  # a folder that is only read serves as well
             os.utime(self.path)
-        with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
-            return dict(arrays)
+        return self.arrays()
 
-    def store(self, arrays: Arrays) -> int:
+    def arrays(self) -> FileArrays:
+        """The arrays of a file that is whole; they are read when they are used.
+
+        Raises:
+            OSError: it is not there.
+        """
+        file = OpenFile(self.path)
+        index, begin = _index_of(file)
+        return {
+            name: FileArray(file, kind, begin + offset, count)
+            for name, (kind, offset, count) in index["arrays"].items()
+        }
+
+    def store(self, arrays: Arrays, about: Mapping[str, Any] | None = None) -> int:
         """Write the file in one step: it is whole, or not there.
 
+        Args:
+            arrays: by name.
+            about: what people are told of it; JSON values.
         Returns:
-            How many older entries of data files with this name were removed: the file that is
-            edited again and again must not fill the disk.
+            How many older entries were removed. A run that uses one has it open and keeps it.
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or the entry alone is larger than `max_bytes`.
         """
-        buffer = io.BytesIO()
-        # mypy: savez takes arrays by any name, and its other options are not among ours.
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        body = buffer.getvalue()
+        index: dict[str, tuple[str, int, int]] = {}
+        body: list[bytes | memoryview] = []
+        offset = 0
+        for name, array in arrays.items():
+            index[name] = (array.dtype.str, offset, array.size)
+            padding = -array.nbytes % ALIGNED
+            body += [np.ascontiguousarray(array).view(np.uint8).data, bytes(padding)]
+            offset += array.nbytes + padding
+        head = json.dumps({"about": dict(about or {}), "arrays": index}).encode()
+        head += b" " * (-(DIGEST_BYTES + LENGTH_BYTES + len(head)) % ALIGNED)
+        pieces = [len(head).to_bytes(LENGTH_BYTES, "little"), head, *body]
+        size = DIGEST_BYTES + sum(map(len, pieces))
+        if self.max_bytes is not None and size > self.max_bytes:
+            raise OSError(errno.EFBIG, f"{size / 2**30:.3g} GiB, data.cache_max_gib is less")
+        digest = xxhash.xxh3_128()
+        for piece in pieces:
+            digest.update(piece)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Machines that share the folder have processes with the same number.
-        pieces = [hashlib.sha256(body).digest(), body]
-        replace_file(self.path, pieces, tag=secrets.token_hex(4), is_synced=True)
+        tag = secrets.token_hex(4)
+        replace_file(self.path, [digest.digest(), *pieces], tag=tag, is_synced=True)
         return self._forget_oldest()
 
     def _forget_oldest(self) -> int:
-        """Remove entries of this data file's name beyond the KEPT_ENTRIES used last."""
+        """Remove entries of this data file's name beyond the KEPT_ENTRIES used last, so that a file
+        that is edited again and again does not fill the disk, then those of any name beyond
+        `max_bytes`, and what killed writers left."""
         label = self.path.name[: -KEY_CHARS - len(SUFFIX)]
-        found = [
+        found = sorted(entries(self.path.parent), key=_last_use, reverse=True)
+        others = [path for path in found if path.suffix == SUFFIX and path != self.path]
+        named = [
             path
-            for path in entries(self.path.parent)
-            if path.suffix == SUFFIX
-            and path.name.startswith(label)
-            and len(path.name) == len(self.path.name)
-            and path != self.path
+            for path in others
+            if path.name.startswith(label) and len(path.name) == len(self.path.name)
         ]
+        gone = set(named[KEPT_ENTRIES - 1 :])
+        if self.max_bytes is not None:
+            used = _size(self.path)
+            for path in others:
+                used += 0 if path in gone else _size(path)
+                if used > self.max_bytes:
+                    gone.add(path)
         removed = 0
-        for path in sorted(found, key=_last_use, reverse=True)[KEPT_ENTRIES - 1 :]:
+        for path in gone:
             with contextlib.suppress(OSError):  # another run removed it first, or may remove it
                 path.unlink()
                 removed += 1
+        for path in found:
+            if path.suffix == TEMPORARY and time.time() - _last_use(path) > STALE_S:
+                remove_quietly(path)
         return removed
+
+
+def _index_of(file: OpenFile) -> tuple[dict[str, Any], int]:
+    """What a file says of its arrays, and where they begin."""
+    begin = DIGEST_BYTES + LENGTH_BYTES
+    size = int.from_bytes(file.read(DIGEST_BYTES, LENGTH_BYTES), "little")
+    if size > MAX_INDEX_BYTES:
+        raise ValueError("no index of arrays")
+    index: dict[str, Any] = json.loads(file.read(begin, size))
+    return index, begin + size
+
+
+def about_entry(path: Path) -> dict[str, Any]:
+    """What its writer said of an entry, such as its data files and rows; {} where nothing is known.
+
+    The checksum is not looked at.
+    """
+    try:
+        about = _index_of(OpenFile(path))[0].get("about")
+    except (OSError, ValueError, AttributeError, TrainerError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def entry_of(
@@ -177,7 +259,9 @@ def entry_of(
         "files": list(hashes.items()),
     }
     try:
-        return find_entry(cache_folder(section.cache_dir), Path(next(iter(hashes))).name, parts), ""
+        entry = find_entry(cache_folder(section.cache_dir), Path(next(iter(hashes))).name, parts)
+        limit = section.cache_max_gib
+        return replace(entry, max_bytes=None if limit is None else int(limit * 2**30)), ""
     except NotCacheableError as error:
         return None, f"not used: {error}"
 
@@ -205,164 +289,15 @@ def entries(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (SUFFIX, TEMPORARY))
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # as below
+        return 0
+
+
 def _last_use(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:  # another run removed it just now
         return 0.0
-
-
-# ---- what decides the rows, as plain values
-
-
-def describe(value: Any) -> Any:
-    """Everything about a value that can change the rows, as plain JSON values.
-
-    Raises:
-        NotCacheableError: a value of a kind that is not known here.
-    """
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, dict):
-        return {str(key): describe(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [describe(part) for part in value]
-    if isinstance(value, set | frozenset):
-        # Whole, so that no two parts are equal to the sort: a set's own order changes by process.
-        return sorted((describe(part) for part in value), key=canonical)
-    if isinstance(value, re.Pattern):
-        return [value.pattern, value.flags]
-    if hasattr(value, "backend_tokenizer"):
-        return tokenizer_key(value)
-    if isinstance(value, DataProfile):
-        return describe_profile(value)
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return _describe_own(value)
-
-
-def _describe_own(value: Any) -> Any:
-    """Objects and functions of this package: its code is in the key, their values follow."""
-    if isinstance(value, types.FunctionType) and value.__closure__ is None:
-        if value.__module__.startswith("trainer."):
-            return f"{value.__module__}.{value.__qualname__}"
-    elif type(value).__module__.startswith("trainer."):
-        if is_dataclass(value):
-            parts = {field.name: getattr(value, field.name) for field in fields(value)}
-        else:
-            parts = dict(vars(value))
-        return [type(value).__qualname__, describe(parts)]
-    raise NotCacheableError(f"a {type(value).__module__}.{type(value).__qualname__}")
-
-
-def tokenizer_key(tokenizer: Any) -> str:
-    """sha256 of the tokenizer's rules, its template and its special tokens.
-
-    Raises:
-        NotCacheableError: it runs Python code from the model's folder.
-    """
-    if type(tokenizer).__module__.startswith("transformers_modules"):
-        raise NotCacheableError("a tokenizer with code of its own")
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left there by earlier calls; what a row's tokens are cut to is in the encoder.
-    rules.pop("padding", None)
-    rules.pop("truncation", None)
-    parts = {
-        "class": type(tokenizer).__qualname__,
-        "rules": rules,
-        "template": tokenizer.chat_template,
-        "date": printed_dates(tokenizer),
-        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
-        "added": {
-            index: [token.content, token.special]
-            for index, token in tokenizer.added_tokens_decoder.items()
-        },
-        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
-    }
-    return hashlib.sha256(canonical(parts).encode()).hexdigest()
-
-
-def canonical(value: Any) -> str:
-    """JSON values as a text that is the same for equal ones."""
-    return json.dumps(value, sort_keys=True)
-
-
-def describe_profile(profile: DataProfile) -> Any:
-    """Name, options and code of a profile.
-
-    The code is every source file that can be reached from the module of the class through what
-    its modules import, as far as it is neither installed nor the standard library's; the class's
-    own file always counts.
-
-    Raises:
-        NotCacheableError: the class has no source file.
-    """
-    cls = type(profile)
-    hashes: dict[str, str] = {}
-    for base in cls.__mro__:
-        if not base.__module__.startswith("trainer.") and base is not object:
-            _add_sources(sys.modules.get(base.__module__), hashes, is_wanted=True)
-    return [cls.__module__, cls.__qualname__, describe(profile.options), hashes]
-
-
-def _add_sources(
-    module: types.ModuleType | None, hashes: dict[str, str], *, is_wanted: bool
-) -> None:
-    """Hash a module's file and follow its names to the modules that they come from."""
-    name = getattr(module, "__name__", "?")
-    path = _source_file(module)
-    if path is None:
-        if is_wanted:
-            raise NotCacheableError(f"profile code without a source file (module {name})")
-        return
-    if name in hashes or not (is_wanted or _is_users(name, path)):
-        return
-    if path.stat().st_mtime > psutil.Process().create_time():
-        # What runs may be the code from before the edit, so its text says nothing.
-        raise NotCacheableError(f"code edited since this process began ({path})")
-    hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for value in list(vars(module).values()):
-        if isinstance(value, types.ModuleType):
-            _add_sources(value, hashes, is_wanted=False)
-        else:
-            home = getattr(value, "__module__", None)
-            _add_sources(
-                sys.modules.get(home) if isinstance(home, str) else None, hashes, is_wanted=False
-            )
-
-
-def _source_file(module: types.ModuleType | None) -> Path | None:
-    try:
-        path = Path(inspect.getsourcefile(module) or "")  # type: ignore[arg-type]
-    except TypeError:  # built in, or no module at all
-        return None
-    return path if path.is_file() else None
-
-
-def _is_users(name: str, path: Path) -> bool:
-    """Whether a module is neither ours, nor installed, nor the standard library's."""
-    top = name.partition(".")[0]
-    return (
-        top not in sys.stdlib_module_names
-        and top != "trainer"
-        and "site-packages" not in path.parts
-    )
-
-
-@cache
-def own_code_hash() -> str:
-    """sha256 of the source files of this package that make rows, and its version."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256(__version__.encode())
-    for package in OWN_PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(f"\n{path.relative_to(root)}\n".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Versions of what else makes tokens."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return {"python": python, **{name: version(name) for name in LIBRARIES}}

@@ -100,6 +100,8 @@ class DataCard:
     """Numbers, booleans and JSON that were taken as their JSON text."""
     num_rendered: int = 0
     """Rows of text with the chat template's markers that were read back into turns."""
+    num_one_by_one: int = 0
+    """Rows whose turns were located by marks of their own, which takes several renderings."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
     sample: tuple[tuple[str, bool], ...] = ()
@@ -141,6 +143,7 @@ def draw_card(
     formats: str,
     encoder: RowEncoder,
     profile: DataProfile,
+    profile_report: dict[str, int],
     system_prompt: str | None,
     rejected: RowErrors,
     dropped: Sequence[int],
@@ -154,6 +157,7 @@ def draw_card(
         formats: the layouts that the files have.
         encoder: that encoded the rows.
         profile: that rewrote them.
+        profile_report: what it counted meanwhile.
         system_prompt: system turn of rows that bring none.
         rejected: rows that could not be used.
         dropped: length in tokens of each row that data.truncation=drop left out.
@@ -168,7 +172,7 @@ def draw_card(
         format=formats,
         template=_trained_words(encoder, rows),
         profile=profile.name,
-        profile_report=profile.report(),
+        profile_report=profile_report,
         system_prompt=system_prompt,
         num_own_system=num_own_system(rows),
         validation=sides.how,
@@ -188,7 +192,7 @@ def draw_card(
         num_cut_tokens=sum(dropped) + num_removed,
         thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
         opening=encoder.template.opening,
-        sample=marked_text(encoder.tokenizer, first.input_ids, first.labels),
+        sample=marked_text(encoder.tokenizer, list(first.input_ids), list(first.labels)),
         **_row_counts(used),
         **_token_counts(sides.train, sides.validation),
     )
@@ -215,6 +219,7 @@ def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
         "unused_keys": dict(sorted(unused.items())),
         "num_as_text": sum(item.row.notes.num_as_text for item in kept),
         "num_rendered": sum(item.row.is_rendered for item in kept),
+        "num_one_by_one": sum(not item.example.is_by_shape for item in kept),
     }
 
 
@@ -343,6 +348,12 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             "openings",
             f"{card.num_openings:,} rows begin with an assistant turn: context only, and left out "
             "where the chat template refuses it",
+        )
+    if card.num_one_by_one:
+        yield (
+            "one by one",
+            f"{card.num_one_by_one:,} rows (calls of tools, or texts that the chat template looks "
+            "into) are rendered several times to locate their answers: same tokens, more time",
         )
     if card.num_rendered:
         yield (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +13,17 @@ from pydantic import TypeAdapter
 
 from trainer.config.schema import DataSection
 from trainer.data.batches import EncodedDataset, PackedDataset
-from trainer.data.cache import Arrays, entry_of
+from trainer.data.cache import Arrays, FileArrays, entry_of
 from trainer.data.card import DataCard, draw_card, num_own_system
 from trainer.data.encode import RowEncoder
-from trainer.data.layouts import check_text_row
+from trainer.data.encode_processes import prepare_rows
+from trainer.data.preparer import Preparer
 from trainer.data.rendered import check_markers_used, read_back
-from trainer.data.rows import BadRowError, PreviewRequest, Row, RowErrors, RowTooLongError, is_text
+from trainer.data.rows import PreviewRequest, Row, RowErrors, RowTooLongError, is_text
 from trainer.data.sources import (
     EncodedRow,
     Sides,
     Source,
-    content_key,
     find_sources,
     first_prompts,
     read_sources,
@@ -28,10 +31,9 @@ from trainer.data.sources import (
     trained_groups,
     weigh_rows,
 )
-from trainer.data.tools import tool_names, tools_of
-from trainer.data.turns import assistant_turns, check_messages
+from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
-from trainer.profiles import DataProfile, Message, get_profile
+from trainer.profiles import DataProfile, get_profile
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,6 @@ class _Texts:
     """Prompts of the final evaluation."""
     score_prompts: tuple[PreviewRequest, ...]
     """Held-out prompts that are answered for scores only: none of the preview prompts."""
-    train_texts: tuple[tuple[str, str], ...]
-    """(prompt, golden answer) of each training row."""
     card: DataCard
     system_prompt: str | None
     file_hashes: dict[str, str]
@@ -58,6 +58,8 @@ class RunData(_Texts):
 
     train: EncodedDataset
     validation: EncodedDataset | None
+    train_texts: TrainTexts
+    """(prompt, golden answer) of each training row."""
     encoder: RowEncoder
 
 
@@ -117,13 +119,31 @@ def prepare_data(
         arrays, note = entry.read()
         if arrays is not None:
             return _with_note(_from_arrays(arrays, encoder), note)
-    data = encode_data(section, sources, held_out, **options)
+    with _rows_unscanned():
+        data = encode_data(section, sources, held_out, **options)
     if entry is not None:
         # A file that was written to meanwhile must not be kept under its earlier content.
         is_same = data.file_hashes == hashes
         changed = "not written: a file changed while read"
-        note = entry.write(_as_arrays(data), note) if is_same else changed
+        is_written, note = (
+            entry.write(_as_arrays(data), note, _about(data.card)) if is_same else (False, changed)
+        )
+        if is_written:  # from here on the rows are in the file, and no longer in memory
+            with contextlib.suppress(OSError):  # another run removed it already
+                data = _from_arrays(entry.arrays(), encoder)
     return _with_note(data, note)
+
+
+@contextlib.contextmanager
+def _rows_unscanned() -> Iterator[None]:
+    """Rows pile up, and none of them is garbage: looking through all of them again and again would
+    take a fifth of the time."""
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, 2**30)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
 
 
 def _with_note(data: RunData, note: str) -> RunData:
@@ -137,7 +157,7 @@ def pack_training_rows(data: RunData) -> RunData:
     return replace(
         data,
         train=packed,
-        train_texts=tuple(data.train_texts[pack[0]] for pack in packed.packs),
+        train_texts=data.train_texts.of([pack[0] for pack in packed.packs]),
         card=replace(data.card, num_packs=len(packed.packs)),
     )
 
@@ -171,10 +191,17 @@ def encode_data(
         section, sources, validation_sources, encoder, errors, with_columns=with_columns
     )
     _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
-    preparer = _Preparer(profile, encoder, system_prompt, seed, errors)
-    encoded, held_out = preparer.encode(rows), preparer.encode(validation_rows)
+    preparer = Preparer(profile, encoder, system_prompt, seed)
+    dropped: list[int] = []
+    encoded, held_out = _encoded(section, [rows, validation_rows], preparer, errors, dropped)
     errors.raise_if_strict()
-    sides = _sides(section, sources, encoded, held_out, preparer)
+    sides = _sides(section, sources, encoded, held_out, seed=seed)
+    if sides is None:
+        raise DataError(
+            f"{section.dataset_path}: nothing to train: {len(errors.errors)} rows were rejected "
+            f"({'; '.join(errors.errors[:3])}), {len(dropped)} are longer than "
+            f"hyperparams.max_length={encoder.max_length} and dropped."
+        )
     _check_thoughts(section, [*encoded, *held_out])
     card = draw_card(
         section,
@@ -183,20 +210,22 @@ def encode_data(
         formats=formats,
         encoder=encoder,
         profile=profile,
+        profile_report=preparer.report(),
         system_prompt=system_prompt,
         rejected=errors,
-        dropped=preparer.dropped,
+        dropped=dropped,
     )
     train = [item.example for item in sides.train]
     validation = [item.example for item in sides.validation]
     files = [*sources, *validation_sources]
+    dataset = EncodedDataset(train)
     return RunData(
-        train=EncodedDataset(train),
+        train=dataset,
         validation=EncodedDataset(validation) if validation else None,
         preview_prompts=_prompts(sides, num_preview),
         final_prompts=_prompts(sides, num_final),
         score_prompts=_prompts(sides, num_preview + num_score)[num_preview:] if num_score else (),
-        train_texts=tuple((example.prompt, example.golden_answer) for example in train),
+        train_texts=TrainTexts.from_examples(train, dataset, encoder),
         card=card,
         encoder=encoder,
         system_prompt=system_prompt,
@@ -223,26 +252,55 @@ def _read(
     return rows, held_out, formats
 
 
+def _encoded(
+    section: DataSection,
+    sides: list[list[Row]],
+    preparer: Preparer,
+    errors: RowErrors,
+    dropped: list[int],
+) -> list[list[EncodedRow]]:
+    """The usable rows of each side, encoded.
+
+    Args:
+        errors: receives the rows that cannot be used.
+        dropped: receives the length in tokens of each row that is dropped for its length.
+    """
+    rows = [(row.index, row.messages) for side in sides for row in side]
+    outcomes = iter(prepare_rows(preparer, rows, section.encode_processes))
+    encoded = []
+    for side in sides:
+        found = [(row, next(outcomes)) for row in side]
+        for is_profiles in (True, False):
+            for row, outcome in found:
+                error = outcome.error
+                if error is None or outcome.is_profiles != is_profiles:
+                    continue
+                if isinstance(error, RowTooLongError):
+                    dropped.append(error.num_tokens)
+                else:
+                    errors.add(row.where, str(error), error.reason)
+        encoded.append(
+            [
+                EncodedRow(row, outcome.key, outcome.example, outcome.group)
+                for row, outcome in found
+                if outcome.example is not None
+            ]
+        )
+    return encoded
+
+
 def _sides(
     section: DataSection,
     sources: list[Source],
     encoded: list[EncodedRow],
     held_out: list[EncodedRow],
-    preparer: _Preparer,
-) -> Sides:
-    """Hold rows out and repeat the others.
-
-    Raises:
-        DataError: no row is left to train.
-    """
-    train, validation, how = split_rows(section, encoded, held_out, preparer.seed)
+    *,
+    seed: int,
+) -> Sides | None:
+    """Hold rows out and repeat the others; None where no row is left to train."""
+    train, validation, how = split_rows(section, encoded, held_out, seed)
     if not train:
-        errors = preparer.errors.errors
-        raise DataError(
-            f"{section.dataset_path}: nothing to train: {len(errors)} rows were rejected "
-            f"({'; '.join(errors[:3])}), {len(preparer.dropped)} are longer than "
-            f"hyperparams.max_length={preparer.encoder.max_length} and dropped."
-        )
+        return None
     mixed, mix = weigh_rows(sources, train)
     return Sides(encoded, held_out, mixed, validation, how, mix, trained_groups(validation, train))
 
@@ -286,126 +344,31 @@ def _check_fit(
         )
 
 
-class _Preparer:
-    """Cleans, transforms, prompts and encodes rows; rejected ones go to `errors`."""
-
-    def __init__(
-        self,
-        profile: DataProfile,
-        encoder: RowEncoder,
-        system_prompt: str | None,
-        seed: int,
-        errors: RowErrors,
-    ) -> None:
-        self.profile, self.encoder, self.errors = profile, encoder, errors
-        self.system_prompt, self.seed = system_prompt, seed
-        self.dropped: list[int] = []
-        """Length in tokens of each row that is dropped for its length."""
-
-    def encode(self, rows: list[Row]) -> list[EncodedRow]:
-        usable: list[Row] = []
-        conversations: list[list[Message]] = []
-        for row in rows:
-            try:
-                conversations.append(self._conversation(row))
-                usable.append(row)
-            except BadRowError as error:
-                text = f"after profile {self.profile.name!r}: {error}"
-                self.errors.add(row.where, text, error.reason)
-        encoded = []
-        results = self.encoder.encode_all(conversations)
-        for row, result in zip(usable, results, strict=True):
-            if isinstance(result, RowTooLongError):
-                self.dropped.append(result.num_tokens)
-            elif isinstance(result, BadRowError):
-                self.errors.add(row.where, str(result), result.reason)
-            else:
-                encoded.append(EncodedRow(row, self._key(row), result, self._group(row)))
-        return encoded
-
-    def _key(self, row: Row) -> str:
-        """The key of the cleaned content: rows that are trained alike go to one side."""
-        return content_key(self._words(row.messages), self.seed)
-
-    def _group(self, row: Row) -> str:
-        """The key of the cleaned turns before the first answer, or of a plain text.
-
-        Flags and greetings make no difference: rows that differ in what is trained stand together.
-        """
-        turns = self._words(row.messages)
-        for turn in turns:
-            turn.pop("weight", None)
-        answers = assistant_turns(turns)
-        prompt = turns[: answers[0]] if answers else turns
-        own = self._words([Message(role="system", content=self.system_prompt or "")])
-        # A system turn like the run's asks the same as none.
-        return content_key(prompt[1:] if prompt[:1] == own else prompt, self.seed)
-
-    def _words(self, messages: list[Message]) -> list[Message]:
-        turns = [turn.copy() for turn in messages]
-        for turn in turns:
-            turn["content"] = " ".join(self.profile.clean(turn["content"]).split())
-        return turns
-
-    def _conversation(self, row: Row) -> list[Message]:
-        clean = [turn.copy() for turn in row.messages]
-        for turn in clean:
-            turn["content"] = self.profile.clean(turn["content"])
-            if "reasoning_content" in turn:
-                turn["reasoning_content"] = self.profile.clean(turn["reasoning_content"])
-        if is_text(clean):
-            return [turn for turn in clean if check_text_row(turn["content"])]
-        turns = self.profile.transform(clean, index=row.index, seed=self.seed)
-        if _called(turns) != _called(row.messages):
-            raise BadRowError("tool calls were lost or changed", "tool calls lost")
-        if _weights(turns) != _weights(row.messages):
-            raise BadRowError(
-                "the flags that say which turns are trained were lost; a profile's transform must "
-                "copy the turns that it changes",
-                "flags lost",
-            )
-        if tools_of(turns) != tools_of(row.messages):
-            raise BadRowError("the row's tools were lost or changed", "tools lost")
-        if _num_thoughts(turns) < _num_thoughts(clean) and not self.profile.drops_thoughts:
-            raise BadRowError("thoughts were lost (`reasoning_content`)", "thoughts lost")
-        # A profile can leave nothing to train, such as an answer of which nothing remains.
-        return with_system_prompt(check_messages(turns), self.system_prompt)
-
-
-def _called(messages: list[Message]) -> list[str]:
-    return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
-
-
-def _num_thoughts(messages: list[Message]) -> int:
-    return sum(bool(turn.get("reasoning_content", "").strip()) for turn in messages)
-
-
-def _weights(messages: list[Message]) -> list[float]:
-    """Of the assistant's turns; empty where each is trained like any other."""
-    weights = [turn.get("weight", 1.0) for turn in messages if turn["role"] == "assistant"]
-    return weights if any(weight != 1 for weight in weights) else []
-
-
-def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[Message]:
-    """Put the run's system turn first, unless the conversation brings its own."""
-    if system_prompt is None or turns[0]["role"] == "system":
-        return turns
-    return [Message(role="system", content=system_prompt), *turns]
-
-
 # ---- the same as arrays for the cache
 
 
+def _about(card: DataCard) -> dict[str, Any]:
+    """What `trainer data cache show` says of an entry."""
+    return {
+        "data": card.dataset_path,
+        "rows": card.num_train_rows + card.num_validation_rows,
+        "tokens": card.num_tokens,
+        "max_length": card.max_length,
+        "profile": card.profile,
+    }
+
+
 def _as_arrays(data: RunData) -> Arrays:
-    arrays = {"texts": np.frombuffer(_TEXTS.dump_json(data), dtype=np.uint8)}
+    arrays: dict[str, Any] = {"texts": np.frombuffer(_TEXTS.dump_json(data), dtype=np.uint8)}
+    arrays |= {f"text_{name}": part for name, part in data.train_texts.arrays.items()}
     for name, dataset in (("train", data.train), ("validation", data.validation)):
         if dataset is not None:
             arrays |= {f"{name}_{key}": part for key, part in dataset.as_arrays().items()}
     return arrays
 
 
-def _from_arrays(arrays: Arrays, encoder: RowEncoder) -> RunData:
-    texts = _TEXTS.validate_json(arrays["texts"].tobytes())
+def _from_arrays(arrays: FileArrays, encoder: RowEncoder) -> RunData:
+    texts = _TEXTS.validate_json(arrays["texts"][:].tobytes())
 
     def dataset(name: str) -> EncodedDataset:
         prefix = f"{name}_"
@@ -413,9 +376,15 @@ def _from_arrays(arrays: Arrays, encoder: RowEncoder) -> RunData:
             {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
         )
 
+    train, own = dataset("train"), "text_"
     return RunData(
         **vars(texts),
-        train=dataset("train"),
+        train=train,
+        train_texts=TrainTexts(
+            {key.removeprefix(own): a for key, a in arrays.items() if key.startswith(own)},
+            train,
+            encoder,
+        ),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )

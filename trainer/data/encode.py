@@ -15,11 +15,11 @@ from trainer.data.rows import (
     BadRowError,
     Example,
     cut,
-    golden_ids,
     golden_text,
     is_text,
     kept_weights,
 )
+from trainer.data.shapes import Shapes
 from trainer.data.spans import SpanFinder, Spans
 from trainer.data.template import PROBE, ChatTemplate
 from trainer.data.tools import refuse_lost_tools, tools_of
@@ -55,6 +55,7 @@ class RowEncoder:
         """
         self.template = ChatTemplate(tokenizer)
         self.finder = SpanFinder(self.template, train_on_thinking=train_on_thinking)
+        self.shapes = Shapes(self.template)
         self.tokenizer = tokenizer
         self.max_length, self.truncation = max_length, truncation
         specials = sorted(
@@ -146,7 +147,7 @@ class RowEncoder:
     def _render(self, row: list[Message]) -> Rendered | BadRowError:
         try:
             self._refuse_special_text(row)
-            rendered = render_row(self.template, row)
+            rendered = self.shapes.render(row) or render_row(self.template, row)
             if tools_of(row):
                 refuse_lost_tools(row, rendered.text)
             return rendered
@@ -197,15 +198,18 @@ class RowEncoder:
 
     def _example(self, row: list[Message], ids: list[int], spans: Spans) -> Example:
         labels = [IGNORE_INDEX] * len(ids)
-        weights = [0.0] * len(ids)
+        weights: list[float] | None = None
         turns = assistant_turns(row)
         trained = []
         for (begin, end), turn in zip(spans.ranges, turns, strict=False):
             weight = row[turn].get("weight", 1.0)
-            if weight:
-                labels[begin:end] = ids[begin:end]
+            if not weight:
+                continue
+            labels[begin:end] = ids[begin:end]
+            trained.append((turn, begin, end))
+            if weight != 1:
+                weights = weights or [1.0] * len(ids)
                 weights[begin:end] = [weight] * (end - begin)
-                trained.append((turn, begin, end))
         kept_ids, kept_labels = cut(ids, labels, self.max_length, self.truncation)
         is_cut_at_end = len(ids) > self.max_length and self.truncation == "keep_start"
         limit = self.max_length if is_cut_at_end else len(ids)
@@ -215,9 +219,7 @@ class RowEncoder:
             input_ids=kept_ids,
             labels=kept_labels,
             prompt=row[first_turn - 1]["content"],
-            golden_answer=golden_text(
-                self.tokenizer, golden_ids(kept_labels, prompt_length), self.template.end_ids
-            ),
+            say=self._say,
             conversation=tuple(row[:first_turn]),
             is_truncated=len(ids) > self.max_length,
             ends_with_stop=all(
@@ -228,8 +230,16 @@ class RowEncoder:
             num_removed=len(ids) - len(kept_ids),
             num_thoughts=spans.num_thoughts,
             is_opened=spans.is_opened,
-            weights=kept_weights(weights[removed:], kept_labels),
+            is_by_shape=spans.is_by_shape,
+            weights=kept_weights(weights and weights[removed:], kept_labels),
         )
+
+    def sayer(self, *, is_plain_text: bool) -> Callable[[list[int]], str]:
+        """What gives the text of an answer's ids, as `Example.say`."""
+        return self.texts._say if is_plain_text else self._say
+
+    def _say(self, ids: list[int]) -> str:
+        return golden_text(self.tokenizer, ids, self.template.end_ids)
 
     def control_token(self, text: str) -> str | None:
         """The first control token that the tokenizer would find in a text; None: there is none."""
@@ -238,12 +248,13 @@ class RowEncoder:
 
     def _refuse_special_text(self, row: list[Message]) -> None:
         for position, turn in enumerate(row):
-            tools = [turn.get("tool_calls", ""), turn.get("tools", "")]
-            for text in (
-                turn["content"],
-                turn.get("reasoning_content", ""),
-                json.dumps(tools, ensure_ascii=False),
-            ):
+            texts = [turn["content"]]
+            if "reasoning_content" in turn:
+                texts.append(turn["reasoning_content"])
+            if "tool_calls" in turn or "tools" in turn:
+                tools = [turn.get("tool_calls", ""), turn.get("tools", "")]
+                texts.append(json.dumps(tools, ensure_ascii=False))
+            for text in texts:
                 self._refuse_control(text, f"turn {position} ({turn['role']})")
 
     def _refuse_control(self, text: str, where: str = "the text") -> None:
@@ -350,13 +361,16 @@ class TextEncoder:
             input_ids=kept_ids,
             labels=kept_labels,
             prompt=text[begin:border],
-            golden_answer=golden_text(self.tokenizer, golden_ids(kept_labels, length), {eos}),
+            say=self._say,
             prompt_length=length,
             is_truncated=removed > 0,
             ends_with_stop=kept_ids[-1] == eos or removed > 0,
             num_removed=removed,
             weights=kept_weights(weights, kept_labels),
         )
+
+    def _say(self, ids: list[int]) -> str:
+        return golden_text(self.tokenizer, ids, {self.tokenizer.eos_token_id})
 
 
 def prompt_border(text: str, offsets: list[tuple[int, int]]) -> tuple[int, int]:

@@ -9,17 +9,13 @@ from functools import partial
 from typing import Any
 
 from trainer.data.rows import (
-    ROW_FLAGS,
     TEXT_ROLE,
     BadRowError,
     RowNotes,
-    apply_row_flags,
-    is_given,
     is_text,
-    settle,
-    speaks_of_training,
 )
 from trainer.data.tools import tool_names, tools_of, with_tools
+from trainer.data.turn_flags import ROW_FLAGS, apply_row_flags, is_given, settle, speaks_of_training
 from trainer.data.turns import (
     CALL_ROLES,
     CONTENT_KEYS,

@@ -13,10 +13,18 @@ from trainer.data.rows import (
     Row,
     RowErrors,
     is_text,
-    settle,
 )
-from trainer.data.template import ChatTemplate, TurnMarks, has_marks, marked, without_marks
+from trainer.data.template import (
+    MARK,
+    ChatTemplate,
+    TurnMarks,
+    has_marks,
+    mark_places,
+    marked,
+    without_marks,
+)
 from trainer.data.tools import with_arguments
+from trainer.data.turn_flags import settle
 from trainer.data.turns import (
     assistant_turns,
     check_messages,
@@ -31,19 +39,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The prompt of an assistant turn: the marked turns before it, and the header behind them."""
+
+    mark: str | None
+    """The last mark in it; None where it has none."""
+    index: int
+    """How often that mark stands before; a function's name may stand in its result too."""
+    tail: str
+    """What follows that mark."""
+
+
+@dataclass(frozen=True)
 class Rendered:
     """One row under the template."""
 
     row: list[Message]
     text: str
-    with_marks: str
-    """The same text with the marks of `marks` in it."""
     marks: list[TurnMarks]
-    prompts: list[str]
-    """For each assistant turn the marked turns before it, with the header that asks for it."""
+    places: dict[str, list[int]]
+    """Where each mark stands in the text."""
+    asked: list[Asked]
+    """The prompt of each assistant turn."""
     is_thinking: bool
-    mask: list[int] | None
-    """1 where the template's own generation markers are."""
+    generated: list[tuple[int, int]] | None
+    """The stretches of the text between the template's own generation markers; None without."""
+    is_by_shape: bool = False
+    """It was rendered once; what it has in common with rows of its shape was proved on another."""
 
 
 def lost_thought(where: str) -> BadRowError:
@@ -60,6 +82,12 @@ def thinks(turn: Message) -> bool:
     return bool(turn.get("reasoning_content", "").strip()) or "</think>" in turn["content"]
 
 
+def thinks_last(row: list[Message]) -> bool:
+    """Whether a row's last question is answered with a thought."""
+    last_user = max((n for n, turn in enumerate(row) if turn["role"] == "user"), default=0)
+    return any(thinks(turn) for turn in row[last_user:] if turn["role"] == "assistant")
+
+
 def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
     """A row's text, the same with marks, and its prompts.
 
@@ -69,9 +97,8 @@ def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
         TemplateError: the template refuses the row.
     """
     row = _spelled(template, row)
-    last_user = max((n for n, turn in enumerate(row) if turn["role"] == "user"), default=0)
-    is_thinking = any(thinks(t) for t in row[last_user:] if t["role"] == "assistant")
-    text = template.text(row, thinking=is_thinking)
+    is_thinking = thinks_last(row)
+    text, generated = template.text_and_markers(row, thinking=is_thinking)
     if has_marks(text):
         raise BadRowError(
             "row holds characters above U+108000 (private use), which are used internally; "
@@ -89,25 +116,39 @@ def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
             "it cannot be proved which tokens the assistant writes",
             "template not provable",
         )
-    prompts = [
-        template.text(turns[:turn], ask=True, thinking=is_thinking) for turn in assistant_turns(row)
+    asked = [
+        _asked(template.text(turns[:turn], ask=True, thinking=is_thinking))
+        for turn in assistant_turns(row)
     ]
-    mask = template.marker_mask(row, thinking=is_thinking)
-    return Rendered(row, text, with_marks, marks, prompts, is_thinking, mask)
+    places = mark_places(with_marks)
+    return Rendered(row, text, marks, places, asked, is_thinking, generated)
 
 
-def left_out(row: list[Message], text: str) -> list[str]:
+def _asked(prompt: str) -> Asked:
+    found = list(MARK.finditer(prompt))
+    if not found:
+        return Asked(None, 0, prompt)
+    mark, at = found[-1].group(), found[-1].start()
+    return Asked(mark, prompt.count(mark, 0, at), prompt[at + 1 :])
+
+
+def left_out(rendered: Rendered, answers: list[tuple[int, int]]) -> list[str]:
     """What the turns that are no answers say and a template does not write.
 
     Args:
-        row: the turns.
-        text: the rendered row without its answers; it must hold them whole and in order.
+        rendered: the row; the rest of its text must hold them whole and in order.
+        answers: where its answers stand in its text, in order.
     """
+    row, text = rendered.row, rendered.text
+    if _is_all_there(rendered, answers):
+        return []
+    borders = [0, *(place for answer in answers for place in answer), len(text)]
+    text = "".join(text[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True))
     missing = []
-    answers = assistant_turns(row)
+    answered = set(assistant_turns(row))
     for index, turn in enumerate(row):
         content = turn["content"].strip()
-        if index in answers or not content:
+        if index in answered or not content:
             continue
         at = text.find(content)
         if at < 0:  # some templates write results as JSON
@@ -118,6 +159,33 @@ def left_out(row: list[Message], text: str) -> list[str]:
         else:  # each character of the text can prove one turn only
             text = text[:at] + "\0" + text[at + len(content) :]
     return missing
+
+
+def _is_all_there(rendered: Rendered, answers: list[tuple[int, int]]) -> bool:
+    """Whether all texts that are no answers stand whole, in their order, outside the answers.
+
+    Then a search for one after the other finds each where it stands, or before.
+    """
+    places, text = rendered.places, rendered.text
+    ranges = dict(zip(assistant_turns(rendered.row), answers, strict=True))
+    behind = 0
+    for turn, message in enumerate(rendered.row):
+        if turn in ranges:
+            begin, end = ranges[turn]
+            if begin < behind:
+                return False
+            behind = end
+            continue
+        content = message["content"].strip()
+        if not content:
+            continue
+        found = places.get(rendered.marks[turn].content or "", [])
+        if len(found) != 1 or found[0] - len(content) < behind:
+            return False
+        behind = found[0]
+        if text[behind - len(content) : behind] != content:
+            return False
+    return True
 
 
 def _spelled(template: ChatTemplate, row: list[Message]) -> list[Message]:

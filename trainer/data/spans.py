@@ -9,14 +9,15 @@ behind all that it says and calls.
 
 from __future__ import annotations
 
+import bisect
 import re
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
 
 from trainer.data.rendered import Rendered, left_out, lost_thought
-from trainer.data.rows import BadRowError
-from trainer.data.template import MARK, ChatTemplate, TurnMarks, mark_places, shared_start
+from trainer.data.rows import BadRowError, decoded
+from trainer.data.template import ChatTemplate, TurnMarks, shared_start
 from trainer.data.tools import missing_arguments
 from trainer.data.turns import assistant_turns, num_openings
 from trainer.errors import TemplateError
@@ -40,6 +41,8 @@ class Spans:
     """Turns whose thought stands in the tokens."""
     is_opened: bool = False
     """A prompt of this row would open a thought that the row does not have."""
+    is_by_shape: bool = False
+    """As of `Rendered`."""
     last_prompt: tuple[str, int, int] | None = None
     """The end of the last turn's prompt as text, and the half-open range of ids that it must be."""
 
@@ -72,16 +75,22 @@ class _Search:
     def __init__(self, template: ChatTemplate, rendered: Rendered, encoding: Any) -> None:
         self.template, self.encoding = template, encoding
         self.row, self.text = rendered.row, rendered.text
-        self.rendered, self.marks = rendered, rendered.marks
-        self.places = mark_places(rendered.with_marks)
+        self.rendered, self.marks, self.places = rendered, rendered.marks, rendered.places
+        self.turns = assistant_turns(self.row)
+        self.ends = sorted(
+            (place, turn)
+            for turn, marks in enumerate(self.marks)
+            for mark in marks.last
+            for place in self.places.get(mark, [])
+        )
         self.ids: list[int] = encoding.ids
         self.stripped: list[str] = []
         self.num_thoughts = 0
         self.is_opened = False
 
     def spans(self, *, train_on_thinking: bool) -> Spans:
-        turns = assistant_turns(self.row)
-        runs = _runs(self.rendered.mask) if self.rendered.mask is not None else []
+        turns = self.turns
+        runs = self._generated_runs()
         # Greetings before the first user turn have markers too, and no prompt that asks for them.
         runs = runs[num_openings(self.row) :]
         ranges: list[tuple[int, int]] = []
@@ -104,15 +113,31 @@ class _Search:
                 first = max(first, self._id_at(thought_end))
             taken.append((begin, end))
             ranges.append((first, stop))
-        stripped = (*left_out(self.row, self._between(taken)), *self.stripped)
-        return Spans(ranges, stripped, self.num_thoughts, self.is_opened, last_prompt)
+        stripped = (*left_out(self.rendered, taken), *self.stripped)
+        return Spans(
+            ranges,
+            stripped,
+            self.num_thoughts,
+            is_opened=self.is_opened,
+            is_by_shape=self.rendered.is_by_shape,
+            last_prompt=last_prompt,
+        )
+
+    def _generated_runs(self) -> list[tuple[int, int]]:
+        """The ids between the template's own generation markers, as transformers finds them."""
+        found = []
+        for begin, end in self.rendered.generated or ():
+            first, last = (self.encoding.char_to_token(place) for place in (begin, end - 1))
+            if first is None:
+                break
+            found.append((first, last + 1 if last else len(self.ids)))
+        return _merged(found)
 
     # ---- where a turn begins
 
     def _begin(self, nth: int, earliest: int, *, is_last: bool) -> int:
         """Where the prompt of a turn ends in the row, behind the end of the turn before."""
-        prompt = self.rendered.prompts[nth]
-        anchor, tail = self._anchor(prompt)
+        anchor, tail = self._anchor(nth)
         if anchor is None:
             raise BadRowError(
                 f"the model's chat template leaves out the turn before assistant turn {nth + 1}, "
@@ -146,15 +171,13 @@ class _Search:
             )
         return anchor + length
 
-    def _anchor(self, prompt: str) -> tuple[int | None, str]:
+    def _anchor(self, nth: int) -> tuple[int | None, str]:
         """The place of a prompt's last mark in the row, and what the prompt goes on with."""
-        found = list(MARK.finditer(prompt))
-        if not found:
-            return 0, prompt
-        mark, at = found[-1].group(), found[-1].start()
-        places = self.places.get(mark, [])
-        index = prompt.count(mark, 0, at)  # a function's name may stand in its result too
-        return (places[index] if index < len(places) else None), prompt[at + 1 :]
+        asked = self.rendered.asked[nth]
+        if asked.mark is None:
+            return 0, asked.tail
+        places = self.places.get(asked.mark, [])
+        return (places[asked.index] if asked.index < len(places) else None), asked.tail
 
     def _endings(self, tail: str) -> list[tuple[str, bool]]:
         """How a prompt may end in the row: with thinking off or on, or without an opened thought.
@@ -186,15 +209,7 @@ class _Search:
         """The end of a turn: behind its end-of-turn token, as (id, character)."""
         written = [self._first_place(mark, begin) for mark in self.marks[turn].last]
         last = max([begin, *(place for place in written if place is not None)])
-        limit = min(
-            (
-                place
-                for marks in self.marks[turn + 1 :]
-                for mark in marks.last
-                if (place := self._first_place(mark, begin)) is not None
-            ),
-            default=len(self.text),
-        )
+        limit = self._next_place(turn, begin)
         if last > limit:
             raise BadRowError(
                 f"the model's chat template writes a part of assistant turn {nth + 1} after the "
@@ -255,6 +270,8 @@ class _Search:
 
     def _is_whole(self, said: str, content: str, begin: int) -> bool:
         """Whether a stretch says all of a content, or all but markers that its prompt ends with."""
+        if said.strip() == content:
+            return True
         words, spoken = _squeezed(content), _squeezed(said)
         if words == spoken:  # templates choose the spacing round a thought
             return True
@@ -306,15 +323,15 @@ class _Search:
                 f"assistant turn {nth + 1} has no tokens of its own under the chat template",
                 "template not provable",
             )
-        decoded = self.template.tokenizer.decode(
-            self.ids[first:stop], clean_up_tokenization_spaces=False
-        )
+        said = decoded(self.template.tokenizer, self.ids[first:stop])
         text = self.text[self._start_of(first) : self.encoding.token_to_chars(stop - 1)[1]]
         # Some tokenizers compose letters and their accents, which are then other characters.
-        if _squeezed(normalize("NFC", decoded)) != _squeezed(normalize("NFC", text)):
+        if said == text:
+            return
+        if _squeezed(normalize("NFC", said)) != _squeezed(normalize("NFC", text)):
             raise BadRowError(
                 f"assistant turn {nth + 1} cannot be found in the tokens of the chat template: "
-                f"expected {text[:60]!r}, found {decoded[:60]!r}",
+                f"expected {text[:60]!r}, found {said[:60]!r}",
                 "template not provable",
             )
 
@@ -323,10 +340,11 @@ class _Search:
         start = first
         while start > 0:
             start -= 1
+            if self.ids[start] not in self.template.special_ids:
+                continue
             # Text that the tokenizer does not know can become a special token as well.
             left, right = self.encoding.token_to_chars(start)
-            is_special = self.ids[start] in self.template.special_ids
-            if is_special and self.template.is_special(self.text[left:right].strip()):
+            if self.template.is_special(self.text[left:right].strip()):
                 break
         return self.text[self._start_of(start) if start else 0 : begin], start, first
 
@@ -337,7 +355,7 @@ class _Search:
         message, mark = self.row[turn], self.marks[turn].thought
         if mark is not None:
             place = self._first_place(mark, begin)
-            if place is None and turn == assistant_turns(self.row)[-1]:
+            if place is None and turn == self.turns[-1]:
                 raise lost_thought(f"turn {turn} ({message['role']}), the last answer,")
             if place is None:  # many templates keep the thoughts of the last answer only
                 self.stripped.append(message["reasoning_content"].strip())
@@ -345,10 +363,12 @@ class _Search:
             self.num_thoughts += 1
             end = place + shared_start(self.text[place:], self.template.thought_end)
             return self._behind_space(end) if self.template.dialect.thought == "content" else end
+        if "</think>" not in message["content"]:
+            return None
         content = self.marks[turn].content
         place = self._first_place(content, begin) if content else None
         at = self.text.find("</think>", begin, place) if place is not None else -1
-        if "</think>" not in message["content"] or at < 0:
+        if at < 0:
             return None
         self.num_thoughts += 1
         return self._behind_space(at + len("</think>"))
@@ -360,17 +380,14 @@ class _Search:
 
     # ---- positions
 
-    def _between(self, taken: list[tuple[int, int]]) -> str:
-        """The text without the answers."""
-        parts, position = [], 0
-        for begin, end in taken:
-            parts.append(self.text[position:begin])
-            position = end
-        return "".join(parts) + self.text[position:]
-
     def _first_place(self, mark: str | None, start: int) -> int | None:
         places = self.places.get(mark or "", [])
         return next((place for place in places if place >= start), None)
+
+    def _next_place(self, turn: int, start: int) -> int:
+        """Where the first text of any later turn ends, from `start` on; else the text's end."""
+        at = bisect.bisect_left(self.ends, (start, -1))
+        return next((place for place, n in self.ends[at:] if n > turn), len(self.text))
 
     def _first_id(self, place: int) -> int:
         """As `_id_at`, or the token of spaces before it, which some tokenizers give no place."""
@@ -412,9 +429,12 @@ def _shared_end(a: str, b: str) -> int:
     return shared_start(a[::-1], b[::-1])
 
 
-def _runs(mask: list[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of ones in a mask."""
-    edges = [0, *mask, 0]
-    begins = [i for i in range(len(mask)) if edges[i + 1] and not edges[i]]
-    ends = [i + 1 for i in range(len(mask)) if edges[i + 1] and not edges[i + 2]]
-    return list(zip(begins, ends, strict=True))
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Half-open ranges as the stretches that they cover together, ascending."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif begin < end:
+            merged.append((begin, end))
+    return merged

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from trainer.data.rows import is_usual
 from trainer.data.tools import (
     CALLED,
     SAYS,
@@ -137,6 +138,13 @@ PROBE = [
 TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False}
 
 
+RENDERING = (
+    *("apply_chat_template", "get_chat_template", "special_tokens_map"),
+    *("__call__", "_encode_plus"),
+)
+"""Methods of tokenizers that turns go through; where a class has its own, they are called."""
+
+
 @dataclass(frozen=True)
 class Asking:
     """The end of the prompt of an answer, under one value of `enable_thinking`."""
@@ -165,6 +173,7 @@ class ChatTemplate:
                 "instruction-tuned model, or add chat_template.jinja to the model folder."
             )
         self.has_markers = bool(re.search(r"\{%[-+]?\s*generation\b", tokenizer.chat_template))
+        self.is_usual = is_usual(tokenizer, *RENDERING)
         self.special_ids = frozenset(
             {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
             | set(tokenizer.all_special_ids)
@@ -206,27 +215,56 @@ class ChatTemplate:
                 **{**options, **date_options(self.tokenizer)},
             )
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
-            raise TemplateError(
-                f"the model's chat template refuses these turns: {' '.join(str(error).split())}"
-            ) from error
+            raise _refusal(error) from error
         return text
 
     def encode(self, texts: list[str]) -> Any:
         """Tokens of rendered texts: one `tokenizers.Encoding` each, with `ids` and positions."""
-        return self.tokenizer(texts, add_special_tokens=False).encodings
+        if not self.is_usual:
+            return self.tokenizer(texts, add_special_tokens=False).encodings
+        # As transformers does, less the lists that it makes of each encoding.
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return backend.encode_batch(texts, add_special_tokens=False)
 
-    def marker_mask(self, turns: list[Message], *, thinking: bool) -> list[int] | None:
-        """1 where the template's own generation markers are; None where it has none."""
-        if not self.has_markers:
-            return None
-        mask: list[int] = self.tokenizer.apply_chat_template(
-            self.dialect.spelled(turns),
-            tools=tools_of(turns),
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **{**TEMPLATE_OPTIONS, "enable_thinking": thinking, **date_options(self.tokenizer)},
-        )["assistant_masks"]
-        return mask
+    def text_and_markers(
+        self, turns: list[Message], *, thinking: bool
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """As `text`, and the stretches of it between generation markers; None without markers.
+
+        Raises:
+            TemplateError: the template refuses the turns.
+        """
+        spelled = self.dialect.spelled(turns)
+        if not self.is_usual:
+            text = self._render(spelled, thinking=thinking)
+            return text, self._by_jinja(spelled, thinking)[1] if self.has_markers else None
+        return self._by_jinja(spelled, thinking)
+
+    def _by_jinja(
+        self, turns: list[Message], thinking: bool
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """What `apply_chat_template` does, less what it does anew for every row."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            [text], found = render_jinja_template(
+                [turns],
+                tools=tools_of(turns),
+                return_assistant_tokens_mask=self.has_markers,
+                **{
+                    "chat_template": self.tokenizer.chat_template,
+                    **self.tokenizer.special_tokens_map,
+                    **TEMPLATE_OPTIONS,
+                    "enable_thinking": thinking,
+                    **date_options(self.tokenizer),
+                },
+            )
+        except Exception as error:  # as in _render
+            raise _refusal(error) from error
+        return text, found[0] if self.has_markers else None
 
     @property
     def opening(self) -> str:
@@ -348,6 +386,11 @@ class ChatTemplate:
 
     def _specials(self, text: str) -> list[str]:
         return self._special.findall(text)
+
+
+def _refusal(error: Exception) -> TemplateError:
+    words = " ".join(str(error).split())
+    return TemplateError(f"the model's chat template refuses these turns: {words}")
 
 
 def _pattern(tokens: list[str]) -> re.Pattern[str]:

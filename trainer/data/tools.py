@@ -303,7 +303,9 @@ class Dialect:
         return [self._turn(turn) for turn in turns]
 
     def _turn(self, turn: Message) -> Message:
-        copy: dict[str, Any] = {key: part for key, part in turn.items() if key != "weight"}
+        copy: dict[str, Any] = {
+            key: part for key, part in turn.items() if key != "weight" and part is not None
+        }
         thought = copy.get("reasoning_content")
         if thought is not None and self.thought != "key":
             del copy["reasoning_content"]

@@ -6,15 +6,9 @@ import json
 import math
 from typing import Any
 
-from trainer.data.rows import (
-    TURN_FLAGS,
-    BadRowError,
-    RowNotes,
-    is_given,
-    speaks_of_training,
-    turn_weight,
-)
+from trainer.data.rows import BadRowError, RowNotes
 from trainer.data.tools import call_of_function, calls_from_value, check_calls
+from trainer.data.turn_flags import TURN_FLAGS, is_given, speaks_of_training, turn_weight
 from trainer.profiles import Message
 
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
@@ -48,7 +42,7 @@ TURN_KEYS = frozenset(
     {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"}
     | {*THOUGHT_KEYS}
 )
-"""Keys of a turn that are used, beside the flags (`rows.TURN_FLAGS`)."""
+"""Keys of a turn that are used, beside the flags (`turn_flags.TURN_FLAGS`)."""
 
 CONTENT_KEYS = frozenset(
     {"tool_plan", "image", "images", "audio", "audios", "video", "videos", "recipient", "channel"}

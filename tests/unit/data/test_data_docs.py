@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.data.layouts import FORMATS, REFUSED_KEYS, SAME
-from trainer.data.rows import FLAG_BEGINNINGS, ROW_FLAGS, TURN_FLAGS
+from trainer.data.turn_flags import FLAG_BEGINNINGS, ROW_FLAGS, TURN_FLAGS
 from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
 
 TEXT = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from trainer.config.schema import DataSection
 from trainer.data.layouts import FORMATS, REFUSED_KEYS
 from trainer.data.row_files import raw_rows, to_rows
-from trainer.data.rows import TURN_FLAGS, Row, RowErrors
+from trainer.data.rows import Row, RowErrors
 from trainer.data.sources import find_sources, read_sources
+from trainer.data.turn_flags import TURN_FLAGS
 from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
 from trainer.errors import ConfigError
 

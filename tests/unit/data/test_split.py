@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.data import dataset
+from trainer.data import preparer
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
@@ -124,7 +124,8 @@ def test_rows_with_one_prompt_stand_on_one_side(
 def test_mutant_split_by_answers_is_killed(
     prepare: Callable[..., RunData], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset._Preparer, "_group", dataset._Preparer._key)
+    keys = preparer.Preparer._keys
+    monkeypatch.setattr(preparer.Preparer, "_keys", lambda self, row: (keys(self, row)[0],) * 2)
     for case in FILES:
         with pytest.raises(AssertionError):
             check_sides(prepare, tokenizer, case)

@@ -1,0 +1,139 @@
+"""Rows that several processes encode are those that one encodes; what ends badly ends cleanly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from trainer.config.schema import DataSection
+from trainer.data import encode_processes
+from trainer.data.dataset import RunData, prepare_data
+from trainer.data.encode import RowEncoder
+from trainer.errors import ConfigError, DataError, TrainerError
+from trainer.profiles import DataProfile, get_profile
+
+ROWS: list[Any] = [
+    *({"question": f"what is {n} plus {n}?", "answer": f"it is {2 * n}"} for n in range(700)),
+    {"question": "x", "answer": ""},
+    *({"question": f"<think>{n}", "answer": f"<think>a</think> {n}"} for n in range(40)),
+    {"question": "control <|im_end|>", "answer": "no"},
+    {"question": " ".join(map(str, range(600))), "answer": "cut"},
+    *({"question": "q", "answer": f"{n}", "weight": n % 3} for n in range(1, 90)),
+]
+
+
+@pytest.fixture
+def prepare(tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+    path = write_rows(ROWS)
+
+    def run(count: int | None, profile: DataProfile | None = None, **section: Any) -> RunData:
+        return prepare_data(
+            DataSection(
+                dataset_path=str(path),
+                on_bad_row="skip",
+                truncation="drop",
+                cache_dir=str(tmp_path / "cache"),
+                encode_processes=count,
+                **section,
+            ),
+            encoder=RowEncoder(tokenizer, 256, truncation="drop"),
+            profile=profile or get_profile("emoji_think"),
+            seed=1,
+            num_preview=3,
+        )
+
+    return run
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+@pytest.mark.slow
+def test_three_processes_make_the_rows_card_and_prompts_of_one(
+    prepare: Callable[..., RunData],
+) -> None:
+    one, three = prepare(1, cache=False), prepare(3, cache=False)
+    assert one.card.num_rejected > 2
+    assert one.card.num_dropped == 1
+    assert one.card.profile_report
+    assert one.train.fingerprint() == three.train.fingerprint()
+    assert one.card.as_json() == three.card.as_json()
+    for name in ("preview_prompts", "train_texts", "file_hashes"):
+        assert getattr(one, name) == getattr(three, name)
+    assert not children()
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_one_clear_error_and_nothing_is_kept(
+    prepare: Callable[..., RunData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = threading.Event()
+    original = encode_processes.Encoders._encode_piece
+
+    def killing(self: Any, piece: Any) -> Any:
+        if not began.is_set():
+            began.set()
+            os.kill(self.children[0].pid, signal.SIGKILL)
+        return original(self, piece)
+
+    monkeypatch.setattr(encode_processes.Encoders, "_encode_piece", killing)
+    with pytest.raises(TrainerError, match=r"killed by signal 9.*encode_processes=1"):
+        prepare(2)
+    assert not children()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+def test_a_bad_row_at_the_end_is_named_and_nothing_is_kept(
+    tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows([*ROWS[:600], {"question": "last", "answer": "of <|im_end|> all"}])
+    section = DataSection(
+        dataset_path=str(path), encode_processes=2, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(DataError, match=r"jsonl:601: .*control token"):
+        prepare_data(section, encoder=RowEncoder(tokenizer, 256))
+    assert not children()
+    assert not (tmp_path / "cache").exists()
+
+
+class Mine(DataProfile):
+    """A profile of a module that other processes do not find."""
+
+    name = "mine"
+
+
+def test_a_profile_of_this_process_only_is_refused_where_processes_are_asked_for(
+    prepare: Callable[..., RunData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Mine, "__module__", "nowhere_to_be_found")
+        with pytest.raises(ConfigError, match="profile 'mine' cannot be handed"):
+            prepare(2, Mine(), cache=False)
+        patch.setattr(encode_processes, "MIN_CHARS", 0)
+        assert len(prepare(None, Mine(), cache=False).train) > 700
+    assert not children()
+
+
+def test_the_number_goes_by_cores_texts_and_the_processes_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    row: Any = (0, [{"role": "user", "content": "x" * encode_processes.MIN_CHARS}])
+    few: Any = (0, [{"role": "user", "content": "x"}])
+    assert encode_processes.num_encoders(None, [row]) == 8
+    assert encode_processes.num_encoders(None, [few] * 9) == 1
+    assert encode_processes.num_encoders(3, [few]) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert encode_processes.num_encoders(None, [row]) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert encode_processes.num_encoders(None, [row]) == 1

@@ -1,0 +1,279 @@
+"""Rows encoded by several processes: the same rows, in the same order, as by one.
+
+The processes are children of the run's own (`trainer.child`): they are handed the encoder and the
+profile, then pieces of rows, and end when the run does, however it does.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import IO, Any
+
+from trainer.child import Child, own_lines
+from trainer.data.preparer import Conversation, Outcome, Preparer
+from trainer.data.rows import is_text
+from trainer.errors import ConfigError, TrainerError
+from trainer.profiles import Message
+
+PIECE = 256
+"""Rows that are handed over at once."""
+
+MIN_CHARS = 20_000_000
+"""Of the rows' texts; below, processes take longer to start than they save."""
+
+MAX_PROCESSES = 16
+"""Chosen by itself: one process reads the files and takes what the others made."""
+
+END_TIMEOUT_S = 2.0
+
+
+def num_encoders(configured: int | None, rows: Sequence[Conversation]) -> int:
+    """How many processes encode the rows: as configured, or by cores and texts.
+
+    Args:
+        configured: `data.encode_processes`.
+        rows: all of them.
+    """
+    if configured is not None:
+        return configured
+    # Every process of the run on this machine prepares the rows, and they share its cores.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = min(len(os.sched_getaffinity(0)) // here, MAX_PROCESSES)
+    if cores < 2:
+        return 1
+    chars = sum(len(turn["content"]) for _, messages in rows for turn in messages)
+    return cores if chars >= MIN_CHARS else 1
+
+
+def prepare_rows(
+    preparer: Preparer, rows: Sequence[Conversation], configured: int | None
+) -> list[Outcome]:
+    """What becomes of each row, in order.
+
+    Args:
+        preparer: what decides it.
+        rows: all of them.
+        configured: `data.encode_processes`.
+    Raises:
+        ConfigError: that says several processes, and the profile is one of this process only.
+        TrainerError: a process ended that should not.
+    """
+    count = num_encoders(configured, rows)
+    if count < 2:
+        return _by_this_process(preparer, rows)
+    try:
+        job = pickle.dumps(preparer)
+    except Exception as error:  # whatever a profile's own state raises
+        if configured is None:
+            return _by_this_process(preparer, rows)
+        raise _not_handed_over(preparer, configured, str(error)) from error
+    with Encoders(job, count) as encoders:
+        if not encoders.is_ready():
+            if configured is None:
+                return _by_this_process(preparer, rows)
+            raise _not_handed_over(preparer, configured, encoders.problem)
+        pieces = _pieces(rows)
+        outcomes: list[Outcome] = []
+        for piece, (found, counts) in zip(pieces, encoders.encode(pieces), strict=True):
+            preparer.add_report(counts)
+            for (_, messages), outcome in zip(piece, found, strict=True):
+                outcomes.append(_unpacked(outcome, messages, preparer))
+        return outcomes
+
+
+def _pieces(rows: Sequence[Conversation]) -> list[Sequence[Conversation]]:
+    return [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+
+
+def _by_this_process(preparer: Preparer, rows: Sequence[Conversation]) -> list[Outcome]:
+    # What stays of a row is a tenth of what it takes meanwhile.
+    return [outcome for piece in _pieces(rows) for outcome in preparer.prepare(piece)]
+
+
+def _not_handed_over(preparer: Preparer, count: int | None, why: str) -> ConfigError:
+    return ConfigError(
+        f"data.encode_processes={count}, but the profile {preparer.profile.name!r} cannot be "
+        f"handed to another process ({why}); put its class into a module that can be imported, or "
+        "set encode_processes=1."
+    )
+
+
+class Encoders:
+    """Several processes that encode pieces of rows; a context, at whose end they are gone."""
+
+    def __init__(self, job: bytes, count: int) -> None:
+        """Start them.
+
+        Args:
+            job: what each is handed first.
+            count: how many.
+        """
+        self.problem = ""
+        self.children: list[Child] = []
+        self._free: SimpleQueue[Child] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="encode")
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        try:
+            for _ in range(count):
+                child = Child(["trainer.data.encode_processes"], environment=environment)
+                self.children.append(child)
+                self._free.put(child)
+                self._threads.submit(_send, child, job)
+        except BaseException:
+            self.end()
+            raise
+
+    def __enter__(self) -> Encoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def is_ready(self) -> bool:
+        """Whether all of them have what they need; else `problem` says what is wrong."""
+        for child in self.children:
+            answer = pickle.loads(_receive(child))
+            self.problem = self.problem or answer
+        return not self.problem
+
+    def encode(
+        self, pieces: Sequence[Sequence[Conversation]]
+    ) -> Iterator[tuple[list[Outcome], dict[str, int]]]:
+        """For each piece its packed outcomes and what the profile counted, in order.
+
+        Raises:
+            TrainerError: one of them ended.
+        """
+        waiting: deque[Future[tuple[list[Outcome], dict[str, int]]]] = deque()
+        for piece in pieces:
+            waiting.append(self._threads.submit(self._encode_piece, piece))
+            if len(waiting) > 2 * len(self.children):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _encode_piece(self, piece: Sequence[Conversation]) -> tuple[list[Outcome], dict[str, int]]:
+        child = self._free.get()
+        try:
+            _send(child, pickle.dumps(piece))
+            answer = pickle.loads(_receive(child))
+        finally:
+            self._free.put(child)
+        if isinstance(answer, BaseException):
+            raise answer
+        found: tuple[list[Outcome], dict[str, int]] = answer
+        return found
+
+    def end(self) -> None:
+        """End all of them, whatever they are doing."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for child in self.children:
+            child.process.kill()  # there is nothing that it could leave half done
+        for child in self.children:
+            child.end(END_TIMEOUT_S, is_asked=False)
+        self._threads.shutdown()
+        for child in self.children:
+            child.lines.close()
+
+
+def _send(child: Child, message: bytes) -> None:
+    try:
+        child.send(b"%d" % len(message), message)
+    except BrokenPipeError as error:
+        raise _gone(child) from error
+
+
+def _receive(child: Child) -> bytes:
+    try:
+        size = int(child.receive())
+        message = child.lines.read(size + 1)
+    except (EOFError, ValueError) as error:
+        raise _gone(child) from error
+    if len(message) <= size:
+        raise _gone(child)
+    return message[:-1]
+
+
+def _gone(child: Child) -> TrainerError:
+    code = child.wait(END_TIMEOUT_S)
+    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended ({code})"
+    return TrainerError(
+        f"data.encode_processes: a process that encodes rows (pid {child.pid}) {how}, which the "
+        "system does where memory is short. Nothing was kept; start again, with fewer processes "
+        "(data.encode_processes=1) if it happens again."
+    )
+
+
+# ---- what goes between the processes: nothing that both of them have
+
+
+def _packed(outcome: Outcome) -> Outcome:
+    if outcome.example is None:
+        return outcome
+    # The bound method would bring the whole encoder with it.
+    return replace(outcome, example=replace(outcome.example, say=None))  # type: ignore[arg-type]
+
+
+def _unpacked(outcome: Outcome, messages: list[Message], preparer: Preparer) -> Outcome:
+    if outcome.example is None:
+        return outcome
+    say = preparer.encoder.sayer(is_plain_text=is_text(messages))
+    return replace(outcome, example=replace(outcome.example, say=say))
+
+
+# ---- the other side
+
+
+def _answer(preparer: Preparer, piece: Sequence[Conversation]) -> Any:
+    try:
+        before = preparer.profile.report()
+        found = [_packed(outcome) for outcome in preparer.prepare(piece)]
+        after = preparer.profile.report()
+        counts = {what: count - before.get(what, 0) for what, count in after.items()}
+        return pickle.dumps((found, counts))
+    except Exception as error:  # the run's own process raises it, as if it had met it
+        error.add_note(traceback.format_exc())
+        try:
+            answer = pickle.dumps(error)
+            pickle.loads(answer)
+        except Exception:
+            answer = pickle.dumps(RuntimeError(traceback.format_exc()))
+        return answer
+
+
+def _messages(lines: IO[bytes]) -> Iterator[bytes]:
+    while line := lines.readline():
+        yield lines.read(int(line) + 1)[:-1]
+
+
+def main() -> None:
+    """Be one of the processes: take the job, then encode pieces until stdin closes."""
+    lines_in, lines_out = own_lines()
+
+    def reply(message: bytes) -> None:
+        try:
+            lines_out.write(b"%d\n%b\n" % (len(message), message))
+            lines_out.flush()
+        except BrokenPipeError:  # the run is gone, and nobody is left to be told anything
+            os._exit(0)
+
+    messages = _messages(lines_in)
+    try:
+        preparer = pickle.loads(next(messages))
+    except Exception as error:  # a profile whose module is not found, or fails
+        reply(pickle.dumps(f"{type(error).__name__}: {error}"))
+        return
+    reply(pickle.dumps(""))
+    for message in messages:
+        reply(_answer(preparer, pickle.loads(message)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Rows -> examples: cleaned, rewritten by the profile, encoded, and given the keys of the split."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trainer.data.encode import RowEncoder
+from trainer.data.layouts import check_text_row
+from trainer.data.rows import BadRowError, Example, is_text
+from trainer.data.sources import content_key
+from trainer.data.tools import tool_names, tools_of
+from trainer.data.turns import assistant_turns, check_messages
+from trainer.profiles import DataProfile, Message
+
+Conversation = tuple[int, list[Message]]
+"""The index of a row among all rows of the run's files, and its turns."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row: an example with its keys, or an error."""
+
+    example: Example | None = None
+    key: str = ""
+    """Hash of the row's content."""
+    group: str = ""
+    """Hash of its prompt, the turns before the first answer; of plain text, of the text."""
+    error: BadRowError | None = None
+    is_profiles: bool = False
+    """The error is one of the row as the profile left it."""
+
+
+class Preparer:
+    """Cleans, transforms, prompts and encodes rows; the same in whatever process."""
+
+    def __init__(
+        self, profile: DataProfile, encoder: RowEncoder, system_prompt: str | None, seed: int
+    ) -> None:
+        """Keep what decides the rows.
+
+        Args:
+            profile: rewrites them.
+            encoder: makes their tokens.
+            system_prompt: system turn of rows that bring none.
+            seed: of the split and of the profile's transform.
+        """
+        self.profile, self.encoder = profile, encoder
+        self.system_prompt, self.seed = system_prompt, seed
+        self._counts: dict[str, int] = {}
+        self._own_system = self._words([Message(role="system", content=system_prompt or "")])
+
+    def prepare(self, rows: Sequence[Conversation]) -> list[Outcome]:
+        """What becomes of each row, in order."""
+        usable: list[list[Message]] = []
+        refused: list[BadRowError | None] = []
+        for index, messages in rows:
+            try:
+                usable.append(self._conversation(index, messages))
+                refused.append(None)
+            except BadRowError as error:
+                text = f"after profile {self.profile.name!r}: {error}"
+                refused.append(BadRowError(text, error.reason))
+        results = iter(self.encoder.encode_all(usable))
+        outcomes = []
+        for (_, messages), refusal in zip(rows, refused, strict=True):
+            if refusal is not None:
+                outcomes.append(Outcome(error=refusal, is_profiles=True))
+                continue
+            result = next(results)
+            if isinstance(result, BadRowError):
+                outcomes.append(Outcome(error=result))
+            else:
+                outcomes.append(Outcome(compact(result), *self._keys(messages)))
+        return outcomes
+
+    def report(self) -> dict[str, int]:
+        """What the profile did to the rows, in whatever process, as counts for the data card."""
+        own = self.profile.report()
+        longer, shorter = sorted((own, self._counts), key=len, reverse=True)
+        return {key: own.get(key, 0) + self._counts.get(key, 0) for key in {**longer, **shorter}}
+
+    def add_report(self, counts: dict[str, int]) -> None:
+        """Add what the profile counted in another process."""
+        longer, shorter = sorted((counts, self._counts), key=len, reverse=True)
+        self._counts = {
+            key: counts.get(key, 0) + self._counts.get(key, 0) for key in {**longer, **shorter}
+        }
+
+    def _keys(self, messages: list[Message]) -> tuple[str, str]:
+        """The key of the cleaned content, and that of the turns before the first answer.
+
+        Rows that are trained alike go to one side, and so do rows that ask the same: in the second
+        key flags and greetings make no difference. Of a plain text both are of the text.
+        """
+        turns = self._words(messages)
+        key = content_key(turns, self.seed)
+        for turn in turns:
+            turn.pop("weight", None)
+        answers = assistant_turns(turns)
+        prompt = turns[: answers[0]] if answers else turns
+        # A system turn like the run's asks the same as none.
+        if prompt[:1] == self._own_system:
+            prompt = prompt[1:]
+        return key, content_key(prompt, self.seed)
+
+    def _words(self, messages: list[Message]) -> list[Message]:
+        turns = [turn.copy() for turn in messages]
+        for turn in turns:
+            turn["content"] = " ".join(self.profile.clean(turn["content"]).split())
+        return turns
+
+    def _conversation(self, index: int, messages: list[Message]) -> list[Message]:
+        clean = [turn.copy() for turn in messages]
+        for turn in clean:
+            turn["content"] = self.profile.clean(turn["content"])
+            if "reasoning_content" in turn:
+                turn["reasoning_content"] = self.profile.clean(turn["reasoning_content"])
+        if is_text(clean):
+            return [turn for turn in clean if check_text_row(turn["content"])]
+        turns = self.profile.transform(clean, index=index, seed=self.seed)
+        if _called(turns) != _called(messages):
+            raise BadRowError("tool calls were lost or changed", "tool calls lost")
+        if _weights(turns) != _weights(messages):
+            raise BadRowError(
+                "the flags that say which turns are trained were lost; a profile's transform must "
+                "copy the turns that it changes",
+                "flags lost",
+            )
+        if tools_of(turns) != tools_of(messages):
+            raise BadRowError("the row's tools were lost or changed", "tools lost")
+        if _num_thoughts(turns) < _num_thoughts(clean) and not self.profile.drops_thoughts:
+            raise BadRowError("thoughts were lost (`reasoning_content`)", "thoughts lost")
+        # A profile can leave nothing to train, such as an answer of which nothing remains.
+        return with_system_prompt(check_messages(turns), self.system_prompt)
+
+
+def compact(example: Example) -> Example:
+    """The example with its ids as 4 bytes each; as lists they take ten times as many."""
+    return replace(
+        example, input_ids=array("i", example.input_ids), labels=array("i", example.labels)
+    )
+
+
+def _called(messages: list[Message]) -> list[str]:
+    return [name for turn in messages for name in tool_names(turn.get("tool_calls", []))]
+
+
+def _num_thoughts(messages: list[Message]) -> int:
+    return sum(bool(turn.get("reasoning_content", "").strip()) for turn in messages)
+
+
+def _weights(messages: list[Message]) -> list[float]:
+    """Of the assistant's turns; empty where each is trained like any other."""
+    weights = [turn.get("weight", 1.0) for turn in messages if turn["role"] == "assistant"]
+    return weights if any(weight != 1 for weight in weights) else []
+
+
+def with_system_prompt(turns: list[Message], system_prompt: str | None) -> list[Message]:
+    """Put the run's system turn first, unless the conversation brings its own."""
+    if system_prompt is None or turns[0]["role"] == "system":
+        return turns
+    return [Message(role="system", content=system_prompt), *turns]

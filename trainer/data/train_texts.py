@@ -1,0 +1,81 @@
+"""What training rows ask and answer, as text, read when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data.batches import EncodedDataset
+from trainer.data.encode import RowEncoder
+from trainer.data.file_arrays import FileArray
+from trainer.data.rows import Example, golden_ids
+
+Arrays = Mapping[str, np.ndarray[Any, Any] | FileArray]
+
+
+class TrainTexts:
+    """(prompt, golden answer) of each training row.
+
+    Prompts are kept as bytes end to end; answers are decoded from the rows' ids.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        rows: EncodedDataset,
+        encoder: RowEncoder,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        """Take what `from_examples` made, or the same from the cache.
+
+        Args:
+            arrays: `prompts` (UTF-8, end to end), `starts` (rows + 1), `prompt_lengths` (tokens
+                before the answer) and `is_plain_text` of each row.
+            rows: the rows themselves.
+            encoder: that made them.
+            order: the rows that are spoken of; None: all, in order.
+        """
+        self.arrays, self.rows, self.encoder = arrays, rows, encoder
+        self.order = range(len(rows)) if order is None else order
+
+    @classmethod
+    def from_examples(
+        cls, examples: Sequence[Example], rows: EncodedDataset, encoder: RowEncoder
+    ) -> TrainTexts:
+        """The texts of examples, which are the rows."""
+        prompts = [example.prompt.encode() for example in examples]
+        lengths = [example.prompt_length for example in examples]
+        arrays: Arrays = {
+            "prompts": np.frombuffer(b"".join(prompts), dtype=np.uint8),
+            "starts": np.concatenate([[0], np.cumsum(list(map(len, prompts)))]).astype(np.int64),
+            "prompt_lengths": np.asarray(lengths, dtype=np.int32),
+            # A conversation has turns before its answer.
+            "is_plain_text": np.asarray([not example.conversation for example in examples]),
+        }
+        return cls(arrays, rows, encoder)
+
+    def of(self, order: Sequence[int]) -> TrainTexts:
+        """The texts of some of the rows."""
+        return TrainTexts(self.arrays, self.rows, self.encoder, order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        row = self.order[index]
+        begin, end = self.arrays["starts"][row : row + 2]
+        prompt = self.arrays["prompts"][begin:end].tobytes().decode()
+        [length] = self.arrays["prompt_lengths"][row : row + 1].tolist()
+        [is_plain_text] = self.arrays["is_plain_text"][row : row + 1].tolist()
+        say = self.encoder.sayer(is_plain_text=is_plain_text)
+        return prompt, say(golden_ids(self.rows[row]["labels"].tolist(), length))
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainTexts | tuple) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
