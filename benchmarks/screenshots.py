@@ -37,7 +37,7 @@ from trainer.views.terminal_rich import LiveView
 from trainer.views.watch import Follower
 
 ROOT = Path(__file__).parents[1]
-ENOUGH_STEPS = 170
+ENOUGH_STEPS = 50
 """The page is taken when this many steps are done: right and wrong answers stand side by side."""
 TERMINAL_WIDTH = 80
 WAIT_MS = 2_500

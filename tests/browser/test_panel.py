@@ -15,6 +15,7 @@ OpenPage = Callable[..., Any]
 
 NUM_PROMPTS, STEPS = 60, range(0, 401, 20)
 WORDS = "Take the number and add it to the running total of the basket.\n" * 50
+COLUMN = "\n".join(map(str, range(10, 90)))  # too short to be folded, too tall to be seen at once
 CHOSEN = ".row-line[aria-selected=true]"
 COUNT = "n => document.querySelectorAll('.row-line').length === n"
 
@@ -36,10 +37,10 @@ def write_run(run: Path, helpers: Any, lines: list[dict[str, Any]], **status: An
     (run / "status.json").write_text(json.dumps(helpers.status_of(**values)))
 
 
-def many_prompts(helpers: Any) -> list[dict[str, Any]]:
+def many_prompts(helpers: Any, steps: range = STEPS) -> list[dict[str, Any]]:
     """Prompt n is right from step 20 n / 3 on; 7 and 8 are lost at 380 and 400, 59 never right."""
     found = []
-    for step in STEPS:
+    for step in steps:
         for number in range(NUM_PROMPTS):
             is_right = step >= 20 * (number // 3) and number != 59 and step > 0
             is_right &= not (number == 7 and step >= 380) and not (number == 8 and step >= 400)
@@ -54,6 +55,7 @@ def odd_answers(helpers: Any) -> list[dict[str, Any]]:
     """One step; nothing is right, each for a reason of its own."""
     pairs = [
         ("long", f"{WORDS}In all 59.", f"{WORDS}In all 95."),
+        ("lines", COLUMN, COLUMN.replace("88", "99")),
         ("arabic", "عاصمة مصر هي القاهرة", "عاصمة مصر هي الإسكندرية"),
         ("tokyo", "人口は約千万人", "人口は約百万人"),
         ("white", "one\ntwo\nthree", "one two three"),
@@ -68,7 +70,7 @@ def odd_answers(helpers: Any) -> list[dict[str, Any]]:
 
 MARKDOWN = (
     "| a | b |\n|---|---|\n| 1 | **3** |\n\n<img src='http://192.0.2.1/x.png' onerror=alert(1)>"
-    "<script>alert(2)</script>[here](javascript:alert(3)) ![x](http://192.0.2.1/y.png)"
+    "<script>alert(2)</script>[here](http://192.0.2.1/z) ![x](http://192.0.2.1/y.png)"
     "<form action='http://192.0.2.1'><input name=q></form>"
 )
 
@@ -247,6 +249,11 @@ def test_what_differs_is_marked_on_both_sides_and_in_sight(open_page: OpenPage, 
     assert page.locator(".fold summary").first.inner_text() == "47 lines that are equal"
     page.locator(".fold summary").first.click()
     assert page.locator(".fold").first.inner_text().count("basket") == 47
+    show_prompt(page, "lines")
+    page.wait_for_timeout(200)
+    assert page.locator(".fold").count() == 0
+    assert is_in_sight(page, ".answer del")
+    assert is_in_sight(page, ".answer ins")
     show_prompt(page, "arabic")
     direction = "one => getComputedStyle(one).direction"
     assert page.locator(".side .answer").first.evaluate(direction) == "rtl"
@@ -298,36 +305,46 @@ SHIFTS = """window.shift = 0; new PerformanceObserver(list => {
 }).observe({type: 'layout-shift', buffered: true});"""
 
 
-def test_while_previews_arrive_strips_do_not_shift_and_little_is_sent(
+def test_while_previews_arrive_strips_do_not_shift_and_only_new_steps_are_sent(
     open_page: OpenPage, monitor: Callable[..., str], helpers: Any, tmp_path: Path
 ) -> None:
-    run, lines = tmp_path / "run", many_prompts(helpers)
+    run, lines = tmp_path / "run", many_prompts(helpers, range(0, 401, 10))
     # The process that is named must be older than the run, or it is not the run's.
     now = {"state": "training", "phase": "training", "pid": os.getpid(), "total_steps": 4000}
     now |= {"started_at": time.time(), "updated_at": time.time(), "eta_s": 900.0}
     write_run(run, helpers, [one for one in lines if one["step"] <= 300], **now)
-    sent: list[int] = []
-
-    page = open_page(monitor(run), wait_for=CHOSEN, at_start=SHIFTS)
+    sent: list[str] = []
+    url = monitor(run)
+    page = open_page(url, wait_for=CHOSEN, at_start=SHIFTS)
+    looker = open_page(url, wait_for=CHOSEN)
+    wait_for_place(looker, 48, 300)
+    # The first that is wrong, now chosen by somebody, so that it stays open when it is right.
+    page.locator(".row-line[data-row='48']").click(position={"x": 60, "y": 12})
     page.wait_for_timeout(1500)  # what belongs to the beginning is over
     before, shifted = page.evaluate(STRIP), page.evaluate("window.shift")
     session = page.context.new_cdp_session(page)
     session.send("Network.enable")
     session.on(
         "Network.webSocketFrameReceived",
-        lambda event: sent.append(len(event["response"]["payloadData"])),
+        lambda event: sent.append(event["response"]["payloadData"]),
     )
     with (run / "previews.jsonl").open("a") as file:
         for line in lines:
             if line["step"] > 300:
                 alert = {"health": ["never_stopped"]} if line["step"] == 400 else {}
                 file.write(json.dumps({**line, **alert}) + "\n")
-    wait_for_place(page, 48, 400)  # the first that was wrong at 300; the page follows it
+    wait_for_place(page, 48, 400)  # it follows
+    # Where nobody chose, a wrong answer is open.
+    looker.wait_for_function("document.querySelector('.place b').innerText === '400'")
+    looker.wait_for_selector(f"{CHOSEN} .mark-wrong")
     page.wait_for_selector(".alerts-warning")
     assert "60 of 60 previews of step 400 never stop" in page.inner_text(".alerts summary")
     assert page.evaluate(STRIP) == before
     assert page.evaluate("window.shift") - shifted < 0.05
-    assert sum(sent) < 12_000  # five steps of 60 prompts; the page was 60 kB
+    told = "".join(sent)
+    assert "[310," in told  # the first new step
+    assert "[290," not in told  # and no old one
+    assert "33." not in told  # nor a name
     page.locator(".alerts summary").click()
     page.get_by_role("button", name="never stop").click()
     wait_for_place(page, 0, 400)

@@ -11,7 +11,7 @@ from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
 from trainer.views.differences import Piece
-from trainer.views.timeline import MARK_WORDS, GoldenToken
+from trainer.views.timeline import MARK_WORDS
 
 SYSTEM_CHANGED = "system_colours_changed"
 
@@ -136,14 +136,6 @@ def answer_box(length: int) -> Any:
 
             unfold.on_click(toggle)
     return inner
-
-
-def golden_by_probability(tokens: Sequence[GoldenToken]) -> None:
-    """The golden answer's tokens, coloured and underlined by how likely they are."""
-    with box("div", "answer"):
-        for token in tokens:
-            note = f"{100 * token.probability:.1f} %, {token.level}"
-            text("span", token.text, token.level, title=note)
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> None:

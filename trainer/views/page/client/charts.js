@@ -14,6 +14,10 @@ function axisEnd(last, total, isOver) {
   return total ? Math.max(last, Math.min(nice, total)) : nice;
 }
 
+// A number of two digits that fits beside an axis, such as 0.48 or 8e-4.
+const short = (value) =>
+  (value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(0) : Number(value.toPrecision(2)).toString());
+
 // A running mean, for curves of so many previews that they are noise.
 function calmed(points) {
   const half = points.length > MANY ? Math.round(points.length / 40) : 0;
@@ -163,7 +167,7 @@ export class Charts {
     const shown = ticks ?? [0, 0.5, 1].map((share) => bottom + share * (top - bottom))
       .map((value) => (isLog ? 10 ** value : value));
     for (const tick of shown) {
-      context.fillText(ticks ? String(tick) : Number(tick.toPrecision(2)).toString(), LEFT - 5, y(tick) + 4);
+      context.fillText(ticks ? String(tick) : short(tick), LEFT - 5, y(tick) + 4);
       context.beginPath();
       context.moveTo(LEFT, y(tick));
       context.lineTo(width - RIGHT, y(tick));

@@ -22,6 +22,7 @@ export class Panel {
     this.rows = data.source === "final" && this.final ? this.final : this.previews;
     this.hover = null;
     this.isAll = false;
+    this.isTouched = Boolean(new URLSearchParams(location.search).get("prompt"));
     this.charts = new Charts({ hover: (step) => this.setHover(step), go: (step) => this.go(step) });
     this.list = new List({ choose: (row, step) => this.choose(row, step), hover: (step) => this.setHover(step) });
     this.answer = new Answer({
@@ -78,9 +79,16 @@ export class Panel {
     this.list.take(this.rows);
     if (wasInSight) this.list.reveal(); // it may stand elsewhere now
     const isChanged = data.whole || data.columns.some(([step]) => step === this.step);
-    if (this.chosen === null && this.rows.order.length) this.chosen = this.rows.order[0];
+    const wrong = (row) => row !== null && WRONG.includes(this.rows.state(row));
+    const first = this.rows.order[0] ?? null;
+    // While nobody has chosen, a wrong answer stays open: the one that was open may be right now.
+    const isMoved = this.chosen === null || (!this.isTouched && wrong(first) && !wrong(this.chosen));
+    if (isMoved) {
+      this.chosen = this.list.chosen = first;
+      this.list.reveal();
+    }
     if ((isNewer && this.isFollowing) || !this.rows.columns.has(this.step)) this.fetch(this.rows.newest);
-    else if (isChanged) this.fetch(this.step);
+    else if (isChanged || isMoved) this.fetch(this.step);
     else this.answer.draw();
     this.draw();
   }
@@ -151,6 +159,7 @@ export class Panel {
 
   // What somebody wants to see: the address says so.
   ask(step) {
+    this.isTouched = true;
     this.fetch(step);
     this.keepPlace();
     this.draw();
