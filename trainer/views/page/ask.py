@@ -19,7 +19,9 @@ from trainer.views.page.worker_link import (
     WORKER_NAME,
     absence_words,
     ask_worker,
+    check_own,
     find_worker,
+    whose_words,
 )
 from trainer.views.run_reader import RunReader
 
@@ -144,7 +146,7 @@ class AskBox:
             self._show(question, str(error), None)
         else:
             if reply is not None:
-                self._show(question, self._whose(reply), reply)
+                self._show(question, whose_words(reply, self.reader), reply)
                 self._prompt.set_value("")
         finally:
             self._asked_at = 0.0
@@ -155,19 +157,21 @@ class AskBox:
         """The worker's answer; None where there is no worker any more.
 
         Raises:
-            PreviewError: it gave none.
+            PreviewError: it gave none, or not by weights of this run.
         """
         worker = find_worker(self.reader.folder, self.allowed_hosts).worker
         if worker is None:
             self.refresh()
             return None
-        return await asyncio.to_thread(
+        reply = await asyncio.to_thread(
             ask_worker,
             worker,
             question.prompt,
             max_new_tokens=question.max_new_tokens,
             temperature=question.temperature,
         )
+        check_own(worker, reply, self.reader)
+        return reply
 
     async def _ask_pins(self) -> None:
         try:
@@ -183,14 +187,6 @@ class AskBox:
                 self.pins.version += 1
         finally:
             self.pins.is_asking = False
-
-    def _whose(self, reply: ServerAnswer) -> str:
-        weights = f"weights {reply.weights_id[:12]}" if reply.weights_id else "unnamed weights"
-        if reply.step is None:
-            return f"Answered by {weights}; the worker does not report their step."
-        now = self.reader.step
-        words = f"Answered by the weights of step {reply.step} ({weights})"
-        return f"{words}; training is at step {now}." if now != reply.step else f"{words}."
 
     def _show(self, question: Question, words: str, reply: ServerAnswer | None) -> None:
         """The newest stands first."""
