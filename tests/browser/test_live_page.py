@@ -277,7 +277,10 @@ def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
     assert page.locator(".row-line").count() == 5
     page.get_by_role("button", name="wrong now 1").click()
     page.wait_for_function("document.querySelectorAll('.row-line').length === 1")
-    assert page.inner_text(".question") == answers[3]["prompt"]
+    page.wait_for_function(
+        "prompt => document.querySelector('.question').innerText === prompt",
+        arg=answers[3]["prompt"],
+    )
     assert page.inner_text(".side .answer del") == "100"
     assert page.inner_text(".side .answer ins") == "3"
     assert "trainer chat" not in page.locator("#ask").inner_text()  # it left no weights

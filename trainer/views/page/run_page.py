@@ -202,7 +202,8 @@ class RunPage:
 
     def _show_headline(self) -> None:
         headline = rows_of(self.reader).headline()
-        self._main.set_text(headline.main)
+        # A number and its sign stay on one line.
+        self._main.set_text(headline.main.replace(" %", "\N{NO-BREAK SPACE}%"))
         self._rest.set_text(headline.rest)
 
     def _show_alerts(self, alerts: list[Alert]) -> None:
