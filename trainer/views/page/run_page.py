@@ -82,7 +82,7 @@ class RunPage:
             with reader.lock:
                 self._panel = PreviewPanel(reader, label, query)
             with section("Ask the model now", "ask"):
-                self._ask = AskBox(reader, options.worker_hosts)
+                self._ask = AskBox(reader, options.worker_hosts, options.own_server)
             with section("Controls", "act"):
                 self._act = ActBox(
                     reader, lambda: self._panel.shown_step, is_allowed=options.is_control_allowed
