@@ -154,7 +154,9 @@ def test_where_no_preview_is_wrong_a_wrong_answer_of_the_final_evaluation_is_ope
     source = page.get_by_role("button", name="final evaluation 75.0 % (3/4)")
     assert source.get_attribute("aria-pressed") == "true"
     assert chosen(page) == "2"
-    assert is_in_sight(page, ".legend")  # the row of sources takes its height from the panes
+    legend = page.locator(".legend").bounding_box()
+    # The row of sources takes its height from the panes.
+    assert legend["y"] + legend["height"] <= page.viewport_size["height"]
     page.get_by_role("button", name="previews").click()
     page.wait_for_function(COUNT, arg=3)
     page = open_page(f"{site}/run/ended?prompt=1", wait_for=CHOSEN)  # somebody's own choice
