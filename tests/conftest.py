@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # No test may reach for a network, and equal thread counts make equal numbers.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # would hand them on to the runs that they stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A shared machine is slow at times; no test is about time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 # Encoded rows of tests must not fill the user's cache, nor be found by the next test run.
 _CACHE = tempfile.TemporaryDirectory(prefix="trainer_tests_")
 os.environ["ULTIMATE_TRAINER_CACHE"] = _CACHE.name
@@ -39,8 +44,11 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "what is two plus two? fo
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     import torch
+    import transformers.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    # Each run of the trainer collects garbage; what was imported need not be walked each time.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

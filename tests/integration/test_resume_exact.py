@@ -348,7 +348,7 @@ def test_n18_a_rate_that_is_changed_on_purpose_is_that_of_the_new_schedule(
         assert rates[step] == pytest.approx(wanted, rel=1e-12), step
     path = again.output_dir / "checkpoints" / "step-00000008" / "optimizer.pt"
     groups = torch.load(path, weights_only=True)["param_groups"]
-    assert {group["lr"] for group in groups} == {pytest.approx(rates[9])}
+    assert [group["lr"] for group in groups] == pytest.approx([rates[9]] * len(groups))
     # A third part, from a checkpoint of the second, knows of both.
     output["resume"] = str(again.output_dir / "checkpoints" / "step-00000008")
     third = train(hyperparams={**new, "learning_rate": 1e-4}, monitoring=QUIET, output=output)

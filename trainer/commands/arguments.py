@@ -9,13 +9,13 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer.errors import ConfigError, OutputError
 from trainer.files import require_folder
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Command = Callable[[list[str]], int]
 
@@ -146,6 +146,8 @@ def choose(commands: Mapping[str, Command], argv: list[str], prog: str) -> Comma
 
 def print_table(table: Table) -> None:
     """Print a table; off a terminal each row is one line, for grep and for people's logs."""
+    from rich.console import Console  # a server needs no rich
+
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
         return

@@ -29,7 +29,7 @@ def model_card(job: Job, prepared: Prepared, evaluation: dict[str, Any] | None) 
     name = job.output_dir.resolve().name
     facts: list[tuple[str, str]] = [
         ("base model", base),
-        ("steps", f"{job.step:,} of {prepared.num_steps:,}"),
+        ("steps", f"{job.step:,} of {prepared.num_steps:,}{_of_which(job)}"),
         ("rows trained on", f"{data.card.num_train_rows:,}"),
         ("profile", prepared.profile.name),
         ("learning rate", f"{hyper.learning_rate:g}, {hyper.lr_scheduler}"),
@@ -50,6 +50,11 @@ def model_card(job: Job, prepared: Prepared, evaluation: dict[str, Any] | None) 
     return "\n".join(lines) + "\n"
 
 
+def _of_which(job: Job) -> str:
+    is_last = job.final_step in (None, job.step)
+    return "" if is_last else f"; the weights are those of step {job.final_step:,}, the best"
+
+
 def write_card(folder: Path, text: str) -> None:
     """Write it beside the weights, over what PEFT has written there."""
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
@@ -68,12 +73,10 @@ def _rows_of_step(prepared: Prepared) -> int:
 
 
 def _results(job: Job, evaluation: dict[str, Any] | None) -> list[str]:
-    lines = []
-    if job.trainer is not None and job.trainer.last_step is not None:
-        lines.append(f"- training loss of the last step: {job.trainer.last_step.train_loss:.4f}")
-    found = job.monitor.evaluation if job.monitor is not None else None
-    if found is not None and found.last_loss is not None:
-        lines.append(f"- validation loss, on rows held out: {found.last_loss:.4f}")
+    lines = _last_losses(job)
+    if _of_which(job):
+        best = job.best or {}
+        lines = [f"- {best['by']} at that step: {best['value']:.4f}"] if best else []
     if evaluation is not None:
         share = 100 * evaluation["exact_match"]
         lines.append(
@@ -86,6 +89,16 @@ def _results(job: Job, evaluation: dict[str, Any] | None) -> list[str]:
             if one.get("mean") is not None
         ]
     return lines or ["Nothing was measured."]
+
+
+def _last_losses(job: Job) -> list[str]:
+    lines = []
+    if job.trainer is not None and job.trainer.last_step is not None:
+        lines.append(f"- training loss of the last step: {job.trainer.last_step.train_loss:.4f}")
+    found = job.monitor.evaluation if job.monitor is not None else None
+    if found is not None and found.last_loss is not None:
+        lines.append(f"- validation loss, on rows held out: {found.last_loss:.4f}")
+    return lines
 
 
 def _use(name: str, is_adapter: bool) -> list[str]:
