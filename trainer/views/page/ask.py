@@ -15,7 +15,9 @@ from trainer.errors import PreviewError
 from trainer.monitoring.events import printable
 from trainer.preview.base import ServerAnswer
 from trainer.views.page.elements import answer, box, text
+from trainer.views.page.own_server import ASKING_WORDS, OwnServer, can_serve
 from trainer.views.page.worker_link import (
+    FINAL_MODEL,
     WORKER_NAME,
     absence_words,
     ask_worker,
@@ -88,9 +90,15 @@ _PINS: weakref.WeakKeyDictionary[RunReader, Pins] = weakref.WeakKeyDictionary()
 class AskBox:
     """Prompts answered by the weights that the worker has this minute."""
 
-    def __init__(self, reader: RunReader, allowed_hosts: Collection[str]) -> None:
-        """Build the box here."""
-        self.reader, self.allowed_hosts = reader, allowed_hosts
+    def __init__(
+        self, reader: RunReader, allowed_hosts: Collection[str], own_server: OwnServer | None
+    ) -> None:
+        """Build the box here.
+
+        Args:
+            own_server: it answers where the run has ended; None: the page shows the command.
+        """
+        self.reader, self.allowed_hosts, self.own_server = reader, allowed_hosts, own_server
         self.pins = _PINS.setdefault(reader, Pins())
         self._asked_at = 0.0
         self._pins_shown = -1
@@ -112,11 +120,18 @@ class AskBox:
     def refresh(self) -> None:
         """Show the box where there is somebody to ask, else say why there is none."""
         found = find_worker(self.reader.folder, self.allowed_hosts)
-        self._form.set_visibility(found.worker is not None)
+        is_served = found.worker is None and self._is_served()
+        self._form.set_visibility(found.worker is not None or is_served)
         self._reason.set_visibility(found.worker is None)
+        if is_served:
+            self._reason.set_text(ASKING_WORDS)
+            return
         is_named = (self.reader.folder / WORKER_NAME).is_file()
         reason = found.reason if is_named else absence_words(self.reader)
         self._reason.set_text(f"The model cannot be asked: {reason}")
+
+    def _is_served(self) -> bool:
+        return self.own_server is not None and can_serve(self.reader)
 
     def _tick(self) -> None:
         """Count the seconds of a question; ask pinned ones again after a new preview step."""
@@ -158,6 +173,8 @@ class AskBox:
             PreviewError: it gave none.
         """
         worker = find_worker(self.reader.folder, self.allowed_hosts).worker
+        if worker is None and self.own_server is not None and self._is_served():
+            worker = await asyncio.to_thread(self.own_server.worker, self.reader)
         if worker is None:
             self.refresh()
             return None
@@ -186,6 +203,8 @@ class AskBox:
 
     def _whose(self, reply: ServerAnswer) -> str:
         weights = f"weights {reply.weights_id[:12]}" if reply.weights_id else "unnamed weights"
+        if reply.step is None and self._is_served():
+            return f"Answered by {FINAL_MODEL} ({weights})."
         if reply.step is None:
             return f"Answered by {weights}; the worker does not report their step."
         now = self.reader.step

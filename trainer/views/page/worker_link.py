@@ -112,7 +112,10 @@ def absence_words(reader: RunReader) -> str:
     has_weights = (reader.folder / FINAL_MODEL).is_dir() or reader.last_checkpoint_step()
     if not has_weights:
         return f"{ended}; it left no weights"
-    return f"{ended}; ask its weights with: trainer chat {shlex.quote(str(reader.folder))}"
+    folder = shlex.quote(str(reader.folder))
+    asked = f"{ended}; ask its weights with: trainer chat {folder}"
+    is_final = (reader.folder / FINAL_MODEL).is_dir()
+    return f"{asked}, or here after: trainer monitor {folder} --ask" if is_final else asked
 
 
 def ask_worker(
