@@ -34,7 +34,7 @@ WHEELS = {
         *("pydantic", "pydantic_core", "annotated-types", "typing-inspection"),
         *("typing_extensions", "orjson", "psutil", "httpx", "httpcore", "httpx2", "httpcore2"),
         *("truststore", "h11", "anyio", "idna", "certifi", "PyYAML", "regex", "tqdm"),
-        *("packaging", "filelock", "fsspec"),
+        *("packaging", "filelock", "fsspec", "xxhash"),
     ),
     "the tests": ("pytest", "pytest-timeout", "pluggy", "iniconfig", "Pygments"),
     "previews from a sidecar": (
@@ -43,7 +43,7 @@ WHEELS = {
     ),
     "where torch came without numpy": ("numpy",),
     TRL: (
-        *("trl", "datasets", "dill", "multiprocess", "xxhash", "python-dateutil", "Jinja2"),
+        *("trl", "datasets", "dill", "multiprocess", "python-dateutil", "Jinja2"),
         *("requests", "urllib3", "charset-normalizer", "MarkupSafe"),
     ),
 }

@@ -27,14 +27,16 @@ Row = dict[str, Any]
 NAMES = ("Natalia", "Weng", "Betty", "Julie", "James", "Mark", "Albert", "Ken", "Alexis", "Tina")
 THINGS = ("clips", "apples", "books", "letters", "flowers", "pizzas", "boxes", "stickers", "pens")
 STEP_S = 2.0
+HUNG_S = 600.0
+"""Nothing has come from the hung run for so long."""
 
 
-def problem(number: int) -> tuple[str, str]:
-    """A word problem and its worked answer."""
+def problem(number: int, slip: int = 0) -> tuple[str, str]:
+    """A word problem and its worked answer, whose product is wrong by `slip`."""
     draw = random.Random(number)
     name, thing = draw.choice(NAMES), draw.choice(THINGS)
     each, count, given = draw.randint(3, 20), draw.randint(3, 12), draw.randint(2, 9)
-    total = each * count
+    total = each * count + slip
     question = (
         f"{name} packs {each} {thing} into each of {count} bags and then gives {given} of the "
         f"{thing} to a friend. How many {thing} are left?"
@@ -47,12 +49,9 @@ def problem(number: int) -> tuple[str, str]:
     return question, answer
 
 
-def spoiled(answer: str, draw: random.Random, words: int = 3) -> str:
-    """The answer with some words replaced by numbers."""
-    parts = answer.split(" ")
-    for _ in range(words):
-        parts[draw.randrange(len(parts))] = str(draw.randrange(100))
-    return " ".join(parts)
+def wrong_answer(number: int, draw: random.Random) -> str:
+    """The worked answer with a slip in its first line, carried on to the end."""
+    return problem(number, draw.choice((1, 2, 10, 20)))[1]
 
 
 def step_row(step: int, total: int, started: float, draw: random.Random) -> Row:
@@ -140,7 +139,7 @@ def learned(num_prompts: int, steps: range, *, wrong_at_end: int | None = None) 
             is_right = draw.random() < min(0.97, 1.2 * step / last)
             if step == last and wrong_at_end is not None:
                 is_right = number >= wrong_at_end
-            text = golden if is_right else spoiled(golden, draw)
+            text = golden if is_right else wrong_answer(number, draw)
             found.append(preview(step, number, prompt, text, golden))
     return found
 
@@ -203,11 +202,19 @@ def scripts(steps: range) -> list[Row]:
 
 def make_all(root: Path) -> None:
     """One run of each kind."""
-    started = time.time() - 7_200
+    before = time.time() - 7_200
 
-    def put(name: str, previews: list[Row], done: int, total: int, **status: Any) -> None:
-        rows = metric_rows(done, total, started)
-        write(root / name, rows, previews, started=started, **{"total_steps": total, **status})
+    def put(
+        name: str,
+        previews: list[Row],
+        done: int,
+        total: int,
+        *,
+        begun: float = before,
+        **status: Any,
+    ) -> None:
+        rows = metric_rows(done, total, begun)
+        write(root / name, rows, previews, started=begun, **{"total_steps": total, **status})
 
     put("word_problems", unlearned(range(0, 161, 10), 160), 160, 160)
     put("hundred_prompts", learned(100, range(0, 2_001, 50), wrong_at_end=4), 2_000, 2_000)
@@ -216,11 +223,20 @@ def make_all(root: Path) -> None:
         "type": "NonFiniteError",
         "message": "step 81: the loss is nan. Lower the learning rate.",
     }
-    put("not_a_number", learned(12, range(0, 81, 20)), 80, 400, state="failed", error=error)
+    put(
+        "not_a_number",
+        learned(12, range(0, 81, 20), wrong_at_end=1),
+        80,
+        400,
+        state="failed",
+        error=error,
+    )
     # Process 1 lives and is older than the run, as the process of a hung run is.
-    hung = {"state": "training", "phase": "training", "pid": 1, "eta_s": 400.0}
-    put("hung", learned(12, range(0, 201, 50)), 200, 400, **hung)
-    put("killed", learned(12, range(0, 151, 50)), 170, 400, state="training", pid=2**22 - 1)
+    hung: Row = {"state": "training", "phase": "training", "pid": 1, "eta_s": 400.0}
+    hung_at = time.time() - HUNG_S - 200 * STEP_S
+    put("hung", learned(12, range(0, 201, 50), wrong_at_end=2), 200, 400, begun=hung_at, **hung)
+    dead: Row = {"state": "training", "pid": 2**22 - 1}
+    put("killed", learned(12, range(0, 151, 50), wrong_at_end=2), 170, 400, **dead)
     put("scripts", scripts(range(0, 401, 50)), 400, 400)
     own = [
         preview(step, n, prompt, f"I am a model at step {step}.", None, prompt_id=f"own-{n}")

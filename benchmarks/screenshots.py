@@ -1,8 +1,8 @@
-"""The pictures in docs/img: a real demo run, its live page, its report, its terminal view.
+"""The report and the terminal view in docs/img, of a real demo run; the page: case_pictures.py.
 
     python benchmarks/screenshots.py [--run FOLDER] [--out docs/img]
 
-Without --run the demo is trained first, and the page is taken while it trains. Needs Chromium.
+Without --run the demo is trained first, and the terminal is taken while it trains. Needs Chromium.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from trainer.views.watch import Follower
 
 ROOT = Path(__file__).parents[1]
 ENOUGH_STEPS = 50
-"""The page is taken when this many steps are done: right and wrong answers stand side by side."""
+"""The terminal is taken then: right and wrong answers stand side by side."""
 TERMINAL_WIDTH = 80
-WAIT_MS = 2_500
 
 
 def main() -> int:
@@ -59,9 +58,7 @@ def main() -> int:
             training = stack.enter_context(demo)
         if training is not None:
             wait_for_step(run, ENOUGH_STEPS)
-        stack.enter_context(command("monitor", str(run), "--port", "18088", "--allow-control"))
         browser = stack.enter_context(chromium())
-        take_pages(browser, "http://127.0.0.1:18088/", words.out)
         terminal = Path(scratch) / "terminal.svg"
         terminal.write_text(terminal_svg(run), encoding="utf-8")
         take_terminal(browser, terminal, words.out)
@@ -110,30 +107,6 @@ def chromium() -> Iterator[Any]:
         )
         yield browser
         browser.close()
-
-
-def take_pages(browser: Any, url: str, out: Path) -> None:
-    """The live page: light, dark, and on a phone."""
-    for name, scheme, width, height in (
-        ("page-light", "light", 1440, 900),
-        ("page-dark", "dark", 1440, 900),
-        ("page-phone", "light", 390, 844),
-    ):
-        page = browser.new_page(
-            viewport={"width": width, "height": height},
-            color_scheme=scheme,
-            device_scale_factor=1.5 if width < 500 else 1,
-        )
-        for _ in range(60):  # the monitor may still be starting
-            with contextlib.suppress(Exception):
-                page.goto(url)
-                break
-            time.sleep(0.5)
-        page.wait_for_selector(".row-line")  # it opens on the newest wrong answer
-        page.wait_for_timeout(WAIT_MS)
-        page.evaluate("window.scrollTo(0, 0)")
-        page.screenshot(path=out / f"{name}.png")
-        page.close()
 
 
 def take_report(browser: Any, report: Path, out: Path) -> None:

@@ -38,7 +38,7 @@ COMMANDS = {
     "export": "write a model folder from a run: trainer export outputs --merge",
     "data": "inspect rows and their trained tokens; show or clear the cache",
     "models": "list the short names of models",
-    "config": "show, explain, check or start a config file",
+    "config": "show, explain, validate or init a config file",
     "doctor": "print the hardware, versions and optional packages of this machine",
 }
 

@@ -277,11 +277,42 @@ def test_an_ended_page_names_the_final_evaluation_and_its_wrong_rows(
     assert page.locator(".row-line").count() == 5
     page.get_by_role("button", name="wrong now 1").click()
     page.wait_for_function("document.querySelectorAll('.row-line').length === 1")
-    assert page.inner_text(".question") == answers[3]["prompt"]
+    page.wait_for_function(
+        "prompt => document.querySelector('.question').innerText === prompt",
+        arg=answers[3]["prompt"],
+    )
     assert page.inner_text(".side .answer del") == "100"
     assert page.inner_text(".side .answer ins") == "3"
     assert "trainer chat" not in page.locator("#ask").inner_text()  # it left no weights
     assert "it left no weights" in page.locator("#ask").inner_text()
+
+
+COUNTED = """window.told = []; const Real = window.Notification;
+window.Notification = class extends Real {
+  constructor(...words) { super(...words); window.told.push(words); }
+};"""
+
+
+def test_a_browser_that_was_allowed_by_a_click_tells_the_end_once(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    times = {"started_at": time.time(), "updated_at": time.time(), "pid": os.getpid()}
+    status = helpers.status_of(step=1, total_steps=9, **times)
+    training = {**status, "state": "training", "phase": "training"}
+    (run / "status.json").write_text(json.dumps(training))
+    page = open_page(
+        monitor(run), wait_for=".alerts", at_start=COUNTED, permissions=["notifications"]
+    )
+    page.locator(".alerts summary").click()
+    page.get_by_role("button", name="notify me in this browser").click()
+    page.get_by_text("this browser notifies you while the page stays open").wait_for()
+    assert page.evaluate("window.told.length") == 0
+    (run / "status.json").write_text(json.dumps({**status, "step": 9}))
+    page.wait_for_function("window.told.length > 0")
+    page.wait_for_timeout(1200)
+    assert page.evaluate("window.told") == [["run", {"body": "completed, step 9 of 9"}]]
 
 
 def test_runs_are_searched_sorted_and_compared_by_what_differs(

@@ -80,6 +80,11 @@ def root(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found: Path = tmp_path_factory.mktemp("runs")
     write_run(found / "many", helpers, many_prompts(helpers))
     write_run(found / "odd", helpers, odd_answers(helpers))
+    ended = [helpers.preview_of(400, n) | {"text": "answer 100"} for n in range(3)]
+    summary = {"final_evaluation": {"exact_match": 0.75, "matched": 3, "num_prompts": 4}}
+    write_run(found / "ended", helpers, ended, summary=summary)
+    final = [helpers.preview_of(400, n, matches=n != 2) for n in range(4)]
+    helpers.write_lines(found / "ended" / "final_evaluation.jsonl", final)
     return found
 
 
@@ -139,6 +144,23 @@ def test_the_first_screen_says_whether_the_model_gets_better_and_opens_on_the_ne
         left, right = (page.locator(s).bounding_box() for s in (".rows-pane", ".answer-pane"))
         assert left["x"] + left["width"] <= right["x"] + 1
         assert left["y"] == right["y"]
+
+
+def test_where_no_preview_is_wrong_a_wrong_answer_of_the_final_evaluation_is_open(
+    open_page: OpenPage, site: str
+) -> None:
+    page = open_page(f"{site}/run/ended", wait_for=CHOSEN)
+    assert page.inner_text(".headline").startswith("3 of 3 right")
+    source = page.get_by_role("button", name="final evaluation 75.0 % (3/4)")
+    assert source.get_attribute("aria-pressed") == "true"
+    assert chosen(page) == "2"
+    legend = page.locator(".legend").bounding_box()
+    # The row of sources takes its height from the panes.
+    assert legend["y"] + legend["height"] <= page.viewport_size["height"]
+    page.get_by_role("button", name="previews").click()
+    page.wait_for_function(COUNT, arg=3)
+    page = open_page(f"{site}/run/ended?prompt=1", wait_for=CHOSEN)  # somebody's own choice
+    assert page.locator(".row-line").count() == 3
 
 
 def test_chips_and_search_choose_among_prompts_and_only_rows_in_sight_exist(

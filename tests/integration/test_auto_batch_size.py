@@ -55,7 +55,11 @@ def losses(result: Any) -> list[tuple[float, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "data"), [("cuda", {}), ("cpu", {"enable_packing": True})], ids=["rows", "packs"]
+    ("kind", "data"),
+    [
+        pytest.param("cuda", {}, id="rows"),
+        pytest.param("cpu", {"enable_packing": True}, id="packs", marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_ran_out_of_memory_equals_one_that_began_with_smaller_batches(
     train: Callable[..., Any],

@@ -81,7 +81,7 @@ def test_weights_are_bit_identical_with_previews_and_without(
     assert_same_weights(on.model_path, off.model_path)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.long)])
 def test_resume_at_three_different_steps_equals_the_uninterrupted_run(
     train: Callable[..., Any], assert_same_weights: Callable[..., None], mode: str
 ) -> None:

@@ -36,7 +36,10 @@ def config(job: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- parts before a whole call
 
-PARTS = ("prepare_dataset", "load_model", "build_callbacks", "create_trainer")
+PARTS = (
+    *(pytest.param(part, marks=pytest.mark.long) for part in ("prepare_dataset", "load_model")),
+    *("build_callbacks", "create_trainer"),
+)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -265,3 +265,22 @@ def test_an_adapter_as_the_model_of_a_run_is_one_error_that_says_what_to_do(
     merged = tmp_path / "merged"
     assert main(["export", str(adapter), "--merge", "--output", str(merged)]) == 0
     assert train("again", model_path=str(merged)).success
+
+
+def test_a_run_whose_record_lacks_secrets_is_opened(train: Callable[..., Any]) -> None:
+    told = {**QUIET, "notify": ["sh", "-c", "true"], "notify_silence": 900.0}
+    result = train(hyperparams={"max_steps": 2}, monitoring=told, output=SAVES)
+    assert result.success, result.error_message
+    run = Path(result.output_dir)
+    record = json.loads((run / "run.json").read_text())
+    assert record["config"]["monitoring"]["notify"] == ["sh", "***", "***"]
+    assert main(["export", str(run)]) == 0
+    assert main(["export", str(run), "--step", "2", "--output", str(run / "x")]) == 0
+    # An address whose password was left out, likewise.
+    record["config"]["monitoring"] |= {
+        "preview_backend": "openai",
+        "openai_base_url": "http://***@127.0.0.1:1/v1",
+        "openai_model": "m",
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    assert open_run(run).config.model.model_path

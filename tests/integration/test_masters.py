@@ -35,7 +35,10 @@ def model_folder(tmp_path: Path, tokenizer: Any, make_model: Callable[..., Any])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=() if m == "bf16 weights, 8 bit" else pytest.mark.long) for m in MODES],
+)
 def test_n16_holds_for_each_mode_with_previews_and_evaluation_between(
     train: Callable[..., Any], mode: str
 ) -> None:
@@ -100,7 +103,7 @@ def family(name: str, vocab_size: int) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("name", ["gpt2", *FAMILIES])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.long), *FAMILIES])
 def test_every_family_computes_with_bf16_matrices_and_fp32_norms(
     train: Callable[..., Any], tmp_path: Path, tokenizer: Any, name: str
 ) -> None:

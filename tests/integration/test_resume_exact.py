@@ -61,7 +61,9 @@ def equal(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 4, 8, 11])
+@pytest.mark.parametrize(
+    "at", [1, pytest.param(4, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long), 11]
+)
 def test_n16_everything_a_checkpoint_holds_is_the_same_after_a_resume(
     train: Callable[..., Any], at: int
 ) -> None:
@@ -163,7 +165,9 @@ def closed_form(name: str, step: int, peak: float, warmup: int, total: int) -> f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("linear", marks=pytest.mark.long), "cosine", "constant"]
+)
 def test_n18_the_learning_rate_is_the_closed_form_also_after_a_resume(
     train: Callable[..., Any], name: str
 ) -> None:
@@ -256,7 +260,14 @@ def check_n18_length(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["a finished run", "from its middle", "epochs"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "a finished run",
+        pytest.param("from its middle", marks=pytest.mark.long),
+        pytest.param("epochs", marks=pytest.mark.long),
+    ],
+)
 def test_mutant_n18_the_checkpoints_rate_is_kept_is_killed(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:

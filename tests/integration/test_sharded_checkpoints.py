@@ -318,7 +318,8 @@ STOPPING = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_early_stopping_and_what_is_kept_are_those_of_one_process(
     runs: Runs, strategy: str, tmp_path: Path
 ) -> None:

@@ -123,7 +123,7 @@ def check_accumulation(dtype: torch.dtype, tolerance: float, num_rows: int) -> N
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("num_rows", [8, 5])
+@pytest.mark.parametrize("num_rows", [pytest.param(8, marks=pytest.mark.long), 5])
 def test_n3_one_step_is_the_same_however_it_is_cut(
     dtype: torch.dtype, tolerance: float, num_rows: int
 ) -> None:

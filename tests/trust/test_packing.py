@@ -80,7 +80,9 @@ def check_packed_equals_unpacked(train: Callable[..., Any], start: Path, attenti
     assert (packed - plain).norm() <= 2e-6 * plain.norm()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", pytest.param("eager", marks=pytest.mark.long), "flash_attention_2"]
+)
 def test_n5_packed_trains_as_unpacked(
     train: Callable[..., Any], model_folder: Path, attention: str, sgd: None
 ) -> None:

@@ -190,7 +190,13 @@ def test_words_that_a_template_looks_for_are_looked_for_in_rows_too(
     assert isinstance(secret_outcome()[1][0], Example), "the check above proves nothing"
 
 
-@pytest.mark.parametrize("name", [family.name for family in test_masks.oracle.FAMILIES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(family.name, marks=() if number % 4 == 0 else pytest.mark.long)
+        for number, family in enumerate(test_masks.oracle.FAMILIES)
+    ],
+)
 def test_n9_holds_for_rows_that_went_by_their_shape(name: str) -> None:
     *_, example = test_masks.encoded(name, "many")
     assert example.is_by_shape

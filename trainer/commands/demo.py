@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -43,7 +44,7 @@ def run(argv: list[str]) -> int:
     console.print(
         f"A model of 0.8M parameters learns {words.steps} steps of symbolic tasks such as "
         "'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the current "
-        f"weights say. Folder: {folder}\n",
+        f"weights say. Folder: {folder}\nLive page: trainer monitor {shlex.quote(str(folder))}\n",
         highlight=False,
     )
     # torch takes seconds to load; mistakes on the command line are told before.

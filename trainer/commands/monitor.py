@@ -13,6 +13,7 @@ import uvicorn
 from trainer.commands.arguments import parse, port
 from trainer.errors import EXIT_SIGTERM
 from trainer.net import is_loopback, key_with_scope, keys_of_listener, listen, url_of
+from trainer.views.page.own_server import OwnServer
 from trainer.views.page.store import PageOptions, RunStore
 
 
@@ -26,8 +27,11 @@ def run(argv: list[str]) -> int:
     # NiceGUI takes most of a second to import: mistakes are told before.
     from trainer.views.page.site import create_app
 
+    own_server = OwnServer() if words.ask else None
     options = PageOptions(
-        is_control_allowed=words.allow_control, worker_hosts=frozenset(words.allow_worker)
+        is_control_allowed=words.allow_control,
+        worker_hosts=frozenset(words.allow_worker),
+        own_server=own_server,
     )
     app = create_app(store, options, hosts=_names(words.host, words.allow_host), key=key)
     num_runs, url = len(store.readers), url_of(words.host, listener.getsockname()[1])
@@ -49,6 +53,8 @@ def run(argv: list[str]) -> int:
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
+        if own_server is not None:
+            own_server.close()
         listener.close()
     return 0
 
@@ -105,5 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="HOST",
         help="another machine whose worker may be queried; may be repeated",
+    )
+    parser.add_argument(
+        "--ask",
+        action="store_true",
+        help="let the page ask ended runs: the first question starts a server on this machine "
+        "with the run's final_model, ended after 10 minutes without one",
     )
     return parser

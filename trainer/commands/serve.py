@@ -152,7 +152,8 @@ def _describe(engine: EngineProcess) -> str:
 
 def _end_with_stdin() -> None:
     """End when whoever holds the other end of stdin does, however it ended."""
-    while sys.stdin.buffer.read(4096):
+    # Not by sys.stdin: this thread would hold its lock when the interpreter ends after an error.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

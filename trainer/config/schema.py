@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import (
     Field,
     JsonValue,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -21,6 +22,7 @@ from pydantic import (
 from trainer.config.receiver import NOTIFY_SILENCE_S, notify_problem, shown_notify
 from trainer.config.section import (
     VAL_LOSS,
+    WRITTEN,
     CombinationError,
     Interval,
     Metric,
@@ -245,7 +247,7 @@ class MonitoringConfig(Section):
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
-    def _check_remote(self) -> MonitoringConfig:
+    def _check_remote(self, info: ValidationInfo) -> MonitoringConfig:
         if self.preview_backend == "remote_3090" and not self.remote_3090_host:
             raise CombinationError(
                 "preview_backend=remote_3090 needs remote_3090_host, the name or address of the "
@@ -254,7 +256,7 @@ class MonitoringConfig(Section):
                 "monitoring.remote_3090_host",
             )
         if self.preview_backend == "openai":
-            self._check_openai()
+            self._check_openai(is_written=info.context is WRITTEN)
         self._check_canary_set()
         self._check_samples()
         self._check_texts()
@@ -361,9 +363,9 @@ class MonitoringConfig(Section):
             )
 
     @model_validator(mode="after")
-    def _check_notify(self) -> MonitoringConfig:
+    def _check_notify(self, info: ValidationInfo) -> MonitoringConfig:
         problem = notify_problem(self.notify)
-        if problem is not None:
+        if problem is not None and info.context is not WRITTEN:
             raise CombinationError(f"notify {problem}", "monitoring.notify")
         if not self.notify and self.notify_silence != NOTIFY_SILENCE_S:
             raise CombinationError(
@@ -383,8 +385,8 @@ class MonitoringConfig(Section):
     def _write_no_secret(self, value: str | None) -> str | None:
         return None if value is None else without_secrets(value)
 
-    def _check_openai(self) -> None:
-        if is_cut(self.openai_base_url or ""):
+    def _check_openai(self, *, is_written: bool) -> None:
+        if is_cut(self.openai_base_url or "") and not is_written:
             raise CombinationError(
                 "openai_base_url was written down without its password or key, which stands "
                 "nowhere; give it again by --monitoring.openai_base_url or by "

@@ -26,6 +26,9 @@ Masters = Literal["fp32", "bf16_stochastic"]
 
 VAL_LOSS = "val_loss"
 
+WRITTEN = object()
+"""The context in which the config that a run wrote is read: it has no secrets, and needs none."""
+
 
 def _check_metric(value: str) -> str:
     if value != VAL_LOSS and not re.fullmatch(r"score\.\w+", value):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from trainer.config.loader import explain
 from trainer.config.schema import TrainerConfig
+from trainer.config.section import WRITTEN
 from trainer.config.training_sections import ModelSection
 from trainer.core.checkpoint import (
     MANIFEST,
@@ -210,7 +211,7 @@ def _finished(
 ) -> FinishedRun:
     """A run by its record: `run.json`, or a checkpoint's manifest."""
     try:
-        config = TrainerConfig.model_validate(record["config"])
+        config = TrainerConfig.model_validate(record["config"], context=WRITTEN)
         prompt = record["system_prompt"]
         date = dt.date.fromisoformat(record["date"]) if record.get("date") else None
     except ValidationError as error:

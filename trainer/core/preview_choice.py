@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from trainer.config.schema import MonitoringConfig, TrainerConfig
-from trainer.config.section import CombinationError
+from trainer.config.section import WRITTEN, CombinationError
 from trainer.core.dry_run import memory_setup
 from trainer.core.memory import device_memory, estimate_memory, fits, size_words
 from trainer.core.publishing import NUM_SLOTS, profile_by_name
@@ -91,7 +91,7 @@ def _without_previews(config: TrainerConfig) -> dict[str, Any]:
     for _ in fields:
         try:
             TrainerConfig.model_validate(
-                {**values, "monitoring": {**values["monitoring"], **changes}}
+                {**values, "monitoring": {**values["monitoring"], **changes}}, context=WRITTEN
             )
         except ValidationError as error:
             broken: CombinationError = error.errors()[0]["ctx"]["error"]

@@ -46,7 +46,13 @@ CASES: dict[str, tuple[str, faults.Fault, int, bool]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = {"a part is cut off in the middle", "answers are swapped", "a bit flips on the way"}
+"""Siblings of others: the exhaustive tests have them."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=pytest.mark.long if one in LONG else ()) for one in CASES]
+)
 def test_training_is_the_same_and_nothing_is_mislabelled_when(
     attempt: Callable[..., Any], server: Server, case: str
 ) -> None:

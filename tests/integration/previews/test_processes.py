@@ -267,7 +267,15 @@ def test_a_server_without_room_is_told_and_counted(
     assert all("cannot be stored" in row["error_message"] for row in failed)
 
 
-@pytest.mark.parametrize("mistake", ["key", "tokenizer", "architecture", "no server"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "key",
+        pytest.param("tokenizer", marks=pytest.mark.long),
+        "architecture",
+        pytest.param("no server", marks=pytest.mark.long),
+    ],
+)
 def test_a_misconfigured_server_fails_the_start(
     train: Callable[..., Any],
     model: Path,

@@ -83,12 +83,14 @@ def test_a_default_backend_is_off_where_nothing_holds_it(chosen: Any) -> None:
 
 def test_what_needs_previews_is_off_with_them_and_named(chosen: Any) -> None:
     asked = {"scores": ["f1"], "num_score_prompts": 2, "canary_set": "general"}
-    monitoring, told = chosen(2**16, monitoring=asked)
+    told_at_end = {"notify": ["sh", "-c", "true"]}  # of no use to a preview, and kept
+    monitoring, told = chosen(2**16, monitoring={**asked, **told_at_end})
     assert (monitoring.scores, monitoring.num_score_prompts, monitoring.canary_set) == (
         (),
         0,
         "off",
     )
+    assert monitoring.notify == ("sh", "-c", "true")
     names = told[0][1].partition("off too: ")[2].partition(")")[0].split(", ")
     assert set(names) == {f"monitoring.{name}" for name in asked}
 

@@ -173,7 +173,10 @@ def test_a_run_that_ended_names_the_command_that_asks_its_weights(
         "it left no weights"
     )
     (run.folder / "final_model").mkdir()
-    assert absence_words(run.reader).endswith(f"ask its weights with: trainer chat {run.folder}")
+    assert absence_words(run.reader).endswith(
+        f"ask its weights with: trainer chat {run.folder}, "
+        f"or here after: trainer monitor {run.folder} --ask"
+    )
 
 
 def test_an_answer_by_weights_of_another_run_is_refused(

@@ -15,6 +15,7 @@ from trainer.errors import PreviewError
 from trainer.monitoring.events import printable
 from trainer.preview.base import ServerAnswer
 from trainer.views.page.elements import answer, box, text
+from trainer.views.page.own_server import ASKING_WORDS, OwnServer, can_serve
 from trainer.views.page.worker_link import (
     WORKER_NAME,
     absence_words,
@@ -90,9 +91,15 @@ _PINS: weakref.WeakKeyDictionary[RunReader, Pins] = weakref.WeakKeyDictionary()
 class AskBox:
     """Prompts answered by the weights that the worker has this minute."""
 
-    def __init__(self, reader: RunReader, allowed_hosts: Collection[str]) -> None:
-        """Build the box here."""
-        self.reader, self.allowed_hosts = reader, allowed_hosts
+    def __init__(
+        self, reader: RunReader, allowed_hosts: Collection[str], own_server: OwnServer | None
+    ) -> None:
+        """Build the box here.
+
+        Args:
+            own_server: it answers where the run has ended; None: the page shows the command.
+        """
+        self.reader, self.allowed_hosts, self.own_server = reader, allowed_hosts, own_server
         self.pins = _PINS.setdefault(reader, Pins())
         self._asked_at = 0.0
         self._pins_shown = -1
@@ -114,11 +121,18 @@ class AskBox:
     def refresh(self) -> None:
         """Show the box where there is somebody to ask, else say why there is none."""
         found = find_worker(self.reader.folder, self.allowed_hosts)
-        self._form.set_visibility(found.worker is not None)
+        is_served = found.worker is None and self._is_served()
+        self._form.set_visibility(found.worker is not None or is_served)
         self._reason.set_visibility(found.worker is None)
+        if is_served:
+            self._reason.set_text(ASKING_WORDS)
+            return
         is_named = (self.reader.folder / WORKER_NAME).is_file()
         reason = found.reason if is_named else absence_words(self.reader)
         self._reason.set_text(f"The model cannot be asked: {reason}")
+
+    def _is_served(self) -> bool:
+        return self.own_server is not None and can_serve(self.reader)
 
     def _tick(self) -> None:
         """Count the seconds of a question; ask pinned ones again after a new preview step."""
@@ -146,7 +160,8 @@ class AskBox:
             self._show(question, str(error), None)
         else:
             if reply is not None:
-                self._show(question, whose_words(reply, self.reader), reply)
+                words = whose_words(reply, self.reader, is_final=self._is_served())
+                self._show(question, words, reply)
                 self._prompt.set_value("")
         finally:
             self._asked_at = 0.0
@@ -160,6 +175,8 @@ class AskBox:
             PreviewError: it gave none, or not by weights of this run.
         """
         worker = find_worker(self.reader.folder, self.allowed_hosts).worker
+        if worker is None and self.own_server is not None and self._is_served():
+            worker = await asyncio.to_thread(self.own_server.worker, self.reader)
         if worker is None:
             self.refresh()
             return None

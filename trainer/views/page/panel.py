@@ -21,6 +21,7 @@ from trainer.views.page.answer_data import (
 )
 from trainer.views.page.panel_data import CurvesData, final_rows, now_of, rows_of
 from trainer.views.run_reader import OVER, RunReader
+from trainer.views.verdicts import WRONG
 
 CURVES_GAP_S = 1.0
 """Least seconds between two sendings of curve points."""
@@ -148,6 +149,9 @@ class PreviewPanel:
     def _first_answer(self, query: Mapping[str, str], order: list[int]) -> dict[str, Any] | None:
         """What the address names, else the prompt to look at first."""
         is_final = query.get("source") == FINAL or not order
+        if not query and self._final is not None:
+            # The answers to look at are the wrong ones, wherever they are.
+            is_final = is_final or (not self.rows.has_wrong() and _has_wrong(self._final))
         source = FINAL if is_final and self._final is not None else "previews"
         if source == FINAL and self._final is not None:
             order = self._final["order"]
@@ -193,6 +197,10 @@ class PreviewPanel:
             for name, text in (("golden", answer["golden"]), ("text", answer["text"]))
         }
         self._take("takeRendered", {"prompt": answer["prompt"], "step": answer["step"], **found})
+
+
+def _has_wrong(final: Mapping[str, Any]) -> bool:
+    return any(state in WRONG for _, state, *_ in final["verdicts"])
 
 
 def _place(values: Any) -> tuple[int, int | None, str] | None:

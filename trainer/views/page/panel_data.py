@@ -24,7 +24,7 @@ from trainer.views.metrics import SMOOTHING_SHARE, centred, is_spread_wide, pick
 from trainer.views.page.answer_data import SHOWN_CHARS
 from trainer.views.run_reader import RunReader, Versions
 from trainer.views.timeline import Timeline, mark_of
-from trainer.views.verdicts import common_start, in_order, level_of, verdict_of
+from trainer.views.verdicts import WRONG, common_start, in_order, level_of, verdict_of
 
 NAME_CHARS = 160
 
@@ -75,6 +75,11 @@ class RowsData:
         self._build()
         right = {step: one[2] for step, one in self._columns.items() if one[3]}
         return max(right, key=lambda step: (right[step], -step)) if any(right.values()) else None
+
+    def has_wrong(self) -> bool:
+        """Whether a prompt is wrong now."""
+        self._build()
+        return any(state in WRONG for state, *_ in self._verdicts)
 
     def shares(self) -> list[float]:
         """Share of right answers by preview step, from 0 to 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,12 @@ SMALL_CHARTS = {
 }
 
 
+# Asked after a click only; browsers without notifications, or without https elsewhere, have none.
+ASK_PERMISSION = """async () => {
+  emit('Notification' in window ? await Notification.requestPermission() : 'missing');
+}"""
+
+
 class RunPage:
     """Builds the page in the current client and keeps it up to date."""
 
@@ -72,7 +79,7 @@ class RunPage:
         self.reader, self.options = reader, options
         self._seen = Versions(-1, -1, -1, -1)
         self._alerts_shown: list[Alert] | None = None
-        self._announced = ""
+        self._announced, self._is_told, self._label = "", False, label
         self._state_shown: tuple[int, int, str, bool] | None = None
         self._charts_at = 0.0
         self._dark = open_page(label)
@@ -82,7 +89,7 @@ class RunPage:
             with reader.lock:
                 self._panel = PreviewPanel(reader, label, query)
             with section("Ask the model now", "ask"):
-                self._ask = AskBox(reader, options.worker_hosts)
+                self._ask = AskBox(reader, options.worker_hosts, options.own_server)
             with section("Controls", "act"):
                 self._act = ActBox(
                     reader, lambda: self._panel.shown_step, is_allowed=options.is_control_allowed
@@ -106,7 +113,11 @@ class RunPage:
             self._alerts = box("details", "alerts")
             with self._alerts:
                 self._alerts_count = text("summary", "no alerts")
-                self._alerts_list = box("div", "alerts-list").props("aria-live=polite")
+                with box("div", "alerts-list"):
+                    self._alerts_list = box("div").props("aria-live=polite")
+                    self._bell = ui.button("notify me in this browser when it ends or hangs")
+                    self._bell.props("flat dense no-caps")
+                    self._bell.on("click", self._be_told, js_handler=ASK_PERMISSION)
             dark_button(self._dark)
         self._bar = ui.linear_progress(0.0, show_value=False, size="4px")
         self._bar.props('aria-label="progress" instant-feedback')
@@ -194,15 +205,32 @@ class RunPage:
             self._state.classes(f"state-{name}" if state == name else "", remove=f"state-{name}")
         said = "no update for a while" if now.is_silent else state
         if said != self._announced:
+            self._notify(now)
             self._announced = said
             self._aloud.set_text(now.words if reader.is_over else said)
         total = reader.status.total_steps if reader.status is not None else None
         self._bar.set_value(round(reader.step / total, 3) if total else 0.0)
         self._line.set_text(" \N{MIDDLE DOT} ".join(now.bar))
 
+    def _be_told(self, event: Any) -> None:
+        """What the browser answered to the question whether it may show notifications."""
+        self._is_told = event.args == "granted"
+        self._bell.set_text(
+            "this browser notifies you while the page stays open"
+            if self._is_told
+            else "this browser does not allow notifications from this page"
+        )
+
+    def _notify(self, now: Now) -> None:
+        """Show a notification of an end or of silence that came while the page was open."""
+        if self._is_told and self._announced and (self.reader.is_over or now.is_silent):
+            words = f"{json.dumps(self._label)}, {{body: {json.dumps(now.words)}}}"
+            ui.run_javascript(f"new Notification({words})")
+
     def _show_headline(self) -> None:
         headline = rows_of(self.reader).headline()
-        self._main.set_text(headline.main)
+        # A number and its sign stay on one line.
+        self._main.set_text(headline.main.replace(" %", "\N{NO-BREAK SPACE}%"))
         self._rest.set_text(headline.rest)
 
     def _show_alerts(self, alerts: list[Alert]) -> None:

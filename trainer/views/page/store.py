@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.errors import OutputError
 from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME
 from trainer.views.headline import Headline
+from trainer.views.page.own_server import OwnServer
 from trainer.views.page.panel_data import RowsData, rows_of
 from trainer.views.run_reader import RunReader, find_runs
 
@@ -25,6 +26,8 @@ class PageOptions:
     """Whether pages may write control.json."""
     worker_hosts: frozenset[str] = frozenset()
     """Hosts besides this machine whose workers may be asked."""
+    own_server: OwnServer | None = None
+    """It answers for ended runs; None: nothing is started for them."""
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,12 @@ def absence_words(reader: RunReader) -> str:
 
 def _left_words(reader: RunReader) -> str:
     """How the weights of a run that ended can be asked."""
-    if not ((reader.folder / FINAL_MODEL).is_dir() or reader.last_checkpoint_step()):
+    is_final = (reader.folder / FINAL_MODEL).is_dir()
+    if not (is_final or reader.last_checkpoint_step()):
         return "it left no weights"
-    return f"ask its weights with: trainer chat {shlex.quote(str(reader.folder))}"
+    folder = shlex.quote(str(reader.folder))
+    asked = f"ask its weights with: trainer chat {folder}"
+    return f"{asked}, or here after: trainer monitor {folder} --ask" if is_final else asked
 
 
 def ask_worker(
@@ -180,9 +183,15 @@ def check_own(worker: WorkerAddress, reply: ServerAnswer, reader: RunReader) -> 
         )
 
 
-def whose_words(reply: ServerAnswer, reader: RunReader) -> str:
-    """Which weights of the run answered."""
+def whose_words(reply: ServerAnswer, reader: RunReader, *, is_final: bool = False) -> str:
+    """Which weights of the run answered.
+
+    Args:
+        is_final: those without a step are its final model.
+    """
     weights = f"weights {reply.weights_id[:12]}" if reply.weights_id else "unnamed weights"
+    if reply.step is None and is_final:
+        return f"Answered by {FINAL_MODEL} ({weights})."
     if reply.step is None:
         return f"Answered by {weights}; the worker does not report their step."
     now = reader.step

@@ -67,6 +67,7 @@ export class Charts {
   drawNow({ rows, curves, head, chosen, hover }) {
     const last = Math.max(rows.newest ?? 0, curves.raw.length ? curves.raw[curves.raw.length - 1][0] : 0);
     this.end = axisEnd(last, head.total, head.is_over);
+    this.isNarrow = window.innerWidth < 640;
     const ink = colours(this.element);
     const hasMatch = rows.steps.some((step) => rows.columns.get(step).compared);
     const hasGolden = rows.steps.some((step) => rows.columns.get(step).probability !== null);
@@ -104,20 +105,22 @@ export class Charts {
     }
     paint.line(calmed(right), shared.ink.good, 2.2);
     this.finish(paint, shared);
-    const at = shared.hover ?? rows.newest;
-    const step = rows.steps[rows.at(at)];
+    const step = rows.steps[rows.at(shared.hover ?? rows.newest)];
     const one = rows.columns.get(step);
     const parts = [];
     if (one.compared) parts.push(`${one.right} of ${one.compared}`);
-    if (one.probability !== null) parts.push(`golden tokens ${one.probability.toFixed(1)} %`);
-    this.match.name.textContent = hasMatch
+    if (one.probability !== null) parts.push(`golden${this.isNarrow ? "" : " tokens"} ${one.probability.toFixed(1)} %`);
+    const title = hasMatch
       ? `right answers, %${band.length > 1 ? " (band: 95 %)" : ""}${hasGolden ? "; dashed: golden token probability" : ""}`
       : "golden token probability, %";
-    this.match.now.textContent = `step ${number(step)}: ${parts.join(", ") || "nothing compared"}`;
+    this.match.name.textContent = this.isNarrow ? (hasMatch ? "right" : "%") : title;
+    // Where there is no place for both, the figure is read, and the step stands below.
+    const place = this.isNarrow && shared.hover === null ? "" : `step ${number(step)}: `;
+    this.match.now.textContent = `${place}${parts.join(", ") || "nothing compared"}`;
     const from = right[0] ?? golden[0], to = right[right.length - 1] ?? golden[golden.length - 1];
     this.match.canvas.setAttribute("aria-label", from
-      ? `${this.match.name.textContent}: from ${from[1].toFixed(0)} at step ${from[0]} to ${to[1].toFixed(0)} at step ${to[0]}`
-      : this.match.name.textContent);
+      ? `${title}: from ${from[1].toFixed(0)} at step ${from[0]} to ${to[1].toFixed(0)} at step ${to[0]}`
+      : title);
   }
 
   drawLoss(curves, shared) {
@@ -141,17 +144,18 @@ export class Charts {
     };
     const step = shared.hover ?? this.end;
     const [train, val] = [before(smooth.length ? smooth : raw, step), before(validation, step)];
-    this.loss.name.textContent =
+    const title =
       `loss: training (running median)${validation.length ? ", validation dashed" : ""}${isLog ? ", log scale" : ""}`;
+    this.loss.name.textContent = this.isNarrow ? "loss" : title;
     const words = [train, val].filter(Boolean).map(([, value]) => value.toPrecision(3));
     this.loss.now.textContent = `${shared.hover === null ? "" : `step ${number(step)}: `}${words.join(" / ")}`;
-    this.loss.canvas.setAttribute("aria-label", `${this.loss.name.textContent}: now ${words.join(", validation ")}`);
+    this.loss.canvas.setAttribute("aria-label", `${title}: now ${words.join(", validation ")}`);
   }
 
   // Axes; gives what draws in them.
   start(canvas, [low, high], isLog, ticks, { ink }) {
     const width = canvas.parentElement.clientWidth;
-    const HEIGHT = (this.height = window.innerWidth < 640 ? 84 : 120);
+    const HEIGHT = (this.height = this.isNarrow ? 84 : 120);
     const context = sized(canvas, width, HEIGHT);
     const scale = isLog ? Math.log10 : (value) => value;
     let [bottom, top] = [scale(low), scale(high)];
