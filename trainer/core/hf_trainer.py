@@ -192,6 +192,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         use_own_forward: bool = False,
         tokenizer: Any = None,
         neftune_alpha: float = 0.0,
+        resume_flags: str = "--resume",
         **kwargs: Any,
     ) -> None:
         """Take what HF's Trainer takes, and:
@@ -204,7 +205,9 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
             tokenizer: saved beside the weights of each checkpoint.
             use_own_forward: compute the loss by the model's own forward instead of ours.
             neftune_alpha: of the noise on embeddings, which nothing but training gets.
+            resume_flags: with which a message says how to go on with the run.
         """
+        self.resume_flags = resume_flags
         optimizers = kwargs.pop("optimizers", (None, None))
         super().__init__(*args, **kwargs)
         # Not handed on: HF refuses them in a sharded run, where ours are sharded by `shard`.
@@ -265,8 +268,9 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         advice = "lower max_length or set gradient_checkpointing=true in a new run"
         if smaller is not None:
             advice = (
-                f"go on from the last checkpoint with --resume --batch-size {smaller} "
-                f"--gradient-accumulation {effective // smaller}, which trains the same steps"
+                f"go on from the last checkpoint with {self.resume_flags} --batch-size "
+                f"{smaller} --gradient-accumulation {effective // smaller}, which trains the same "
+                "steps"
             )
         return (
             f"step {step} ran out of the memory of {self.args.device} ({words}); the weights are "

@@ -291,7 +291,8 @@ def _worker(
 ) -> tuple[Worker, str | None, Path | None]:
     """The server of this run, its key, and the folder of transport `dir`."""
     monitoring = run.prepared.config.monitoring
-    announce = _announcer(run, folder / "key" if monitoring.preview_backend == "sidecar" else None)
+    key_file = folder / "key" if monitoring.preview_backend == "sidecar" else None
+    announce = _announcer(run, key_file, name)
     if monitoring.preview_backend == "sidecar":
         key = secrets.token_hex(32)
         worker, weights_dir = _sidecar(run, folder, key, announce)
@@ -321,7 +322,7 @@ def _worker(
     return RemoteWorker(url, announce), secret, None
 
 
-def _announcer(run: PublishingRun, key_file: Path | None) -> Announce:
+def _announcer(run: PublishingRun, key_file: Path | None, name: str) -> Announce:
     """Writes worker.json, by which the live page finds the server; never the key itself."""
     folder, monitoring = run.folder, run.prepared.config.monitoring
 
@@ -336,6 +337,7 @@ def _announcer(run: PublishingRun, key_file: Path | None) -> Announce:
             folder.worker_json,
             {
                 "url": url,
+                "run": name,
                 "key_file": str(key) if key else None,
                 "backend": monitoring.preview_backend,
                 "model_id": None,

@@ -6,7 +6,6 @@ import contextlib
 import datetime as dt
 import logging
 import os
-import shlex
 import signal
 import threading
 import time
@@ -43,6 +42,7 @@ from trainer.monitoring.callbacks import EarlyStopping, LiveMonitorCallback
 from trainer.monitoring.events import Observer, Observers, RunEnded
 from trainer.monitoring.notify import Notifier, notify_trouble
 from trainer.monitoring.ranks import RankWatch
+from trainer.monitoring.resuming import resume_command
 from trainer.monitoring.status_writer import TrainingStatusWriter
 from trainer.monitoring.trackers import Trackers
 from trainer.preview.scheduler import PreviewScheduler
@@ -425,8 +425,8 @@ class Job:
             return ""
         if self.ranks is not None:
             return TO_CONTINUE
-        folder = shlex.quote(str(self.folder.path))
-        return f"; continue with: trainer train --resume --output {folder}"
+        command = resume_command(str(self.folder.path), self.config.monitoring.scores)
+        return f"; continue with: {command}"
 
     def failed(self, error: BaseException) -> TrainingResult:
         """The result of a run that was stopped or went wrong; unknown errors keep a traceback."""

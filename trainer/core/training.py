@@ -61,6 +61,7 @@ from trainer.monitoring.callbacks import (
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.events import CheckpointSaved, RunStarted
 from trainer.monitoring.processes import any_process, num_processes
+from trainer.monitoring.resuming import resume_flags
 from trainer.monitoring.step_report import StepReport
 from trainer.monitoring.tracker_texts import WITH_TABLES, TrackerTables
 from trainer.monitoring.tracking import guard_trackers, tensorboard_callback
@@ -175,6 +176,7 @@ def assemble_trainer(
         note_step=job.monitor.report.note,
         tokenizer=prepared.tokenizer,
         neftune_alpha=config.lora.neftune_alpha,
+        resume_flags=resume_flags(config.monitoring.scores),
     )
     if trainer.is_fsdp_enabled:
         shard(trainer, prepared.precision)

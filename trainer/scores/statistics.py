@@ -155,6 +155,34 @@ def paired_trend(
     return "rising" if gained > lost else "falling"
 
 
+def is_above_all_before(by_step: Mapping[int, Mapping[str, float]]) -> bool:
+    """Whether the newest third of the steps is clearly above every as long part before it.
+
+    A rise after a fall, to where the values had been, is none. Clear is what both the sign test
+    over prompts and, where there are enough of them, `difference_of` call so.
+
+    Args:
+        by_step: step -> prompt -> value.
+    """
+    steps = sorted(by_step)
+    size = max(1, len(steps) // 3)
+    newest = _means([by_step[step] for step in steps[-size:]])
+    parts = [steps[max(0, end - size) : end] for end in range(len(steps) - size, 0, -size)]
+    return bool(parts) and all(
+        _is_clearly_above(newest, _means([by_step[step] for step in part])) for part in parts
+    )
+
+
+def _is_clearly_above(now: Mapping[str, float], before: Mapping[str, float]) -> bool:
+    pairs = [(now[prompt], before[prompt]) for prompt in now if prompt in before]
+    gained = sum(one > other for one, other in pairs)
+    lost = sum(one < other for one, other in pairs)
+    if gained <= lost or sign_test(gained, lost) >= SIGNIFICANCE:
+        return False
+    _, is_clear = difference_of([one for one, _ in pairs], [other for _, other in pairs])
+    return is_clear is not False and sum(one - other for one, other in pairs) > 0
+
+
 def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Prompt -> mean of its values."""
     found: dict[str, list[float]] = {}

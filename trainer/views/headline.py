@@ -12,6 +12,7 @@ from trainer.scores.statistics import (
     MIN_PROMPTS,
     SIGNIFICANCE,
     interval_of,
+    is_above_all_before,
     paired_trend,
     sign_test,
 )
@@ -218,11 +219,13 @@ def _is_on_the_way(pair: _Pair) -> bool:
 
 
 def _going_on(previews: PreviewBook, value_of: ValueOf) -> str:
-    """`, still rising` or `, falling now`; "" where a sign test cannot tell."""
+    """`, still rising`, which is above all before, or `, falling now`; "" where no test tells."""
     steps = previews.steps[-TREND_STEPS:]
-    by_step = {step: _values(previews, step, value_of) for step in steps}
-    trend = paired_trend({step: values for step, values in by_step.items() if values})
-    return {"rising": ", still rising", "falling": ", falling now"}.get(trend or "", "")
+    values = {step: _values(previews, step, value_of) for step in steps}
+    by_step = {step: found for step, found in values.items() if found}
+    if is_above_all_before(by_step):
+        return ", still rising"
+    return ", falling now" if paired_trend(by_step) == "falling" else ""
 
 
 def _change(pair: _Pair) -> str:

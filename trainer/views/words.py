@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from trainer.monitoring.events import (
     StepDone,
     printable,
 )
+from trainer.monitoring.resuming import resume_command
 from trainer.preview.base import PreviewResult, PreviewSample
 
 MARKS = {True: "=", False: "x", None: "."}
@@ -290,15 +290,16 @@ def lost_words(step: int, total_steps: int | None, silent_s: float) -> str:
     )
 
 
-def going_on_words(folder: str, checkpoint_step: int | None) -> str:
+def going_on_words(folder: str, checkpoint_step: int | None, scores: Any) -> str:
     """How to go on with a run that did not complete, with the command to copy.
 
     Args:
         checkpoint_step: step of the newest checkpoint in the folder; None: there is none.
+        scores: `monitoring.scores` of the run; None: not known.
     """
     if checkpoint_step is None:
         return "no checkpoint was written, so there is nothing to resume: start the run again"
-    command = f"trainer train --resume --output {shlex.quote(folder)}"
+    command = resume_command(folder, scores)
     return f"the last checkpoint is of step {checkpoint_step}; continue with: {command}"
 
 

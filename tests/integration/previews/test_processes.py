@@ -22,6 +22,7 @@ from tests.integration.serving import Server, command, running_server
 from trainer.core import TrainerEngine
 from trainer.preview.scheduler import PreviewScheduler
 from trainer.publish import snapshot
+from trainer.views.page.worker_link import WorkerAddress, ask_worker
 
 pytestmark = pytest.mark.slow
 SIDECAR = {"preview_backend": "sidecar", "preview_drain_timeout": 60}
@@ -145,6 +146,9 @@ def test_a_killed_trainer_takes_sidecar_publisher_and_shared_memory_with_it(
     assert "trainer.publish.publisher" in names
     key_file = Path(json.loads(worker.read_text())["key_file"])
     assert key_file.stat().st_mode & 0o777 == 0o600
+    address = WorkerAddress.model_validate(json.loads(worker.read_text()))
+    reply = ask_worker(address, "2+2?", max_new_tokens=2)
+    assert reply.run == address.run is not None  # by which the page knows whose weights answer
     process.kill()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive

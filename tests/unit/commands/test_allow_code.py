@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from trainer.commands.train import load_config
 from trainer.config.flags import parse_flags
 from trainer.errors import ConfigError
+from trainer.views.run_reader import RunReader
 
 CODE = "my_scores:good"
 
@@ -58,3 +60,22 @@ def test_standard_scores_are_no_code(run_folder: Path) -> None:
     (run_folder / "config.resolved.json").write_text(json.dumps(config))
     loaded = load_config(parse_flags(["--resume", "--output", "out"]))
     assert len(loaded.config.monitoring.scores) == 3
+
+
+@pytest.mark.parametrize("scores", [["number"], ["number", CODE], [f"mine={CODE}"]])
+def test_the_command_that_a_run_says_is_taken(run_folder: Path, scores: list[str]) -> None:
+    config = {"monitoring": {"scores": scores}}
+    (run_folder / "config.resolved.json").write_text(json.dumps(config))
+    (run_folder / "run.json").write_text(json.dumps({"config": config}))
+    status = {"schema_version": 1, "state": "failed", "phase": "failed", "step": 5, "pid": 1}
+    error = {"type": "MemoryFullError", "message": "no memory"}
+    times = {"started_at": 1.7e9, "updated_at": 1.7e9}
+    (run_folder / "status.json").write_text(json.dumps({**status, **times, "error": error}))
+    (run_folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    reader = RunReader(run_folder)
+    reader.poll()
+    said = reader.going_on()
+    words = shlex.split(said.partition("continue with: ")[2])
+    assert words[:2] == ["trainer", "train"], said
+    assert list(load_config(parse_flags(words[2:])).config.monitoring.scores) == scores
+    assert ("--allow-code" in words) == (scores != ["number"])

@@ -56,6 +56,38 @@ def test_a_run_with_nothing_right_is_judged_by_the_probability_of_golden_tokens(
     assert found.short == "0/6, golden 16.4 %"
 
 
+def test_a_rise_after_a_fall_is_not_still_rising_until_it_is_above_all_before() -> None:
+    steps = {0: 0.02, 10: 0.21, 20: 0.093, 30: 0.205}
+    back = book_of(dict.fromkeys(steps, 0), 16, steps)
+    assert headline_of(back, []).main.endswith("from 2.2 % before training")
+    above = {**steps, 30: 0.4}
+    assert headline_of(book_of(dict.fromkeys(above, 0), 16, above), []).main.endswith(
+        "from 2.2 % before training, still rising"
+    )
+    right = {0: 0, 10: 12, 20: 2, 30: 12}
+    assert headline_of(book_of(right, 16), []).main == "12 of 16 right, from 0 before training"
+    lower = {0: 0.02, 10: 0.21, 20: 0.3, 30: 0.1}
+    assert ", falling now" in headline_of(book_of(dict.fromkeys(lower, 0), 16, lower), []).main
+
+
+def test_a_rise_of_many_small_gains_and_a_few_large_losses_is_none() -> None:
+    book = PreviewBook()
+    for step in (0, 10):
+        for number in range(16):
+            change = (0.01 if number < 13 else -0.2) * (1 + number / 10)
+            chance = 0.4 + change * (step == 10)
+            book.add(
+                PreviewResult(
+                    step=step,
+                    prompt=f"prompt {number}",
+                    text="",
+                    golden_answer="4",
+                    golden_probability=chance,
+                )
+            )
+    assert "rising" not in headline_of(book, []).main
+
+
 def test_few_prompts_and_small_changes_are_said_to_be_so() -> None:
     assert headline_of(book_of({0: 1, 10: 3}, 4), []).main == (
         "3 of 4 right, from 1 before training (too few prompts to be sure)"

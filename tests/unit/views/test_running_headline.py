@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from trainer.cli import main
 from trainer.monitoring.events import Event, Observers, RunEnded
 from trainer.views.headline import headline_of
+from trainer.views.page import store as store_module
+from trainer.views.page.list_page import COLUMNS, _cells
 from trainer.views.page.store import RunStore
 from trainer.views.report import render_report
 from trainer.views.running_headline import RunningHeadline
@@ -66,13 +69,45 @@ def test_events_make_the_headline_that_the_files_make(
     store = RunStore(tmp_path)
     [key] = store.readers
     store._refresh()
-    assert store.headline(key) is None  # nobody looks at the list
+    assert store.judged(key) is None  # nobody looks at the list
     store.num_lists = 1
     store._refresh()
-    found = store.headline(key)
+    found = store.judged(key)
     assert found is not None
-    assert found.sentence == read.sentence
+    assert found.headline.sentence == read.sentence
     assert not len(store.readers[key].previews)  # what was read for it is not kept
+
+
+def test_a_row_of_the_list_follows_a_run_that_no_page_shows_any_more(
+    made_up_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "JUDGE_S", 0.0)
+    monkeypatch.setattr(store_module, "SUMMARY_S", 0.0)
+    run = made_up_run()
+    run.preview(0, [False] * 8)
+    store = RunStore(tmp_path)
+    [key] = store.readers
+    asyncio.run(store.load(key))  # as the newest runs are at first, and those that a page showed
+    store.num_lists = 1
+    assert row_of(store, key) == ["0 of 8 right. 0 lost, 8 never right.", "0/8", ""]
+    run.preview(50, [True] * 2 + [False] * 6)
+    row_of(store, key)
+    run.preview(100, [True] * 8)
+    run.end(step=100)
+    for is_shown in (False, True):
+        store.watched[key] = int(is_shown)
+        assert row_of(store, key) == [
+            "8 of 8 right, from 0 before training.",
+            "8/8",
+            "\u2581\u2583\u2588",
+        ]
+
+
+def row_of(store: RunStore, key: str) -> list[str]:
+    """Headline, right answers and their curve, as the list of runs has them now."""
+    store._refresh()
+    cells = dict(zip(COLUMNS, _cells(store.readers[key], store.judged(key)), strict=True))
+    return [cells[name] for name in ("headline", "right", "by step")]
 
 
 def test_a_run_that_has_told_nothing_has_no_headline(made_up_run: MakeRun) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from trainer.errors import PreviewError
-from trainer.views.page.worker_link import WorkerAddress, absence_words, ask_worker, find_worker
+from trainer.preview.base import ServerAnswer
+from trainer.views.page.worker_link import (
+    WorkerAddress,
+    absence_words,
+    ask_worker,
+    check_own,
+    find_worker,
+    whose_words,
+)
 
 KEY = "0123456789abcdef"
 
@@ -169,3 +177,44 @@ def test_a_run_that_ended_names_the_command_that_asks_its_weights(
         f"ask its weights with: trainer chat {run.folder}, "
         f"or here after: trainer monitor {run.folder} --ask"
     )
+
+
+def test_an_answer_by_weights_of_another_run_is_refused(
+    made_up_run: Callable[..., Any],
+) -> None:
+    run = made_up_run()
+    run.preview(10, [True], weights_id="a" * 64)
+    run.step(30)
+    reader = run.read()
+    worker = WorkerAddress(url="http://127.0.0.1:8765", run="mine-1")
+
+    def reply(name: str | None, weights_id: str | None) -> ServerAnswer:
+        return ServerAnswer(text="4", run=name, step=2, weights_id=weights_id)
+
+    check_own(worker, reply("mine-1", "b" * 64), reader)
+    check_own(worker, reply(None, "b" * 64), reader)  # weights that nobody published
+    check_own(worker, reply("mine-0", "a" * 64), reader)  # of this run before it was resumed
+    with pytest.raises(PreviewError, match=r"another run now \(other-1, step 2\).*ask again when"):
+        check_own(worker, reply("other-1", "b" * 64), reader)
+    unnamed = worker.model_copy(update={"run": None})
+    for weights_id in ("b" * 64, None):
+        with pytest.raises(PreviewError, match="another run now"):
+            check_own(unnamed, reply("other-1", weights_id), reader)
+    run.end("completed", 30)
+    (run.folder / "final_model").mkdir()
+    with pytest.raises(PreviewError, match=r"has ended; ask its weights with: trainer chat"):
+        check_own(worker, reply("other-1", "b" * 64), run.read())
+
+
+def test_the_step_of_the_weights_is_set_beside_where_the_run_is(
+    made_up_run: Callable[..., Any],
+) -> None:
+    run = made_up_run()
+    run.step(30)
+    reply = ServerAnswer(text="4", run="mine-1", step=20, weights_id="b" * 64)
+    words = "Answered by the weights of step 20 (weights bbbbbbbbbbbb)"
+    assert whose_words(reply, run.read()) == f"{words}; training is at step 30."
+    run.end("completed", 30)
+    assert whose_words(reply, run.read()) == f"{words}; the run ended at step 30."
+    at_end = reply.model_copy(update={"step": 30})
+    assert whose_words(at_end, run.reader) == f"{words.replace('20', '30')}."

@@ -17,11 +17,12 @@ from trainer.preview.base import ServerAnswer
 from trainer.views.page.elements import answer, box, text
 from trainer.views.page.own_server import ASKING_WORDS, OwnServer, can_serve
 from trainer.views.page.worker_link import (
-    FINAL_MODEL,
     WORKER_NAME,
     absence_words,
     ask_worker,
+    check_own,
     find_worker,
+    whose_words,
 )
 from trainer.views.run_reader import RunReader
 
@@ -159,7 +160,8 @@ class AskBox:
             self._show(question, str(error), None)
         else:
             if reply is not None:
-                self._show(question, self._whose(reply), reply)
+                words = whose_words(reply, self.reader, is_final=self._is_served())
+                self._show(question, words, reply)
                 self._prompt.set_value("")
         finally:
             self._asked_at = 0.0
@@ -170,7 +172,7 @@ class AskBox:
         """The worker's answer; None where there is no worker any more.
 
         Raises:
-            PreviewError: it gave none.
+            PreviewError: it gave none, or not by weights of this run.
         """
         worker = find_worker(self.reader.folder, self.allowed_hosts).worker
         if worker is None and self.own_server is not None and self._is_served():
@@ -178,13 +180,15 @@ class AskBox:
         if worker is None:
             self.refresh()
             return None
-        return await asyncio.to_thread(
+        reply = await asyncio.to_thread(
             ask_worker,
             worker,
             question.prompt,
             max_new_tokens=question.max_new_tokens,
             temperature=question.temperature,
         )
+        check_own(worker, reply, self.reader)
+        return reply
 
     async def _ask_pins(self) -> None:
         try:
@@ -200,16 +204,6 @@ class AskBox:
                 self.pins.version += 1
         finally:
             self.pins.is_asking = False
-
-    def _whose(self, reply: ServerAnswer) -> str:
-        weights = f"weights {reply.weights_id[:12]}" if reply.weights_id else "unnamed weights"
-        if reply.step is None and self._is_served():
-            return f"Answered by {FINAL_MODEL} ({weights})."
-        if reply.step is None:
-            return f"Answered by {weights}; the worker does not report their step."
-        now = self.reader.step
-        words = f"Answered by the weights of step {reply.step} ({weights})"
-        return f"{words}; training is at step {now}." if now != reply.step else f"{words}."
 
     def _show(self, question: Question, words: str, reply: ServerAnswer | None) -> None:
         """The newest stands first."""

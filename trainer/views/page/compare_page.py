@@ -42,6 +42,9 @@ CURVE_COLOURS = ("train", "val", "extra", "other")
 MAX_PROMPTS = 50
 """Prompts shown on which the runs disagree; how many more there are is said."""
 
+DATA_FILES = "data_files_sha256"
+"""In run.json."""
+
 NOT_COMPARED = ("output.", "data_card")
 """Config keys that always differ and tell nothing."""
 
@@ -166,35 +169,64 @@ class ComparePage:
         set_options(self._loss, chart(loss, is_dark=is_dark))
         set_options(self._matches, chart(matches, is_dark=is_dark, y_range=PERCENT))
 
-    def _newest(self) -> list[dict[str, PreviewResult]]:
-        found = []
-        for reader in self.readers:
-            with reader.lock:
-                found.append({one.prompt: one for one in reader.previews.newest()})
-        return found
-
     def _draw_answers(self) -> None:
-        newest = self._newest()
-        common = [prompt for prompt in newest[0] if all(prompt in one for one in newest[1:])]
-        apart = [prompt for prompt in common if _disagree([one[prompt] for one in newest])]
+        common = common_answers(self.readers)
+        apart = [answers for answers in common if _disagree(answers)]
         self._answers.clear()
         with self._answers:
             if not common:
                 text("p", "These runs have no prompt in common.", "dim")
                 return
             text("p", f"{len(apart)} of {len(common)} prompts that all of them answered.", "dim")
-            for prompt in apart[:MAX_PROMPTS]:
+            for answers in apart[:MAX_PROMPTS]:
                 with box("div", "said apart"):
-                    text("h3", printable(prompt, 200), dir="auto")
-                    golden = newest[0][prompt].golden_answer
-                    if golden is not None:
-                        text("div", "golden", "label")
-                        answer(golden)
+                    text("h3", printable(answers[0].prompt, 200), dir="auto")
+                    # A profile may rewrite the golden answer too.
+                    golden = {one.golden_answer for one in answers}
+                    if len(golden) == 1:
+                        _draw_golden(answers[0])
                     with box("div", "side-by-side"):
-                        for name, found in zip(self._letters, newest, strict=True):
-                            _draw_answer(name, found[prompt])
+                        for name, found in zip(self._letters, answers, strict=True):
+                            _draw_answer(name, found, with_golden=len(golden) > 1)
             if len(apart) > MAX_PROMPTS:
                 text("p", f"and {len(apart) - MAX_PROMPTS} more", "dim")
+
+
+def common_answers(readers: Sequence[RunReader]) -> list[list[PreviewResult]]:
+    """The newest answers to each prompt that all runs have, in the order of the runs.
+
+    A profile may rewrite a prompt. Its id names the row of a data file, and so the same prompt
+    only in runs of the same files.
+    """
+    newest, files = [], []
+    for reader in readers:
+        with reader.lock:
+            newest.append(reader.previews.newest())
+            files.append(_data_files(reader))
+    is_same_data = files[0] is not None and all(one == files[0] for one in files)
+    keyed = [
+        {(is_same_data and _row_of(one)) or one.prompt: one for one in results}
+        for results in newest
+    ]
+    return [
+        [answers[key] for answers in keyed]
+        for key in keyed[0]
+        if all(key in answers for answers in keyed)
+    ]
+
+
+def _data_files(reader: RunReader) -> list[str] | None:
+    """Hashes of the data files of a run in their order, by which rows are numbered.
+
+    None where its record has none.
+    """
+    hashes = reader.manifest.get(DATA_FILES)
+    return list(map(str, hashes.values())) if isinstance(hashes, dict) and hashes else None
+
+
+def _row_of(result: PreviewResult) -> str:
+    """The id of a prompt that is a row of a data file; "" for one from the config."""
+    return result.prompt_id if result.prompt_id.startswith(("validation-", "train-")) else ""
 
 
 def _disagree(results: Sequence[PreviewResult]) -> bool:
@@ -204,8 +236,16 @@ def _disagree(results: Sequence[PreviewResult]) -> bool:
     return len({one.matches for one in results}) > 1
 
 
-def _draw_answer(name: str, result: PreviewResult) -> None:
+def _draw_golden(result: PreviewResult) -> None:
+    if result.golden_answer is not None:
+        text("div", "golden", "label")
+        answer(result.golden_answer)
+
+
+def _draw_answer(name: str, result: PreviewResult, *, with_golden: bool) -> None:
     with box("div", "said"):
+        if with_golden:
+            _draw_golden(result)
         with box("div", "label"):
             mark(mark_of(result))
             text("span", f" {name}, step {result.step}")

@@ -10,11 +10,9 @@ from urllib.parse import quote
 from nicegui import ui
 
 from trainer.monitoring.events import printable
-from trainer.views.headline import Headline
 from trainer.views.page.compare_page import LETTERS
 from trainer.views.page.elements import box, dark_button, open_page, text
-from trainer.views.page.panel_data import rows_of
-from trainer.views.page.store import RunStore
+from trainer.views.page.store import Judged, RunStore
 from trainer.views.run_reader import RunReader
 from trainer.views.words import duration_words
 
@@ -76,7 +74,7 @@ class ListPage:
             self._draw(runs)
         for key, reader in runs:
             with reader.lock:
-                words, share = _cells(reader, self.store.headline(key)), _share(reader)
+                words, share = _cells(reader, self.store.judged(key)), _share(reader)
             for cell, content in zip(self._cells[key], words, strict=True):
                 cell.set_text(content)
             self._cells[key][0].classes(replace=f"state state-{reader.state()}")
@@ -90,7 +88,9 @@ class ListPage:
             if words in self.store.label(reader).lower()
         ]
         order = ORDERS.get(str(self._order.value))
-        return (sorted(runs, key=order) if order is not None else runs)[:MAX_ROWS]
+        if order is not None:
+            runs.sort(key=lambda run: order(run[1], self.store.judged(run[0])))
+        return runs[:MAX_ROWS]
 
     def _draw(self, runs: list[Run]) -> None:
         self._hint.set_text(
@@ -141,26 +141,28 @@ class ListPage:
             ui.navigate.to(f"/compare/{'/'.join(self._chosen)}")
 
 
-def _right(reader: RunReader) -> str:
-    """Such as `12/16`; of a run whose previews were not read, by its newest status."""
-    if len(reader.previews):
-        return rows_of(reader).headline().short
+# What a row says of answers comes from the store alone: `reader.previews` of a run that no page
+# shows is as old as the last page that showed it.
+
+
+def _right(reader: RunReader, judged: Judged | None) -> str:
+    """Such as `12/16`; of a run whose previews were not read yet, by its newest status."""
+    if judged is not None:
+        return judged.headline.short
     status = reader.status
     newest = status.last_previews if status is not None else ()
     compared = [one.matches for one in newest if one.matches is not None]
     return f"{sum(compared)}/{len(compared)}" if compared else ""
 
 
-def _right_share(reader: RunReader) -> float:
-    right, _, of = _right(reader).partition(",")[0].partition("/")
+def _right_share(reader: RunReader, judged: Judged | None) -> float:
+    right, _, of = _right(reader, judged).partition(",")[0].partition("/")
     return int(right) / int(of) if right.isdigit() and of.isdigit() and int(of) else -1.0
 
 
-def _spark(reader: RunReader) -> str:
+def _spark(judged: Judged | None) -> str:
     """Right answers by preview step as a line of signs; "" where previews were not read."""
-    if not len(reader.previews):
-        return ""
-    shares = rows_of(reader).shares()
+    shares = judged.shares if judged is not None else []
     if len(shares) < 2:
         return ""
     count = min(SPARK_CHARS, len(shares))
@@ -175,7 +177,7 @@ def _share(reader: RunReader) -> float:
     return min(1.0, reader.step / total) if total else 0.0
 
 
-def _cells(reader: RunReader, headline: Headline | None) -> list[str]:
+def _cells(reader: RunReader, judged: Judged | None) -> list[str]:
     """A row of the list, in the order of COLUMNS."""
     status = reader.status
     if status is None:
@@ -184,9 +186,9 @@ def _cells(reader: RunReader, headline: Headline | None) -> list[str]:
     duration = duration_words(max(0.0, status.updated_at - status.started_at))
     return [
         reader.words(),
-        headline.sentence if headline is not None else "",
-        _right(reader),
-        _spark(reader),
+        judged.headline.sentence if judged is not None else "",
+        _right(reader, judged),
+        _spark(judged),
         *losses,
         duration,
         _ago(status.updated_at),
@@ -200,15 +202,15 @@ def _ago(moment: float) -> str:
     return "now" if seconds < 60 else f"{duration_words(seconds)} ago"
 
 
-def _loss(run: Run) -> float:
-    status = run[1].status
+def _loss(reader: RunReader) -> float:
+    status = reader.status
     loss = status.val_loss if status is not None else None
     return loss if loss is not None and loss == loss else float("inf")
 
 
-ORDERS: dict[str, Callable[[Run], Any] | None] = {
+ORDERS: dict[str, Callable[[RunReader, Judged | None], Any] | None] = {
     "newest": None,
-    "most right": lambda run: -_right_share(run[1]),
-    "validation loss": _loss,
-    "name": lambda run: str(run[1].folder),
+    "most right": lambda reader, judged: -_right_share(reader, judged),
+    "validation loss": lambda reader, _: _loss(reader),
+    "name": lambda reader, _: str(reader.folder),
 }

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from trainer.errors import OutputError
 from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME
-from trainer.views.headline import Headline, headline_of
+from trainer.views.headline import Headline
 from trainer.views.page.own_server import OwnServer
+from trainer.views.page.panel_data import RowsData, rows_of
 from trainer.views.run_reader import RunReader, find_runs
 
 
@@ -30,12 +31,15 @@ class PageOptions:
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """The headline of a run of the list, and what it was made of."""
+class Judged:
+    """What the list of runs says of the answers of a run, all of it of one reading."""
 
     stamp: tuple[int, ...]
+    """Of the files that it was made of."""
     at: float
     headline: Headline
+    shares: list[float]
+    """As of `RowsData.shares`."""
 
 
 def _stamp_of(reader: RunReader) -> tuple[int, ...]:
@@ -65,7 +69,7 @@ SUMMARY_S = 2.0
 FIND_S = 5.0
 
 JUDGE_S = 10.0
-"""A headline of the list is at least so old before it is made anew."""
+"""A verdict of the list is at least so old before it is made anew."""
 
 
 class RunStore:
@@ -83,7 +87,7 @@ class RunStore:
         """Id -> pages that look at it."""
         self.num_lists = 0
         """Pages that show the list of runs."""
-        self._judged: dict[str, _Judged] = {}
+        self._judged: dict[str, Judged] = {}
         self._summary_at = self._found_at = 0.0
         self._loading = asyncio.Lock()
         self.find()
@@ -136,13 +140,12 @@ class RunStore:
         if self.num_lists > 0:
             self._judge_next(now)
 
-    def headline(self, key: str) -> Headline | None:
+    def judged(self, key: str) -> Judged | None:
         """The verdict on a run of the list; None until its files have been read for it."""
-        judged = self._judged.get(key)
-        return judged.headline if judged is not None else None
+        return self._judged.get(key)
 
     def _judge_next(self, now: float) -> None:
-        """Read one run for its headline, the newest first, where its files have grown."""
+        """Read one run for its row in the list, the newest first, where its files have grown."""
         for key, reader in self.by_age():
             judged, stamp = self._judged.get(key), _stamp_of(reader)
             if judged is not None and (judged.stamp == stamp or now - judged.at < JUDGE_S):
@@ -151,10 +154,9 @@ class RunStore:
                 # A list may be of hundreds of runs: what is read for a sentence is not kept.
                 reader = RunReader(reader.folder)
                 reader.poll()
-            headline = headline_of(
-                reader.previews, reader.metrics.evaluations, reader.final_evaluation
-            )
-            self._judged[key] = _Judged(stamp, now, headline)
+            with reader.lock:
+                rows = rows_of(reader) if self.watched[key] else RowsData(reader)
+                self._judged[key] = Judged(stamp, now, rows.headline(), rows.shares())
             return
 
     def by_age(self) -> list[tuple[str, RunReader]]:

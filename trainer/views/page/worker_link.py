@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import BoundedClient
 from trainer.files import is_alive, read_json_object
+from trainer.monitoring.events import printable
 from trainer.net import (
     KEY_VARIABLE,
     is_loopback,
@@ -43,6 +44,8 @@ class WorkerAddress(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     url: str
+    run: str | None = None
+    """What the run is called on the server, which several runs may share."""
     key_file: str | None = None
     backend: str = "sidecar"
     model_id: str | None = None
@@ -109,12 +112,16 @@ def absence_words(reader: RunReader) -> str:
     ended = "the run has ended"
     if backend == "sidecar":
         ended += ", and its sidecar with it"
-    has_weights = (reader.folder / FINAL_MODEL).is_dir() or reader.last_checkpoint_step()
-    if not has_weights:
-        return f"{ended}; it left no weights"
-    folder = shlex.quote(str(reader.folder))
-    asked = f"{ended}; ask its weights with: trainer chat {folder}"
+    return f"{ended}; {_left_words(reader)}"
+
+
+def _left_words(reader: RunReader) -> str:
+    """How the weights of a run that ended can be asked."""
     is_final = (reader.folder / FINAL_MODEL).is_dir()
+    if not (is_final or reader.last_checkpoint_step()):
+        return "it left no weights"
+    folder = shlex.quote(str(reader.folder))
+    asked = f"ask its weights with: trainer chat {folder}"
     return f"{asked}, or here after: trainer monitor {folder} --ask" if is_final else asked
 
 
@@ -152,6 +159,47 @@ def ask_worker(
         ) from error
     finally:
         client.close()
+
+
+def check_own(worker: WorkerAddress, reply: ServerAnswer, reader: RunReader) -> None:
+    """Refuse an answer by weights of another run that shares the server.
+
+    Raises:
+        PreviewError: the weights are known to be of a run, and not known to be of this one.
+    """
+    if reply.run is None or reply.run == worker.run:
+        return
+    with reader.lock:  # weights that an earlier start of this run published under another name
+        lines = reader.previews.timelines.values()
+        own = {one.weights_id for line in lines for one in line.results()}
+    if reply.weights_id is None or reply.weights_id not in own:
+        instead = "ask again when this run has sent its own at its next preview step"
+        if reader.is_over or reader.is_lost():
+            instead = f"this run has ended; {_left_words(reader)}"
+        step = f", step {reply.step}" if reply.step is not None else ""
+        raise PreviewError(
+            f"the server at {worker.url} holds the weights of another run now "
+            f"({printable(reply.run, 100)}{step}), so its answer is not shown; {instead}"
+        )
+
+
+def whose_words(reply: ServerAnswer, reader: RunReader, *, is_final: bool = False) -> str:
+    """Which weights of the run answered.
+
+    Args:
+        is_final: those without a step are its final model.
+    """
+    weights = f"weights {reply.weights_id[:12]}" if reply.weights_id else "unnamed weights"
+    if reply.step is None and is_final:
+        return f"Answered by {FINAL_MODEL} ({weights})."
+    if reply.step is None:
+        return f"Answered by {weights}; the worker does not report their step."
+    now = reader.step
+    words = f"Answered by the weights of step {reply.step} ({weights})"
+    if now == reply.step:
+        return f"{words}."
+    is_over = reader.is_over or reader.is_lost()
+    return f"{words}; {'the run ended' if is_over else 'training is'} at step {now}."
 
 
 def _key_of(worker: WorkerAddress) -> str | None:
