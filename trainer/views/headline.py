@@ -199,9 +199,20 @@ def _match_words(previews: PreviewBook, pair: _Pair) -> tuple[str, str, str]:
         words += f", from {round(sum(pair.before.values()))}{_since(pair.first_step)}"
         if len(pair.before) < len(pair.now):
             words += f" (of {len(pair.before)})"
-        words += _certainty(pair)
+        words += _at_best(previews, pair) + _certainty(pair)
         words += _going_on(previews, _match) if _is_on_the_way(pair) else ""
     return words, f"{right}/{len(pair.now)}", _band(pair.now)
+
+
+def _at_best(previews: PreviewBook, pair: _Pair) -> str:
+    """Such as `, 12 at step 180`, where the same prompts were right more often than now."""
+    best_step, best = None, round(sum(pair.now.values()))
+    for step in previews.steps:
+        found = _values(previews, step, _match)
+        right = round(sum(found.values()))
+        if found.keys() == pair.now.keys() and right > best:
+            best_step, best = step, right
+    return "" if best_step in (None, pair.first_step) else f", {best} at step {best_step}"
 
 
 def _certainty(pair: _Pair) -> str:

@@ -39,7 +39,7 @@ def losses(*values: float) -> list[EvaluationPoint]:
 def test_a_run_that_learned_says_how_many_from_how_many_and_what_is_wrong() -> None:
     book = book_of({0: 0, 50: 100, 100: 96}, 100)
     found = headline_of(book, losses(0.9, 0.467))
-    assert found.main == "96 of 100 right, from 0 before training"
+    assert found.main == "96 of 100 right, from 0 before training, 100 at step 50"
     assert found.rest == "4 lost, 0 never right. Validation loss 0.467, lowest now."
     assert found.short == "96/100"
     assert found.band == "90.2 to 98.4 % at 95 %"
