@@ -132,6 +132,28 @@ def test_mutant_lost_state_is_killed(runs: Runs, lost: str) -> None:
         check_equal(source / f"saved-{SAVED}.pt", said / "loaded.pt")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
+def test_a_resume_in_the_middle_of_a_later_epoch_has_the_rows_of_that_epoch(
+    runs: Runs, strategy: str
+) -> None:
+    steps_of_epoch, last = 6, 11
+    config = config_of(runs, runs.root / f"later-{strategy}", 2, "tied", {})
+    config["hyperparams"]["max_steps"] = last
+    config["monitoring"]["micro_eval_interval"] = 0
+    config["output"]["checkpoint_interval"] = steps_of_epoch + 2
+    config["distributed"] = {"strategy": strategy}
+    out = Path(config["top"]["output_dir"])
+    runs.ended(config, 2)
+    straight = figures(out)
+    shutil.rmtree(out / "checkpoints" / f"step-{last:08d}")
+    shutil.rmtree(out / "final_model")
+    config["output"]["resume"] = "latest"
+    runs.ended(config, 2)
+    assert json.loads((out / "run.json").read_text())["summary"]["ended_by"] == "steps"
+    assert figures(out) == straight
+
+
 # ---- what other programs and commands get
 
 

@@ -414,6 +414,15 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         return self.order
 
+    def _run_epoch(self, model: Any, epoch: int, *rest: Any, **named: Any) -> Any:
+        """As HF's, with the epoch's own rows also behind a loader that skips.
+
+        A resume in mid-epoch wraps the batches of several processes once more, and accelerate's
+        `set_epoch` does not reach the order through both: it would deal out epoch 0 again.
+        """
+        self.order.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, *rest, **named)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: nothing here reports it."""
         return 0
