@@ -53,7 +53,9 @@ def prepare(tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path) -> 
 
 
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """Processes that encode, of this one: a browser of other tests may live beside them."""
+    found = psutil.Process().children(recursive=True)
+    return [one for one in found if "trainer.data.encode_processes" in one.cmdline()]
 
 
 @pytest.mark.slow

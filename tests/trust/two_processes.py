@@ -23,7 +23,7 @@ from trainer.config.schema import DataSection
 from trainer.config.training_sections import Hyperparams
 from trainer.core import bf16_masters, hf_trainer
 from trainer.core.optim import build_optimizer
-from trainer.data import batches, dataset
+from trainer.data import batches, preparer
 from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.models.tiny import load_tiny_tokenizer
@@ -150,9 +150,9 @@ def split(folder: Path) -> dict[str, str]:
 
 def rank_offset_seed() -> Any:
     """Each process splits by a seed of its own."""
-    plain = dataset.content_key
+    plain = preparer.content_key
     rank = int(os.environ["RANK"])
-    return patched(dataset, "content_key", lambda messages, seed: plain(messages, seed + rank))
+    return patched(preparer, "content_key", lambda messages, seed: plain(messages, seed + rank))
 
 
 def main(folder: Path) -> None:

@@ -27,6 +27,8 @@ TREND_STEPS = 50
 RISE_SHARE = 0.02
 """A validation loss by more than this above the lowest one has risen."""
 
+RISING = ", still rising"
+
 Values = dict[str, float]
 """Prompt -> value at one step."""
 
@@ -199,8 +201,9 @@ def _match_words(previews: PreviewBook, pair: _Pair) -> tuple[str, str, str]:
         words += f", from {round(sum(pair.before.values()))}{_since(pair.first_step)}"
         if len(pair.before) < len(pair.now):
             words += f" (of {len(pair.before)})"
-        words += _at_best(previews, pair) + _certainty(pair)
-        words += _going_on(previews, _match) if _is_on_the_way(pair) else ""
+        going_on = _going_on(previews, _match) if _is_on_the_way(pair) else ""
+        is_rising = going_on == RISING
+        words += ("" if is_rising else _at_best(previews, pair)) + _certainty(pair) + going_on
     return words, f"{right}/{len(pair.now)}", _band(pair.now)
 
 
@@ -235,7 +238,7 @@ def _going_on(previews: PreviewBook, value_of: ValueOf) -> str:
     values = {step: _values(previews, step, value_of) for step in steps}
     by_step = {step: found for step, found in values.items() if found}
     if is_above_all_before(by_step):
-        return ", still rising"
+        return RISING
     return ", falling now" if paired_trend(by_step) == "falling" else ""
 
 

@@ -150,12 +150,12 @@ def late_ask() -> Any:
     """The last step finds no slot: it is copied in the drain, for which the others must stay."""
     slot_for, seen = lane.PublishedPreviews._slot_for, [0]
 
-    def none_at_first(self: Any, step: int, *, is_kept: bool) -> int | None:
+    def none_at_first(self: Any, step: int, **options: Any) -> int | None:
         if step == STEPS and not seen[0]:
             seen[0] = 1
             self._state.last_wanted = step
             return None
-        return slot_for(self, step, is_kept=is_kept)
+        return slot_for(self, step, **options)
 
     return patched(lane.PublishedPreviews, "_slot_for", none_at_first)
 

@@ -234,7 +234,7 @@ def spooled(folder: Path, num_slots: int, finished: list[Finished]) -> Published
         requests=REQUESTS,
         canary=None,
         matches=str.__eq__,
-        decode=str,
+        parts_of=lambda ids: {"golden_tokens": tuple(map(str, ids))},
         backend_type="sidecar",
         evaluation=[PreviewRequest(prompt="c")],
         is_spooled=True,
