@@ -55,9 +55,12 @@ def test_display_is_a_flag_of_train_too() -> None:
     assert parse_flags(["--display", "plain"]).values == {"monitoring.display": "plain"}
 
 
-def test_words_of_libraries_that_are_false_here_are_not_shown() -> None:
+def test_words_of_libraries_that_are_false_here_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     put_back = quiet_libraries()
     log, told = logging.getLogger("transformers.tokenization_utils_base"), queue.SimpleQueue()
+    monkeypatch.setattr(log, "isEnabledFor", lambda level: True)  # whatever the verbosity is
     handler = logging.handlers.QueueHandler(told)
     log.addHandler(handler)
     log.warning("Running this sequence through the model will result in indexing errors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def test_a_row_of_the_list_follows_a_run_that_no_page_shows_any_more(
     run.preview(0, [False] * 8)
     store = RunStore(tmp_path)
     [key] = store.readers
-    asyncio.run(store.load(key))  # as the newest runs are at first, and those that a page showed
+    with ThreadPoolExecutor(1) as thread:  # a browser of other tests may have a loop in this one
+        thread.submit(asyncio.run, store.load(key)).result()  # as the newest runs are at first
     store.num_lists = 1
     assert row_of(store, key) == ["0 of 8 right. 0 lost, 8 never right.", "0/8", ""]
     run.preview(50, [True] * 2 + [False] * 6)
