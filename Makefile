@@ -36,9 +36,9 @@ FILES := -n 3 --dist loadfile
 BROWSER := $(VENV)/.browser
 
 $(BROWSER): $(STAMP)
-	@if command -v chromium chromium-browser > /dev/null \
+	@if command -v chromium > /dev/null || command -v chromium-browser > /dev/null \
 	  || $(BIN)/python -m playwright install chromium \
-	  || { test "$$(id -u)" = 0 && apt-get install --yes --quiet chromium; }; then touch $@; \
+	  || { test "$$(id -u)" = 0 && apt-get update --quiet && apt-get install --yes --quiet chromium; }; then touch $@; \
 	else echo "NO BROWSER: neither Playwright nor the system's packages have a Chromium; its tests are skipped" >&2; fi
 
 browser: $(BROWSER)

@@ -101,7 +101,7 @@ def test_a_dry_run_prints_the_sums_and_trains_nothing(
     shown = ("trained", "weights", "gradients", "optimizer", "activations", "fits", "qlora", "5 of")
     for word in shown:
         assert word in done.stdout, done.stdout
-    assert re.search(r"\n  bf16 +(\d+\.\d\d of fp32's speed|this CPU has no bf16)", done.stdout)
+    assert re.search(r"\n  bf16 +(\d+\.\d\d times fp32's speed|this CPU has no bf16)", done.stdout)
     assert [path.name for path in out.iterdir()] == ["config.resolved.json"]
 
 

@@ -284,3 +284,22 @@ def test_a_run_whose_record_lacks_secrets_is_opened(train: Callable[..., Any]) -
     }
     (run / "run.json").write_text(json.dumps(record))
     assert open_run(run).config.model.model_path
+
+
+def test_a_marked_step_gives_the_final_model_and_its_card_says_so(
+    train: Callable[..., Any], assert_same_weights: Callable[..., None]
+) -> None:
+    hyper = {"max_steps": 4, "learning_rate": 3e-2}
+    first = train(hyperparams=hyper, monitoring=QUIET, output=SAVES)
+    assert first.success, first.error_message
+    run = Path(first.output_dir)
+    (run / "best.json").write_text('{"step": 2}')
+    output = {**SAVES, "final_model": "best", "resume": "latest"}
+    again = train(hyperparams={**hyper, "max_steps": 6}, monitoring=QUIET, output=output)
+    assert again.success, again.error_message
+    assert again.summary["best"] == {"by": "mark", "step": 2, "value": None}
+    assert main(["export", str(run), "--step", "2", "--output", str(run / "x")]) == 0
+    assert_same_weights(run / "x", run / "final_model")
+    card = (run / "final_model" / "README.md").read_text()
+    assert "the weights are those of step 2, the best" in card
+    assert "training loss of the last step" not in card

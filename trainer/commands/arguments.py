@@ -151,10 +151,9 @@ def print_table(table: Table) -> None:
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
         return
-    wide = Console(file=io.StringIO(), width=WIDE, highlight=False, color_system=None)
-    with wide.capture() as captured:
-        wide.print(table)
-    for line in captured.get().splitlines():
+    written = io.StringIO()
+    Console(file=written, width=WIDE, highlight=False, color_system=None).print(table)
+    for line in written.getvalue().splitlines():
         print(line.rstrip())
 
 

@@ -15,14 +15,12 @@ from rich.text import Text
 from trainer.commands.arguments import print_table
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
-from trainer.config.loader import is_of_run, required_for_training
+from trainer.config.loader import RESOLVED_NAME, is_of_run, required_for_training
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
 from trainer.job import run_job
 from trainer.monitoring.events import Waits
 from trainer.scores.spec import is_function
 from trainer.views.terminal import DisplayKind, create_display
-
-RESOLVED_FILE = "config.resolved.json"
 
 
 def run(argv: list[str], *, prog: str = "trainer train") -> int:
@@ -63,7 +61,7 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
     file = flags.config_file
     if file is None and flags.values.get("output.resume"):
         output = flags.values.get("output.output_dir", "outputs")
-        own = Path(str(output)) / RESOLVED_FILE
+        own = Path(str(output)) / RESOLVED_NAME
         file = own if own.is_file() else None
     file = file or find_config_file(flags, Path.cwd())
     if (
@@ -118,7 +116,7 @@ def _dry_run(loaded: LoadedConfig) -> int:
     found = TrainerEngine(observers=[create_display(kind)]).dry_run(loaded.config)
     hyper = found.config.hyperparams
     bf16 = measure_bf16(*found.block_sizes) if found.device.type == "cpu" else None
-    resolved = Path(found.config.output.output_dir) / RESOLVED_FILE
+    resolved = Path(found.config.output.output_dir) / RESOLVED_NAME
     if display == "json":
         told = {**found.as_json(), "bf16": bf16.as_json() if bf16 is not None else None}
         print(json.dumps({"event": "DryRun", **told, "config": str(resolved)}))

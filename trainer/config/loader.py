@@ -230,9 +230,13 @@ NOT_FROM_RUNS = ("monitoring.notify", "monitoring.notify_silence")
 """The config of a run says nothing about these: it may be somebody else's, and has no secrets."""
 
 
+RESOLVED_NAME = "config.resolved.json"
+"""The config of a run as it was written down, in its folder."""
+
+
 def is_of_run(file: Path) -> bool:
     """Whether a config file was written by a run, or lies in the folder of one."""
-    return file.name == "config.resolved.json" or (file.parent / "run.json").is_file()
+    return file.name == RESOLVED_NAME or (file.parent / "run.json").is_file()
 
 
 @dataclass(frozen=True)

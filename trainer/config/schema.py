@@ -21,6 +21,7 @@ from pydantic import (
 
 from trainer.config.receiver import NOTIFY_SILENCE_S, notify_problem, shown_notify
 from trainer.config.section import (
+    MIN_PROMPTS,
     VAL_LOSS,
     WRITTEN,
     CombinationError,
@@ -37,9 +38,6 @@ from trainer.config.training_sections import (
     ModelSection,
 )
 from trainer.net import is_cut, without_secrets
-
-MIN_DECIDING_PROMPTS = 12
-"""As MIN_PROMPTS of trainer/scores/statistics.py, below which no difference is clear."""
 
 
 class DataSection(Section):
@@ -590,12 +588,12 @@ class TrainerConfig(Section):
                 "output.best_by",
             )
         deciding = self.deciding_scores
-        if deciding and self.monitoring.num_score_prompts < MIN_DECIDING_PROMPTS:
+        if deciding and self.monitoring.num_score_prompts < MIN_PROMPTS:
             is_best = best_by == deciding[0]
             where = "output.best_by" if is_best else "hyperparams.early_stopping_metric"
             raise CombinationError(
                 f"{where}={deciding[0]} decides by the answers to monitoring.num_score_prompts="
-                f"{self.monitoring.num_score_prompts}; with fewer than {MIN_DECIDING_PROMPTS} no "
+                f"{self.monitoring.num_score_prompts}; with fewer than {MIN_PROMPTS} no "
                 "rise can be told from chance: set it, better to 100 or more",
                 where,
                 "monitoring.num_score_prompts",

@@ -24,6 +24,9 @@ TrainingMode = Literal["full", "lora", "qlora"]
 
 Masters = Literal["fp32", "bf16_stochastic"]
 
+MIN_PROMPTS = 12
+"""With fewer prompts a score has no interval: it would be too wide to say anything, or wrong."""
+
 VAL_LOSS = "val_loss"
 
 WRITTEN = object()

@@ -178,7 +178,9 @@ def choice_words(prepared: Prepared) -> str:
             )
         )
     if config.deciding_scores:
-        parts.append(f"it is at most {config.monitoring.score_lag} evaluations ahead of the scores")
+        parts.append(
+            f"training is at most {config.monitoring.score_lag} evaluation(s) ahead of the scores"
+        )
     return ", ".join(parts)
 
 

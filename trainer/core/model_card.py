@@ -51,8 +51,9 @@ def model_card(job: Job, prepared: Prepared, evaluation: dict[str, Any] | None) 
 
 
 def _of_which(job: Job) -> str:
-    is_last = job.final_step in (None, job.step)
-    return "" if is_last else f"; the weights are those of step {job.final_step:,}, the best"
+    if job.final_step in (None, job.step):
+        return ""
+    return f"; the weights are those of step {job.final_step:,}, the best"
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -76,7 +77,8 @@ def _results(job: Job, evaluation: dict[str, Any] | None) -> list[str]:
     lines = _last_losses(job)
     if _of_which(job):
         best = job.best or {}
-        lines = [f"- {best['by']} at that step: {best['value']:.4f}"] if best else []
+        value = best.get("value")  # None of a step that a person marked
+        lines = [f"- {best['by']} at that step: {value:.4f}"] if value is not None else []
     if evaluation is not None:
         share = 100 * evaluation["exact_match"]
         lines.append(

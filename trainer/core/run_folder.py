@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.config.loader import RESOLVED_NAME
 from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
 from trainer.files import CHECKPOINTS_NAME, LOCK, SAVED_BASE, STATUS_NAME, replace_file
@@ -23,7 +24,7 @@ OWN_FILES = (
     *("worker.json", BASE_NAME),
 )
 
-SHARED_NAMES = ("config.resolved.json", "logs", SAVED_BASE)
+SHARED_NAMES = (RESOLVED_NAME, "logs", SAVED_BASE)
 """What a run writes too, and a folder may have had before it: of a dry run, or of the user."""
 
 
@@ -31,7 +32,7 @@ class RunFolder:
     """The folder of `--output` while this process runs in it."""
 
     RUN_JSON = "run.json"
-    CONFIG = "config.resolved.json"
+    CONFIG = RESOLVED_NAME
     STATUS = STATUS_NAME
     CHECKPOINTS = CHECKPOINTS_NAME
     FINAL_MODEL = "final_model"

@@ -39,15 +39,8 @@ from trainer.files import default_cache_dir, remove_quietly, replace_file
 logger = logging.getLogger(__name__)
 
 NO_EFFECT = {
-    *(
-        "cache",
-        "cache_dir",
-        "cache_max_gib",
-        "encode_processes",
-        "shuffle",
-        "group_by_length",
-        "enable_packing",
-    ),
+    *("cache", "cache_dir", "cache_max_gib", "encode_processes"),
+    *("shuffle", "group_by_length", "enable_packing"),
 }
 """Options of section `data` that do not change the encoded rows."""
 

@@ -39,8 +39,8 @@ class Bf16Speed:
             return "this CPU has no bf16 arithmetic; fp32 is faster"
         low, high = min(self.ratios), max(self.ratios)
         told = (
-            f"{median(self.ratios):.2f} of fp32's speed ({low:.2f} to {high:.2f}: an MLP block of "
-            f"{self.hidden:,} x {self.inner:,}, forward and backward)"
+            f"{median(self.ratios):.2f} times fp32's speed ({low:.2f} to {high:.2f}: an MLP block "
+            f"of {self.hidden:,} x {self.inner:,}, forward and backward)"
         )
         if low > 1:
             return f"{told}; faster here, ask for it with --bf16"

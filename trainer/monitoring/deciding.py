@@ -237,7 +237,7 @@ class DecidingScores:
 
 
 def verdict_words(rule: ScoreRule, verdict: Verdict) -> str:
-    """Such as `score.exact of step 40, 52.0 %: clearly above step 20, the best so far`."""
+    """Such as `score.exact of step 40 is 0.52: not clearly above step 20 (1 of 3)`."""
     if verdict.missing is not None:
         return (
             f"{rule.metric} of step {verdict.step} is missing and decides nothing: "

@@ -111,11 +111,11 @@ class Notifier:
             self._is_ended = True
             self._send(json_line({"kind": "ended", **plain_values(event)}).strip())
 
-    def close(self) -> None:
-        """Nothing yet: `finish` waits, once everything else of the run is closed."""
-
     def finish(self) -> None:
-        """Wait until it is told, for a limited time: with this process its container may end."""
+        """Wait until it is told, for a limited time: with this process its container may end.
+
+        Called once everything else of the run is closed.
+        """
         self._is_ended = True
         self._child.end(LAST_WORD_S, is_asked=False)
         self._listener.join(1.0)

@@ -64,6 +64,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         self._failed: set[str] = set()
         self._exit_code = 0
         self._lock = threading.RLock()
+        self._context: contextvars.Context | None = None
         begun: dict[str, Any] = {}
         for name, callback in self._callbacks.items():
             begun[name] = callback
@@ -76,12 +77,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
                 self.close()
                 if not isinstance(error, Exception | SystemExit):
                     raise
-                words = " ".join(str(error).split())[:300]
-                raise ConfigError(
-                    f"monitoring.report_to names {name}, which cannot start "
-                    f"({type(error).__name__}: {words}). Put that right, or take {name} out of "
-                    "monitoring.report_to."
-                ) from error
+                raise _unusable(name, "start", error) from error
         # trackio knows its run in this thread only, and previews may arrive in another one.
         self._context = contextvars.copy_context()
 
@@ -139,11 +135,10 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
                     )
 
     def _in_context(self, call: Callable[[], None]) -> None:
-        context = getattr(self, "_context", None)
-        if context is None:
+        if self._context is None:
             call()
         else:
-            context.run(call)
+            self._context.run(call)
 
     def _call(self, callback: Any, method: str, state: Any, **more: Any) -> None:
         more = {"processing_class": None, **self._more, **more}
@@ -231,15 +226,18 @@ def make_callbacks(names: tuple[str, ...]) -> dict[str, Any]:
         try:
             found[name] = INTEGRATION_TO_CALLBACK[name]()
         except Exception as error:
-            words = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"monitoring.report_to names {name}, which cannot be used "
-                f"({type(error).__name__}: {words}). Put that right, or take {name} out of "
-                "monitoring.report_to."
-            ) from error
+            raise _unusable(name, "be used", error) from error
     if "trackio" in found:
         found["trackio"]._trackio = _WithSteps(found["trackio"]._trackio)
     return found
+
+
+def _unusable(name: str, what: str, error: BaseException) -> ConfigError:
+    words = " ".join(str(error).split())[:300]
+    return ConfigError(
+        f"monitoring.report_to names {name}, which cannot {what} ({type(error).__name__}: "
+        f"{words}). Put that right, or take {name} out of monitoring.report_to."
+    )
 
 
 def start_trackers(

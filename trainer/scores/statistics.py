@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-MIN_PROMPTS = 12
-"""With fewer prompts there is no interval: it would be too wide to say anything, or wrong."""
+from trainer.config.section import MIN_PROMPTS as MIN_PROMPTS
 
 LEVEL = 0.95
 

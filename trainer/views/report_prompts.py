@@ -19,7 +19,8 @@ from trainer.views.timeline import (
     mark_of,
 )
 from trainer.views.verdicts import Counts, Verdict, common_start, counts_of, in_order, level_of
-from trainer.views.words import MARK_SUPERSEDED, mark_of_sample
+from trainer.views.words import MARK_SUPERSEDED
+from trainer.views.words import mark_of as sign_of
 
 NUM_OPEN = 3
 """Wrong answers that are shown without a click, the newest losses first."""
@@ -159,7 +160,7 @@ def _card(
 
 def _samples(result: PreviewResult) -> list[tuple[str, str]]:
     return [
-        (mark_of_sample(one), (one.text if one.ok else one.error_message or "")[:SHOWN_CHARS])
+        (sign_of(one), (one.text if one.ok else one.error_message or "")[:SHOWN_CHARS])
         for one in result.samples
     ]
 

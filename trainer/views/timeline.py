@@ -93,10 +93,6 @@ class Timeline:
             self._judged = verdict_of(self.results())
         return self._judged
 
-    def verdict(self) -> str:
-        """What became of this prompt, such as `first right at step 400, lost at 900`."""
-        return self.judged.words
-
 
 def golden_tokens(result: PreviewResult) -> list[GoldenToken]:
     """The golden answer's tokens with their probabilities; empty where they were not measured."""

@@ -33,16 +33,12 @@ MARK_SUPERSEDED = "-"
 _NON_FINITE = re.compile(r"step (?P<step>\d+): the (?P<what>loss|gradient norm) is")
 
 
-def mark_of(result: PreviewResult) -> str:
-    """The sign of a preview: `=`, `x`, `.` (nothing to compare with) or `!` (no answer)."""
-    if result.is_superseded:
+def mark_of(result: PreviewResult | PreviewSample) -> str:
+    """The sign of a preview or a further sample: `=`, `x`, `.` (nothing to compare with) or `!`
+    (no answer)."""
+    if isinstance(result, PreviewResult) and result.is_superseded:
         return MARK_SUPERSEDED
     return MARKS[result.matches] if result.ok else MARK_ERROR
-
-
-def mark_of_sample(sample: PreviewSample) -> str:
-    """The sign of a further sample, as that of a preview."""
-    return MARKS[sample.matches] if sample.ok else MARK_ERROR
 
 
 def samples_words(result: PreviewResult) -> str:

@@ -76,8 +76,8 @@ def test_empty_is_fp32_on_a_cpu_whatever_it_has(
 @pytest.mark.parametrize(
     ("times", "words"),
     [
-        ((2.0, 1.0), "2.00 of fp32's speed (2.00 to 2.00: an MLP block of 64 x 128"),
-        ((1.0, 2.0), "0.50 of fp32's speed"),
+        ((2.0, 1.0), "2.00 times fp32's speed (2.00 to 2.00: an MLP block of 64 x 128"),
+        ((1.0, 2.0), "0.50 times fp32's speed"),
     ],
 )
 def test_what_bf16_would_gain_is_measured_by_turns(

@@ -50,13 +50,13 @@ def timeline_of(matches: dict[int, bool | None]) -> Timeline:
     ],
 )
 def test_the_verdict(matches: dict[int, bool | None], words: str) -> None:
-    assert timeline_of(matches).verdict() == words
+    assert timeline_of(matches).judged.words == words
 
 
 def test_a_prompt_without_golden_has_nothing_to_compare_with() -> None:
     timeline = Timeline("user-0")
     timeline.add(result_of(0, golden_answer=None))
-    assert timeline.verdict() == "no golden answer to compare with"
+    assert timeline.judged.words == "no golden answer to compare with"
 
 
 def test_answers_are_in_the_order_of_steps_and_the_newest_of_a_step_counts() -> None:

@@ -9,7 +9,7 @@ from trainer.preview.base import PreviewResult
 from trainer.views.differences import Fold, Piece, compare, folded
 from trainer.views.run_reader import RunReader
 from trainer.views.timeline import facts_of, golden_tokens, golden_words, mark_of
-from trainer.views.words import mark_of_sample
+from trainer.views.words import mark_of as sign_of
 
 SHOWN_CHARS = 20_000
 """Longest text sent to a page; files hold all of it."""
@@ -67,7 +67,7 @@ def _shown(result: PreviewResult) -> dict[str, Any]:
         "error": None if result.ok else _cut(result.error_message or "no answer"),
         "facts": facts_of(result),
         "samples": [
-            [mark_of_sample(one), _cut(one.text if one.ok else one.error_message or "")]
+            [sign_of(one), _cut(one.text if one.ok else one.error_message or "")]
             for one in result.samples
         ],
         "golden_pieces": _pieces(found.reference_thought, found.reference) if found else None,

@@ -31,8 +31,14 @@ INK = {False: "#57606a", True: "#9aa7b4"}
 GRID = {False: "#d0d7de", True: "#30363d"}
 
 COLOURS = {
-    False: {"train": "#0b61c4", "val": "#b34a00", "extra": "#6b2fb3", "other": "#116329"},
-    True: {"train": "#6cb6ff", "val": "#ffa657", "extra": "#d2a8ff", "other": "#7ee2a0"},
+    False: {
+        **{"train": "#0b61c4", "val": "#b34a00", "extra": "#6b2fb3", "other": "#116329"},
+        **{"fifth": "#b0126f", "sixth": "#57606a"},
+    },
+    True: {
+        **{"train": "#6cb6ff", "val": "#ffa657", "extra": "#d2a8ff", "other": "#7ee2a0"},
+        **{"fifth": "#ff8fc7", "sixth": "#b1bac4"},
+    },
 }
 
 SCORE_COLOURS = ("train", "val", "other")

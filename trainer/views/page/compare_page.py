@@ -37,7 +37,8 @@ COMPARE_POINTS = 1_000
 LETTERS = "ABCDEF"
 """So many runs at most: more curves could not be told apart."""
 
-CURVE_COLOURS = ("train", "val", "extra", "other")
+CURVE_COLOURS = ("train", "val", "extra", "other", "fifth", "sixth")
+"""Of `COLOURS`, one for each letter."""
 
 MAX_PROMPTS = 50
 """Prompts shown on which the runs disagree; how many more there are is said."""
@@ -152,7 +153,7 @@ class ComparePage:
         is_dark = self._colours.is_dark
         loss, matches = [], []
         for number, (name, reader) in enumerate(zip(self._letters, self.readers, strict=True)):
-            colour = COLOURS[is_dark][CURVE_COLOURS[number % len(CURVE_COLOURS)]]
+            colour = COLOURS[is_dark][CURVE_COLOURS[number]]
             with reader.lock:
                 points = reader.metrics.smoothed(
                     "train_loss", SMOOTHING_SHARE, max_points=COMPARE_POINTS

@@ -58,7 +58,6 @@ class PreviewPanel:
         self.reader, self.label = reader, label
         self.rows, self.curves = rows_of(reader), CurvesData(reader)
         self.shown_step: int | None = None
-        self._clock = 0
         self._sent = (0, 0, 0)
         self._curves_at = 0.0
         self._metrics_seen = -1
