@@ -15,7 +15,6 @@ from trainer.config.section import VAL_LOSS
 from trainer.core.checkpoint import MARK, step_dir, verify_checkpoint
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.run import Job, Prepared, is_main_process
-from trainer.core.scoring import GOLDEN_PROMPTS, measures_golden
 from trainer.data.dataset import RunData
 from trainer.errors import CheckpointError, ConfigError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
@@ -55,12 +54,10 @@ def check_deciding(config: TrainerConfig) -> None:
                 f"{where}={metric} names two things: the probability of the golden answers, and a "
                 "score of monitoring.scores; write the score as ANOTHER_NAME=SCORE there."
             )
-        num_prompts = config.monitoring.num_score_prompts
-        if is_golden and not measures_golden(config.monitoring, num_prompts):
+        if is_golden and config.monitoring.preview_golden_logprobs == "off":
             raise ConfigError(
-                f"{where}={metric} needs the golden answers' probabilities, which are measured "
-                f"unasked for up to {GOLDEN_PROMPTS} prompts; set "
-                "monitoring.preview_golden_logprobs=on."
+                f"{where}={metric} needs the golden answers' probabilities, and "
+                "monitoring.preview_golden_logprobs=off; leave it out."
             )
 
 

@@ -396,7 +396,7 @@ def _previews(
         "max_new_tokens": monitoring.preview_max_tokens,
         "temperature": monitoring.preview_temperature,
         "seed": run.prepared.config.environment.seed,
-        "golden_logprobs": measures_golden(monitoring, len(requests)),
+        "golden_logprobs": measures_golden(run.prepared.config, len(requests)),
         "canary": list(canary.rows) if canary is not None else None,
     }
 
@@ -405,7 +405,7 @@ def _evaluation_bodies(
     run: PublishingRun, previews: Mapping[str, Any], requests: Sequence[PreviewRequest]
 ) -> list[dict[str, Any]]:
     """The same for the prompts that are answered for scores only: greedily, and batch by batch."""
-    measures = measures_golden(run.prepared.config.monitoring, len(requests))
+    measures = measures_golden(run.prepared.config, len(requests))
     return [
         {
             **previews,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config.schema import MonitoringConfig
+from trainer.config.schema import MonitoringConfig, TrainerConfig
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.files import append_lines
 from trainer.models.load import context_length
@@ -23,7 +23,7 @@ from trainer.monitoring.status_reader import EVALUATIONS_NAME, RESUMED, Training
 from trainer.preview.base import PreviewRequest, PreviewResult, to_json_line
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.scheduler import EvaluationSet, batches_of
-from trainer.scores.figures import SCORE, ScoreHistory
+from trainer.scores.figures import GOLDEN_PROBABILITY, SCORE, ScoreHistory
 from trainer.scores.scorer import Scorer
 from trainer.scores.spec import parse_scores
 
@@ -34,10 +34,19 @@ GOLDEN_PROMPTS = 16
 """Up to so many prompts have their golden answers scored without being asked."""
 
 
-def measures_golden(monitoring: MonitoringConfig, num_prompts: int) -> bool:
-    """Whether golden answers are scored (monitoring.preview_golden_logprobs)."""
-    wanted = monitoring.preview_golden_logprobs
-    return wanted == "on" or (wanted == "auto" and num_prompts <= GOLDEN_PROMPTS)
+def measures_golden(config: TrainerConfig, num_prompts: int) -> bool:
+    """Whether golden answers are scored (monitoring.preview_golden_logprobs).
+
+    `auto`: where something is decided by them, and for as few prompts as cost next to nothing.
+
+    Args:
+        num_prompts: how many are asked at once.
+    """
+    wanted = config.monitoring.preview_golden_logprobs
+    if wanted == "auto":
+        decides = SCORE + GOLDEN_PROBABILITY in config.deciding_scores
+        return decides or num_prompts <= GOLDEN_PROMPTS
+    return wanted == "on"
 
 
 def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPreviewBackend:
@@ -59,7 +68,7 @@ def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPrev
         stop_ids=data.encoder.template.stop_ids,
         autocast_dtype=prepared.precision.autocast_dtype,
         max_length=context_length(model.config),
-        with_golden_logprobs=measures_golden(config.monitoring, num_prompts),
+        with_golden_logprobs=measures_golden(config, num_prompts),
     )
     assert isinstance(backend, LocalPreviewBackend), "asked for local"
     return backend
