@@ -10,6 +10,7 @@ from typing import Any
 from trainer.config.schema import DataSection
 from trainer.data.batches import marked_text
 from trainer.data.encode import RowEncoder
+from trainer.data.mixing import SourceShare
 from trainer.data.rows import Row, RowErrors, is_text
 from trainer.data.sources import EncodedRow, Sides, shared_prompts
 from trainer.data.turns import num_openings
@@ -104,6 +105,10 @@ class DataCard:
     """Rows whose turns were located by marks of their own, which takes several renderings."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
+    sources: tuple[SourceShare, ...] = ()
+    """What each source has of the training rows, where there are several."""
+    mix_epoch: str = ""
+    """When an epoch ends, where data.mix_probabilities mixes the sources."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -116,6 +121,13 @@ class DataCard:
     def is_stop_trained(self) -> bool:
         """Whether answers that were not cut off end with a trained stop token."""
         return self.num_without_stop == 0
+
+    @property
+    def num_epoch_tokens(self) -> int:
+        """Tokens of an epoch; in the mean, where sources are mixed by shares."""
+        if not self.mix_epoch:
+            return self.num_tokens
+        return sum(source.num_epoch_tokens for source in self.sources)
 
     @property
     def num_unique_rows(self) -> int:
@@ -279,6 +291,7 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"of {card.num_rows:,} read",
     )
     yield "file weights", card.mix
+    yield from _source_lines(card)
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation
     if card.num_duplicates:
@@ -302,12 +315,36 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         )
 
 
+def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """What each source has of an epoch, where there are several."""
+    num_rows = sum(source.num_epoch_rows for source in card.sources)
+    if card.mix_epoch:
+        end = (
+            "the first source that runs out ends it, the next one goes on in the others"
+            if card.mix_epoch == "first"
+            else "it has every row at least once, and sources that are shorter again"
+        )
+        yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+    for source in card.sources:
+        rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
+        has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
+        if card.mix_epoch:
+            has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
+        share = (
+            f"{100 * rows / max(num_rows, 1):.1f} % of the rows of an epoch, "
+            f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
+        )
+        where = f" ({source.source})" if source.source != source.name else ""
+        yield f"source {source.name}", f"{has}: {share}{where}"
+
+
 def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
+    epoch = f"; about {card.num_epoch_tokens:,} per epoch" if card.mix_epoch else ""
     yield (
         "tokens",
-        f"{card.num_tokens:,} per epoch, {card.num_trained_tokens:,} of them trained "
-        f"({card.trained_pct:.1f} %)",
+        f"{card.num_tokens:,}{'' if epoch else ' per epoch'}, {card.num_trained_tokens:,} of them "
+        f"trained ({card.trained_pct:.1f} %){epoch}",
     )
     yield "longest row", f"{card.longest_row:,} tokens; at most {card.max_length:,} (max_length)"
     yield "too long", _too_long_text(card)

@@ -50,6 +50,10 @@ class _Texts:
     system_prompt: str | None
     file_hashes: dict[str, str]
     """sha256 of each data file."""
+    source_names: tuple[str, ...]
+    """As `data.dataset_path` names them."""
+    validation_names: tuple[str, ...]
+    """The same of the sources of held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class RunData(_Texts):
     validation: EncodedDataset | None
     train_texts: TrainTexts
     """(prompt, golden answer) of each training row."""
+    train_sources: np.ndarray[Any, Any]
+    """Of each row in `train`, before any packing: which of `source_names` it is from."""
+    validation_sources: np.ndarray[Any, Any]
+    """The same of each row in `validation` and `validation_names`."""
     encoder: RowEncoder
 
 
@@ -228,6 +236,10 @@ def encode_data(
         train_texts=TrainTexts.from_examples(train, dataset, encoder),
         card=card,
         encoder=encoder,
+        train_sources=np.asarray([item.row.source for item in sides.train], np.uint16),
+        validation_sources=np.asarray([item.row.source for item in sides.validation], np.uint16),
+        source_names=tuple(source.name for source in sources),
+        validation_names=tuple(source.name for source in validation_sources or sources),
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},
     )
@@ -360,6 +372,7 @@ def _about(card: DataCard) -> dict[str, Any]:
 
 def _as_arrays(data: RunData) -> Arrays:
     arrays: dict[str, Any] = {"texts": np.frombuffer(_TEXTS.dump_json(data), dtype=np.uint8)}
+    arrays |= {"sources": data.train_sources, "held_out_sources": data.validation_sources}
     arrays |= {f"text_{name}": part for name, part in data.train_texts.arrays.items()}
     for name, dataset in (("train", data.train), ("validation", data.validation)):
         if dataset is not None:
@@ -385,6 +398,8 @@ def _from_arrays(arrays: FileArrays, encoder: RowEncoder) -> RunData:
             train,
             encoder,
         ),
+        train_sources=np.asarray(arrays["sources"][:]),
+        validation_sources=np.asarray(arrays["held_out_sources"][:]),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )
