@@ -38,14 +38,14 @@ def with_shares(section: DataSection, data: RunData) -> RunData:
 
 def _shares(section: DataSection, data: RunData) -> list[SourceShare]:
     train = data.train
-    is_packed = isinstance(train, PackedDataset)
-    lengths = np.asarray(train.rows.lengths if is_packed else train.lengths)
+    rows_of_packs = train.document_lengths if isinstance(train, PackedDataset) else None
+    lengths = np.asarray(rows_of_packs or train.lengths)
     count = len(data.source_names)
     rows = np.bincount(data.train_sources, minlength=count)
     tokens = np.bincount(data.train_sources, weights=lengths, minlength=count).astype(np.int64)
     drawn = np.ones(count)  # how often a row comes in an epoch, in the mean
-    if section.mix_probabilities and rows.all():
-        units = np.bincount(train.sources, minlength=count) if is_packed else rows
+    if section.mix_probabilities and train.sources is not None and rows.all():
+        units = np.bincount(train.sources, minlength=count)  # rows, or packs
         ends_with = section.mix_epoch
         wanted = rows_per_epoch(units.tolist(), section.mix_probabilities, ends_with=ends_with)
         drawn = np.asarray(wanted) / units

@@ -163,15 +163,18 @@ def source_chart(reader: RunReader, *, smoothing: float, is_dark: bool) -> dict[
     trained, held = metrics.source_losses.smoothed(smoothing), metrics.source_val_losses.points()
     for number, name in enumerate(names):
         colour = COLOURS[is_dark][SOURCE_COLOURS[number % len(SOURCE_COLOURS)]]
-        for points, kind, more in (
-            (trained.get(name, []), "", {}),
-            (held.get(name, []), ", validation", {"dots": True, "style": {"type": "dashed"}}),
-        ):
-            picked = pick_points(np.array([loss for _, loss in points]), SMALL_POINTS)
-            shown = [points[index] for index in picked.tolist()]
-            if shown:
-                series.append(line(f"{name}{kind}", shown, colour, **more))
+        if name in trained:
+            series.append(line(name, _picked(trained[name]), colour))
+        if name in held:
+            points, style = _picked(held[name]), {"type": "dashed"}
+            series.append(line(f"{name}, validation", points, colour, dots=True, style=style))
     return chart(series, is_dark=is_dark)
+
+
+def _picked(points: Points) -> Points:
+    """As many as a small chart shows."""
+    picked = pick_points(np.array([value for _, value in points]), SMALL_POINTS)
+    return [points[index] for index in picked.tolist()]
 
 
 def drift_chart(reader: RunReader, *, is_dark: bool) -> dict[str, Any]:
