@@ -134,6 +134,21 @@ def dataset_path(lab: Lab) -> None:
     assert weighted.card.num_train_rows == NUM_ROWS / 2 + 40
 
 
+@shows("data.mix_probabilities", "data.mix_epoch")
+def mix_probabilities(lab: Lab) -> None:
+    other = lab.write([{"question": f"{n}", "answer": "yes"} for n in range(10)])
+    both = {"dataset_path": f"{lab.file},{other}", "validation_split": 0}
+    for ends_with, times in (("first", 1), ("longest", 4)):
+        mixed = {**both, "mix_probabilities": [0.5, 0.5], "mix_epoch": ends_with}
+        trainer = lab.trainer(data=mixed)
+        rows = list(trainer.order)
+        assert len(rows) == 20 * times
+        assert sum(row >= NUM_ROWS for row in rows) == 10 * times
+    told = lab.refusal(data={**both, "mix_probabilities": [0.2, 0.3, 0.5]})
+    assert "data.mix_probabilities has 3 numbers" in told
+    assert "1 as their sum" in lab.refusal(data={**both, "mix_probabilities": [0.5, 0.6]})
+
+
 @shows("data.format")
 def data_format(lab: Lab) -> None:
     rows = [{"text": f"plain {n}", "question": "why?", "answer": f"so {n}"} for n in range(9)]

@@ -50,8 +50,8 @@ from trainer.models.adapter_files import save_adapter
 from trainer.models.devices import is_under_torchrun
 from trainer.models.precision import ResolvedPrecision
 from trainer.models.shard_files import has_shards
+from trainer.monitoring.loss_names import named_losses
 from trainer.monitoring.processes import num_processes
-from trainer.monitoring.source_losses import named_losses
 from trainer.monitoring.step_report import StepRecord
 
 # The rates are made by schedule.py; these names and the warm-up are what trackers show of them.

@@ -32,7 +32,7 @@ from trainer.monitoring.events import (
     json_line,
     plain_values,
 )
-from trainer.monitoring.source_losses import FIELD, PREFIXES, flat_losses, losses_of_line
+from trainer.monitoring.loss_names import FIELD, PREFIXES, flat_losses, losses_of_line
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,

@@ -29,7 +29,7 @@ from trainer.monitoring.events import (
     RunEnded,
     ScoresDone,
 )
-from trainer.monitoring.source_losses import named_losses
+from trainer.monitoring.loss_names import named_losses
 from trainer.monitoring.tracker_texts import keep_console_out
 
 logger = logging.getLogger(__name__)

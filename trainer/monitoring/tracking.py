@@ -24,7 +24,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     printable,
 )
-from trainer.monitoring.source_losses import named_losses
+from trainer.monitoring.loss_names import named_losses
 from trainer.preview.base import PreviewResult
 
 logger = logging.getLogger(__name__)

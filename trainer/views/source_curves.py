@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.monitoring.source_losses import PREFIXES, losses_of_line
+from trainer.monitoring.loss_names import PREFIXES, losses_of_line
 
 Points = list[tuple[int, float]]
 

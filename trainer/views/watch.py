@@ -24,7 +24,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     StepDone,
 )
-from trainer.monitoring.source_losses import FIELD, losses_of_line
+from trainer.monitoring.loss_names import FIELD, losses_of_line
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
