@@ -89,9 +89,10 @@ class DataSection(Section):
     encode_processes: PositiveInt | None = None
     """Processes that encode rows. Empty: one for few rows, else as many as there are cores for each
     process of the run. The rows and their order are the same with any number."""
-    truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
+    truncation: Literal["error", "drop", "keep_start", "keep_end", "split"] = "keep_start"
     """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
-    tokens. The data card counts them."""
+    tokens; `split`: plain text is cut into windows of which none loses a token, and a conversation
+    that is longer is an error. The data card counts them."""
     train_on_thinking: bool = True
     """Train the thoughts of answers (`reasoning_content`, or `<think>...</think>` in the content);
     `false` trains only what follows them. An error where no row has a thought."""

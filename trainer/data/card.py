@@ -15,7 +15,7 @@ from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.mixing import SourceShare
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
-from trainer.data.sides import Sides, places_of, shared_prompts
+from trainer.data.sides import Sides, num_rows, places_of, row_of, shared_prompts
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -65,6 +65,10 @@ class DataCard:
     """What becomes of rows longer than max_length (data.truncation)."""
     num_dropped: int = 0
     """Rows left out because they are longer (data.truncation=drop)."""
+    num_split: int = 0
+    """Texts that are longer and cut into windows (data.truncation=split)."""
+    num_windows: int = 0
+    """Of these."""
     num_stripped: int = 0
     """Rows with text that the chat template leaves out of the tokens."""
     stripped_example: str = ""
@@ -204,7 +208,7 @@ def draw_card(
         rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
         num_duplicates=len(np.unique(own)) - _num_different(keys),
-        num_leaked=len(leaked),
+        num_leaked=num_rows(rows, leaked),
         leaked_prompts=_different_prompts(reader, leaked),
         shared_prompts=tuple(shared),
         num_shared_prompts=len(sizes),
@@ -246,8 +250,9 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
     flags, lengths = rows.flags[both], rows.lengths
     stripped = both[flags & STRIPPED > 0]
     return {
-        "num_train_rows": len(sides.train),
-        "num_validation_rows": len(sides.validation),
+        "num_train_rows": num_rows(rows, sides.train),
+        "num_validation_rows": num_rows(rows, sides.validation),
+        **_window_counts(rows, sides),
         "num_tokens": int(lengths[sides.train].sum(dtype=np.int64)),
         "num_trained_tokens": int(rows.num_trained[sides.train].sum(dtype=np.int64)),
         "longest_row": int(lengths[both].max()),
@@ -258,6 +263,13 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
         "num_thoughts": int(rows.num_thoughts[both].sum(dtype=np.int64)),
         "num_opened": int((flags & OPENED > 0).sum()),
     }
+
+
+def _window_counts(rows: EncodedRows, sides: Sides) -> dict[str, int]:
+    """Rows in use that are several examples, and how many."""
+    used = np.unique(np.concatenate([sides.train, sides.validation]))
+    sizes = np.bincount(row_of(rows)[used])
+    return {"num_split": int((sizes > 1).sum()), "num_windows": int(sizes[sizes > 1].sum())}
 
 
 def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
@@ -447,6 +459,11 @@ def _too_long_text(card: DataCard) -> str:
         return (
             f"{card.num_dropped:,} rows of more than {length} tokens left out "
             f"({tokens}, data.truncation=drop)"
+        )
+    if card.num_split:
+        return (
+            f"{card.num_split:,} texts cut into {card.num_windows:,} windows of up to {length} "
+            "tokens; each token is trained once (data.truncation=split)"
         )
     if not card.num_truncated:
         return "none"

@@ -246,6 +246,12 @@ def _check_fit(
 ) -> None:
     """Refuse a system prompt or a profile that these rows would ignore."""
     path, num_text = section.dataset_path, tally.num_text
+    if section.truncation == "split" and tally.num_read and not num_text:
+        raise ConfigError(
+            f"data.truncation=split cuts plain text, and every row of {path} is a conversation, "
+            "of which a part is none; use keep_start, keep_end, drop or error, or raise "
+            "hyperparams.max_length."
+        )
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "

@@ -61,6 +61,23 @@ def places_of(hashes: Array) -> Array:
     return places
 
 
+def row_of(rows: EncodedRows) -> Array:
+    """Of each example, the number of its row: the windows of a split text have one together."""
+    numbers: Array = np.cumsum(_is_first(rows)) - 1
+    return numbers
+
+
+def _is_first(rows: EncodedRows) -> Array:
+    """Whether each example is the first one of its row."""
+    is_first: Array = np.diff(rows.row, prepend=-1) != 0
+    return is_first
+
+
+def num_rows(rows: EncodedRows, examples: Array) -> int:
+    """How many rows some examples are of, each as often as its first one is there."""
+    return int(_is_first(rows)[examples].sum())
+
+
 def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Array, Array, str]:
     """Training examples, validation examples, and how they were parted, in words."""
     of_training = np.arange(rows.num_of_training)
@@ -75,9 +92,10 @@ def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Arra
     is_held = _is_held(section, rows)
     train, validation = of_training[~is_held], of_training[is_held]
     share = f"{section.validation_split:.1%}"
-    if len(train) < 2 or len(validation) < 2:
+    if min(num_rows(rows, train), num_rows(rows, validation)) < 2:
+        count = num_rows(rows, of_training)
         why = (
-            f"none: {share} of {len(of_training)} rows would leave fewer than two for training or "
+            f"none: {share} of {count} rows would leave fewer than two for training or "
             "for validation; previews use training prompts (set data.validation_path, or raise "
             "data.validation_split)"
         )
@@ -107,8 +125,8 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     unit is what goes to one side together: rows of one prompt, or, where too many share one, of
     one content.
     """
-    count = rows.num_of_training
-    keys, groups = rows.keys[:count], rows.groups[:count]
+    first = np.flatnonzero(_is_first(rows)[: rows.num_of_training])
+    keys, groups, count = rows.keys[first], rows.groups[first], len(first)
     wanted, largest = _wanted(section, count), _largest(section, count)
     places = places_of(groups)
     is_small = np.bincount(places)[places] <= largest
@@ -122,7 +140,7 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
             break
         held[unit] = True
         taken += size
-    return held[units]
+    return held[units][row_of(rows)[: rows.num_of_training]]
 
 
 def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Array]:
@@ -131,13 +149,14 @@ def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Arra
     Returns:
         How many rows each has, and its first example.
     """
-    count = rows.num_of_training
     if section.validation_path is not None or not section.validation_split:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    places = places_of(rows.groups[:count])
+    examples = np.flatnonzero(_is_first(rows)[: rows.num_of_training])
+    places = places_of(rows.groups[examples])
     sizes = np.bincount(places)
-    large = np.flatnonzero(sizes > _largest(section, count))
+    large = np.flatnonzero(sizes > _largest(section, len(examples)))
     _, first = np.unique(places, return_index=True)
+    first = examples[first]
     order = large[np.lexsort((first[large], -sizes[large]))]
     return sizes[order], first[order]
 
@@ -158,17 +177,19 @@ def weigh_rows(sources: list[Source], rows: EncodedRows, train: Array) -> tuple[
     """The training examples as often as data.weights says, and that in words."""
     if all(source.weight == 1 for source in sources):
         return train, ""
-    keys = places_of(rows.keys)
+    keys, is_first, numbers = places_of(rows.keys), _is_first(rows), row_of(rows)
     chosen, words = [], []
     for number, source in enumerate(sources):
         own = train[rows.source[train] == number]
         times, share = divmod(source.weight, 1)
         # Which rows are in the part: by content, so that the order of the file does not matter.
-        by_key = np.argsort(keys[own], kind="stable")
-        part = own[np.sort(by_key[: round(share * len(own))])]
+        first = own[is_first[own]]
+        by_key = first[np.argsort(keys[first], kind="stable")]
+        taken = by_key[: round(share * len(first))]
+        part = own[np.isin(numbers[own], numbers[taken])]
         used = [*[own] * int(times), part]
-        count = sum(map(len, used))
-        words.append(f"{source.name} x {source.weight:g} ({len(own):,} -> {count:,} rows)")
+        count = sum(num_rows(rows, each) for each in used)
+        words.append(f"{source.name} x {source.weight:g} ({len(first):,} -> {count:,} rows)")
         chosen += used
     if not sum(map(len, chosen)):
         raise DataError(
