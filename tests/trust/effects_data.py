@@ -226,6 +226,15 @@ def truncation(lab: Lab) -> None:
     assert cards["keep_end"].num_truncated == cards["drop"].num_dropped > 0
     message = lab.refusal(hyperparams=short, data={"truncation": "error"})
     assert "hyperparams.max_length is 40" in message
+    text = {"dataset_path": str(lab.write([{"text": f"{n} " * 60} for n in range(12)]))}
+    split, cut = (
+        lab.data(hyperparams=short, data={**text, "truncation": how})
+        for how in ("split", "keep_start")
+    )
+    assert (split.card.num_split, split.card.num_cut_tokens) == (12, 0)
+    assert len(split.train) > len(cut.train)
+    assert split.card.num_trained_tokens > cut.card.num_trained_tokens
+    assert "cuts plain text" in lab.refusal(hyperparams=short, data={"truncation": "split"})
 
 
 @shows("data.train_on_thinking")
