@@ -15,7 +15,7 @@ from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.mixing import SourceShare
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
-from trainer.data.sides import Sides, num_rows, places_of, row_of, shared_prompts
+from trainer.data.sides import Sides, is_first, num_rows, shared_prompts
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -191,7 +191,7 @@ def draw_card(
         (int(size), reader.prompt(int(number)))
         for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
     ]
-    own = rows.row[: rows.num_of_training]
+    num_of_training = int(rows.row[rows.num_of_training - 1]) + 1
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
         dataset_path=section.dataset_path,
@@ -207,7 +207,7 @@ def draw_card(
         num_rejected=rejected.count,
         rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=len(np.unique(own)) - _num_different(keys),
+        num_duplicates=num_of_training - len(np.unique(keys)),
         num_leaked=num_rows(rows, leaked),
         leaked_prompts=_different_prompts(reader, leaked),
         shared_prompts=tuple(shared),
@@ -228,10 +228,6 @@ def draw_card(
         num_one_by_one=int((rows.flags & BY_SHAPE == 0).sum()),
         **_token_counts(rows, sides, reader),
     )
-
-
-def _num_different(hashes: np.ndarray[Any, Any]) -> int:
-    return int(places_of(hashes).max()) + 1 if len(hashes) else 0
 
 
 def _different_prompts(reader: RowReader, numbers: np.ndarray[Any, Any]) -> tuple[str, ...]:
@@ -267,8 +263,10 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
 
 def _window_counts(rows: EncodedRows, sides: Sides) -> dict[str, int]:
     """Rows in use that are several examples, and how many."""
+    if is_first(rows).all():
+        return {}
     used = np.unique(np.concatenate([sides.train, sides.validation]))
-    sizes = np.bincount(row_of(rows)[used])
+    sizes = np.bincount(rows.row[used])
     return {"num_split": int((sizes > 1).sum()), "num_windows": int(sizes[sizes > 1].sum())}
 
 
