@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from tests.integration.test_resume_exact import KEEP, QUIET, check_same_state, resumed
-from trainer.core import TrainerEngine, preparation
+from trainer.core import TrainerEngine, preparation, training
 from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.core.loss import Tiling, summed_loss
 from trainer.monitoring import TrainingStatusReader
 
 MIX = {"mix_probabilities": (0.6, 0.4), "validation_split": 0.2}
@@ -202,3 +204,36 @@ def test_trackers_get_the_loss_of_each_source(mixed: Any) -> None:
     values = [one.value for one in found["train/loss/sums"]]
     assert min(line["loss/sums"] for line in trained) <= min(values) * 1.00001
     assert max(values) <= max(line["loss/sums"] for line in trained) * 1.00001
+
+
+def own_forward(monkeypatch: pytest.MonkeyPatch) -> str:
+    def chosen(trainer: SupervisedTrainer, *_: Any, **__: Any) -> None:
+        trainer.use_own_forward = True
+
+    monkeypatch.setattr(training, "choose_loss", chosen)
+    return "this model's own loss"
+
+
+def fused_kernel(monkeypatch: pytest.MonkeyPatch) -> str:
+    def fused(states: Any, head: Any, target: Any, weights: Any, post: Any) -> Any:
+        return summed_loss(post(head(states[None])[0]), target, weights)[0]
+
+    def kernel(asked: str, tiling: Tiling, *_: Any, **__: Any) -> Tiling:
+        return replace(tiling, fused=fused)
+
+    monkeypatch.setattr(training, "with_kernel", kernel)
+    return "hyperparams.loss_kernel=tiles does"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [own_forward, fused_kernel])
+def test_where_the_loss_does_not_tell_of_tokens_held_out_rows_still_have_it(
+    mixed: Any, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], str]
+) -> None:
+    words = way(monkeypatch)
+    monitoring = {"inference_interval": 0, "micro_eval_interval": 2}
+    result = mixed(hyperparams={"max_steps": 2}, data=MIX, monitoring=monitoring)
+    assert not any("loss/sums" in line for line in lines_of(result, "StepDone"))
+    assert "val_loss/sums" in lines_of(result, "EvaluationDone")[0]
+    notices = TrainingStatusReader(result.output_dir).read().notices
+    assert any("loss of each source is not measured" in n.text and words in n.text for n in notices)

@@ -29,11 +29,14 @@ class SourceSums:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """(2, sources): losses and weights since the last time, from here on 0 again."""
+        """(2, sources): losses and weights since the last time, from here on 0 again.
+
+        Waits for the device where another one is asked for.
+        """
         sums, self._sums = self._sums, None
         if sums is None:
             return torch.zeros(2, len(self.names), device=device, dtype=dtype)
-        return sums.to(dtype)
+        return sums.to(device).to(dtype)
 
     def means(self, sums: Sequence[float]) -> dict[str, float]:
         """Mean loss of each source that had a token, by name.

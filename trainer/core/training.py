@@ -256,7 +256,7 @@ def _look_at_sources(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
     is_fused = trainer.tiling is not None and trainer.tiling.fused is not None
     if is_fused or trainer.use_own_forward:
         why = "Liger's kernel" if is_fused else "this model's own loss"
-        way = "; hyperparams.loss_kernel=torch does" if is_fused else ""
+        way = "; hyperparams.loss_kernel=tiles does" if is_fused else ""
         job.observers.notice(
             f"the training loss of each source is not measured, as {why} does not tell the loss of "
             f"each token{way}; that of held-out rows is"

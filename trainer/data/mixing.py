@@ -131,7 +131,10 @@ class MixedOrder(EpochOrder):
             DataError: a source has no row to train, or its share of an epoch is less than one.
         """
         super().__init__(lengths, **options)
-        self._own = [np.flatnonzero(sources == number) for number in range(len(probabilities))]
+        self._own = [
+            np.flatnonzero(sources == number).astype(np.int32)
+            for number in range(len(probabilities))
+        ]
         names = names or [f"source {number}" for number in range(len(probabilities))]
         for name, own in zip(names, self._own, strict=True):
             if not len(own):
@@ -162,7 +165,7 @@ class MixedOrder(EpochOrder):
         """The places of the sources are drawn, and each source's rows fill its places."""
         numbers = np.repeat(np.arange(len(self.counts)), self.counts)
         places = numbers[torch.randperm(self.num_rows, generator=generator).numpy()]
-        rows = np.empty(self.num_rows, np.int64)
+        rows = np.empty(self.num_rows, np.int32)
         for number, count in enumerate(self.counts):
             begin = epoch * self._strides[number]
             rows[places == number] = self._taken(number, begin, begin + count)

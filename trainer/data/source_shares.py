@@ -38,8 +38,8 @@ def with_shares(section: DataSection, data: RunData) -> RunData:
 
 def _shares(section: DataSection, data: RunData) -> list[SourceShare]:
     train = data.train
-    rows_of_packs = train.document_lengths if isinstance(train, PackedDataset) else None
-    lengths = np.asarray(rows_of_packs or train.lengths)
+    is_packed = isinstance(train, PackedDataset)
+    lengths = np.asarray(getattr(train, "document_lengths" if is_packed else "lengths"))
     count = len(data.source_names)
     rows = np.bincount(data.train_sources, minlength=count)
     tokens = np.bincount(data.train_sources, weights=lengths, minlength=count).astype(np.int64)
