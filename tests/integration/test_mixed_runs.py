@@ -174,7 +174,7 @@ def test_probabilities_that_do_not_fit_the_files_are_one_error(
     tiny = {"mix_probabilities": (0.999, 0.001)}
     none = train(dataset_path=files, data=tiny, monitoring=QUIET)
     assert none.exit_code == 2
-    assert "its share of 0.001 is less than one row of an epoch" in none.error_message
+    assert "its share of 0.001 is less than one row (or pack) of an epoch" in none.error_message
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ class MixedOrder(EpochOrder):
         for name, count, share in zip(names, self.counts, probabilities, strict=True):
             if not count:
                 raise DataError(
-                    f"{name}: its share of {share:g} is less than one row of an epoch of "
+                    f"{name}: its share of {share:g} is less than one row (or pack) of an epoch of "
                     f"{sum(self.counts)}; raise its probability, or set data.mix_epoch=longest."
                 )
         is_first = ends_with == "first"

@@ -165,7 +165,9 @@ def test_sources_that_cannot_have_their_share_are_named() -> None:
     options: dict[str, Any] = {"ends_with": "first", "group_size": 1, "seed": 0}
     with pytest.raises(DataError, match=r"b\.jsonl: no row is left to train"):
         MixedOrder([5, 5], np.array([0, 0]), (0.5, 0.5), names=("a.jsonl", "b.jsonl"), **options)
-    with pytest.raises(DataError, match=r"source 1: its share of 0.001 .*mix_epoch=longest"):
+    with pytest.raises(
+        DataError, match=r"source 1: its share of 0.001 is less than one row .*mix_epoch=longest"
+    ):
         MixedOrder([5, 5], np.array([0, 1]), (0.999, 0.001), **options)
     with pytest.raises(ConfigError, match=r"has 2 numbers, data\.dataset_path names 3 files"):
         check_mix(DataSection(mix_probabilities=(0.5, 0.5)), ["a", "b", "c"])
