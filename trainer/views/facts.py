@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.monitoring.events import TRAINING, printable
 from trainer.monitoring.status_schema import DecidingStatus
 from trainer.scores.statistics import SIGNIFICANCE, sign_test
 from trainer.views.run_reader import RunReader
 from trainer.views.score_words import figure_rows
-from trainer.views.words import drift_summary_words, duration_words
+from trainer.views.words import STATE_REASON_CHARS, drift_summary_words, duration_words
 
 
 def bar_figures(reader: RunReader) -> list[str]:
@@ -27,7 +28,7 @@ def bar_figures(reader: RunReader) -> list[str]:
     rate = metrics.newest("learning_rate")
     found = [
         status.model_name or "",
-        duration_words(max(0.0, status.updated_at - status.started_at)),
+        duration_words(reader.duration_s()),
         f"{float(np.median(speed)):,.0f} tokens/s" if len(speed) else "",
         f"{memory:.1f} GiB" if memory == memory else "",
         f"lr {rate:.2e}" if rate == rate and not reader.is_over else "",
@@ -70,9 +71,10 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
     rows = [
         ("model", status.model_name or ""),
         ("folder", status.output_dir or ""),
-        ("began", moment(status.started_at)),
+        ("began", moment(reader.began_at())),
+        ("resumed", f"at step {status.start_step}" if status.start_step else ""),
         ("last update", moment(status.updated_at)),
-        ("duration", duration_words(max(0.0, status.updated_at - status.started_at))),
+        ("duration", duration_words(reader.duration_s())),
         ("steps", f"{reader.step} of {status.total_steps}" if status.total_steps else ""),
         ("epochs", f"{status.epoch:.2f} of {status.num_epochs:g}" if status.num_epochs else ""),
         ("rows", f"{status.num_train_rows:,} trained on" if status.num_train_rows else ""),
@@ -199,6 +201,7 @@ def alerts_of(reader: RunReader) -> list[Alert]:
     """The alerts of a run, errors first."""
     found = [
         *_ending_alerts(reader),
+        *_silence_alerts(reader),
         *_loss_alerts(reader),
         *_speed_alerts(reader),
         *_preview_alerts(reader),
@@ -217,6 +220,24 @@ def _ending_alerts(reader: RunReader) -> list[Alert]:
         found.append(Alert("error", status.error.message))
     going_on = reader.going_on()
     return [*found, Alert("info", going_on)] if going_on else found
+
+
+def _silence_alerts(reader: RunReader) -> list[Alert]:
+    """A run that says nothing for longer than its pace explains.
+
+    With the time of day of its last word: a count of seconds would be read aloud at each of them.
+    """
+    found = reader.silence()
+    if found is None:
+        return []
+    since = moment(found.since)
+    if found.phase == TRAINING:
+        pace = duration_words(found.step_time_s)
+        usual = f"; a step takes {pace}" if found.step_time_s > 0 else ""
+        words = f"no update since {since}{usual}: the run hangs, or waits for its machine"
+        return [Alert("warning", words)]
+    phase = printable(found.phase, STATE_REASON_CHARS)
+    return [Alert("info", f"no update since {since}: {phase}")]
 
 
 def _loss_alerts(reader: RunReader) -> list[Alert]:
