@@ -9,6 +9,7 @@ from typing import Any
 
 from nicegui import ui
 
+from trainer.counts import counted
 from trainer.views.facts import (
     Alert,
     card_rows,
@@ -42,6 +43,8 @@ TICK_S = 0.5
 
 CHART_GAP_S = 1.0
 """Least seconds between two drawings of the charts."""
+
+NO_ALERTS = "no alerts"
 
 SMALL_CHARTS = {
     "tokens_per_s": "throughput, tokens/s",
@@ -112,7 +115,9 @@ class RunPage:
             box("span", "grow")
             self._alerts = box("details", "alerts")
             with self._alerts:
-                self._alerts_count = text("summary", "no alerts")
+                with box("summary"):
+                    self._alerts_count = text("span", NO_ALERTS)
+                    self._alerts_first = text("span", "", "alert-first")
                 with box("div", "alerts-list"):
                     self._alerts_list = box("div").props("aria-live=polite")
                     self._bell = ui.button("notify me in this browser when it ends or hangs")
@@ -237,10 +242,9 @@ class RunPage:
         if alerts == self._alerts_shown:  # what is drawn again is read out again
             return
         self._alerts_shown = alerts
-        count = f"{len(alerts)} alert{'' if len(alerts) == 1 else 's'}" if alerts else "no alerts"
-        # The first one in full where there is place: nothing on the page moves for it.
-        first = f": {alerts[0].text}" if alerts else ""
-        self._alerts_count.set_text(count + first)
+        self._alerts_count.set_text(counted(len(alerts), "alert") if alerts else NO_ALERTS)
+        # The first one where there is place: nothing on the page moves for it.
+        self._alerts_first.set_text(f": {alerts[0].text}" if alerts else "")
         level = alerts[0].level if alerts else "none"
         self._alerts.classes(replace=f"alerts alerts-{level}")
         self._alerts_list.clear()
