@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import EncodedDataset, PackedDataset
 from trainer.data.cache import Arrays, FileArrays, entry_of
 from trainer.data.card import DataCard, draw_card, num_own_system
@@ -198,8 +199,8 @@ def encode_data(
     sides = _sides(section, sources, encoded, held_out, seed=seed)
     if sides is None:
         raise DataError(
-            f"{section.dataset_path}: nothing to train: {len(errors.errors)} rows were rejected "
-            f"({'; '.join(errors.errors[:3])}), {len(dropped)} are longer than "
+            f"{section.dataset_path}: nothing to train: {counted(len(errors.errors), 'row')} "
+            f"rejected ({'; '.join(errors.errors[:3])}), {len(dropped)} longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
     _check_thoughts(section, [*encoded, *held_out])
@@ -339,7 +340,8 @@ def _check_fit(
         )
     if num_text and type(profile).transform is not DataProfile.transform:
         raise ConfigError(
-            f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
+            f"profile.name={profile.name!r} rewrites turns, and in {path} "
+            f"{counted(num_text, 'row is', 'rows are')} "
             "plain text, which has none; use the profile plain, or another data.format."
         )
 

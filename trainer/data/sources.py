@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.layouts import FORMATS
 from trainer.data.row_files import SUFFIXES, RawRow, raw_rows, to_rows
 from trainer.data.rows import Example, PreviewRequest, Row, RowErrors, is_text
@@ -257,8 +258,9 @@ def split_rows(
     share = f"{section.validation_split:.1%}"
     if len(train) < 2 or len(validation) < 2:
         why = (
-            f"none: {share} of {len(encoded)} rows would leave fewer than two for training or for "
-            "validation; previews use training prompts (set data.validation_path, or raise "
+            f"none: {share} of {counted(len(encoded), 'row')} would leave fewer than two for "
+            "training or for validation; previews use training prompts (set "
+            "data.validation_path, or raise "
             "data.validation_split)"
         )
         return encoded, [], why
@@ -347,7 +349,9 @@ def weigh_rows(sources: list[Source], train: list[EncodedRow]) -> tuple[list[Enc
         by_key = sorted(range(len(own)), key=lambda index: (own[index].key, index))
         part = sorted(by_key[: round(share * len(own))])
         used = own * int(times) + [own[index] for index in part]
-        words.append(f"{source.name} x {source.weight:g} ({len(own):,} -> {len(used):,} rows)")
+        words.append(
+            f"{source.name} x {source.weight:g} ({len(own):,} -> {counted(len(used), 'row')})"
+        )
         chosen += used
     if not chosen:
         raise DataError(

@@ -12,6 +12,8 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Literal
 
+from trainer.counts import counted
+
 MAX_PAIRS = 200_000
 """Equal word pairs up to which the middle is compared word by word: very repetitive texts would
 take seconds, and say nothing more in detail."""
@@ -300,5 +302,5 @@ def _white_words(pieces: Sequence[Piece]) -> str:
         more = abs(counts["extra"] - counts["missing"])
         if more:
             which = "more" if counts["extra"] > counts["missing"] else "fewer"
-            parts.append(f"{more:,} {which} {name}{'s' if more > 1 else ''}")
+            parts.append(counted(more, f"{which} {name}"))
     return ", ".join(parts) or "in other places"

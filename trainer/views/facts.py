@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.counts import counted
 from trainer.monitoring.events import TRAINING, printable
 from trainer.monitoring.status_schema import DecidingStatus
 from trainer.scores.statistics import SIGNIFICANCE, sign_test
@@ -44,7 +45,8 @@ def deciding_words(found: DecidingStatus) -> str:
     """Such as `best step 60, 1 of 3 evaluations without a clear rise, waited 2 s`."""
     parts = [f"best step {found.best_step}" if found.best_step else "no best step yet"]
     if found.patience:
-        parts.append(f"{found.num_without} of {found.patience} evaluations without a clear rise")
+        patience = counted(found.patience, "evaluation")
+        parts.append(f"{found.num_without} of {patience} without a clear rise")
     if found.num_missing:
         parts.append(f"{found.num_missing} missing")
     if found.waited_s:
@@ -291,8 +293,8 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
         found.append(
             Alert(
                 "warning",
-                f"{len(failed)} of {len(newest)} previews of step {step} have no answer: "
-                f"{failed[0].error_message}",
+                f"{len(failed)} of {counted(len(newest), 'preview')} of step {step} without an "
+                f"answer: {failed[0].error_message}",
                 prompt=failed[0].prompt_id or failed[0].prompt,
                 step=step,
             )
@@ -302,7 +304,7 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
         found.append(
             Alert(
                 "warning",
-                f"{len(endless)} of {len(newest)} previews of step {step} never stop",
+                f"{len(endless)} of {counted(len(newest), 'preview')} of step {step} never stopped",
                 prompt=endless[0].prompt_id or endless[0].prompt,
                 step=step,
             )
@@ -326,7 +328,7 @@ def _accuracy_alerts(reader: RunReader) -> list[Alert]:
     lost = [key for key in common if before[key] and not now[key]]
     names = ", ".join(repr(reader.previews.timelines[key].prompt[:60]) for key in lost[:3])
     words = (
-        f"accuracy falls: {right} of {len(common)} previews match at step {recent[-1]}, "
+        f"accuracy falls: {right} of {counted(len(common), 'preview')} match at step {recent[-1]}, "
         f"{were_right} did at step {best}",
         f"answered correctly at step {best}, wrong now: {names}",
     )
@@ -369,7 +371,8 @@ def _drift_alerts(reader: RunReader) -> list[Alert]:
             "warning",
             f"drift of {newest.kl:.2f} nats per token from the answers before training, at step "
             f"{newest.step} on prompts that are not trained: {newest.num_changed} of "
-            f"{newest.num_prompts} greedy answers changed, most {newest.worst_prompt[:60]!r}",
+            f"{counted(newest.num_prompts, 'greedy answer')} changed, most "
+            f"{newest.worst_prompt[:60]!r}",
         )
     ]
 
@@ -379,9 +382,8 @@ def _file_alerts(reader: RunReader) -> list[Alert]:
     if reader.problem is not None:
         found.append(Alert("warning", reader.problem))
     if reader.num_bad_lines:
-        found.append(
-            Alert("warning", f"{reader.num_bad_lines} unreadable lines in the run's files left out")
-        )
+        bad = counted(reader.num_bad_lines, "unreadable line")
+        found.append(Alert("warning", f"{bad} in the run's files left out"))
     return found
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import __version__
+from trainer.counts import counted
 from trainer.files import replace_file
 from trainer.monitoring.events import Event, RunStarted
 from trainer.views.facts import (
@@ -103,6 +104,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     return environment.get_template("report.html.j2")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from trainer.counts import counted
 from trainer.errors import OutputError
 from trainer.files import (
     CHECKPOINTS_NAME,
@@ -194,7 +195,11 @@ class RunReader:
                     self._take_previews(results, is_reset=is_reset)
             is_reset = False
         if num_bad:
-            self._report(name, f"{num_bad} lines of it are not what a run writes; left out")
+            self._report(
+                name,
+                f"{counted(num_bad, 'line of it is', 'lines of it are')} not what a run writes; "
+                "left out",
+            )
             with self.lock:
                 self.num_bad_lines += num_bad
 

@@ -26,6 +26,7 @@ from trainer.views.page.elements import (
     answer,
     box,
     dark_button,
+    empty_chart,
     mark,
     open_page,
     pairs,
@@ -146,20 +147,20 @@ class RunPage:
                         on_change=self._draw_charts,
                     )
                     self._smoothing.props('label aria-label="smoothing, % of the run"')
-                self._loss = ui.echart({"series": []})
+                self._loss = empty_chart("loss, nats per trained token")
             self._match_box = box("div")
             with self._match_box:
                 text("h3", "previews that match, golden tokens and scores, %")
-                self._matches = ui.echart({"series": []})
+                self._matches = empty_chart("previews that match, golden tokens and scores, %")
             self._drift_box = box("div")
             with self._drift_box:
                 text("h3", "drift from the answers before training, nats per token")
-                self._drift = ui.echart({"series": []})
+                self._drift = empty_chart("drift, nats per token")
             self._small: dict[str, tuple[Any, Any]] = {}
             for name, title in SMALL_CHARTS.items():
                 with box("div") as frame:
                     text("h3", title)
-                    self._small[name] = (frame, ui.echart({"series": []}))
+                    self._small[name] = (frame, empty_chart(title))
 
     def _build_background(self) -> None:
         with section("Data, config and more curves", "about"):
