@@ -20,7 +20,7 @@ BAR_CHARS = 10
 
 TOO_FEW = "too few prompts"
 
-LINE_CHARS = 120
+LINE_CHARS = 150
 """Longer than that, the means of a step are lines of their own."""
 
 SOURCES = {"previews": "previews", "evaluation": "evaluation prompts"}

@@ -135,11 +135,11 @@ def preview_failure_words(summary: Mapping[str, Any]) -> str | None:
     parts = []
     reason = printable(str(counts.get("last_error") or ""), REASON_CHARS)
     if counts.get("all_failed"):
-        parts.append(f"all previews ({counts['failed']}) failed: {reason}")
+        parts.append(f"all {counted(counts['failed'], 'preview')} failed: {reason}")
     elif counts.get("last_step_failed"):
         parts.append(f"all previews of the last step failed: {reason}")
     if final.get("failed") and final["failed"] == final.get("num_prompts"):
-        parts.append(f"all answers ({final['failed']}) of the final evaluation failed")
+        parts.append(f"all {counted(final['failed'], 'answer')} of the final evaluation failed")
     return "; ".join(parts) or None
 
 

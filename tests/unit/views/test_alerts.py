@@ -107,7 +107,7 @@ def test_previews_that_never_stop(made_up_run: MakeRun) -> None:
     run.preview(0, [False, False], health=("never_stopped",))
     assert texts_of(run) == []  # an untrained model may
     run.preview(50, [False, False], health=("never_stopped",))
-    assert texts_of(run) == ["2 of 2 previews of step 50 never stop"]
+    assert texts_of(run) == ["2 of 2 previews of step 50 never stopped"]
 
 
 def test_errors_of_previews_and_runs_and_non_finite_numbers(made_up_run: MakeRun) -> None:
@@ -118,7 +118,7 @@ def test_errors_of_previews_and_runs_and_non_finite_numbers(made_up_run: MakeRun
     assert texts_of(run) == [
         "step 81: the loss is nan;",
         "not finite at step 81: train_loss nan",
-        "1 of 1 previews of step 50 have no answer: nobody is there",
+        "1 of 1 preview of step 50 without an answer: nobody is there",
     ]
 
 
