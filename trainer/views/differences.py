@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -129,6 +128,10 @@ _NO_SPACES = (
 """Scripts that put no spaces between words: there a word is a character."""
 
 
+_WITH_MARKS = ((0, 0x1F000), (0xE0000, 0xE0200))
+"""Beyond these there are no marks."""
+
+
 @cache
 def _pattern() -> re.Pattern[str]:
     """Words, characters of scripts without spaces, signs, white space.
@@ -136,13 +139,13 @@ def _pattern() -> re.Pattern[str]:
     Marks (accents, vowel signs, variation selectors, skin tones) and what a joiner joins belong
     to the character before them: `\\w` knows nothing of them and would cut Hindi words in two.
     """
-    marks = "".join(
-        f"\\U{one:08x}"
-        for one in range(sys.maxunicode + 1)
-        if (one < 0x1F000 or 0xE0000 <= one < 0xE0200)
-        and unicodedata.category(chr(one)) in ("Mn", "Mc", "Me")
-    )
-    mark = f"[{marks}\U0001f3fb-\U0001f3ff]"
+    marks = []
+    for start, end in _WITH_MARKS:
+        # In ranges, and by one call each: the first visitor of a page waits for it.
+        kinds = "".join(map(unicodedata.category, map(chr, range(start, end))))[::2]
+        spans = (one.span() for one in re.finditer("M+", kinds))
+        marks += [f"\\U{start + a:08x}-\\U{start + b - 1:08x}" for a, b in spans]
+    mark = f"[{''.join(marks)}\U0001f3fb-\U0001f3ff]"
     tail = f"(?:{mark}|\u200d[^\\s])*"
     return re.compile(
         rf"\s+|[{_NO_SPACES}]{tail}|(?:(?![{_NO_SPACES}])\w{tail})+"

@@ -85,7 +85,7 @@ class RunPage:
         self._alerts_shown: list[Alert] | None = None
         self._announced, self._is_told, self._label = "", False, label
         self._state_shown: tuple[int, int, str, bool] | None = None
-        self._charts_at = 0.0
+        self._charts_at, self._has_charts = 0.0, False
         self._dark = open_page(label)
         self._colours = Colours(self._dark, self._draw_charts)
         with box("div", "page run-page"):
@@ -168,10 +168,9 @@ class RunPage:
             self._card = ui.expansion("before training: data card and first answers")
             self._facts = ui.expansion("figures, config, environment")
             self._notices = ui.expansion("notices")
-        with self._curves:
-            self._build_charts()
-        # Filled and drawn when they are opened: hundreds of cells and points that few look at.
-        self._curves.on_value_change(self._draw_charts)
+        # Filled and drawn when they are opened: hundreds of cells and points that few look at, and
+        # a library of a megabyte that draws them.
+        self._curves.on_value_change(self._open_curves)
         self._card.on_value_change(self._show_background)
         self._facts.on_value_change(self._show_background)
 
@@ -269,8 +268,15 @@ class RunPage:
         keys = list(self.reader.previews.timelines)
         return (keys.index(alert.prompt), alert.step) if alert.prompt in keys else None
 
+    def _open_curves(self) -> None:
+        if self._curves.value and not self._has_charts:
+            with self._curves, self.reader.lock:
+                self._build_charts()
+            self._has_charts = True
+        self._draw_charts()
+
     def _draw_charts(self) -> None:
-        if not self._curves.value:
+        if not (self._curves.value and self._has_charts):
             return
         self._charts_at = time.monotonic()
         reader, is_dark = self.reader, self._colours.is_dark
