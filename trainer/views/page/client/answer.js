@@ -77,7 +77,7 @@ export class Answer {
     this.place.replaceChildren("step ", el("b", {}, number(answer.step)), ` (${at + 1} of ${steps.length})`);
     this.back.disabled = at <= 0;
     this.forth.disabled = at >= steps.length - 1;
-    this.element.dataset.view = this.view;
+    this.element.dataset.shows = this.view;
     for (const one of this.views.children) one.setAttribute("aria-pressed", String(one.dataset.view === this.view));
     const scores = Object.entries(answer.scores).map(([name, value]) => `${name} ${value.toPrecision(3)}`);
     this.facts.replaceChildren(...[...scores, ...answer.facts, ...(answer.is_same_as_before ? ["the same as the preview before"] : [])].map((fact) => el("span", { class: "fact" }, fact)));
