@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from trainer.config.schema import DataSection
 from trainer.counts import counted
 from trainer.data.batches import marked_text
 from trainer.data.encode import RowEncoder
-from trainer.data.rows import Row, RowErrors, is_text
-from trainer.data.sources import EncodedRow, Sides, shared_prompts
-from trainer.data.turns import num_openings
+from trainer.data.encoded import EncodedRows, RowReader, Tally
+from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
+from trainer.data.rows import Dropped, RowErrors
+from trainer.data.sides import Sides, shared_prompts
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -138,8 +140,10 @@ class DataCard:
 
 def draw_card(
     section: DataSection,
-    rows: Sequence[Row],
+    rows: EncodedRows,
     sides: Sides,
+    reader: RowReader,
+    tally: Tally,
     *,
     formats: str,
     encoder: RowEncoder,
@@ -147,109 +151,106 @@ def draw_card(
     profile_report: dict[str, int],
     system_prompt: str | None,
     rejected: RowErrors,
-    dropped: Sequence[int],
+    dropped: Dropped,
 ) -> DataCard:
     """Count what is trained, held out, left out and changed.
 
     Args:
         section: format, split and policy.
-        rows: of the training files, those that could not be encoded included.
-        sides: the encoded rows.
+        rows: all encoded rows.
+        sides: which of them are trained and held out.
+        reader: of the rows.
+        tally: what was counted while they were read.
         formats: the layouts that the files have.
         encoder: that encoded the rows.
         profile: that rewrote them.
         profile_report: what it counted meanwhile.
         system_prompt: system turn of rows that bring none.
         rejected: rows that could not be used.
-        dropped: length in tokens of each row that data.truncation=drop left out.
+        dropped: rows that data.truncation=drop left out.
     """
-    used = [*sides.encoded, *sides.held_out]
-    first = sides.train[0].example
-    leaked = [item for item in sides.validation if item.group in sides.trained_groups]
-    shared = shared_prompts(section, sides.encoded) if sides.validation else ()
-    num_removed = sum(item.example.num_removed for item in used)
+    first = int(sides.train[0])
+    leaked = sides.validation[sides.is_trained_too]
+    sizes, first_of = shared_prompts(section, rows) if len(sides.validation) else ((), ())
+    shared = [
+        (int(size), reader.prompt(int(number)))
+        for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
+    ]
+    num_rows = int(rows.row[rows.num_of_training - 1]) + 1
+    keys = rows.keys[: rows.num_of_training]
     return DataCard(
         dataset_path=section.dataset_path,
         format=formats,
-        template=_trained_words(encoder, rows),
+        template=_trained_words(encoder, tally),
         profile=profile.name,
         profile_report=profile_report,
         system_prompt=system_prompt,
-        num_own_system=num_own_system(rows),
+        num_own_system=tally.num_own_system,
         validation=sides.how,
         mix=sides.mix,
-        num_rows=len(used) + len(rejected.errors) + len(dropped),
-        num_rejected=len(rejected.errors),
-        rejected=dict(rejected.reasons),
+        num_rows=tally.num_used + rejected.count + dropped.num_rows,
+        num_rejected=rejected.count,
+        rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=len(sides.encoded) - len({item.key for item in sides.encoded}),
+        num_duplicates=num_rows - len(np.unique(keys)),
         num_leaked=len(leaked),
-        leaked_prompts=tuple(dict.fromkeys(item.example.prompt for item in leaked))[:MAX_NAMED],
-        shared_prompts=shared[:MAX_NAMED],
-        num_shared_prompts=len(shared),
+        leaked_prompts=_different_prompts(reader, leaked),
+        shared_prompts=tuple(shared),
+        num_shared_prompts=len(sizes),
         max_length=encoder.max_length,
         truncation=encoder.truncation,
-        num_dropped=len(dropped),
-        num_cut_tokens=sum(dropped) + num_removed,
+        num_dropped=dropped.num_rows,
+        num_cut_tokens=dropped.num_tokens + int(rows.num_removed.sum(dtype=np.int64)),
         thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
         opening=encoder.template.opening,
-        sample=marked_text(encoder.tokenizer, list(first.input_ids), list(first.labels)),
-        **_row_counts(used),
-        **_token_counts(sides.train, sides.validation),
+        sample=marked_text(encoder.tokenizer, reader.ids(first), reader.labels(first)),
+        num_untrained_turns=tally.num_untrained_turns,
+        num_weighted_turns=tally.num_weighted_turns,
+        num_openings=tally.num_openings,
+        unused_keys=dict(sorted(tally.unused.items())),
+        num_as_text=tally.num_as_text,
+        num_rendered=tally.num_rendered,
+        num_one_by_one=int((rows.flags & BY_SHAPE == 0).sum()),
+        **_token_counts(rows, sides, reader),
     )
 
 
-def num_own_system(rows: Sequence[Row]) -> int:
-    """Rows that bring a system turn of their own."""
-    return sum(row.messages[0]["role"] == "system" for row in rows)
+def _different_prompts(reader: RowReader, numbers: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    """The first MAX_NAMED prompts of some rows, each once."""
+    found: dict[str, None] = {}
+    for number in numbers.tolist():
+        found[reader.prompt(number)] = None
+        if len(found) == MAX_NAMED:
+            break
+    return tuple(found)
 
 
-def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
-    """Fields of the data card that tell what the rows bring beside plain turns."""
-    unused: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
-    for item in kept:
-        unused.update(item.row.notes.unused)
-        for turn in item.row.messages:
-            weight = turn.get("weight", 1.0)
-            weights["untrained" if weight == 0 else "weighted"] += weight != 1
-    return {
-        "num_untrained_turns": weights["untrained"],
-        "num_weighted_turns": weights["weighted"],
-        "num_openings": sum(num_openings(item.row.messages) > 0 for item in kept),
-        "unused_keys": dict(sorted(unused.items())),
-        "num_as_text": sum(item.row.notes.num_as_text for item in kept),
-        "num_rendered": sum(item.row.is_rendered for item in kept),
-        "num_one_by_one": sum(not item.example.is_by_shape for item in kept),
-    }
-
-
-def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
+def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[str, Any]:
     """Fields of the data card that count tokens of what is trained and measured."""
-    examples = [item.example for item in [*train, *validation]]
-    stripped = [example.stripped[0] for example in examples if example.stripped]
+    both = np.concatenate([sides.train, sides.validation])
+    flags, lengths = rows.flags[both], rows.lengths
+    stripped = both[flags & STRIPPED > 0]
     return {
-        "num_train_rows": len(train),
-        "num_validation_rows": len(validation),
-        "num_tokens": sum(len(item.example.input_ids) for item in train),
-        "num_trained_tokens": sum(item.example.num_trained for item in train),
-        "longest_row": max(len(example.input_ids) for example in examples),
-        "num_truncated": sum(example.is_truncated for example in examples),
-        "num_without_stop": sum(not example.ends_with_stop for example in examples),
+        "num_train_rows": len(sides.train),
+        "num_validation_rows": len(sides.validation),
+        "num_tokens": int(lengths[sides.train].sum(dtype=np.int64)),
+        "num_trained_tokens": int(rows.num_trained[sides.train].sum(dtype=np.int64)),
+        "longest_row": int(lengths[both].max()),
+        "num_truncated": int((flags & TRUNCATED > 0).sum()),
+        "num_without_stop": int((flags & STOPS == 0).sum()),
         "num_stripped": len(stripped),
-        "stripped_example": stripped[0] if stripped else "",
-        "num_thoughts": sum(example.num_thoughts for example in examples),
-        "num_opened": sum(example.is_opened for example in examples),
+        "stripped_example": reader.stripped(int(stripped[0])) if len(stripped) else "",
+        "num_thoughts": int(rows.num_thoughts[both].sum(dtype=np.int64)),
+        "num_opened": int((flags & OPENED > 0).sum()),
     }
 
 
-def _trained_words(encoder: RowEncoder, rows: Sequence[Row]) -> str:
+def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
     """Which tokens are trained, and how they are located."""
-    num_text = sum(is_text(row.messages) for row in rows)
     texts = "every token of plain text and its end-of-text token"
-    if num_text == len(rows):
+    if tally.num_text == tally.num_read:
         return texts
-    return encoder.template.source + (f"; {texts}" if num_text else "")
+    return encoder.template.source + (f"; {texts}" if tally.num_text else "")
 
 
 # ---- the card as people read it

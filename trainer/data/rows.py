@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, MutableSequence, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    MutableSequence,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -65,21 +72,35 @@ TOO_LONG = ("longer than max_length", "no trained token within max_length")
 
 
 @dataclass
+class _Reason:
+    """Bad rows of one kind."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RowErrors:
-    """Rows that could not be used, and why."""
+    """Rows that could not be used, and why: all are counted, and the first are kept."""
 
     policy: str
     """`strict` or `skip` (data.on_bad_row)."""
     max_bad_rows: int | None = None
     """More bad rows than this stop the run under `skip` too."""
     errors: list[str] = field(default_factory=list)
-    by_reason: dict[str, list[str]] = field(default_factory=dict)
-    """The same by the short name of what is wrong."""
+    """The first MAX_ERRORS_SHOWN."""
+    by_reason: dict[str, _Reason] = field(default_factory=dict)
+    """By the short name of what is wrong."""
 
     @property
     def reasons(self) -> dict[str, int]:
         """How many rows each reason has."""
-        return {reason: len(errors) for reason, errors in self.by_reason.items()}
+        return {reason: found.count for reason, found in self.by_reason.items()}
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return sum(self.reasons.values())
 
     @property
     def num_bad(self) -> int:
@@ -88,8 +109,20 @@ class RowErrors:
 
     def add(self, where: str, message: str, reason: str) -> None:
         """Note one bad row."""
-        self.errors.append(f"{where}: {message}")
-        self.by_reason.setdefault(reason, []).append(self.errors[-1])
+        self._add(reason, 1, [f"{where}: {message}"])
+        self.errors = [*self.errors, f"{where}: {message}"][:MAX_ERRORS_SHOWN]
+
+    def add_all(self, others: Iterable[RowErrors]) -> None:
+        """Note what others have noted, one after the other."""
+        for other in others:
+            for reason, found in other.by_reason.items():
+                self._add(reason, found.count, found.first)
+            self.errors = [*self.errors, *other.errors][:MAX_ERRORS_SHOWN]
+
+    def _add(self, reason: str, count: int, first: list[str]) -> None:
+        found = self.by_reason.setdefault(reason, _Reason())
+        found.count += count
+        found.first += first[: MAX_ERRORS_SHOWN - len(found.first)]
 
     def raise_if_strict(self) -> None:
         """Stop with the first 20 errors when the policy says so.
@@ -99,8 +132,8 @@ class RowErrors:
                 `max_bad_rows`.
         """
         if self.policy == "strict":
-            if self.errors:
-                num_long = len(self.errors) - self.num_bad
+            if self.count:
+                num_long = self.count - self.num_bad
                 kinds = [counted(self.num_bad, "bad row")] if self.num_bad else []
                 kinds += [f"{counted(num_long, 'row')} too long for training"] if num_long else []
                 advice = []
@@ -125,14 +158,22 @@ class RowErrors:
         """Rows of one reason together, each reason with its share of the lines."""
         shown = ""
         most = max(MAX_ERRORS_SHOWN // max(len(self.by_reason), 1), 1)
-        for reason, errors in self.by_reason.items():
-            is_group = len(errors) > 1
-            shown += f"\n  {len(errors)} rows: {reason}" if is_group else ""
+        for reason, found in self.by_reason.items():
+            is_group = found.count > 1
+            shown += f"\n  {found.count} rows: {reason}" if is_group else ""
             indent = "    " if is_group else "  "
-            shown += "".join(f"\n{indent}{error}" for error in errors[:most])
-            more = len(errors) - most
+            shown += "".join(f"\n{indent}{error}" for error in found.first[:most])
+            more = found.count - min(most, len(found.first))
             shown += f"\n{indent}... and {more} more" if more > 0 else ""
         return shown
+
+
+@dataclass
+class Dropped:
+    """Rows that data.truncation=drop left out."""
+
+    num_rows: int = 0
+    num_tokens: int = 0
 
 
 class BadRowError(ValueError):
