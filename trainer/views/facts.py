@@ -236,7 +236,7 @@ def _silence_alerts(reader: RunReader) -> list[Alert]:
     if found.phase == TRAINING:
         pace = duration_words(found.step_time_s)
         usual = f"; a step takes {pace}" if found.step_time_s > 0 else ""
-        words = f"no update since {since}{usual}: the run hangs, or waits for its machine"
+        words = f"the run hangs, or waits for its machine: no update since {since}{usual}"
         return [Alert("warning", words)]
     phase = printable(found.phase, STATE_REASON_CHARS)
     return [Alert("info", f"no update since {since}: {phase}")]

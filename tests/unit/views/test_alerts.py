@@ -153,8 +153,8 @@ def test_a_run_that_says_nothing_is_an_alert_in_words_that_stand_still(
     monkeypatch.setattr(time, "time", lambda: now + 60)
     [text] = texts_of(run)
     assert re.fullmatch(
-        r"no update since \S+ \d\d:\d\d:\d\d \S+; a step takes 0.1 s: the run hangs, or waits for "
-        "its machine",
+        r"the run hangs, or waits for its machine: no update since \S+ \d\d:\d\d:\d\d \S+; "
+        "a step takes 0.1 s",
         text,
     )
     monkeypatch.setattr(time, "time", lambda: now + 61)
