@@ -137,6 +137,26 @@ class Child:
                 logger.warning("process %d was killed and is still there", self.pid)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use, at least 1; its affinity counts where it is known."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def half_the_cores() -> int:
+    """Threads of a process that computes beside another one, at least 1."""
+    return max(1, usable_cores() // 2)
+
+
+def thread_variables(num_threads: int) -> dict[str, str]:
+    """Environment of a child that computes beside others: its CPU threads, and how they wait."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to the others
+    }
+
+
 FALSE_HERE = {
     # Rows are cut or dropped after they were made into tokens.
     "transformers.tokenization_utils_base": "will result in indexing errors",

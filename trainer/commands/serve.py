@@ -51,6 +51,7 @@ def run(argv: list[str]) -> int:
         base=words.base,
         date=date,
         quantize=words.quantize,
+        num_threads=words.threads,
     )
     # uvicorn raises the signal again once it is done; by default that would skip the cleaning up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
@@ -147,6 +148,9 @@ def _describe(engine: EngineProcess) -> str:
         return "waiting for a model (POST /models/register)"
     weights = (engine.hello["weights_id"] or "awaited")[:12]
     where = f"{engine.hello['device']} in {engine.hello['dtype']}"
+    if engine.hello["device"] == "cpu":
+        threads = engine.hello["num_threads"]
+        where += f" with {threads} thread{'' if threads == 1 else 's'}"
     return f"model {engine.model_path} on {where}, weights {weights}"
 
 
@@ -171,6 +175,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--threads",
+        type=whole_number(1),
+        metavar="N",
+        help="CPU threads [OMP_NUM_THREADS, else half of the cores: training may run beside it]",
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "bf16", "fp32"),
