@@ -16,6 +16,7 @@ from trainer.models.load import load_model, load_tokenizer
 from trainer.preview.base import PreviewRequest
 from trainer.preview.http import Remote3090Backend
 from trainer.preview.local import LocalPreviewBackend
+from trainer.server.inference_process import EngineProcess
 
 pytestmark = pytest.mark.slow
 

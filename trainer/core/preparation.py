@@ -26,7 +26,7 @@ from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
 from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
-from trainer.core.resume import ResumePoint, check_resumable, find_resume_point, flat
+from trainer.core.resume import LATEST, ResumePoint, check_resumable, find_resume_point, flat
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
@@ -230,6 +230,9 @@ def open_run_folder(job: Job, config: TrainerConfig) -> None:
             removed = clean_staging(job.folder.checkpoints_dir)
             if removed:
                 observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
+            if wanted == LATEST and job.folder.begin_anew():
+                observers.notice("no checkpoint was written: the run starts again from step 0")
+                return None
         if wanted is None:
             return None
         folder = Path(config.output.output_dir)

@@ -304,7 +304,7 @@ class Job:
         """
         if self.folder is None:
             return
-        self.folder.clear_unstarted()
+        self.folder.clear_unsaved()
         monitoring = prepared.config.monitoring
         self._attach = partial(
             status_writer.attach,

@@ -126,7 +126,9 @@ def summary_writer(log_dir: str | Path, *, start_step: int = 0) -> Any:
         # An optional dependency, and most of a second to import.
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = start_step + 1 if start_step > 0 else None
+        # A run that ended before its first checkpoint has figures of steps that are made again.
+        is_again = start_step > 0 or any(Path(log_dir).glob("events.out.tfevents.*"))
+        purge_step = start_step + 1 if is_again else None
         return SummaryWriter(str(log_dir), purge_step=purge_step)
     except ImportError as error:
         raise ConfigError(

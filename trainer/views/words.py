@@ -293,9 +293,9 @@ def going_on_words(folder: str, checkpoint_step: int | None, scores: Any) -> str
         checkpoint_step: step of the newest checkpoint in the folder; None: there is none.
         scores: `monitoring.scores` of the run; None: not known.
     """
-    if checkpoint_step is None:
-        return "no checkpoint was written, so there is nothing to resume: start the run again"
     command = resume_command(folder, scores)
+    if checkpoint_step is None:
+        return f"no checkpoint was written; start it again from step 0 with: {command}"
     return f"the last checkpoint is of step {checkpoint_step}; continue with: {command}"
 
 
