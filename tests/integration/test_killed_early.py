@@ -69,7 +69,7 @@ def test_a_run_without_a_checkpoint_starts_again_by_resume_and_a_start_says_so(
     monkeypatch.setenv("KILL_AT", moment)
     assert cli(*words).returncode == -signal.SIGKILL
     monkeypatch.delenv("KILL_AT")
-    command = ["train", "--resume", "--output", str(out)]
+    command = ["train", "--resume", "--allow-code", "--output", str(out)]
     if moment == "checkpoint":
         refused = cli(*words)
         assert refused.returncode == 2

@@ -174,3 +174,12 @@ def add_weights_flags(parser: argparse.ArgumentParser, *, is_run_optional: bool 
     parser.add_argument(
         "--base", metavar="FOLDER", help="the adapter's base model, if it was moved"
     )
+
+
+def add_allow_code_flag(parser: argparse.ArgumentParser) -> None:
+    """--allow-code, for the commands that may run what the record of a run names."""
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="run code that the run names: its own profile, and files of the model",
+    )

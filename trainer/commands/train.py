@@ -19,7 +19,7 @@ from trainer.config.loader import RESOLVED_NAME, is_of_run, required_for_trainin
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
 from trainer.job import run_job
 from trainer.monitoring.events import Waits
-from trainer.scores.spec import is_function
+from trainer.monitoring.resuming import ALLOW_CODE, named_code
 from trainer.views.terminal import DisplayKind, create_display
 
 
@@ -86,21 +86,20 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
 
 
 def _refuse_code_of_runs(loaded: LoadedConfig) -> None:
-    """Score functions are code, and the record of a run may be somebody else's.
+    """The record of a run may be somebody else's.
 
     Raises:
-        ConfigError: the config in the folder of a run names one, and nobody said that it may.
+        ConfigError: the config in the folder of a run names code, and nobody said that it may.
     """
-    file, key = loaded.file, "monitoring.scores"
-    if file is None or not loaded.origins[key].startswith("file "):
+    file = loaded.file
+    if file is None or not is_of_run(file):
         return
-    functions = [entry for entry in loaded.config.monitoring.scores if is_function(entry)]
-    if functions and is_of_run(file):
-        raise ConfigError(
-            f"{file}: {key} names code ({', '.join(functions)}), and this file was written by a "
-            "run; give --allow-code if you know that code, or name the scores yourself "
-            f"(--{key})."
-        )
+    for key, code in named_code(loaded.config.model_dump()).items():
+        if loaded.origins[key].startswith("file "):
+            raise ConfigError(
+                f"{file}: {key} names code ({code}), and this file was written by a run; give "
+                f"{ALLOW_CODE} if you know that code, or give the value yourself (--{key})."
+            )
 
 
 def _dry_run(loaded: LoadedConfig) -> int:

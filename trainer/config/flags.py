@@ -293,8 +293,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     short.add_argument(
         "--allow-code",
         action="store_true",
-        help="run score functions that the config of a run names (--resume, or --config in its "
-        "folder)",
+        help="run code that the config of a run names: score functions, a profile, files of the "
+        "model (--resume, or --config in its folder)",
     )
     for key, names in SHORT_FLAGS.items():
         _add(short, fields[key], names)

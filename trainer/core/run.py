@@ -425,7 +425,7 @@ class Job:
             return ""
         if self.ranks is not None:
             return TO_CONTINUE
-        command = resume_command(str(self.folder.path), self.config.monitoring.scores)
+        command = resume_command(str(self.folder.path), self.config.model_dump())
         return f"; continue with: {command}"
 
     def failed(self, error: BaseException) -> TrainingResult:

@@ -121,10 +121,8 @@ class RunFolder:
             )
 
     def _resume_command(self) -> str:
-        config = (read_json_object(self.run_json) or {}).get("config")
-        monitoring = config.get("monitoring") if isinstance(config, dict) else None
-        scores = monitoring.get("scores") if isinstance(monitoring, dict) else None
-        return resume_command(str(self.path), scores)
+        record = read_json_object(self.run_json) or {}
+        return resume_command(str(self.path), record.get("config"))
 
     def _content(self) -> Content:
         names = (self.RUN_JSON, self.STATUS, self.CHECKPOINTS)
