@@ -17,7 +17,7 @@ from trainer.commands.arguments import choose, parse, parse_known, whole_number
 from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
-from trainer.config.loader import required_for_training
+from trainer.core.early_checks import check_early
 from trainer.errors import EXIT_COMPLETED
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _inspect(words: list[str]) -> int:
         rest = ["--dataset", *rest]
     flags = parse_flags(rest, prog="trainer data inspect")
     config = load_config(flags).config
-    required_for_training(config)
+    check_early(config)
     console = Console(highlight=False)
     _print_data(console, _prepare(config), known.rows)
     return EXIT_COMPLETED

@@ -15,7 +15,8 @@ from rich.text import Text
 from trainer.commands.arguments import print_table
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
-from trainer.config.loader import RESOLVED_NAME, is_of_run, required_for_training
+from trainer.config.loader import RESOLVED_NAME, is_of_run
+from trainer.core.early_checks import check_early, check_folder_early
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
 from trainer.job import run_job
 from trainer.monitoring.events import Waits
@@ -27,10 +28,11 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     """Train as the command line says."""
     flags = parse_flags(argv, prog=prog)
     loaded = load_config(flags)
-    required_for_training(loaded.config)
     display_name = loaded.config.monitoring.display
     if loaded.file is not None and display_name not in ("quiet", "json"):
         print(f"config file: {loaded.file}")
+    check_early(loaded.config)
+    check_folder_early(loaded.config)
     if flags.dry_run:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.

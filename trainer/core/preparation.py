@@ -18,12 +18,12 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.config.training_sections import ModelSection
-from trainer.core.best_step import check_deciding, check_deciding_rows
+from trainer.core.best_step import check_deciding_rows
 from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
+from trainer.core.early_checks import check_early
 from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
 from trainer.core.resume import LATEST, ResumePoint, check_resumable, find_resume_point, flat
@@ -34,7 +34,6 @@ from trainer.core.together import Ask, is_alone, together
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError, ModelError
 from trainer.files import staged
 from trainer.models import resolve_alias
@@ -70,12 +69,10 @@ from trainer.models.train_on import (
     train_on,
 )
 from trainer.monitoring.events import Observers
-from trainer.monitoring.notify import check_notify
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
-from trainer.preview.canary_set import read_canary_set
 from trainer.profiles import DataProfile
 from trainer.scores.scorer import check_scores
 from trainer.scores.spec import is_function
@@ -95,17 +92,12 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     """Fill derived values, decide device and precision, set threads and hub mode of the process.
 
     Raises:
-        ConfigError: an option is missing or cannot take effect.
-        DataError: a file of rows is not there.
+        TrainerError: as `check_early`.
+        ConfigError: a package or device is not there.
     """
-    required_for_training(config)
+    config = check_early(config)
     check_trackers(config.monitoring.report_to)
     check_scores(config.monitoring)
-    check_deciding(config)
-    check_notify(config.monitoring.notify)
-    config = resolve(config)
-    check_files(config.data)
-    read_canary_set(config.monitoring.canary_set)
     environment, hyper = config.environment, config.hyperparams
     disable_progress_bar()  # transformers' own bars would tear the terminal view
     if environment.num_threads is not None:

@@ -17,9 +17,9 @@ from trainer.child import half_the_cores
 from trainer.config.schema import MonitoringConfig
 from trainer.core.canary import build_canary
 from trainer.core.drift_plan import DriftPlan
+from trainer.core.early_checks import measures_golden
 from trainer.core.run import Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.core.scoring import measures_golden
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError
 from trainer.files import replace_file

@@ -97,6 +97,15 @@ class RunFolder:
         folder._added = [name for name in SHARED_NAMES if not (path / name).exists()]
         return folder
 
+    @classmethod
+    def check(cls, path: Path, *, resume: bool) -> None:
+        """As `create` refuses a folder, as far as it is seen without taking it.
+
+        Raises:
+            OutputError, ResumeError: as of `create`.
+        """
+        cls(path, None, is_new=False)._check(resume=resume)
+
     def _check(self, *, resume: bool) -> None:
         """Refuse what does not fit what is in the folder.
 

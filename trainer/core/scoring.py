@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.config.schema import MonitoringConfig
+from trainer.core.early_checks import measures_golden
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.files import append_lines
 from trainer.models.load import context_length
@@ -29,15 +30,6 @@ from trainer.scores.spec import parse_scores
 
 TOLD_EVERY_S = 2.0
 """Seconds between words about a final evaluation that goes on."""
-
-GOLDEN_PROMPTS = 16
-"""Up to so many prompts have their golden answers scored without being asked."""
-
-
-def measures_golden(monitoring: MonitoringConfig, num_prompts: int) -> bool:
-    """Whether golden answers are scored (monitoring.preview_golden_logprobs)."""
-    wanted = monitoring.preview_golden_logprobs
-    return wanted == "on" or (wanted == "auto" and num_prompts <= GOLDEN_PROMPTS)
 
 
 def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPreviewBackend:
