@@ -22,6 +22,7 @@ from trainer.server.app import create_app
 from trainer.server.bounded_http import BoundedProtocol
 from trainer.server.inference_process import EngineProcess
 from trainer.server.job_queue import REQUEST_TIMEOUT_S
+from trainer.server.service import Origin
 from trainer.server.upload import PrivateFolder
 from trainer.server.weight_store import KEPT_SETS
 
@@ -31,7 +32,7 @@ MAX_TIMEOUT_S = 1_000_000
 def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
-    date = _find_weights(words)
+    date, origin = _find_weights(words)
     keys = keys_of_listener(words.api_key_file, words.host, "--api-key-file")
     if words.api_key_file is not None:
         remember_key_file(words.api_key_file)
@@ -68,6 +69,7 @@ def run(argv: list[str]) -> int:
             store_dir=store.path,
             weights_dir=weights_dir,
             num_kept=words.keep_weights,
+            origin=origin,
             request_timeout_s=words.request_timeout,
         )
         print(
@@ -92,11 +94,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _find_weights(words: argparse.Namespace) -> str | None:
+def _find_weights(words: argparse.Namespace) -> tuple[str | None, Origin]:
     """Turn RUN and --step into the folder of the weights, as if --model had named it.
 
     Returns:
-        The date of the run (YYYY-MM-DD), where one is known.
+        The date of the run (YYYY-MM-DD), and its name and step, where they are known.
     Raises:
         ConfigError: two models, or a flag that needs a run without one.
         OutputError: the run has no such weights.
@@ -115,13 +117,15 @@ def _find_weights(words: argparse.Namespace) -> str | None:
             raise ConfigError(
                 "--step and --base need the folder of a run or adapter; give it as RUN."
             )
-        return None
+        return None, Origin()
     found = open_run(Path(asked), step=words.step, base=words.base)
     if found.base is not None and not found.is_adapter:
         raise ConfigError(f"--base: {found.model_dir} holds a whole model, not an adapter.")
     words.model = str(found.model_dir)
     print(f"the {found.note} of {asked}", file=sys.stderr, flush=True)
-    return None if found.date is None else found.date.isoformat()
+    is_run = (found.folder / RunFolder.RUN_JSON).is_file()
+    origin = Origin(found.folder.resolve().name if is_run else None, found.step)
+    return None if found.date is None else found.date.isoformat(), origin
 
 
 def _start(engine: EngineProcess) -> None:

@@ -27,7 +27,7 @@ from trainer.core.checkpoint import (
 )
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, ConfigError, OutputError, ResumeError
-from trainer.files import require_folder
+from trainer.files import read_json_object, require_folder
 from trainer.models import is_adapter_folder
 from trainer.monitoring.resuming import ALLOW_CODE, named_code
 from trainer.profiles import DataProfile, get_profile
@@ -57,6 +57,8 @@ class FinishedRun:
     """The day of the run, in its system prompt and in what its chat template prints."""
     is_prompt_open: bool = False
     """The record has no system prompt: the config, else the profile, has it."""
+    step: int | None = None
+    """Optimizer step that the weights are of; None where the run does not say."""
     allow_code: bool = False
     """Code that the record names may run: a profile, and files of the model."""
 
@@ -187,7 +189,9 @@ def _open_run(path: Path, *, step: str | None, base: str | None) -> FinishedRun:
     if (path / RunFolder.RUN_JSON).is_file():
         model_dir, note, is_checkpoint = _weights_of(path, step)
         record = _read_json(path / RunFolder.RUN_JSON)
-        return _finished(path, record, model_dir, note, base, is_checkpoint)
+        found = _finished(path, record, model_dir, note, base, is_checkpoint)
+        made = _read_json(model_dir / MANIFEST) if is_checkpoint else _final_step(path, record)
+        return dataclasses.replace(found, step=made.get("step"))
     if step is not None:
         raise ConfigError(
             f"--step {step}: {path} is not the folder of a run (no {RunFolder.RUN_JSON} in it), so "
@@ -199,7 +203,10 @@ def _open_run(path: Path, *, step: str | None, base: str | None) -> FinishedRun:
         run = path.resolve().parent
         if (run / RunFolder.RUN_JSON).is_file():  # RUN/final_model, RUN/merged_model
             record = _read_json(run / RunFolder.RUN_JSON)
-            return _finished(path.parent, record, path, f"model in {path.name}", base, False)
+            found = _finished(path.parent, record, path, f"model in {path.name}", base, False)
+            is_final = path.name == RunFolder.FINAL_MODEL  # a merged one may be of any step
+            made = _final_step(run, record) if is_final else {}
+            return dataclasses.replace(found, step=made.get("step"))
         note = "adapter" if is_adapter_folder(path) else "model"
         return FinishedRun(path, TrainerConfig(), None, path, f"{note} in {path}", base)
     advice = "give the folder of a run (--output of `trainer train`), a checkpoint or a model."
@@ -227,6 +234,15 @@ def _weights_of(run: Path, step: str | None) -> tuple[Path, str, bool]:
     return chosen.path, f"checkpoint of step {chosen.step}, {chosen.why}", True
 
 
+def _final_step(run: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """`step` of a run's final model: the best one, else the last."""
+    summary = record.get("summary")
+    best = summary.get("final_model_step") if isinstance(summary, dict) else None
+    if isinstance(best, int):
+        return {"step": best}
+    return read_json_object(run / RunFolder.STATUS) or {}
+
+
 def _verify(path: Path) -> int:
     try:
         return verify_checkpoint(path).step
@@ -237,12 +253,14 @@ def _verify(path: Path) -> int:
 def _open_checkpoint(path: Path, base: str | None) -> FinishedRun:
     """A checkpoint by its own folder, wherever that is; its run is asked where it is there."""
     path = path.resolve()
-    note, run = f"checkpoint of step {_verify(path)}", path.parents[1]
+    step, run = _verify(path), path.parents[1]
+    note = f"checkpoint of step {step}"
     if (run / RunFolder.RUN_JSON).is_file():
-        return _finished(run, _read_json(run / RunFolder.RUN_JSON), path, note, base, True)
+        found = _finished(run, _read_json(run / RunFolder.RUN_JSON), path, note, base, True)
+        return dataclasses.replace(found, step=step)
     metadata = _read_json(path / MANIFEST)["metadata"]
     found = _finished(path, {**metadata, "system_prompt": None}, path, note, base, True)
-    return dataclasses.replace(found, is_prompt_open=True)
+    return dataclasses.replace(found, is_prompt_open=True, step=step)
 
 
 def _finished(
