@@ -44,7 +44,7 @@ def run_job(
 
     Args:
         display: how it is shown; None: as monitoring.display says (`auto`). A view of one's own is
-            an observer.
+            an observer, and alone: beside it only an error is printed, on standard error.
         observers: told of every event, in the main process; one method, `on_event(event)`. An
             exception in one is logged and does not stop the run.
         callbacks: of transformers, called before ours at each point. An exception ends the run.
@@ -84,7 +84,7 @@ def _run_job(
         )
     if not is_main_process():
         return TrainerEngine(callbacks=callbacks).run_job(config)
-    is_for_people = shown not in PROGRAMS
+    is_for_people = isinstance(shown, str) and shown not in PROGRAMS  # a view of one's own is alone
     if is_for_people:
         folder = shlex.quote(os.path.expanduser(config.output.output_dir))
         print(f"live page: trainer monitor {folder}", flush=True)
