@@ -8,7 +8,9 @@ parent too.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -192,6 +194,12 @@ def quiet_libraries() -> Callable[[], None]:
     return put_back
 
 
+def end_quickly() -> None:
+    """When this process ends, look for no garbage: among torch's objects that takes seconds."""
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
+
+
 def first_line(descriptor: int) -> bytes:
     """In a child: one line and not a byte more, as the rest is read as it comes."""
     line = b""
@@ -209,6 +217,7 @@ def own_lines() -> tuple[IO[bytes], IO[bytes]]:
     What libraries print, or read, no longer meets the lines: their stdout is stderr from here on.
     """
     quiet_libraries()
+    end_quickly()
     lines_in, lines_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import choose, parse, parse_known, whole_number
+from trainer.commands.arguments import choose, parse, parse_known, whole_number, words_while_loading
 from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
@@ -72,7 +72,8 @@ def _inspect(words: list[str]) -> int:
 def _prepare(config: TrainerConfig) -> RunData:
     """The rows as a run with this config would have them; no run folder is made."""
     # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core.engine import TrainerEngine
+    with words_while_loading():
+        from trainer.core.engine import TrainerEngine
 
     return TrainerEngine().inspect_data(config)
 

@@ -34,10 +34,10 @@ def run(argv: list[str]) -> int:
     target = Path(words.output) if words.output else finished.folder / default
     if target.exists():
         raise OutputError(f"{target}: exists already; choose another --output, or remove it.")
-    # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core.merging import export_merged
-
     with console.status(f"exporting the {finished.note}"):
+        # torch takes seconds to load; mistakes on the command line are told before.
+        from trainer.core.merging import export_merged
+
         if is_merged:
             words_of_check = export_merged(finished, target).words()
         else:

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -17,6 +18,7 @@ from trainer.core.finished import open_run
 from trainer.core.run_folder import RunFolder
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.models import is_adapter_folder
+from trainer.monitoring.events import Waits
 from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
 from trainer.server.bounded_http import BoundedProtocol
@@ -61,7 +63,9 @@ def run(argv: list[str]) -> int:
     store = _store()
     try:
         if words.model is not None:
-            _start(engine)
+            # Standard output is for whoever waits for `ready:`.
+            with Waits.of(f"loading {words.model}", partial(print, file=sys.stderr, flush=True)):
+                _start(engine)
         app = create_app(
             engine,
             keys=keys,
