@@ -299,7 +299,10 @@ def going_on_words(folder: str, checkpoint_step: int | None, config: Any) -> str
     return f"the last checkpoint is of step {checkpoint_step}; continue with: {command}"
 
 
-PROMPT_CHARS, ANSWER_CHARS, NOTICE_CHARS = 80, 120, 2000
+ANSWER_CHARS, NOTICE_CHARS = 120, 2000
+
+LINE_CHARS = 80 + 2 * ANSWER_CHARS
+"""A prompt and both its answers on one line: at least 80 characters of the prompt are shown."""
 
 
 def card_words(card: CardShown) -> str:
