@@ -14,6 +14,7 @@ from trainer.models import check_path
 from trainer.monitoring.notify import check_notify
 from trainer.monitoring.tracking import check_tracker_names
 from trainer.preview.canary_set import read_canary_set
+from trainer.profiles import get_profile
 from trainer.scores.figures import GOLDEN_PROBABILITY, SCORE
 from trainer.scores.spec import parse_scores
 
@@ -30,12 +31,14 @@ def check_early(config: TrainerConfig) -> TrainerConfig:
         ConfigError: an option is missing or cannot take effect.
         DataError: a file of rows is not there.
         ModelError: the folder of the model is not there.
+        ProfileError: there is no such profile, or it has no such option.
     """
     required_for_training(config)
     check_tracker_names(config.monitoring.report_to)
     parse_scores(config.monitoring.scores)
     check_deciding(config)
     check_notify(config.monitoring.notify)
+    get_profile(config.profile.name, dict(config.profile.options))
     config = resolve(config)
     check_files(config.data)
     read_canary_set(config.monitoring.canary_set)

@@ -93,7 +93,7 @@ def looks_like_path(path: str) -> bool:
 
 
 def check_path(name: str) -> None:
-    """Refuse a model name that is written as a path and leads nowhere.
+    """Refuse a model name that is written as a path and leads nowhere, or to no model.
 
     Raises:
         ModelError: says what a model may be called.
@@ -102,6 +102,11 @@ def check_path(name: str) -> None:
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         if not Path(path).is_file():
             raise ModelError(f"model.model_path={name}: there is no such .gguf file.")
+    elif Path(path).is_file():
+        raise ModelError(
+            f"model.model_path={name}: this is a file; give the folder of a model, a .gguf file, "
+            "an alias (`trainer models`) or a hub id."
+        )
     elif looks_like_path(path) and not Path(path).is_dir():
         raise ModelError(
             f"model.model_path={name}: there is no such folder. Give an alias "

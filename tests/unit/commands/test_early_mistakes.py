@@ -29,6 +29,8 @@ MISTAKES = {
         "names no score of this run",
     ),
     "model": (["--model", "./absent"], "there is no such folder"),
+    "a file": (["--model", "rows.jsonl"], "this is a file; give the folder of a model"),
+    "profile": (["--profile", "absent:Class"], "cannot import"),
     "gguf": (["--model", "./absent.gguf"], "there is no such .gguf file"),
     "canaries": (["--monitoring.canary_set", "absent.txt"], "absent.txt"),
     "output": (["--output", "held"], "holds a run already"),
