@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,7 +44,7 @@ BLOCK = 64 * 1024
 
 def replace_file(
     path: Path,
-    content: str | Sequence[bytes | memoryview],
+    content: str | Iterable[bytes | memoryview],
     *,
     mode: int = 0o666,
     tag: str | None = None,
@@ -60,6 +60,7 @@ def replace_file(
     Raises:
         OSError: it could not be written; the old file is whole and no temporary one is left.
     """
+    pieces: Iterable[bytes | memoryview]
     pieces = [content.encode("utf-8")] if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{tag or os.getpid()}.tmp")
     try:

@@ -78,7 +78,7 @@ def test_a_killed_process_is_one_clear_error_and_nothing_is_kept(
     prepare: Callable[..., RunData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = threading.Event()
-    original = encode_processes.Encoders._encode_piece
+    original = encode_processes.Encoders._encode
 
     def killing(self: Any, piece: Any) -> Any:
         if not began.is_set():
@@ -86,7 +86,7 @@ def test_a_killed_process_is_one_clear_error_and_nothing_is_kept(
             os.kill(self.children[0].pid, signal.SIGKILL)
         return original(self, piece)
 
-    monkeypatch.setattr(encode_processes.Encoders, "_encode_piece", killing)
+    monkeypatch.setattr(encode_processes.Encoders, "_encode", killing)
     with pytest.raises(TrainerError, match=r"killed by signal 9.*encode_processes=1"):
         prepare(2)
     assert not children()
@@ -120,7 +120,7 @@ def test_a_profile_of_this_process_only_is_refused_where_processes_are_asked_for
         patch.setattr(Mine, "__module__", "nowhere_to_be_found")
         with pytest.raises(ConfigError, match="profile 'mine' cannot be handed"):
             prepare(2, Mine(), cache=False)
-        patch.setattr(encode_processes, "MIN_CHARS", 0)
+        patch.setattr(encode_processes, "MIN_BYTES", 0)
         assert len(prepare(None, Mine(), cache=False).train) > 700
     assert not children()
 
@@ -130,12 +130,11 @@ def test_the_number_goes_by_cores_texts_and_the_processes_of_the_run(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    row: Any = (0, [{"role": "user", "content": "x" * encode_processes.MIN_CHARS}])
-    few: Any = (0, [{"role": "user", "content": "x"}])
-    assert encode_processes.num_encoders(None, [row]) == 8
-    assert encode_processes.num_encoders(None, [few] * 9) == 1
-    assert encode_processes.num_encoders(3, [few]) == 3
+    many = encode_processes.MIN_BYTES
+    assert encode_processes.num_encoders(None, many) == 8
+    assert encode_processes.num_encoders(None, 9) == 1
+    assert encode_processes.num_encoders(3, 1) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert encode_processes.num_encoders(None, [row]) == 2
+    assert encode_processes.num_encoders(None, many) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert encode_processes.num_encoders(None, [row]) == 1
+    assert encode_processes.num_encoders(None, many) == 1

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.config.schema import DataSection
 from trainer.data import dataset, encode, layouts, rendered, rows, turns
 from trainer.data.dataset import RunData
 from trainer.data.encode import RowEncoder
 from trainer.data.row_files import to_rows
 from trainer.data.rows import IGNORE_INDEX, RowErrors
-from trainer.data.sources import find_sources
 from trainer.models.tiny import load_tiny_tokenizer
 from trainer.profiles import DataProfile, Message, get_profile
 
@@ -33,7 +33,7 @@ ROW: dict[str, Any] = {
 
 def encoded(row: dict[str, Any], *, max_length: int = 256, **options: Any) -> Any:
     errors = RowErrors("strict")
-    found, _ = to_rows([("f:1", row)], "f", "auto", errors, None)
+    found, _ = collected(to_rows([("f:1", row)], "f", "auto", errors, None))
     errors.raise_if_strict()
     return RowEncoder(load_tiny_tokenizer(), max_length, **options).encode(found[0].messages)
 
@@ -109,10 +109,8 @@ SYSTEM = {"question": "who?", "answer": "me", "system_prompt": "pirate", "seen":
 
 
 def prepared(path: Path, profile: str | DataProfile = "plain", **data: Any) -> RunData:
-    return dataset.encode_data(
+    return dataset.prepare_data(
         DataSection(dataset_path=str(path), cache=False, **{"validation_split": 0, **data}),
-        find_sources(str(path)),
-        [],
         profile=get_profile(profile) if isinstance(profile, str) else profile,
         encoder=RowEncoder(load_tiny_tokenizer(), 256),
         system_prompt=None,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from tests.trust.oracle import FAMILIES
 from tests.trust.reference import llama
 from tests.trust.trainers import make_trainer
 from trainer.config.schema import DataSection
-from trainer.data import batches, dataset, encode
+from trainer.data import batches, encode, sides
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
@@ -236,9 +237,10 @@ def test_n15_another_seed_holds_out_other_rows(repeated_file: Path, tokenizer: A
 def test_mutant_n15_split_by_position_is_killed(
     repeated_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_position(section: Any, encoded: Any, held_out: Any, seed: int) -> Any:
-        return encoded[7:], encoded[:7], "by position"
+    def by_position(section: Any, rows: Any, seed: int) -> Any:
+        numbers = np.arange(len(rows))
+        return numbers[7:], numbers[:7], "by position"
 
-    monkeypatch.setattr(dataset, "split_rows", by_position)
+    monkeypatch.setattr(sides, "split_rows", by_position)
     with pytest.raises(AssertionError):
         check_split(repeated_file, tokenizer)

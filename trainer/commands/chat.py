@@ -18,6 +18,7 @@ from trainer.commands.arguments import (
     whole_number,
 )
 from trainer.core.finished import FinishedRun, open_run
+from trainer.counts import counted
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.profiles import DataProfile, Message
 
@@ -113,7 +114,10 @@ def _answer(backend: LocalPreviewBackend, turns: list[Message], text: str) -> Pr
     limit = backend.settings.max_length
     if limit is not None and len(ids) >= limit:
         request = PreviewRequest(prompt=text, prompt_token_ids=ids)
-        full = f"{len(ids)} tokens so far, and the model's context is {limit}; /reset clears them"
+        full = (
+            f"{counted(len(ids), 'token')} so far, and the model's context is {limit}; /reset "
+            "clears them"
+        )
         return PreviewResult.failed(request, 0, full, backend.backend_type)
     return backend.preview_batch([PreviewRequest(prompt=text, prompt_token_ids=ids)], 0)[0]
 

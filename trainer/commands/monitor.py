@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from trainer.commands.arguments import parse, port
+from trainer.counts import counted
 from trainer.errors import EXIT_SIGTERM
 from trainer.net import is_loopback, key_with_scope, keys_of_listener, listen, url_of
 from trainer.views.page.own_server import OwnServer
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> int:
     )
     app = create_app(store, options, hosts=_names(words.host, words.allow_host), key=key)
     num_runs, url = len(store.readers), url_of(words.host, listener.getsockname()[1])
-    found = f"{num_runs} run{'' if num_runs == 1 else 's'}" if num_runs else "waiting for a run"
+    found = counted(num_runs, "run") if num_runs else "waiting for a run"
     print(
         f"monitor: {url} ({found} in {words.folder}; "
         f"control {'on' if words.allow_control else 'off'}, "

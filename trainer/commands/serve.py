@@ -16,6 +16,7 @@ import uvicorn
 from trainer.commands.arguments import add_weights_flags, parse, port, whole_number
 from trainer.core.finished import open_run
 from trainer.core.run_folder import RunFolder
+from trainer.counts import counted
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.models import is_adapter_folder
 from trainer.monitoring.events import Waits
@@ -158,7 +159,7 @@ def _describe(engine: EngineProcess) -> str:
     where = f"{engine.hello['device']} in {engine.hello['dtype']}"
     if engine.hello["device"] == "cpu":
         threads = engine.hello["num_threads"]
-        where += f" with {threads} thread{'' if threads == 1 else 's'}"
+        where += f" with {counted(threads, 'thread')}"
     return f"model {engine.model_path} on {where}, weights {weights}"
 
 

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.batches import LOSS_WEIGHTS
+from trainer.core.source_losses import SourceSums
+from trainer.data.batches import LOSS_WEIGHTS, SOURCES
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 
@@ -32,6 +33,11 @@ RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 
 
 TILE_LOGITS = 2**26
 """Logits that one tile may have: 256 MiB in fp32, and about three times that with gradients."""
+
+CPU_TILE_LOGITS, CPU_TILE_POSITIONS = 2**22, 192
+"""On a CPU a tile has no more logits, or no more positions, than that, whichever is longer. Each
+tile adds to the gradient of the whole head. A GPU, whose products are far faster than its memory,
+would wait for that as long as for the products of so few positions."""
 
 SUPERVISED = "supervised"
 """Key of batches: `supervised_positions` of the labels, made on the CPU beside the batch."""
@@ -72,9 +78,17 @@ class Tiling:
     """A kernel that does all tiles at once, once it is proved."""
 
     @classmethod
-    def of(cls, post: PostHead, vocabulary: int) -> Tiling:
-        """Tiles of at most TILE_LOGITS logits."""
-        return cls(post, max(1, TILE_LOGITS // vocabulary))
+    def of(cls, post: PostHead, vocabulary: int, device_type: str) -> Tiling:
+        """Tiles for a head of so many tokens on a kind of device."""
+        return cls(post, tile_length(vocabulary, device_type))
+
+
+def tile_length(vocabulary: int, device_type: str) -> int:
+    """Positions of one tile."""
+    most = TILE_LOGITS // vocabulary
+    if device_type == "cpu":
+        most = min(most, max(CPU_TILE_LOGITS // vocabulary, CPU_TILE_POSITIONS))
+    return max(1, most)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -93,7 +107,7 @@ def _next(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model's forward takes, without the labels."""
-    ours = ("labels", LOSS_WEIGHTS, SUPERVISED, NUM_TOKENS)
+    ours = ("labels", LOSS_WEIGHTS, SOURCES, SUPERVISED, NUM_TOKENS)
     return {key: value for key, value in batch.items() if key not in ours}
 
 
@@ -212,8 +226,10 @@ def _tiled_sum(
     target: torch.Tensor,
     weights: torch.Tensor | None,
     tiling: Tiling,
-) -> tuple[torch.Tensor, Any] | None:
-    """Summed cross-entropy, tile by tile, and the output of the forward, whose logits are not it.
+) -> tuple[torch.Tensor, torch.Tensor | None, Any] | None:
+    """Summed cross-entropy, tile by tile, that of each position, and the output of the forward.
+
+    The logits of that output are not it, and a kernel does not tell of each position.
 
     Args:
         target: (N,) token ids that follow the positions.
@@ -242,7 +258,7 @@ def _tiled_sum(
     if len(hidden) != 1 or any(isinstance(one, DTensor) for one in head.parameters()):
         return None
 
-    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
+    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> Losses:
         # Past the hooks of the module: those of FSDP would give its weights back, and reduce their
         # gradients, behind each tile. The forward above has gathered them.
         return summed_loss(tiling.post(head.forward(states[None])[0]), wanted, by)
@@ -250,13 +266,17 @@ def _tiled_sum(
     length = tiling.length
     weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
     parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
+    each: torch.Tensor | None = None
     with autocast:
         if tiling.fused is not None:
             total = tiling.fused(hidden[0], head, target, weights, tiling.post)
         else:
-            sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-            total = torch.stack(sums).sum()
-    return _through(total, output.logits) if isinstance(unwrapped, FSDPModule) else total, output
+            tiles = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
+            total = torch.stack([summed for summed, _ in tiles]).sum()
+            each = torch.cat([one for _, one in tiles])
+    if isinstance(unwrapped, FSDPModule):
+        total = _through(total, output.logits)
+    return total, each, output
 
 
 class _Through(torch.autograd.Function):
@@ -283,15 +303,23 @@ def _through(total: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def summed_loss(
-    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """Cross-entropy of (N, V) logits, each position times its weight."""
+Losses = tuple[torch.Tensor, torch.Tensor]
+"""The sum, with a gradient, and the losses of each position, (N,), before weights and without."""
+
+
+def summed_loss(logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None) -> Losses:
+    """Cross-entropy of (N, V) logits, each position times its weight.
+
+    In the two steps that `F.cross_entropy` takes, as what is between them has each position's loss.
+    """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()  # a softmax over many tokens loses digits in half precision
+    logs = F.log_softmax(logits, dim=-1)
     if weights is None:
-        return F.cross_entropy(logits, target, reduction="sum")
-    return (F.cross_entropy(logits, target, reduction="none") * weights).sum()
+        each = logs.detach().gather(1, target[:, None])[:, 0].neg()
+        return F.nll_loss(logs, target, reduction="sum"), each
+    each = F.nll_loss(logs, target, reduction="none")
+    return (each * weights).sum(), each.detach()
 
 
 def supervised_loss(
@@ -302,6 +330,7 @@ def supervised_loss(
     *,
     tiling: Tiling | None = None,
     router: float = 0.0,
+    by_source: SourceSums | None = None,
 ) -> torch.Tensor:
     """Cross-entropy summed over supervised tokens, each times its weight, over `num_items`.
 
@@ -316,6 +345,7 @@ def supervised_loss(
             result is its mean in nats per token.
         tiling: proved for this model. None: all logits at once.
         router: the forward's `aux_loss` is added times this; 0 leaves it out.
+        by_source: gets the loss of each position, where the batch says which source it is of.
     Returns:
         A scalar, float32 (float64 for a float64 model). Zero with zero gradient where the
         batch has no supervised token, and where all of the step have weight 0.
@@ -334,8 +364,10 @@ def supervised_loss(
         )
     if found is None:
         logits, output = _forward_on(model, unwrapped, inputs, positions)
-        found = summed_loss(logits, wanted, weights), output
-    total, output = found
+        found = *summed_loss(logits, wanted, weights), output
+    total, each, output = found
+    if by_source is not None and each is not None and SOURCES in batch:
+        by_source.add(each, weights, _next(batch[SOURCES], positions))
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()
     loss: torch.Tensor = total / _divisor(num_items)
@@ -362,7 +394,7 @@ def prove_tiling(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> Tilin
     tiled = float(supervised_loss(model, model, batch, tiling=small))
     if abs(whole - tiled) > RELATIVE_TOLERANCE.get(dtype, 1e-6) * max(abs(whole), 1e-6):
         return None
-    return Tiling.of(post, model.config.get_text_config().vocab_size)
+    return Tiling.of(post, model.config.get_text_config().vocab_size, model.device.type)
 
 
 def _divisor(num_items: torch.Tensor | int) -> torch.Tensor | int:

@@ -1,7 +1,7 @@
 """Encoded rows on disk, found again by everything that decides them; never by time or name.
 
-A file is the checksum of the rest (XXH3: against damage, not against forgers), and the rest flat
-arrays behind an index of them as JSON. They are read when they are used; there is no pickle in it.
+A file is an index as JSON, flat arrays, and the checksum of both (XXH3: against damage, not against
+forgers). Arrays are read when they are used; there is no pickle in it.
 What cannot be described exactly (a profile without source code) is not cached.
 """
 
@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.cache_key import (
     NotCacheableError,
     canonical,
@@ -32,7 +33,7 @@ from trainer.data.cache_key import (
     library_versions,
     own_code_hash,
 )
-from trainer.data.file_arrays import FileArray, OpenFile
+from trainer.data.file_arrays import Blocks, FileArray, OpenFile, blocks_of
 from trainer.errors import TrainerError
 from trainer.files import default_cache_dir, remove_quietly, replace_file
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 NO_EFFECT = {
     *("cache", "cache_dir", "cache_max_gib", "encode_processes"),
-    *("shuffle", "group_by_length", "enable_packing"),
+    *("shuffle", "group_by_length", "enable_packing", "mix_probabilities", "mix_epoch"),
 }
 """Options of section `data` that do not change the encoded rows."""
 
@@ -63,7 +64,9 @@ KEY_CHARS = 40
 KEPT_ENTRIES = 8
 """Entries of data files with one name; the one that was longest unused goes first."""
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Array = np.ndarray[Any, Any]
+
+Arrays = Mapping[str, Array | FileArray | Blocks]
 
 FileArrays = dict[str, FileArray]
 
@@ -110,7 +113,7 @@ class CacheEntry:
                 "%s: cannot be written (%s); the next start encodes again", self.path, error
             )
             return False, f"not written: {error.strerror}"
-        more = f"; {removed} older entries removed" if removed else ""
+        more = f"; {counted(removed, 'older entry', 'older entries')} removed" if removed else ""
         return True, f"{note}written to {self.path}{more}"
 
     def load(self) -> FileArrays | None:
@@ -121,11 +124,12 @@ class CacheEntry:
         """
         try:
             with self.path.open("rb") as file:
-                digest = file.read(DIGEST_BYTES)
+                left = os.fstat(file.fileno()).st_size - DIGEST_BYTES
                 found = xxhash.xxh3_128()
-                while block := file.read(READ_BYTES):
+                while left > 0 and (block := file.read(min(READ_BYTES, left))):
                     found.update(block)
-                if found.digest() != digest:
+                    left -= len(block)
+                if found.digest() != file.read():
                     raise DamagedEntryError("its checksum is wrong")
         except FileNotFoundError:
             return None
@@ -160,26 +164,20 @@ class CacheEntry:
             OSError: the folder cannot be written, or the entry alone is larger than `max_bytes`.
         """
         index: dict[str, tuple[str, int, int]] = {}
-        body: list[bytes | memoryview] = []
         offset = 0
         for name, array in arrays.items():
-            index[name] = (array.dtype.str, offset, array.size)
-            padding = -array.nbytes % ALIGNED
-            body += [np.ascontiguousarray(array).view(np.uint8).data, bytes(padding)]
-            offset += array.nbytes + padding
+            kind = np.dtype(array.kind if isinstance(array, Blocks) else array.dtype)
+            index[name] = (kind.str, offset, len(array))
+            offset += _aligned(len(array) * kind.itemsize)
         head = json.dumps({"about": dict(about or {}), "arrays": index}).encode()
-        head += b" " * (-(DIGEST_BYTES + LENGTH_BYTES + len(head)) % ALIGNED)
-        pieces = [len(head).to_bytes(LENGTH_BYTES, "little"), head, *body]
-        size = DIGEST_BYTES + sum(map(len, pieces))
+        head += b" " * (-(LENGTH_BYTES + len(head)) % ALIGNED)
+        size = LENGTH_BYTES + len(head) + offset + DIGEST_BYTES
         if self.max_bytes is not None and size > self.max_bytes:
             raise OSError(errno.EFBIG, f"{size / 2**30:.3g} GiB, data.cache_max_gib is less")
-        digest = xxhash.xxh3_128()
-        for piece in pieces:
-            digest.update(piece)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Machines that share the folder have processes with the same number.
         tag = secrets.token_hex(4)
-        replace_file(self.path, [digest.digest(), *pieces], tag=tag, is_synced=True)
+        replace_file(self.path, _content(head, arrays), tag=tag, is_synced=True)
         return self._forget_oldest()
 
     def _forget_oldest(self) -> int:
@@ -212,14 +210,37 @@ class CacheEntry:
         return removed
 
 
+def _aligned(size: int) -> int:
+    return size + -size % ALIGNED
+
+
+def _content(head: bytes, arrays: Arrays) -> Iterator[bytes | memoryview]:
+    """The bytes of a file in order, the checksum last."""
+    digest = xxhash.xxh3_128()
+    for piece in _body(head, arrays):
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
+
+
+def _body(head: bytes, arrays: Arrays) -> Iterator[bytes | memoryview]:
+    yield len(head).to_bytes(LENGTH_BYTES, "little")
+    yield head
+    for array in arrays.values():
+        size = 0
+        for block in blocks_of(array):
+            size += block.nbytes
+            yield np.ascontiguousarray(block).view(np.uint8).data
+        yield bytes(_aligned(size) - size)
+
+
 def _index_of(file: OpenFile) -> tuple[dict[str, Any], int]:
     """What a file says of its arrays, and where they begin."""
-    begin = DIGEST_BYTES + LENGTH_BYTES
-    size = int.from_bytes(file.read(DIGEST_BYTES, LENGTH_BYTES), "little")
+    size = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
     if size > MAX_INDEX_BYTES:
         raise ValueError("no index of arrays")
-    index: dict[str, Any] = json.loads(file.read(begin, size))
-    return index, begin + size
+    index: dict[str, Any] = json.loads(file.read(LENGTH_BYTES, size))
+    return index, LENGTH_BYTES + size
 
 
 def about_entry(path: Path) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import marked_text
 from trainer.data.encode import RowEncoder
-from trainer.data.rows import Row, RowErrors, is_text
-from trainer.data.sources import EncodedRow, Sides, shared_prompts
-from trainer.data.turns import num_openings
+from trainer.data.encoded import EncodedRows, RowReader, Tally
+from trainer.data.mixing import SourceShare
+from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
+from trainer.data.rows import Dropped, RowErrors
+from trainer.data.sides import Sides, is_first, num_rows, shared_prompts
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -62,6 +66,10 @@ class DataCard:
     """What becomes of rows longer than max_length (data.truncation)."""
     num_dropped: int = 0
     """Rows left out because they are longer (data.truncation=drop)."""
+    num_split: int = 0
+    """Texts that are longer and cut into windows (data.truncation=split)."""
+    num_windows: int = 0
+    """Of these."""
     num_stripped: int = 0
     """Rows with text that the chat template leaves out of the tokens."""
     stripped_example: str = ""
@@ -104,6 +112,10 @@ class DataCard:
     """Rows whose turns were located by marks of their own, which takes several renderings."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
+    sources: tuple[SourceShare, ...] = ()
+    """What each source has of the training rows, where there are several."""
+    mix_epoch: str = ""
+    """When an epoch ends, where data.mix_probabilities mixes the sources."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -116,6 +128,13 @@ class DataCard:
     def is_stop_trained(self) -> bool:
         """Whether answers that were not cut off end with a trained stop token."""
         return self.num_without_stop == 0
+
+    @property
+    def num_epoch_tokens(self) -> int:
+        """Tokens of an epoch; in the mean, where sources are mixed by shares."""
+        if not self.mix_epoch:
+            return self.num_tokens
+        return sum(source.num_epoch_tokens for source in self.sources)
 
     @property
     def num_unique_rows(self) -> int:
@@ -137,8 +156,10 @@ class DataCard:
 
 def draw_card(
     section: DataSection,
-    rows: Sequence[Row],
+    rows: EncodedRows,
     sides: Sides,
+    reader: RowReader,
+    tally: Tally,
     *,
     formats: str,
     encoder: RowEncoder,
@@ -146,109 +167,116 @@ def draw_card(
     profile_report: dict[str, int],
     system_prompt: str | None,
     rejected: RowErrors,
-    dropped: Sequence[int],
+    dropped: Dropped,
 ) -> DataCard:
     """Count what is trained, held out, left out and changed.
 
     Args:
         section: format, split and policy.
-        rows: of the training files, those that could not be encoded included.
-        sides: the encoded rows.
+        rows: all encoded rows.
+        sides: which of them are trained and held out.
+        reader: of the rows.
+        tally: what was counted while they were read.
         formats: the layouts that the files have.
         encoder: that encoded the rows.
         profile: that rewrote them.
         profile_report: what it counted meanwhile.
         system_prompt: system turn of rows that bring none.
         rejected: rows that could not be used.
-        dropped: length in tokens of each row that data.truncation=drop left out.
+        dropped: rows that data.truncation=drop left out.
     """
-    used = [*sides.encoded, *sides.held_out]
-    first = sides.train[0].example
-    leaked = [item for item in sides.validation if item.group in sides.trained_groups]
-    shared = shared_prompts(section, sides.encoded) if sides.validation else ()
-    num_removed = sum(item.example.num_removed for item in used)
+    first = int(sides.train[0])
+    leaked = sides.validation[sides.is_trained_too]
+    sizes, first_of = shared_prompts(section, rows) if len(sides.validation) else ((), ())
+    shared = [
+        (int(size), reader.prompt(int(number)))
+        for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
+    ]
+    num_of_training = int(rows.row[rows.num_of_training - 1]) + 1
+    keys = rows.keys[: rows.num_of_training]
     return DataCard(
         dataset_path=section.dataset_path,
         format=formats,
-        template=_trained_words(encoder, rows),
+        template=_trained_words(encoder, tally),
         profile=profile.name,
         profile_report=profile_report,
         system_prompt=system_prompt,
-        num_own_system=num_own_system(rows),
+        num_own_system=tally.num_own_system,
         validation=sides.how,
         mix=sides.mix,
-        num_rows=len(used) + len(rejected.errors) + len(dropped),
-        num_rejected=len(rejected.errors),
-        rejected=dict(rejected.reasons),
+        num_rows=tally.num_used + rejected.count + dropped.num_rows,
+        num_rejected=rejected.count,
+        rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=len(sides.encoded) - len({item.key for item in sides.encoded}),
-        num_leaked=len(leaked),
-        leaked_prompts=tuple(dict.fromkeys(item.example.prompt for item in leaked))[:MAX_NAMED],
-        shared_prompts=shared[:MAX_NAMED],
-        num_shared_prompts=len(shared),
+        num_duplicates=num_of_training - len(np.unique(keys)),
+        num_leaked=num_rows(rows, leaked),
+        leaked_prompts=_different_prompts(reader, leaked),
+        shared_prompts=tuple(shared),
+        num_shared_prompts=len(sizes),
         max_length=encoder.max_length,
         truncation=encoder.truncation,
-        num_dropped=len(dropped),
-        num_cut_tokens=sum(dropped) + num_removed,
+        num_dropped=dropped.num_rows,
+        num_cut_tokens=dropped.num_tokens + int(rows.num_removed.sum(dtype=np.int64)),
         thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
         opening=encoder.template.opening,
-        sample=marked_text(encoder.tokenizer, list(first.input_ids), list(first.labels)),
-        **_row_counts(used),
-        **_token_counts(sides.train, sides.validation),
+        sample=marked_text(encoder.tokenizer, reader.ids(first), reader.labels(first)),
+        num_untrained_turns=tally.num_untrained_turns,
+        num_weighted_turns=tally.num_weighted_turns,
+        num_openings=tally.num_openings,
+        unused_keys=dict(sorted(tally.unused.items())),
+        num_as_text=tally.num_as_text,
+        num_rendered=tally.num_rendered,
+        num_one_by_one=int((rows.flags & BY_SHAPE == 0).sum()),
+        **_token_counts(rows, sides, reader),
     )
 
 
-def num_own_system(rows: Sequence[Row]) -> int:
-    """Rows that bring a system turn of their own."""
-    return sum(row.messages[0]["role"] == "system" for row in rows)
+def _different_prompts(reader: RowReader, numbers: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    """The first MAX_NAMED prompts of some rows, each once."""
+    found: dict[str, None] = {}
+    for number in numbers.tolist():
+        found[reader.prompt(number)] = None
+        if len(found) == MAX_NAMED:
+            break
+    return tuple(found)
 
 
-def _row_counts(kept: list[EncodedRow]) -> dict[str, Any]:
-    """Fields of the data card that tell what the rows bring beside plain turns."""
-    unused: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
-    for item in kept:
-        unused.update(item.row.notes.unused)
-        for turn in item.row.messages:
-            weight = turn.get("weight", 1.0)
-            weights["untrained" if weight == 0 else "weighted"] += weight != 1
-    return {
-        "num_untrained_turns": weights["untrained"],
-        "num_weighted_turns": weights["weighted"],
-        "num_openings": sum(num_openings(item.row.messages) > 0 for item in kept),
-        "unused_keys": dict(sorted(unused.items())),
-        "num_as_text": sum(item.row.notes.num_as_text for item in kept),
-        "num_rendered": sum(item.row.is_rendered for item in kept),
-        "num_one_by_one": sum(not item.example.is_by_shape for item in kept),
-    }
-
-
-def _token_counts(train: list[EncodedRow], validation: list[EncodedRow]) -> dict[str, Any]:
+def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[str, Any]:
     """Fields of the data card that count tokens of what is trained and measured."""
-    examples = [item.example for item in [*train, *validation]]
-    stripped = [example.stripped[0] for example in examples if example.stripped]
+    both = np.concatenate([sides.train, sides.validation])
+    flags, lengths = rows.flags[both], rows.lengths
+    stripped = both[flags & STRIPPED > 0]
     return {
-        "num_train_rows": len(train),
-        "num_validation_rows": len(validation),
-        "num_tokens": sum(len(item.example.input_ids) for item in train),
-        "num_trained_tokens": sum(item.example.num_trained for item in train),
-        "longest_row": max(len(example.input_ids) for example in examples),
-        "num_truncated": sum(example.is_truncated for example in examples),
-        "num_without_stop": sum(not example.ends_with_stop for example in examples),
+        "num_train_rows": num_rows(rows, sides.train),
+        "num_validation_rows": num_rows(rows, sides.validation),
+        **_window_counts(rows, sides),
+        "num_tokens": int(lengths[sides.train].sum(dtype=np.int64)),
+        "num_trained_tokens": int(rows.num_trained[sides.train].sum(dtype=np.int64)),
+        "longest_row": int(lengths[both].max()),
+        "num_truncated": int((flags & TRUNCATED > 0).sum()),
+        "num_without_stop": int((flags & STOPS == 0).sum()),
         "num_stripped": len(stripped),
-        "stripped_example": stripped[0] if stripped else "",
-        "num_thoughts": sum(example.num_thoughts for example in examples),
-        "num_opened": sum(example.is_opened for example in examples),
+        "stripped_example": reader.stripped(int(stripped[0])) if len(stripped) else "",
+        "num_thoughts": int(rows.num_thoughts[both].sum(dtype=np.int64)),
+        "num_opened": int((flags & OPENED > 0).sum()),
     }
 
 
-def _trained_words(encoder: RowEncoder, rows: Sequence[Row]) -> str:
+def _window_counts(rows: EncodedRows, sides: Sides) -> dict[str, int]:
+    """Rows in use that are several examples, and how many."""
+    if is_first(rows).all():
+        return {}
+    used = np.unique(np.concatenate([sides.train, sides.validation]))
+    sizes = np.bincount(rows.row[used])
+    return {"num_split": int((sizes > 1).sum()), "num_windows": int(sizes[sizes > 1].sum())}
+
+
+def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
     """Which tokens are trained, and how they are located."""
-    num_text = sum(is_text(row.messages) for row in rows)
     texts = "every token of plain text and its end-of-text token"
-    if num_text == len(rows):
+    if tally.num_text == tally.num_read:
         return texts
-    return encoder.template.source + (f"; {texts}" if num_text else "")
+    return encoder.template.source + (f"; {texts}" if tally.num_text else "")
 
 
 # ---- the card as people read it
@@ -279,14 +307,23 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"of {card.num_rows:,} read",
     )
     yield "file weights", card.mix
+    yield from _source_lines(card)
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation
     if card.num_duplicates:
-        yield "duplicates", f"{card.num_duplicates:,} rows repeat an earlier one; all are kept"
+        yield (
+            "duplicates",
+            f"{counted(card.num_duplicates, 'row repeats', 'rows repeat')} an earlier one; all "
+            "are kept",
+        )
     if card.shared_prompts:
         count, prompt = card.shared_prompts[0]
         others = card.num_shared_prompts - 1
-        more = f" ({others:,} more prompts are as frequent)" if others else ""
+        more = (
+            f" ({counted(others, 'more prompt is', 'more prompts are')} as frequent)"
+            if others
+            else ""
+        )
         yield (
             "shared",
             f"{count:,} rows have the same prompt, {_short(prompt)}{more}: too many to hold out "
@@ -297,25 +334,53 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         prompts = ", ".join(map(_short, card.leaked_prompts))
         yield (
             "leak",
-            f"{card.num_leaked:,} validation rows have a prompt that training rows have too: "
-            f"{prompts}",
+            f"{counted(card.num_leaked, 'validation row has', 'validation rows have')} a prompt "
+            f"that training rows have too: {prompts}",
         )
+
+
+def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """What each source has of an epoch, where there are several."""
+    num_rows = sum(source.num_epoch_rows for source in card.sources)
+    if card.mix_epoch:
+        end = (
+            "the first source that runs out ends it, the next one goes on in the others"
+            if card.mix_epoch == "first"
+            else "it has every row at least once, and sources that are shorter again"
+        )
+        yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+    for source in card.sources:
+        rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
+        has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
+        if card.mix_epoch:
+            has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
+        share = (
+            f"{100 * rows / max(num_rows, 1):.1f} % of the rows of an epoch, "
+            f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
+        )
+        where = f" ({source.source})" if source.source != source.name else ""
+        yield f"source {source.name}", f"{has}: {share}{where}"
 
 
 def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
+    epoch = f"; about {card.num_epoch_tokens:,} per epoch" if card.mix_epoch else ""
     yield (
         "tokens",
-        f"{card.num_tokens:,} per epoch, {card.num_trained_tokens:,} of them trained "
-        f"({card.trained_pct:.1f} %)",
+        f"{card.num_tokens:,}{'' if epoch else ' per epoch'}, {card.num_trained_tokens:,} of them "
+        f"trained ({card.trained_pct:.1f} %){epoch}",
     )
-    yield "longest row", f"{card.longest_row:,} tokens; at most {card.max_length:,} (max_length)"
+    yield (
+        "longest row",
+        f"{counted(card.longest_row, 'token')}; at most {card.max_length:,} (max_length)",
+    )
     yield "too long", _too_long_text(card)
     if card.num_packs:
         fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
         yield (
             "packing",
-            f"{card.num_packs:,} sequences of up to {card.max_length:,} tokens, {fill:.1f} % full",
+            f"{counted(card.num_packs, 'sequence')} of up to {card.max_length:,} tokens, "
+            f"{fill:.1f} % full",
         )
 
 
@@ -326,53 +391,69 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         "stop token",
         "trained at the end of every answer that is not cut off"
         if card.is_stop_trained
-        else f"NOT trained in {card.num_without_stop:,} rows: the model may not learn to stop",
+        else (
+            f"NOT trained in {counted(card.num_without_stop, 'row')}: the model may not learn "
+            "to stop"
+        ),
     )
     if card.num_thoughts:
-        yield "thoughts", f"{card.num_thoughts:,} answers have one: {card.thoughts}"
+        yield (
+            "thoughts",
+            f"{counted(card.num_thoughts, 'answer has', 'answers have')} one: {card.thoughts}",
+        )
     if card.num_opened:
         yield (
             "prompt",
             f"the chat template ends prompts with {card.opening!r}, which a server will add; "
-            f"{card.num_opened:,} rows lack it, and are trained and previewed without it",
+            f"{counted(card.num_opened, 'row')} without it: trained and previewed as they are",
         )
     if card.num_untrained_turns:
-        yield "untrained", f"{card.num_untrained_turns:,} assistant turns are context only, no loss"
+        yield (
+            "untrained",
+            f"{counted(card.num_untrained_turns, 'assistant turn is', 'assistant turns are')} "
+            "context only, no loss",
+        )
     if card.num_weighted_turns:
         yield (
             "loss weights",
-            f"{card.num_weighted_turns:,} turns or texts have a loss weight other than 0 and 1",
+            f"{counted(card.num_weighted_turns, 'turn or text has', 'turns or texts have')} a "
+            "loss weight other than 0 and 1",
         )
     if card.num_openings:
         yield (
             "openings",
-            f"{card.num_openings:,} rows begin with an assistant turn: context only, and left out "
-            "where the chat template refuses it",
+            f"{counted(card.num_openings, 'row begins', 'rows begin')} with an assistant turn: "
+            "context only, and left out where the chat template refuses it",
         )
     if card.num_one_by_one:
         yield (
             "one by one",
-            f"{card.num_one_by_one:,} rows (calls of tools, or texts that the chat template looks "
-            "into) are rendered several times to locate their answers: same tokens, more time",
+            f"{counted(card.num_one_by_one, 'row')} (calls of tools, or texts that the chat "
+            "template looks into) rendered several times to locate the answers: same tokens, "
+            "more time",
         )
     if card.num_rendered:
         yield (
             "rendered text",
-            f"{card.num_rendered:,} texts with the chat template's control tokens are parsed into "
-            "turns, of which only the answers are trained",
+            f"{counted(card.num_rendered, 'text')} with the chat template's control tokens "
+            "parsed into turns, of which only the answers are trained",
         )
 
 
 def _content_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """What is added to the rows' contents, changed in them, left out of them or not used."""
-    own = f"; {card.num_own_system:,} rows keep their own" if card.num_own_system else ""
+    own = (
+        f"; {counted(card.num_own_system, 'row keeps its', 'rows keep their')} own"
+        if card.num_own_system
+        else ""
+    )
     yield "system prompt", (repr(card.system_prompt) if card.system_prompt else "none") + own
     for what, count in card.profile_report.items():
         yield "profile", f"{count:,} {what}"
     if card.num_stripped:
         yield (
             "stripped",
-            f"the chat template leaves out text of {card.num_stripped:,} rows, such as "
+            f"the chat template leaves out text of {counted(card.num_stripped, 'row')}, such as "
             f"{_short(card.stripped_example)}",
         )
     if card.num_as_text:
@@ -400,20 +481,27 @@ def _short(text: str) -> str:
 
 
 def _too_long_text(card: DataCard) -> str:
-    length, tokens = f"{card.max_length:,}", f"{card.num_cut_tokens:,} tokens"
+    length, tokens = f"{card.max_length:,}", counted(card.num_cut_tokens, "token")
     if card.num_dropped:
         return (
-            f"{card.num_dropped:,} rows of more than {length} tokens left out "
+            f"{counted(card.num_dropped, 'row')} of more than {length} tokens left out "
             f"({tokens}, data.truncation=drop)"
+        )
+    if card.num_split:
+        return (
+            f"{card.num_split:,} texts cut into {card.num_windows:,} windows of up to {length} "
+            "tokens; each token is trained once (data.truncation=split)"
         )
     if not card.num_truncated:
         return "none"
     end = "last" if card.truncation == "keep_end" else "first"
-    return f"{card.num_truncated:,} rows cut to their {end} {length} tokens ({tokens} removed)"
+    return (
+        f"{counted(card.num_truncated, 'row')} cut to the {end} {length} tokens ({tokens} removed)"
+    )
 
 
 def _rejected_text(card: DataCard) -> str:
     if not card.num_rejected:
         return "none"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
-    return f"{card.num_rejected:,} rows: {reasons}"
+    return f"{counted(card.num_rejected, 'row')}: {reasons}"

@@ -1,39 +1,39 @@
-"""`prepare_data`: the rows of a run, from the cache or read, split and encoded, and packed."""
+"""`prepare_data`: the rows of a run, from the cache or read, encoded and split, and packed."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import EncodedDataset, PackedDataset
-from trainer.data.cache import Arrays, FileArrays, entry_of
-from trainer.data.card import DataCard, draw_card, num_own_system
+from trainer.data.cache import entry_of
+from trainer.data.card import DataCard, draw_card
 from trainer.data.encode import RowEncoder
-from trainer.data.encode_processes import prepare_rows
+from trainer.data.encoded import EncodedRows, RowReader, Tally
+from trainer.data.file_arrays import Blocks, FileArray, blocks_of
 from trainer.data.preparer import Preparer
-from trainer.data.rendered import check_markers_used, read_back
-from trainer.data.rows import PreviewRequest, Row, RowErrors, RowTooLongError, is_text
-from trainer.data.sources import (
-    EncodedRow,
-    Sides,
-    Source,
-    find_sources,
-    first_prompts,
-    read_sources,
-    split_rows,
-    trained_groups,
-    weigh_rows,
-)
+from trainer.data.reading import Reading
+from trainer.data.rows import PreviewRequest
+from trainer.data.sides import Sides, first_prompts, part_rows
+from trainer.data.sources import Source, find_sources
+from trainer.data.spool import Spool, rows_in_blocks
 from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, get_profile
+
+Array = np.ndarray[Any, Any]
+
+AnyArray = Array | FileArray
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class _Texts:
     system_prompt: str | None
     file_hashes: dict[str, str]
     """sha256 of each data file."""
+    source_names: tuple[str, ...]
+    """As `data.dataset_path` names them."""
+    validation_names: tuple[str, ...]
+    """The same of the sources of held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class RunData(_Texts):
     validation: EncodedDataset | None
     train_texts: TrainTexts
     """(prompt, golden answer) of each training row."""
+    train_sources: Array
+    """Of each row in `train`, before any packing: which of `source_names` it is from."""
+    validation_sources: Array
+    """The same of each row in `validation`, and `validation_names`."""
     encoder: RowEncoder
 
 
@@ -119,31 +127,21 @@ def prepare_data(
         arrays, note = entry.read()
         if arrays is not None:
             return _with_note(_from_arrays(arrays, encoder), note)
-    with _rows_unscanned():
-        data = encode_data(section, sources, held_out, **options)
+    texts, arrays_of_rows = encode_rows(section, sources, held_out, **options)
     if entry is not None:
         # A file that was written to meanwhile must not be kept under its earlier content.
-        is_same = data.file_hashes == hashes
-        changed = "not written: a file changed while read"
+        is_same = texts.file_hashes == hashes
         is_written, note = (
-            entry.write(_as_arrays(data), note, _about(data.card)) if is_same else (False, changed)
+            entry.write(arrays_of_rows, note, _about(texts.card))
+            if is_same
+            else (False, "not written: a file changed while read")
         )
-        if is_written:  # from here on the rows are in the file, and no longer in memory
+        if is_written:
             with contextlib.suppress(OSError):  # another run removed it already
-                data = _from_arrays(entry.arrays(), encoder)
-    return _with_note(data, note)
-
-
-@contextlib.contextmanager
-def _rows_unscanned() -> Iterator[None]:
-    """Rows pile up, and none of them is garbage: looking through all of them again and again would
-    take a fifth of the time."""
-    young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, 2**30)
-    try:
-        yield
-    finally:
-        gc.set_threshold(young, middle, old)
+                arrays = entry.arrays()
+                del arrays_of_rows  # and with it what was kept of the rows while they were read
+                return _with_note(_from_arrays(arrays, encoder), note)
+    return _with_note(_from_arrays(_kept(arrays_of_rows), encoder), note)
 
 
 def _with_note(data: RunData, note: str) -> RunData:
@@ -154,18 +152,19 @@ def _with_note(data: RunData, note: str) -> RunData:
 def pack_training_rows(data: RunData) -> RunData:
     """The same data with its training rows packed; a pack goes by its first row's text."""
     packed = PackedDataset(data.train, data.encoder.max_length)
+    first = [pack[0] for pack in packed.packs]
     return replace(
         data,
         train=packed,
-        train_texts=data.train_texts.of([pack[0] for pack in packed.packs]),
+        train_texts=data.train_texts.of(first),
         card=replace(data.card, num_packs=len(packed.packs)),
     )
 
 
-# ---- reading, splitting and encoding
+# ---- reading, encoding and splitting
 
 
-def encode_data(
+def encode_rows(
     section: DataSection,
     sources: list[Source],
     validation_sources: list[Source],
@@ -179,147 +178,66 @@ def encode_data(
     num_final: int = 0,
     num_score: int = 0,
     with_columns: bool = False,
-) -> RunData:
+) -> tuple[_Texts, dict[str, Array | Blocks]]:
     """Read the sources and encode every row; the rest is as in `prepare_data`.
 
     Args:
         sources: of the training rows.
         validation_sources: of `data.validation_path`; empty: some training rows are held out.
+    Returns:
+        What is said of the rows, and all that a cache entry holds, which is made when it is read.
     """
-    errors = RowErrors(section.on_bad_row, section.max_bad_rows)
-    rows, validation_rows, formats = _read(
-        section, sources, validation_sources, encoder, errors, with_columns=with_columns
-    )
-    _check_fit(section.dataset_path, rows, profile, is_prompt_configured=is_prompt_configured)
     preparer = Preparer(profile, encoder, system_prompt, seed)
-    dropped: list[int] = []
-    encoded, held_out = _encoded(section, [rows, validation_rows], preparer, errors, dropped)
+    reading = Reading(section, preparer, with_columns=with_columns)
+    reading.read(sources, validation_sources)
+    _check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
+    errors = reading.errors()
     errors.raise_if_strict()
-    sides = _sides(section, sources, encoded, held_out, seed=seed)
+    rows = reading.store.finish()
+    sides = part_rows(section, sources, rows, seed)
     if sides is None:
         raise DataError(
-            f"{section.dataset_path}: nothing to train: {len(errors.errors)} rows were rejected "
-            f"({'; '.join(errors.errors[:3])}), {len(dropped)} are longer than "
+            f"{section.dataset_path}: nothing to train: {counted(errors.count, 'row')} rejected "
+            f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
-    _check_thoughts(section, [*encoded, *held_out])
+    _check_thoughts(section, rows)
+    reader = RowReader(rows)
     card = draw_card(
         section,
         rows,
         sides,
-        formats=formats,
+        reader,
+        reading.tally,
+        formats=reading.formats,
         encoder=encoder,
         profile=profile,
         profile_report=preparer.report(),
         system_prompt=system_prompt,
         rejected=errors,
-        dropped=dropped,
+        dropped=reading.dropped,
     )
-    train = [item.example for item in sides.train]
-    validation = [item.example for item in sides.validation]
+
+    def prompts(count: int) -> tuple[PreviewRequest, ...]:
+        return first_prompts(rows, sides, reader, count, encoder.sayer)
+
     files = [*sources, *validation_sources]
-    dataset = EncodedDataset(train)
-    return RunData(
-        train=dataset,
-        validation=EncodedDataset(validation) if validation else None,
-        preview_prompts=_prompts(sides, num_preview),
-        final_prompts=_prompts(sides, num_final),
-        score_prompts=_prompts(sides, num_preview + num_score)[num_preview:] if num_score else (),
-        train_texts=TrainTexts.from_examples(train, dataset, encoder),
+    texts = _Texts(
+        preview_prompts=prompts(num_preview),
+        final_prompts=prompts(num_final),
+        score_prompts=prompts(num_preview + num_score)[num_preview:] if num_score else (),
         card=card,
-        encoder=encoder,
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},
+        source_names=tuple(source.name for source in sources),
+        validation_names=tuple(source.name for source in validation_sources or sources),
     )
+    return texts, _as_arrays(texts, rows, sides)
 
 
-def _read(
-    section: DataSection,
-    sources: list[Source],
-    validation_sources: list[Source],
-    encoder: RowEncoder,
-    errors: RowErrors,
-    *,
-    with_columns: bool,
-) -> tuple[list[Row], list[Row], str]:
-    """Rows to train, rows of the validation files, and the layouts of the former."""
-    kept = {"with_columns": with_columns}
-    rows, formats = read_sources(sources, section, errors, max_rows=section.max_rows, **kept)
-    held_out, _ = read_sources(validation_sources, section, errors, max_rows=None, **kept)
-    rows = read_back(rows, encoder, errors, section.text_markers)
-    held_out = read_back(held_out, encoder, errors, section.text_markers)
-    check_markers_used([*rows, *held_out], section.text_markers)
-    return rows, held_out, formats
-
-
-def _encoded(
-    section: DataSection,
-    sides: list[list[Row]],
-    preparer: Preparer,
-    errors: RowErrors,
-    dropped: list[int],
-) -> list[list[EncodedRow]]:
-    """The usable rows of each side, encoded.
-
-    Args:
-        errors: receives the rows that cannot be used.
-        dropped: receives the length in tokens of each row that is dropped for its length.
-    """
-    rows = [(row.index, row.messages) for side in sides for row in side]
-    outcomes = iter(prepare_rows(preparer, rows, section.encode_processes))
-    encoded = []
-    for side in sides:
-        found = [(row, next(outcomes)) for row in side]
-        for is_profiles in (True, False):
-            for row, outcome in found:
-                error = outcome.error
-                if error is None or outcome.is_profiles != is_profiles:
-                    continue
-                if isinstance(error, RowTooLongError):
-                    dropped.append(error.num_tokens)
-                else:
-                    errors.add(row.where, str(error), error.reason)
-        encoded.append(
-            [
-                EncodedRow(row, outcome.key, outcome.example, outcome.group)
-                for row, outcome in found
-                if outcome.example is not None
-            ]
-        )
-    return encoded
-
-
-def _sides(
-    section: DataSection,
-    sources: list[Source],
-    encoded: list[EncodedRow],
-    held_out: list[EncodedRow],
-    *,
-    seed: int,
-) -> Sides | None:
-    """Hold rows out and repeat the others; None where no row is left to train."""
-    train, validation, how = split_rows(section, encoded, held_out, seed)
-    if not train:
-        return None
-    mixed, mix = weigh_rows(sources, train)
-    return Sides(encoded, held_out, mixed, validation, how, mix, trained_groups(validation, train))
-
-
-def _prompts(sides: Sides, count: int) -> tuple[PreviewRequest, ...]:
-    """Prompts of held-out rows, or of training rows where none are held out; always the same."""
-    items = sorted(sides.validation or sides.train, key=lambda item: (item.group, item.key))
-    return first_prompts(
-        items,
-        count,
-        bool(sides.validation),
-        trained=frozenset(item.group for item in sides.train),
-        also_trained=sides.trained_groups,
-    )
-
-
-def _check_thoughts(section: DataSection, encoded: list[EncodedRow]) -> None:
+def _check_thoughts(section: DataSection, rows: EncodedRows) -> None:
     """Refuse data.train_on_thinking=false where no row has a thought."""
-    if not section.train_on_thinking and not any(item.example.num_thoughts for item in encoded):
+    if not section.train_on_thinking and not rows.num_thoughts.any():
         raise ConfigError(
             f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
             "in its tokens; remove the option."
@@ -327,11 +245,17 @@ def _check_thoughts(section: DataSection, encoded: list[EncodedRow]) -> None:
 
 
 def _check_fit(
-    path: str, rows: list[Row], profile: DataProfile, *, is_prompt_configured: bool
+    section: DataSection, tally: Tally, profile: DataProfile, *, is_prompt_configured: bool
 ) -> None:
     """Refuse a system prompt or a profile that these rows would ignore."""
-    num_text = sum(is_text(row.messages) for row in rows)
-    if is_prompt_configured and rows and num_own_system(rows) + num_text == len(rows):
+    path, num_text = section.dataset_path, tally.num_text
+    if section.truncation == "split" and tally.num_read and not num_text:
+        raise ConfigError(
+            f"data.truncation=split cuts plain text, and every row of {path} is a conversation, "
+            "of which a part is none; use keep_start, keep_end, drop or error, or raise "
+            "hyperparams.max_length."
+        )
+    if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
             "which is kept, or is plain text, which has none; remove the system turns or the "
@@ -339,7 +263,8 @@ def _check_fit(
         )
     if num_text and type(profile).transform is not DataProfile.transform:
         raise ConfigError(
-            f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
+            f"profile.name={profile.name!r} rewrites turns, and in {path} "
+            f"{counted(num_text, 'row is', 'rows are')} "
             "plain text, which has none; use the profile plain, or another data.format."
         )
 
@@ -358,16 +283,58 @@ def _about(card: DataCard) -> dict[str, Any]:
     }
 
 
-def _as_arrays(data: RunData) -> Arrays:
-    arrays: dict[str, Any] = {"texts": np.frombuffer(_TEXTS.dump_json(data), dtype=np.uint8)}
-    arrays |= {f"text_{name}": part for name, part in data.train_texts.arrays.items()}
-    for name, dataset in (("train", data.train), ("validation", data.validation)):
-        if dataset is not None:
-            arrays |= {f"{name}_{key}": part for key, part in dataset.as_arrays().items()}
+def _as_arrays(texts: _Texts, rows: EncodedRows, sides: Sides) -> dict[str, Array | Blocks]:
+    """The run's rows as they are kept, each array made while it is written."""
+    train, starts = sides.train, rows.starts("prompts_bytes")
+    prompts = rows.spool.array("prompts", np.uint8)
+    sizes = rows.prompts_bytes[train]
+    arrays: dict[str, Array | Blocks] = {
+        "texts": np.frombuffer(_TEXTS.dump_json(texts), dtype=np.uint8),
+        "text_prompts": Blocks(
+            "u1", int(sizes.sum(dtype=np.int64)), partial(rows_in_blocks, prompts, starts, train)
+        ),
+        "text_starts": np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
+        "text_prompt_lengths": rows.prompt_lengths[train],
+        "text_is_plain_text": rows.is_plain_text()[train],
+        "sources": rows.source[train],
+        "sources_held_out": rows.source[sides.validation],
+        **_dataset_arrays("train", rows, train),
+    }
+    if len(sides.validation):
+        arrays |= _dataset_arrays("validation", rows, sides.validation)
     return arrays
 
 
-def _from_arrays(arrays: FileArrays, encoder: RowEncoder) -> RunData:
+def _dataset_arrays(name: str, rows: EncodedRows, order: Array) -> dict[str, Array | Blocks]:
+    """What `EncodedDataset.from_arrays` takes, of some rows, under names of its own."""
+    lengths = rows.lengths[order]
+    starts, size = rows.starts("lengths"), int(lengths.sum(dtype=np.int64))
+    arrays: dict[str, Array | Blocks] = {
+        f"{name}_starts": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        f"{name}_ids": Blocks("<i4", size, partial(rows_in_blocks, rows.ids(), starts, order)),
+        f"{name}_labels": Blocks(
+            "<i4", size, partial(rows_in_blocks, rows.labels(), starts, order)
+        ),
+    }
+    if rows.num_weights[order].any():
+        arrays[f"{name}_weights"] = Blocks("<f4", size, partial(rows.weights_in_blocks, order))
+    return arrays
+
+
+def _kept(arrays: Mapping[str, Array | Blocks]) -> dict[str, AnyArray]:
+    """The arrays without a cache: in memory, or in nameless files where they are large."""
+    spool = Spool(Path(tempfile.gettempdir()))
+    for name, array in arrays.items():
+        for block in blocks_of(array):
+            spool.append(name, block)
+    kinds = {
+        name: array.kind if isinstance(array, Blocks) else array.dtype
+        for name, array in arrays.items()
+    }
+    return {name: spool.array(name, kind) for name, kind in kinds.items()}
+
+
+def _from_arrays(arrays: Mapping[str, AnyArray], encoder: RowEncoder) -> RunData:
     texts = _TEXTS.validate_json(arrays["texts"][:].tobytes())
 
     def dataset(name: str) -> EncodedDataset:
@@ -385,6 +352,8 @@ def _from_arrays(arrays: FileArrays, encoder: RowEncoder) -> RunData:
             train,
             encoder,
         ),
+        train_sources=np.asarray(arrays["sources"][:]),
+        validation_sources=np.asarray(arrays["sources_held_out"][:]),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )

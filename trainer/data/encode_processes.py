@@ -1,7 +1,7 @@
 """Rows encoded by several processes: the same rows, in the same order, as by one.
 
 The processes are children of the run's own (`trainer.child`): they are handed the encoder and the
-profile, then pieces of rows, and end when the run does, however it does.
+profile, then batches of rows, and end when the run does, however it does.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import os
 import pickle
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import IO, Any
+from typing import IO
 
 from trainer.child import Child, own_lines
-from trainer.data.preparer import Conversation, Outcome, Preparer
-from trainer.data.rows import is_text
+from trainer.data.pieces import Piece, piece_of
+from trainer.data.preparer import Conversation, Preparer
+from trainer.data.rows import Row
 from trainer.errors import ConfigError, TrainerError
-from trainer.profiles import Message
 
 PIECE = 256
 """Rows that are handed over at once."""
 
-MIN_CHARS = 20_000_000
-"""Of the rows' texts; below, processes take longer to start than they save."""
+MIN_BYTES = 20_000_000
+"""Of the files; below, processes take longer to start than they save."""
 
 MAX_PROCESSES = 16
 """Chosen by itself: one process reads the files and takes what the others made."""
@@ -34,67 +34,76 @@ MAX_PROCESSES = 16
 END_TIMEOUT_S = 2.0
 
 
-def num_encoders(configured: int | None, rows: Sequence[Conversation]) -> int:
-    """How many processes encode the rows: as configured, or by cores and texts.
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are encoded at once."""
+
+    rows: list[Row]
+    is_training: bool
+    """They are of the training files, not of the validation files."""
+
+
+Encoded = tuple[Batch, Piece]
+
+
+def num_encoders(configured: int | None, num_bytes: int) -> int:
+    """How many processes encode the rows: as configured, or by cores and files.
 
     Args:
         configured: `data.encode_processes`.
-        rows: all of them.
+        num_bytes: of the rows, about.
     """
     if configured is not None:
         return configured
     # Every process of the run on this machine prepares the rows, and they share its cores.
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = min(len(os.sched_getaffinity(0)) // here, MAX_PROCESSES)
-    if cores < 2:
-        return 1
-    chars = sum(len(turn["content"]) for _, messages in rows for turn in messages)
-    return cores if chars >= MIN_CHARS else 1
+    return cores if cores > 1 and num_bytes >= MIN_BYTES else 1
 
 
-def prepare_rows(
-    preparer: Preparer, rows: Sequence[Conversation], configured: int | None
-) -> list[Outcome]:
-    """What becomes of each row, in order.
+def encode_batches(
+    preparer: Preparer, batches: Iterable[Batch], configured: int | None, num_bytes: int
+) -> Iterator[Encoded]:
+    """What becomes of the rows, in order; no more batches are taken than can be worked on.
 
     Args:
         preparer: what decides it.
-        rows: all of them.
+        batches: the rows.
         configured: `data.encode_processes`.
+        num_bytes: of all of them, about.
     Raises:
         ConfigError: that says several processes, and the profile is one of this process only.
         TrainerError: a process ended that should not.
     """
-    count = num_encoders(configured, rows)
+    count = num_encoders(configured, num_bytes)
     if count < 2:
-        return _by_this_process(preparer, rows)
+        yield from _by_this_process(preparer, batches)
+        return
     try:
         job = pickle.dumps(preparer)
     except Exception as error:  # whatever a profile's own state raises
-        if configured is None:
-            return _by_this_process(preparer, rows)
-        raise _not_handed_over(preparer, configured, str(error)) from error
+        if configured is not None:
+            raise _not_handed_over(preparer, configured, str(error)) from error
+        yield from _by_this_process(preparer, batches)
+        return
     with Encoders(job, count) as encoders:
-        if not encoders.is_ready():
-            if configured is None:
-                return _by_this_process(preparer, rows)
+        if encoders.is_ready():
+            for encoded, counts in encoders.encode(batches):
+                preparer.add_report(counts)
+                yield encoded
+            return
+        if configured is not None:
             raise _not_handed_over(preparer, configured, encoders.problem)
-        pieces = _pieces(rows)
-        outcomes: list[Outcome] = []
-        for piece, (found, counts) in zip(pieces, encoders.encode(pieces), strict=True):
-            preparer.add_report(counts)
-            for (_, messages), outcome in zip(piece, found, strict=True):
-                outcomes.append(_unpacked(outcome, messages, preparer))
-        return outcomes
+    yield from _by_this_process(preparer, batches)
 
 
-def _pieces(rows: Sequence[Conversation]) -> list[Sequence[Conversation]]:
-    return [rows[start : start + PIECE] for start in range(0, len(rows), PIECE)]
+def _by_this_process(preparer: Preparer, batches: Iterable[Batch]) -> Iterator[Encoded]:
+    for batch in batches:
+        yield batch, piece_of(preparer.prepare(_conversations(batch)))
 
 
-def _by_this_process(preparer: Preparer, rows: Sequence[Conversation]) -> list[Outcome]:
-    # What stays of a row is a tenth of what it takes meanwhile.
-    return [outcome for piece in _pieces(rows) for outcome in preparer.prepare(piece)]
+def _conversations(batch: Batch) -> list[Conversation]:
+    return [(row.index, row.messages) for row in batch.rows]
 
 
 def _not_handed_over(preparer: Preparer, count: int | None, why: str) -> ConfigError:
@@ -143,32 +152,37 @@ class Encoders:
             self.problem = self.problem or answer
         return not self.problem
 
-    def encode(
-        self, pieces: Sequence[Sequence[Conversation]]
-    ) -> Iterator[tuple[list[Outcome], dict[str, int]]]:
-        """For each piece its packed outcomes and what the profile counted, in order.
+    def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Encoded, dict[str, int]]]:
+        """For each batch what it became and what the profile counted, in order.
 
         Raises:
             TrainerError: one of them ended.
         """
-        waiting: deque[Future[tuple[list[Outcome], dict[str, int]]]] = deque()
-        for piece in pieces:
-            waiting.append(self._threads.submit(self._encode_piece, piece))
+        waiting: deque[tuple[Batch, Future[tuple[Piece, dict[str, int]]]]] = deque()
+        for batch in batches:
+            waiting.append((batch, self._threads.submit(self._encode, _conversations(batch))))
             if len(waiting) > 2 * len(self.children):
-                yield waiting.popleft().result()
+                yield self._next(waiting)
         while waiting:
-            yield waiting.popleft().result()
+            yield self._next(waiting)
 
-    def _encode_piece(self, piece: Sequence[Conversation]) -> tuple[list[Outcome], dict[str, int]]:
+    def _next(
+        self, waiting: deque[tuple[Batch, Future[tuple[Piece, dict[str, int]]]]]
+    ) -> tuple[Encoded, dict[str, int]]:
+        batch, found = waiting.popleft()
+        piece, counts = found.result()
+        return (batch, piece), counts
+
+    def _encode(self, rows: list[Conversation]) -> tuple[Piece, dict[str, int]]:
         child = self._free.get()
         try:
-            _send(child, pickle.dumps(piece))
+            _send(child, pickle.dumps(rows, pickle.HIGHEST_PROTOCOL))
             answer = pickle.loads(_receive(child))
         finally:
             self._free.put(child)
         if isinstance(answer, BaseException):
             raise answer
-        found: tuple[list[Outcome], dict[str, int]] = answer
+        found: tuple[Piece, dict[str, int]] = answer
         return found
 
     def end(self) -> None:
@@ -211,33 +225,16 @@ def _gone(child: Child) -> TrainerError:
     )
 
 
-# ---- what goes between the processes: nothing that both of them have
-
-
-def _packed(outcome: Outcome) -> Outcome:
-    if outcome.example is None:
-        return outcome
-    # The bound method would bring the whole encoder with it.
-    return replace(outcome, example=replace(outcome.example, say=None))  # type: ignore[arg-type]
-
-
-def _unpacked(outcome: Outcome, messages: list[Message], preparer: Preparer) -> Outcome:
-    if outcome.example is None:
-        return outcome
-    say = preparer.encoder.sayer(is_plain_text=is_text(messages))
-    return replace(outcome, example=replace(outcome.example, say=say))
-
-
 # ---- the other side
 
 
-def _answer(preparer: Preparer, piece: Sequence[Conversation]) -> Any:
+def _answer(preparer: Preparer, rows: list[Conversation]) -> bytes:
     try:
         before = preparer.profile.report()
-        found = [_packed(outcome) for outcome in preparer.prepare(piece)]
+        found = piece_of(preparer.prepare(rows))
         after = preparer.profile.report()
         counts = {what: count - before.get(what, 0) for what, count in after.items()}
-        return pickle.dumps((found, counts))
+        return pickle.dumps((found, counts), pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # the run's own process raises it, as if it had met it
         error.add_note(traceback.format_exc())
         try:

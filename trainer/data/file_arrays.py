@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,24 @@ BLOCK = 2**20
 class OpenFile:
     """A file that is open for as long as an array of it is used, whatever becomes of its name."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         """Open it.
 
+        Args:
+            descriptor: of a file that is open already and has no name; `path` is what it is called
+                in messages.
         Raises:
             OSError: it cannot be opened.
         """
         self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.is_nameless = descriptor is not None
+        self.descriptor = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
         weakref.finalize(self, os.close, self.descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OpenFile, (self.path,)
+        # A nameless file is reached through this process, for as long as it lives.
+        own = Path(f"/proc/{os.getpid()}/fd/{self.descriptor}")
+        return OpenFile, (own if self.is_nameless else self.path,)
 
     def read(self, begin: int, size: int) -> bytes:
         """Bytes from a place on.
@@ -90,7 +97,25 @@ class FileArray:
         return self[:] if dtype is None else self[:].astype(dtype)
 
 
-def blocks_of(array: Array | FileArray) -> Iterator[Array]:
+@dataclass(frozen=True)
+class Blocks:
+    """A flat array that is made while it is written, a bounded part at a time."""
+
+    kind: str
+    """numpy's name of its type."""
+    size: int
+    """In items."""
+    parts: Callable[[], Iterator[Array]]
+    """Its parts in order, from the start at each call."""
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def blocks_of(array: Array | FileArray | Blocks) -> Iterator[Array]:
     """All of an array, a bounded part at a time."""
+    if isinstance(array, Blocks):
+        yield from array.parts()
+        return
     for start in range(0, len(array), BLOCK):
         yield array[start : start + BLOCK]

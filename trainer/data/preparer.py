@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from array import array
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from trainer.data.encode import RowEncoder
 from trainer.data.layouts import check_text_row
 from trainer.data.rows import BadRowError, Example, is_text
-from trainer.data.sources import content_key
 from trainer.data.tools import tool_names, tools_of
 from trainer.data.turns import assistant_turns, check_messages
 from trainer.profiles import DataProfile, Message
@@ -20,9 +20,9 @@ Conversation = tuple[int, list[Message]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row: an example with its keys, or an error."""
+    """What became of one row: its examples with their keys, or an error."""
 
-    example: Example | None = None
+    examples: tuple[Example, ...] = ()
     key: str = ""
     """Hash of the row's content."""
     group: str = ""
@@ -72,7 +72,7 @@ class Preparer:
             if isinstance(result, BadRowError):
                 outcomes.append(Outcome(error=result))
             else:
-                outcomes.append(Outcome(compact(result), *self._keys(messages)))
+                outcomes.append(Outcome((result, *result.rest), *self._keys(messages)))
         return outcomes
 
     def report(self) -> dict[str, int]:
@@ -119,6 +119,8 @@ class Preparer:
                 turn["reasoning_content"] = self.profile.clean(turn["reasoning_content"])
         if is_text(clean):
             return [turn for turn in clean if check_text_row(turn["content"])]
+        if type(self.profile).transform is DataProfile.transform:
+            return with_system_prompt(check_messages(clean), self.system_prompt)
         turns = self.profile.transform(clean, index=index, seed=self.seed)
         if _called(turns) != _called(messages):
             raise BadRowError("tool calls were lost or changed", "tool calls lost")
@@ -136,11 +138,10 @@ class Preparer:
         return with_system_prompt(check_messages(turns), self.system_prompt)
 
 
-def compact(example: Example) -> Example:
-    """The example with its ids as 4 bytes each; as lists they take ten times as many."""
-    return replace(
-        example, input_ids=array("i", example.input_ids), labels=array("i", example.labels)
-    )
+def content_key(messages: list[Message], seed: int) -> str:
+    """A hash of a row's content and the seed, hex; equal rows have equal keys."""
+    content = json.dumps(messages, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(f"{seed}\n{content}".encode()).hexdigest()
 
 
 def _called(messages: list[Message]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
     """
     row = _spelled(template, row)
     is_thinking = thinks_last(row)
-    text, generated = template.text_and_markers(row, thinking=is_thinking)
+    [(text, generated)] = template.texts_and_markers([row], thinking=is_thinking)
     if has_marks(text):
         raise BadRowError(
             "row holds characters above U+108000 (private use), which are used internally; "
@@ -216,8 +217,8 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>"
 
 
 def read_back(
-    rows: list[Row], encoder: RowEncoder, errors: RowErrors, text_markers: str
-) -> list[Row]:
+    rows: Iterable[Row], encoder: RowEncoder, errors: RowErrors, text_markers: str
+) -> Iterator[Row]:
     """Rows of text that hold control tokens, as `data.text_markers` says; others as they are.
 
     Args:
@@ -225,34 +226,36 @@ def read_back(
         text_markers: `turns` or `tokens`.
     """
     reader: TemplateReader | None = None
-    result = []
     for row in rows:
         found = encoder.control_token(row.messages[0]["content"]) if is_text(row.messages) else None
         if found is None:
-            result.append(row)
+            yield row
             continue
         if text_markers == "tokens":
             turn = row.messages[0].copy()
             turn["role"] = MARKED_ROLE
             if ends_with_token(encoder, turn["content"]):  # no line end between it and end-of-text
                 turn["content"] = turn["content"].rstrip()
-            result.append(replace(row, messages=[turn]))
+            yield replace(row, messages=[turn])
             continue
         reader = reader or TemplateReader(encoder)
         try:
-            result.append(_as_turns(row, reader, found))
+            turns = _as_turns(row, reader, found)
         except BadRowError as error:
             errors.add(row.where, str(error), error.reason)
-    return result
+            continue
+        yield turns
 
 
-def check_markers_used(rows: list[Row], text_markers: str) -> None:
+def check_markers_used(num_marked: int, text_markers: str) -> None:
     """Refuse the option where no row has what it speaks of.
 
+    Args:
+        num_marked: texts that hold a control token.
     Raises:
-        ConfigError: `data.text_markers=tokens` and no text holds a control token.
+        ConfigError: `data.text_markers=tokens` and there is none.
     """
-    if text_markers == "tokens" and not any(row.messages[0]["role"] == MARKED_ROLE for row in rows):
+    if text_markers == "tokens" and not num_marked:
         raise ConfigError(
             "data.text_markers=tokens is set, but no row of format 'text' holds a control token "
             "of this model; remove the option."

@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,7 +44,7 @@ def to_rows(
     first_index: int = 0,
     source: int = 0,
     with_columns: bool = False,
-) -> tuple[list[Row], str]:
+) -> Generator[Row, None, str]:
     """Turn the raw rows of one file into messages.
 
     Args:
@@ -57,13 +57,14 @@ def to_rows(
         first_index: index of the first row.
         source: which of the run's files this is.
         with_columns: keep all that the file says of a row.
+    Yields:
+        The rows in file order.
     Returns:
-        The rows in file order and the name of their format.
+        The name of their format.
     Raises:
         DataError: the file has no row, or none of a known format.
     """
-    rows: list[Row] = []
-    strange: list[str] = []
+    first_strange, num_strange = "", 0
     known = None if format_name == "auto" else format_name
     count = 0
     for index, (where, parsed) in enumerate(raw, start=first_index):
@@ -77,19 +78,20 @@ def to_rows(
             row, known = under_format(_as_object(parsed), columns or {}, known, is_found=is_found)
             notes = RowNotes()
             messages = messages_of(row, known, notes)
-            kept = parsed if with_columns else {}
-            rows.append(Row(where, index, messages, source, notes, columns=kept))
         except BadRowError as error:
             errors.add(where, str(error), error.reason)
             if error.reason == NO_FORMAT:
-                strange.append(f"{where}: {error}")
+                first_strange, num_strange = first_strange or f"{where}: {error}", num_strange + 1
+            continue
+        kept = parsed if with_columns else {}
+        yield Row(where, index, messages, source, notes, columns=kept)
     if count == 0:
         raise DataError(f"{name}: the file is empty. Give a file with at least one row.")
-    if known is None and count == len(strange) > 1:
+    if known is None and count == num_strange > 1:
         raise DataError(
-            f"{strange[0]}. None of the file's {count:,} rows has the keys of a known format."
+            f"{first_strange}. None of the file's {count:,} rows has the keys of a known format."
         )
-    return rows, known or format_name
+    return known or format_name
 
 
 def _as_object(parsed: Any) -> dict[str, Any]:

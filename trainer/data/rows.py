@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, MutableSequence, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    MutableSequence,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from trainer.counts import counted
 from trainer.errors import DataError
 from trainer.profiles import Message
 
@@ -64,21 +72,35 @@ TOO_LONG = ("longer than max_length", "no trained token within max_length")
 
 
 @dataclass
+class _Reason:
+    """Bad rows of one kind."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RowErrors:
-    """Rows that could not be used, and why."""
+    """Rows that could not be used, and why: all are counted, and the first are kept."""
 
     policy: str
     """`strict` or `skip` (data.on_bad_row)."""
     max_bad_rows: int | None = None
     """More bad rows than this stop the run under `skip` too."""
     errors: list[str] = field(default_factory=list)
-    by_reason: dict[str, list[str]] = field(default_factory=dict)
-    """The same by the short name of what is wrong."""
+    """The first MAX_ERRORS_SHOWN."""
+    by_reason: dict[str, _Reason] = field(default_factory=dict)
+    """By the short name of what is wrong."""
 
     @property
     def reasons(self) -> dict[str, int]:
         """How many rows each reason has."""
-        return {reason: len(errors) for reason, errors in self.by_reason.items()}
+        return {reason: found.count for reason, found in self.by_reason.items()}
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return sum(self.reasons.values())
 
     @property
     def num_bad(self) -> int:
@@ -87,8 +109,20 @@ class RowErrors:
 
     def add(self, where: str, message: str, reason: str) -> None:
         """Note one bad row."""
-        self.errors.append(f"{where}: {message}")
-        self.by_reason.setdefault(reason, []).append(self.errors[-1])
+        self._add(reason, 1, [f"{where}: {message}"])
+        self.errors = [*self.errors, f"{where}: {message}"][:MAX_ERRORS_SHOWN]
+
+    def add_all(self, others: Iterable[RowErrors]) -> None:
+        """Note what others have noted, one after the other."""
+        for other in others:
+            for reason, found in other.by_reason.items():
+                self._add(reason, found.count, found.first)
+            self.errors = [*self.errors, *other.errors][:MAX_ERRORS_SHOWN]
+
+    def _add(self, reason: str, count: int, first: list[str]) -> None:
+        found = self.by_reason.setdefault(reason, _Reason())
+        found.count += count
+        found.first += first[: MAX_ERRORS_SHOWN - len(found.first)]
 
     def raise_if_strict(self) -> None:
         """Stop with the first 20 errors when the policy says so.
@@ -98,10 +132,10 @@ class RowErrors:
                 `max_bad_rows`.
         """
         if self.policy == "strict":
-            if self.errors:
-                num_long = len(self.errors) - self.num_bad
-                kinds = [f"{self.num_bad} bad rows"] if self.num_bad else []
-                kinds += [f"{num_long} rows too long for training"] if num_long else []
+            if self.count:
+                num_long = self.count - self.num_bad
+                kinds = [counted(self.num_bad, "bad row")] if self.num_bad else []
+                kinds += [f"{counted(num_long, 'row')} too long for training"] if num_long else []
                 advice = []
                 if num_long:
                     advice.append(
@@ -116,7 +150,7 @@ class RowErrors:
                 raise DataError(f"{' and '.join(kinds)}:{self._shown()}\n{' '.join(advice)}")
         elif self.max_bad_rows is not None and self.num_bad > self.max_bad_rows:
             raise DataError(
-                f"{self.num_bad} bad rows, data.max_bad_rows={self.max_bad_rows}:"
+                f"{counted(self.num_bad, 'bad row')}, data.max_bad_rows={self.max_bad_rows}:"
                 f"{self._shown()}\nFix them, or raise data.max_bad_rows."
             )
 
@@ -124,14 +158,22 @@ class RowErrors:
         """Rows of one reason together, each reason with its share of the lines."""
         shown = ""
         most = max(MAX_ERRORS_SHOWN // max(len(self.by_reason), 1), 1)
-        for reason, errors in self.by_reason.items():
-            is_group = len(errors) > 1
-            shown += f"\n  {len(errors)} rows: {reason}" if is_group else ""
+        for reason, found in self.by_reason.items():
+            is_group = found.count > 1
+            shown += f"\n  {found.count} rows: {reason}" if is_group else ""
             indent = "    " if is_group else "  "
-            shown += "".join(f"\n{indent}{error}" for error in errors[:most])
-            more = len(errors) - most
+            shown += "".join(f"\n{indent}{error}" for error in found.first[:most])
+            more = found.count - min(most, len(found.first))
             shown += f"\n{indent}... and {more} more" if more > 0 else ""
         return shown
+
+
+@dataclass
+class Dropped:
+    """Rows that data.truncation=drop left out."""
+
+    num_rows: int = 0
+    num_tokens: int = 0
 
 
 class BadRowError(ValueError):
@@ -155,7 +197,7 @@ class RowTooLongError(BadRowError):
     """A row is left out because data.truncation=drop says so; counted, never an error."""
 
     def __init__(self, num_tokens: int) -> None:
-        super().__init__(f"{num_tokens} tokens, dropped", "longer than max_length")
+        super().__init__(f"{counted(num_tokens, 'token')}, dropped", "longer than max_length")
         self.num_tokens = num_tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -168,7 +210,8 @@ def cut(
     """Shorten one row to `max_length` tokens.
 
     Args:
-        how: `keep_start`, `keep_end`, `drop` or `error`.
+        how: `keep_start`, `keep_end`, `drop` or `error`; `split` is an error too, as it is
+            of plain text alone, which is cut elsewhere.
     Returns:
         ids and labels, both at most `max_length` long, with at least one trained token.
     Raises:
@@ -178,9 +221,18 @@ def cut(
     if len(ids) > max_length:
         if how == "drop":
             raise RowTooLongError(len(ids))
+        if how == "split":
+            raise BadRowError(
+                f"the conversation has {len(ids)} tokens and hyperparams.max_length is "
+                f"{max_length}; data.truncation=split cuts plain text only, as the part of a "
+                "conversation is none: raise max_length, or let data.truncation be drop, "
+                "keep_start or keep_end",
+                "longer than max_length",
+            )
         if how == "error":
             raise BadRowError(
-                f"the row has {len(ids)} tokens and hyperparams.max_length is {max_length}; raise "
+                f"the row has {counted(len(ids), 'token')} and hyperparams.max_length is "
+                f"{max_length}; raise "
                 "it, or let data.truncation drop or cut such rows",
                 "longer than max_length",
             )
@@ -191,8 +243,8 @@ def cut(
     if kept.count(IGNORE_INDEX) == len(kept):
         first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
         raise BadRowError(
-            f"nothing to train is left: the row has {len(ids)} tokens, its answer begins at "
-            f"token {first + 1}, and hyperparams.max_length is {max_length}",
+            f"nothing to train is left: the row has {counted(len(ids), 'token')}, its answer "
+            f"begins at token {first + 1}, and hyperparams.max_length is {max_length}",
             "no trained token within max_length",
         )
     return ids[begin : begin + max_length], kept
@@ -247,6 +299,9 @@ class Example:
     weights: list[float] | None = None
     """How much each token of `labels` counts in the loss, as long as input_ids; None: each trained
     token counts 1. A token with label IGNORE_INDEX has weight 0, every other one more than 0."""
+
+    rest: tuple[Example, ...] = ()
+    """The further windows of a plain text that data.truncation=split cuts."""
 
     is_by_shape: bool = True
     """Its turns were located by what rows of its shape have in common, not by marks of its own."""

@@ -10,7 +10,7 @@ import numpy as np
 from trainer.data.batches import EncodedDataset
 from trainer.data.encode import RowEncoder
 from trainer.data.file_arrays import FileArray
-from trainer.data.rows import Example, golden_ids
+from trainer.data.rows import golden_ids
 
 Arrays = Mapping[str, np.ndarray[Any, Any] | FileArray]
 
@@ -28,7 +28,7 @@ class TrainTexts:
         encoder: RowEncoder,
         order: Sequence[int] | None = None,
     ) -> None:
-        """Take what `from_examples` made, or the same from the cache.
+        """Take what is known of the rows.
 
         Args:
             arrays: `prompts` (UTF-8, end to end), `starts` (rows + 1), `prompt_lengths` (tokens
@@ -39,22 +39,6 @@ class TrainTexts:
         """
         self.arrays, self.rows, self.encoder = arrays, rows, encoder
         self.order = range(len(rows)) if order is None else order
-
-    @classmethod
-    def from_examples(
-        cls, examples: Sequence[Example], rows: EncodedDataset, encoder: RowEncoder
-    ) -> TrainTexts:
-        """The texts of examples, which are the rows."""
-        prompts = [example.prompt.encode() for example in examples]
-        lengths = [example.prompt_length for example in examples]
-        arrays: Arrays = {
-            "prompts": np.frombuffer(b"".join(prompts), dtype=np.uint8),
-            "starts": np.concatenate([[0], np.cumsum(list(map(len, prompts)))]).astype(np.int64),
-            "prompt_lengths": np.asarray(lengths, dtype=np.int32),
-            # A conversation has turns before its answer.
-            "is_plain_text": np.asarray([not example.conversation for example in examples]),
-        }
-        return cls(arrays, rows, encoder)
 
     def of(self, order: Sequence[int]) -> TrainTexts:
         """The texts of some of the rows."""

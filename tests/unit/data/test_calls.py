@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.data.encode import RowEncoder
 from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import IGNORE_INDEX, BadRowError, RowErrors
@@ -134,7 +135,7 @@ def test_a_function_call_of_sharegpt_is_spelled_alike(
         {"from": "function_call", "value": json.dumps(value)},
     ]
     path = write_rows([{"conversations": turns}])
-    [row], _ = to_rows(raw_rows(path), str(path), "auto", RowErrors("strict"), None)
+    [row], _ = collected(to_rows(raw_rows(path), str(path), "auto", RowErrors("strict"), None))
     tokenizer = make_tokenizer(shipped("qwen2_5"))
     text = trained_text(tokenizer, RowEncoder(tokenizer, 512).encode(row.messages).labels)
     assert '"arguments": {"city": "Oslo", "n": 1.0}}' in text

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
 
@@ -14,7 +15,7 @@ Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 def read(row: dict[str, Any]) -> tuple[list[Row], list[str]]:
     errors = RowErrors("skip")
-    rows, _ = to_rows([("f:1", row)], "f", "auto", errors, None)
+    rows, _ = collected(to_rows([("f:1", row)], "f", "auto", errors, None))
     return rows, errors.errors
 
 

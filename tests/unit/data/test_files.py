@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.data import row_files
 from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import Row, RowErrors
@@ -22,7 +23,7 @@ GOOD = json.dumps(ROWS[0]).encode()
 
 def read(path: Path, policy: str = "strict") -> tuple[list[Row], RowErrors]:
     errors = RowErrors(policy)
-    rows, _ = to_rows(raw_rows(path), str(path), "auto", errors, None)
+    rows, _ = collected(to_rows(raw_rows(path), str(path), "auto", errors, None))
     return rows, errors
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
 
@@ -16,7 +17,7 @@ FLAGS = ["train", "trainable", "training", "loss", "loss_mask", "weight"]
 
 def read(row: dict[str, Any]) -> tuple[list[Row], list[str]]:
     errors = RowErrors("skip")
-    rows, _ = to_rows([("f:1", row)], "f", "auto", errors, None)
+    rows, _ = collected(to_rows([("f:1", row)], "f", "auto", errors, None))
     return rows, errors.errors
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import RowErrors
 from trainer.errors import DataError
@@ -20,7 +21,7 @@ AS_MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content"
 def read(path: Path, policy: str = "strict", **options: Any) -> tuple[list[Any], str, RowErrors]:
     errors = RowErrors(policy)
     format_name, max_rows = options.get("format_name", "auto"), options.get("max_rows")
-    rows, name = to_rows(raw_rows(path), str(path), format_name, errors, max_rows)
+    rows, name = collected(to_rows(raw_rows(path), str(path), format_name, errors, max_rows))
     return rows, name, errors
 
 

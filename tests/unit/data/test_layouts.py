@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.collected import collected
 from trainer.config.schema import DataSection
 from trainer.data.layouts import FORMATS, REFUSED_KEYS
 from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import Row, RowErrors
-from trainer.data.sources import find_sources, read_sources
+from trainer.data.sources import find_sources, read_rows
 from trainer.data.turn_flags import TURN_FLAGS
 from trainer.data.turns import CONTENT_KEYS, ROLES, TURN_KEYS
 from trainer.errors import ConfigError
@@ -27,7 +28,7 @@ def turns(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 def read(path: Path, name: str = "auto", **options: Any) -> tuple[list[Row], str, RowErrors]:
     errors = RowErrors("strict")
-    rows, found = to_rows(raw_rows(path), str(path), name, errors, None, **options)
+    rows, found = collected(to_rows(raw_rows(path), str(path), name, errors, None, **options))
     return rows, found, errors
 
 
@@ -178,7 +179,7 @@ def test_a_column_for_a_key_that_the_format_lacks_is_an_error(
     path = str(write_rows([{"question": "q", "answer": "a", "x": "y"}]))
     section = DataSection(dataset_path=path, columns={"output": "x"})
     with pytest.raises(ConfigError, match="'output'"):
-        read_sources(find_sources(path), section, RowErrors("strict"), max_rows=None)
+        collected(read_rows(find_sources(path), section, RowErrors("strict"), max_rows=None))
 
 
 VALUES = st.recursive(
@@ -217,7 +218,7 @@ TURNS = st.lists(
 @given(row=st.dictionaries(st.sampled_from(KEYS), VALUES | TURNS, max_size=5) | VALUES)
 def test_any_json_value_is_a_row_or_a_bad_row(row: Any) -> None:
     errors = RowErrors("skip")
-    rows, _ = to_rows([("f:1", row)], "f", "auto", errors, None)
+    rows, _ = collected(to_rows([("f:1", row)], "f", "auto", errors, None))
     assert len(rows) + len(errors.errors) == 1
     for found in rows:
         assert all(isinstance(turn["content"], str) for turn in found.messages)
@@ -229,5 +230,7 @@ def test_any_json_value_is_a_row_or_a_bad_row(row: Any) -> None:
 def test_any_list_of_turns_is_a_row_or_a_bad_row(turns: Any, flags: Any) -> None:
     for key in ("messages", "conversations"):
         errors = RowErrors("skip")
-        rows, _ = to_rows([("f:1", {key: turns, "loss_mask": flags})], "f", "auto", errors, None)
+        rows, _ = collected(
+            to_rows([("f:1", {key: turns, "loss_mask": flags})], "f", "auto", errors, None)
+        )
         assert len(rows) + len(errors.errors) == 1

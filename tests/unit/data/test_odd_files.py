@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.collected import collected
 from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import RowErrors
 from trainer.errors import DataError
@@ -25,7 +26,7 @@ def read(path: Path, content: str | bytes) -> tuple[list[tuple[str, str]], list[
     """(question, answer) of the rows, and what is wrong with the others."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     errors = RowErrors("strict")
-    rows, _ = to_rows(raw_rows(path), str(path), "auto", errors, None)
+    rows, _ = collected(to_rows(raw_rows(path), str(path), "auto", errors, None))
     return [
         (row.messages[0]["content"], row.messages[-1]["content"]) for row in rows
     ], errors.errors

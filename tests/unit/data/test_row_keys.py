@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.data.layouts import FORMATS
 from trainer.data.row_files import to_rows
 from trainer.data.rows import Row, RowErrors
@@ -26,7 +27,7 @@ TOOL = {"name": "weather", "parameters": {"type": "object"}}
 
 def read(row: dict[str, Any]) -> tuple[list[Row], list[str]]:
     errors = RowErrors("skip")
-    rows, _ = to_rows([("f:1", row)], "f", "auto", errors, None)
+    rows, _ = collected(to_rows([("f:1", row)], "f", "auto", errors, None))
     return rows, errors.errors
 
 

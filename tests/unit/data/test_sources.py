@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from trainer.config.schema import DataSection
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import RowErrors
-from trainer.data.sources import Source, find_sources, read_sources
+from trainer.data.sources import Source, find_sources, read_rows
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import get_profile
 
@@ -149,7 +150,7 @@ def test_rows_of_the_datasets_library_are_read_like_those_of_a_file(
         lambda path, **options: load(str(tmp_path / path), cache_dir=str(tmp_path), **options),
     )
     source = Source("owner/name")
-    rows, found = read_sources([source], DataSection(), RowErrors("strict"), max_rows=None)
+    rows, found = collected(read_rows([source], DataSection(), RowErrors("strict"), max_rows=None))
     assert found == "question_answer"
     assert [row.where for row in rows] == [f"owner/name[{n}]" for n in range(3)]
     assert source.content_hash().startswith("hub:")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.collected import collected
 from tests.trust.oracle import FAMILIES
 from tests.trust.test_shipped_templates import tokenizer_with
 from trainer.data.encode import RowEncoder
@@ -23,7 +24,7 @@ GREETED: dict[str, Any] = {
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> Example:
     errors = RowErrors("strict")
-    [found], _ = to_rows([("f:1", row)], "f", "auto", errors, None)
+    [found], _ = collected(to_rows([("f:1", row)], "f", "auto", errors, None))
     return RowEncoder(tokenizer, 512).encode(found.messages)
 
 
