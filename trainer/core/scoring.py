@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config.schema import MonitoringConfig, TrainerConfig
+from trainer.config.schema import MonitoringConfig
+from trainer.core.early_checks import measures_golden
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.counts import counted
 from trainer.files import append_lines
@@ -24,30 +25,12 @@ from trainer.monitoring.status_reader import EVALUATIONS_NAME, RESUMED, Training
 from trainer.preview.base import PreviewRequest, PreviewResult, to_json_line
 from trainer.preview.local import LocalPreviewBackend
 from trainer.preview.scheduler import EvaluationSet, batches_of
-from trainer.scores.figures import GOLDEN_PROBABILITY, SCORE, ScoreHistory
+from trainer.scores.figures import SCORE, ScoreHistory
 from trainer.scores.scorer import Scorer
 from trainer.scores.spec import parse_scores
 
 TOLD_EVERY_S = 2.0
 """Seconds between words about a final evaluation that goes on."""
-
-GOLDEN_PROMPTS = 16
-"""Up to so many prompts have their golden answers scored without being asked."""
-
-
-def measures_golden(config: TrainerConfig, num_prompts: int) -> bool:
-    """Whether golden answers are scored (monitoring.preview_golden_logprobs).
-
-    `auto`: where something is decided by them, and for as few prompts as cost next to nothing.
-
-    Args:
-        num_prompts: how many are asked at once.
-    """
-    wanted = config.monitoring.preview_golden_logprobs
-    if wanted == "auto":
-        decides = SCORE + GOLDEN_PROBABILITY in config.deciding_scores
-        return decides or num_prompts <= GOLDEN_PROMPTS
-    return wanted == "on"
 
 
 def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPreviewBackend:
