@@ -35,7 +35,7 @@ from trainer.counts import counted
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.mixing import MixedOrder
+from trainer.data.mixed_order import MixedOrder
 from trainer.data.source_shares import with_shares, with_sources
 from trainer.errors import ConfigError, DataError, ModelError
 from trainer.files import staged
