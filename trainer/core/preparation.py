@@ -74,7 +74,7 @@ from trainer.monitoring.notify import check_notify
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
-from trainer.net import go_offline
+from trainer.net import go_offline, names_without_secrets
 from trainer.preview.canary_set import read_canary_set
 from trainer.profiles import DataProfile
 from trainer.scores.scorer import check_scores
@@ -104,7 +104,7 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     check_deciding(config)
     check_notify(config.monitoring.notify)
     config = resolve(config)
-    check_files(config.data)
+    check_files(config.data, config.environment.offline)
     read_canary_set(config.monitoring.canary_set)
     environment, hyper = config.environment, config.hyperparams
     disable_progress_bar()  # transformers' own bars would tear the terminal view
@@ -272,7 +272,8 @@ def encode_rows(
         ConfigError: an option that does not fit these rows.
     """
     hyper = config.hyperparams
-    job.observers.phase("loading", f"encoding {config.data.dataset_path}")
+    phase = f"encoding {names_without_secrets(config.data.dataset_path)}"
+    job.observers.phase("loading", phase)
     started = time.perf_counter()
     fix_date(tokenizer, job.date)
     data = prepare_data(
@@ -292,6 +293,7 @@ def encode_rows(
         num_score=config.monitoring.num_score_prompts,
         with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
+        progress=lambda words: job.observers.phase("loading", phase, words),
     )
     if config.data.enable_packing:
         data = pack_training_rows(data)

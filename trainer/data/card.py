@@ -15,6 +15,7 @@ from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
 from trainer.data.sides import Sides, places_of, shared_prompts
+from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -178,7 +179,7 @@ def draw_card(
     own = rows.row[: rows.num_of_training]
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
-        dataset_path=section.dataset_path,
+        dataset_path=names_without_secrets(section.dataset_path),
         format=formats,
         template=_trained_words(encoder, tally),
         profile=profile.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.file_arrays import Blocks, FileArray, blocks_of
 from trainer.data.preparer import Preparer
+from trainer.data.read_progress import ReadProgress
 from trainer.data.reading import Reading
 from trainer.data.rows import PreviewRequest
 from trainer.data.sides import Sides, first_prompts, part_rows
@@ -28,6 +29,7 @@ from trainer.data.sources import Source, find_sources
 from trainer.data.spool import Spool, rows_in_blocks
 from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
+from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile, get_profile
 
 Array = np.ndarray[Any, Any]
@@ -82,6 +84,7 @@ def prepare_data(
     num_score: int = 0,
     with_columns: bool = False,
     offline: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> RunData:
     """Read, split and encode the rows of section `data`, or take them from the cache.
 
@@ -96,7 +99,8 @@ def prepare_data(
         num_final: held-out prompts for the final evaluation.
         num_score: held-out prompts for scores, others than those of previews.
         with_columns: prompts keep all that the file says of their row.
-        offline: never ask the hub for a dataset.
+        offline: never ask another machine for a file, nor the hub for a dataset.
+        progress: told in words how far a file is that takes longer than two seconds.
     Raises:
         DataError: missing file, bad rows under `strict`, or nothing to train.
         ConfigError: an option that would have no effect on these rows.
@@ -122,7 +126,7 @@ def prepare_data(
         arrays, note = entry.read()
         if arrays is not None:
             return _with_note(_from_arrays(arrays, encoder), note)
-    texts, arrays_of_rows = encode_rows(section, sources, held_out, **options)
+    texts, arrays_of_rows = encode_rows(section, sources, held_out, **options, progress=progress)
     if entry is not None:
         # A file that was written to meanwhile must not be kept under its earlier content.
         is_same = texts.file_hashes == hashes
@@ -171,6 +175,7 @@ def encode_rows(
     num_final: int = 0,
     num_score: int = 0,
     with_columns: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> tuple[_Texts, dict[str, Array | Blocks]]:
     """Read the sources and encode every row; the rest is as in `prepare_data`.
 
@@ -182,7 +187,10 @@ def encode_rows(
     """
     preparer = Preparer(profile, encoder, system_prompt, seed)
     reading = Reading(section, preparer, with_columns=with_columns)
-    reading.read(sources, validation_sources)
+    shown = names_without_secrets(section.dataset_path)
+    reading.read(
+        sources, validation_sources, None if progress is None else ReadProgress(progress, shown)
+    )
     _check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
     errors = reading.errors()
     errors.raise_if_strict()
@@ -190,7 +198,7 @@ def encode_rows(
     sides = part_rows(section, sources, rows, seed)
     if sides is None:
         raise DataError(
-            f"{section.dataset_path}: nothing to train: {errors.count} rows were rejected "
+            f"{shown}: nothing to train: {errors.count} rows were rejected "
             f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} are longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
@@ -231,7 +239,8 @@ def _check_thoughts(section: DataSection, rows: EncodedRows) -> None:
     """Refuse data.train_on_thinking=false where no row has a thought."""
     if not section.train_on_thinking and not rows.num_thoughts.any():
         raise ConfigError(
-            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
+            "data.train_on_thinking=false, but no row of "
+            f"{names_without_secrets(section.dataset_path)} has a thought "
             "in its tokens; remove the option."
         )
 
@@ -240,7 +249,7 @@ def _check_fit(
     section: DataSection, tally: Tally, profile: DataProfile, *, is_prompt_configured: bool
 ) -> None:
     """Refuse a system prompt or a profile that these rows would ignore."""
-    path, num_text = section.dataset_path, tally.num_text
+    path, num_text = names_without_secrets(section.dataset_path), tally.num_text
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "

@@ -1,4 +1,4 @@
-"""A name of `data.dataset_path` -> its files: one file, those of a folder, or those of a pattern."""
+"""A name of `data.dataset_path` -> its files: one, those of a folder, or those of a pattern."""
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ def _listed(folder: Path) -> tuple[dict[str, LocalFile], list[str]]:
     return dict(sorted(files.items())), folders
 
 
-def _of_many(
-    name: str, what: str, files: Mapping[str, DataFile], folders: Sequence[str]
-) -> Found:
+def _of_many(name: str, what: str, files: Mapping[str, DataFile], folders: Sequence[str]) -> Found:
     """Those of the files that are of rows.
 
     Args:
@@ -175,9 +173,7 @@ def _without_saved(name: str, files: Mapping[str, DataFile]) -> dict[str, DataFi
         folder = _beside(key, "")
         if f"{folder}{INFO}" not in files:
             continue
-        names = [
-            f"{folder}{one['filename']}" for one in _json(files[key], "_data_files") if one
-        ]
+        names = [f"{folder}{one['filename']}" for one in _json(files[key], "_data_files") if one]
         lost = [one for one in names if one not in files]
         if lost:
             raise DataError(

@@ -21,10 +21,19 @@ class ReadProgress:
     """Told of every row, tells in words how far it is. Rows are encoded as they are read."""
 
     def __init__(
-        self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        tell: Callable[[str], None],
+        known: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take who is told."""
-        self._tell, self._clock = tell, clock
+        """Take who is told.
+
+        Args:
+            tell: gets the words.
+            known: a name of which the words are known to speak: it is not repeated.
+            clock: seconds that only go forward.
+        """
+        self._tell, self._known, self._clock = tell, known, clock
         self._file: DataFile | str = ""
         self._place = ""
         self._rows = 0
@@ -63,10 +72,10 @@ class ReadProgress:
         Args:
             elapsed_s: since the file was begun.
         """
-        is_one = self._place in ("", "1 of 1")
-        name = f"{self._file}" + ("" if is_one else f" (file {self._place})")
-        rate = self._rows / elapsed_s
-        words = f"{name}: {self._rows:,} rows, {rate:,.0f} rows/s"
+        name = "" if str(self._file) == self._known else f"{self._file}: "
+        if self._place and self._place != "1 of 1":
+            name = f"{self._file} (file {self._place}): "
+        words = f"{name}{self._rows:,} rows, {self._rows / elapsed_s:,.0f} rows/s"
         share = None
         if isinstance(self._file, DataFile):
             share = self._file.position.share(self._size)

@@ -87,7 +87,8 @@ class Place:
         Raises:
             DataError: there is none, or its package is not installed.
         """
-        import fsspec
+        # Takes a quarter of a second to load, and most data lies in files.
+        import fsspec  # type: ignore[import-untyped]
 
         scheme, options = self.scheme, {}
         if scheme in ("http", "https"):

@@ -169,7 +169,7 @@ def _hint(error: str) -> str:
     return ""
 
 
-# ---- rows of Arrow tables: Parquet and Arrow files and hub datasets, without the nulls that Arrow added
+# ---- rows of Arrow tables (Parquet, Arrow, hub datasets) without the nulls that Arrow added
 #
 # A column has one type. Where it holds objects, Arrow gives each of them the members of all, and a
 # null for those that a row does not have; a template would print them. They are taken out again.

@@ -174,7 +174,9 @@ class PlainDisplay(_Display):
         match event:
             case PhaseChanged():
                 # In a log the pauses between steps would be a line each; people wait for the first.
-                if not event.is_pause or (self.step is None and event.text != TRAINING):
+                # How far it is says `on_wait`, ever more rarely.
+                is_first = self.step is None and event.text != TRAINING
+                if not event.progress and (not event.is_pause or is_first):
                     line(printable(event.text, NOTICE_CHARS))
             case CardShown():
                 line(card_words(event))
