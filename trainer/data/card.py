@@ -14,7 +14,7 @@ from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
-from trainer.data.sides import Sides, places_of, shared_prompts
+from trainer.data.sides import Sides, shared_prompts
 from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile
 
@@ -176,7 +176,7 @@ def draw_card(
         (int(size), reader.prompt(int(number)))
         for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
     ]
-    own = rows.row[: rows.num_of_training]
+    num_rows = int(rows.row[rows.num_of_training - 1]) + 1
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
         dataset_path=names_without_secrets(section.dataset_path),
@@ -192,7 +192,7 @@ def draw_card(
         num_rejected=rejected.count,
         rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=len(np.unique(own)) - _num_different(keys),
+        num_duplicates=num_rows - len(np.unique(keys)),
         num_leaked=len(leaked),
         leaked_prompts=_different_prompts(reader, leaked),
         shared_prompts=tuple(shared),
@@ -213,10 +213,6 @@ def draw_card(
         num_one_by_one=int((rows.flags & BY_SHAPE == 0).sum()),
         **_token_counts(rows, sides, reader),
     )
-
-
-def _num_different(hashes: np.ndarray[Any, Any]) -> int:
-    return int(places_of(hashes).max()) + 1 if len(hashes) else 0
 
 
 def _different_prompts(reader: RowReader, numbers: np.ndarray[Any, Any]) -> tuple[str, ...]:

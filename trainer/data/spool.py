@@ -16,7 +16,7 @@ from trainer.errors import DataError
 
 Array = np.ndarray[Any, Any]
 
-MAX_HELD = 2**25
+MAX_HELD = 2**23
 """Bytes of all arrays together that are kept in memory before they are written out."""
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from trainer.config.schema import DataSection
 from trainer.data import sides
 from trainer.data.encoded import EncodedRows
-from trainer.data.pieces import HASH, PLAIN_TEXT
+from trainer.data.pieces import PLAIN_TEXT
 from trainer.data.sources import Source
 from trainer.data.spool import Spool
 
@@ -37,14 +37,13 @@ def digest(text: str) -> str:
 
 def rows_of(told: list[Told], num_held_out: int) -> EncodedRows:
     def hashes(name: str) -> Any:
-        parts = [bytes.fromhex(digest(getattr(row, name))[:32]) for row in told]
-        return np.frombuffer(b"".join(parts), HASH).reshape(-1, 2)
+        return np.asarray([int(digest(getattr(row, name))[:16], 16) for row in told], np.uint64)
 
     numbers = {
         "lengths": np.ones(len(told), np.int32),
         "keys": hashes("key"),
         "groups": hashes("group"),
-        "prompt_hashes": hashes("prompt"),
+        "asked": hashes("prompt"),
         "source": np.asarray([row.source for row in told], np.uint16),
         "flags": np.asarray([PLAIN_TEXT * row.is_text for row in told], np.uint8),
     }

@@ -1,4 +1,4 @@
-"""Rows that do not fit into memory: the same rows, nothing left behind, clear when a disk is full."""
+"""Rows that do not fit into memory: the same rows, nothing left, clear when a disk is full."""
 
 from __future__ import annotations
 
