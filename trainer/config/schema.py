@@ -44,8 +44,8 @@ class DataSection(Section):
     """Which rows are trained on, and how they are read, split and batched."""
 
     dataset_path: str = ""
-    """File of rows (JSONL, JSON, CSV, TSV, Parquet, Arrow; text kinds also as .gz, .bz2, .xz, .zst),
-    a folder of them, a pattern such as `rows/*.jsonl`, an address (`https://`, `s3://`, `gs://`,
+    """File of rows (JSONL, JSON, CSV, TSV, Parquet, Arrow; text kinds also packed as .gz, .bz2, .xz
+    or .zst), a folder of them, a pattern such as `rows/*.jsonl`, an address (`https://`, `s3://`, `gs://`,
     `hf://`), or a hub id `owner/name` or `owner/name:split`; several with commas between. What is
     secret of an address is written down nowhere. Flag: --dataset."""
     format: Literal[
@@ -58,15 +58,16 @@ class DataSection(Section):
         "text",
         "tokens",
     ] = "auto"
-    """The rows' layout (`tokens`: ids that are trained as they are); `auto` looks at the first row of each file and says what it found."""
+    """The rows' layout (`tokens`: ids that are trained as they are); `auto` looks at the first row
+    of each file and says what it found."""
     text_markers: Literal["turns", "tokens"] = "turns"
     """Rows of format `text` that hold the model's own control tokens: `turns` reads them back into
     the conversation they were made from and trains its answers; `tokens` trains every token."""
     columns: dict[str, str] = {}
     """Other names for the format's keys, such as `question=frage`: its key = the file's."""
     weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
-    """How often the training rows of each name in `dataset_path` are used: 2 = twice, 0.5 = half of them, chosen by
-    content hash. Empty: once each."""
+    """How often the training rows of each name in `dataset_path` are used: 2 = twice, 0.5 = half of
+    them, chosen by content hash. Empty: once each."""
     validation_path: str | None = None
     """Held-out rows, named as in `dataset_path`. Empty: `validation_split` of the rows."""
     validation_split: Share = 0.05

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -85,6 +85,10 @@ class DataCard:
     """(rows, prompt) where too many rows share a prompt to be held out together; the first."""
     num_shared_prompts: int = 0
     """How many prompts that is."""
+    num_left_out: int = 0
+    """Files in folders that are of no known kind."""
+    left_out: tuple[str, ...] = ()
+    """The first of these."""
     mix: str = ""
     """How often the training rows of each file are used; empty: once each."""
     cache: str = ""
@@ -152,6 +156,7 @@ def draw_card(
     system_prompt: str | None,
     rejected: RowErrors,
     dropped: Dropped,
+    left_out: Sequence[str] = (),
 ) -> DataCard:
     """Count what is trained, held out, left out and changed.
 
@@ -168,6 +173,7 @@ def draw_card(
         system_prompt: system turn of rows that bring none.
         rejected: rows that could not be used.
         dropped: rows that data.truncation=drop left out.
+        left_out: files of folders that are not read.
     """
     first = int(sides.train[0])
     leaked = sides.validation[sides.is_trained_too]
@@ -199,6 +205,8 @@ def draw_card(
         num_shared_prompts=len(sizes),
         max_length=encoder.max_length,
         truncation=encoder.truncation,
+        num_left_out=len(left_out),
+        left_out=tuple(left_out[:MAX_NAMED]),
         num_dropped=dropped.num_rows,
         num_cut_tokens=dropped.num_tokens + int(rows.num_removed.sum(dtype=np.int64)),
         thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
@@ -247,10 +255,17 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
 
 def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
     """Which tokens are trained, and how they are located."""
-    texts = "every token of plain text and its end-of-text token"
-    if tally.num_text == tally.num_read:
-        return texts
-    return encoder.template.source + (f"; {texts}" if tally.num_text else "")
+    words = []
+    if tally.num_text + tally.num_tokens < tally.num_read:
+        words.append(encoder.template.source)
+    if tally.num_text:
+        words.append("every token of plain text and its end-of-text token")
+    if tally.num_tokens:
+        words.append(
+            f"{tally.num_tokens:,} rows are tokens already (input_ids), trained as they are where "
+            "their labels or masks say so, else every token"
+        )
+    return "; ".join(words)
 
 
 # ---- the card as people read it
@@ -280,6 +295,13 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"{card.num_unique_rows:,} training{mixed}, {card.num_validation_rows:,} validation, "
         f"of {card.num_rows:,} read",
     )
+    if card.num_left_out:
+        unnamed = card.num_left_out - len(card.left_out)
+        yield (
+            "not read",
+            f"{card.num_left_out:,} files of no known kind: {', '.join(card.left_out)}"
+            + (f" and {unnamed:,} more" if unnamed else ""),
+        )
     yield "file weights", card.mix
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation

@@ -205,6 +205,7 @@ def encode_rows(
         )
     _check_thoughts(section, rows)
     reader = RowReader(rows)
+    files = [*sources, *validation_sources]
     card = draw_card(
         section,
         rows,
@@ -218,12 +219,12 @@ def encode_rows(
         system_prompt=system_prompt,
         rejected=errors,
         dropped=reading.dropped,
+        left_out=[name for source in files for name in source.found.left_out],
     )
 
     def prompts(count: int) -> tuple[PreviewRequest, ...]:
         return first_prompts(rows, sides, reader, count, encoder.sayer)
 
-    files = [*sources, *validation_sources]
     texts = _Texts(
         preview_prompts=prompts(num_preview),
         final_prompts=prompts(num_final),
@@ -250,17 +251,18 @@ def _check_fit(
     section: DataSection, tally: Tally, profile: DataProfile, *, is_prompt_configured: bool
 ) -> None:
     """Refuse a system prompt or a profile that these rows would ignore."""
-    path, num_text = names_without_secrets(section.dataset_path), tally.num_text
+    path = names_without_secrets(section.dataset_path)
+    num_text = tally.num_text + tally.num_tokens
+    what = "plain text" if not tally.num_tokens else "tokens" if not tally.num_text else "no turns"
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
-            "which is kept, or is plain text, which has none; remove the system turns or the "
-            "option."
+            f"which is kept, or is {what}, which has none; remove the system turns or the option."
         )
     if num_text and type(profile).transform is not DataProfile.transform:
         raise ConfigError(
             f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
-            "plain text, which has none; use the profile plain, or another data.format."
+            f"{what}, which has none; use the profile plain, or another data.format."
         )
 
 

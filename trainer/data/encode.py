@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,13 @@ from trainer.data.rows import (
     cut,
     golden_text,
     is_text,
+    is_tokens,
     kept_weights,
 )
 from trainer.data.shapes import Ahead, Shapes
 from trainer.data.spans import SpanFinder, Spans
 from trainer.data.template import PROBE, ChatTemplate
+from trainer.data.token_rows import TokenEncoder
 from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.turns import assistant_turns, num_openings
 from trainer.errors import TemplateError
@@ -64,7 +66,8 @@ class RowEncoder:
             # The longest first, and no two alike: the pattern is part of the cache's key.
             key=lambda text: (-len(text), text),
         )
-        self.texts = TextEncoder(tokenizer, max_length, truncation)
+        self.texts = TextEncoder(tokenizer, max_length, truncation, self.template.end_ids)
+        self.tokens = TokenEncoder(tokenizer, max_length, truncation)
         self._prove_template()
         self.control_tokens = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
@@ -107,10 +110,15 @@ class RowEncoder:
 
     def _encode_mixed(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
         texts = [row[0] for row in chunk if is_text(row)]
-        turns = [row for row in chunk if not is_text(row)]
+        turns = [row for row in chunk if not is_text(row) and not is_tokens(row)]
         from_texts = iter(self.texts.encode_chunk(texts, self._refuse_control) if texts else ())
         from_turns = iter(self._encode_chunk(turns) if turns else ())
-        return [next(from_texts if is_text(row) else from_turns) for row in chunk]
+        return [
+            self.tokens.encode(row[0], self.texts.say, self.texts.end_ids)
+            if is_tokens(row)
+            else next(from_texts if is_text(row) else from_turns)
+            for row in chunk
+        ]
 
     def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
         ahead = self.shapes.render_ahead(chunk)
@@ -236,8 +244,12 @@ class RowEncoder:
         )
 
     def sayer(self, *, is_plain_text: bool) -> Callable[[list[int]], str]:
-        """What gives the text of an answer's ids, as `Example.say`."""
-        return self.texts._say if is_plain_text else self._say
+        """What gives the text of an answer's ids, as `Example.say`.
+
+        Args:
+            is_plain_text: the row has no turns: it is a text, or tokens.
+        """
+        return self.texts.say if is_plain_text else self._say
 
     def _say(self, ids: list[int]) -> str:
         return golden_text(self.tokenizer, ids, self.template.end_ids)
@@ -308,9 +320,12 @@ MAX_PROMPT_CHARS = 300
 class TextEncoder:
     """Turns texts into examples with one tokenizer and one length."""
 
-    def __init__(self, tokenizer: Any, max_length: int, truncation: str) -> None:
-        """The arguments are those of `RowEncoder`."""
+    def __init__(
+        self, tokenizer: Any, max_length: int, truncation: str, end_ids: Collection[int]
+    ) -> None:
+        """The arguments are those of `RowEncoder`, and the tokens that end an answer."""
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
+        self.end_ids = frozenset({*end_ids, tokenizer.eos_token_id} - {None})
 
     def encode_chunk(
         self, turns: list[Message], refuse: Callable[[str], None]
@@ -362,7 +377,7 @@ class TextEncoder:
             input_ids=kept_ids,
             labels=kept_labels,
             prompt=text[begin:border],
-            say=self._say,
+            say=self.say,
             prompt_length=length,
             is_truncated=removed > 0,
             ends_with_stop=kept_ids[-1] == eos or removed > 0,
@@ -370,8 +385,9 @@ class TextEncoder:
             weights=kept_weights(weights, kept_labels),
         )
 
-    def _say(self, ids: list[int]) -> str:
-        return golden_text(self.tokenizer, ids, {self.tokenizer.eos_token_id})
+    def say(self, ids: list[int]) -> str:
+        """The text of an answer's ids, without what ends it."""
+        return golden_text(self.tokenizer, ids, self.end_ids)
 
 
 def prompt_border(text: str, offsets: list[tuple[int, int]]) -> tuple[int, int]:
