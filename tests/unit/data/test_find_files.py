@@ -1,4 +1,4 @@
-"""Folders, patterns and packed files: which files a name means, in which order, and what is not read."""
+"""Folders, patterns, packed files: which files a name means, in which order, what is not read."""
 
 from __future__ import annotations
 
@@ -268,5 +268,5 @@ def test_arrow_files_are_read_with_an_index_and_as_streams_and_a_cut_is_found(
         content = path.read_bytes()
         for size in (len(content) // 2, len(content) - 8):
             path.write_bytes(content[:size])
-            with pytest.raises(DataError, match="not a readable Arrow file|cannot be read"):
+            with pytest.raises(DataError, match=r"not a readable Arrow file|cannot be read"):
                 list(raw_rows(path))
