@@ -27,7 +27,7 @@ SUFFIXES = (*KINDS, *PACKINGS)
 PACKED = 3
 """How much more text there is than bytes in packed files, about."""
 
-READ_BYTES = 2**20
+READ_BYTES = 2**18
 
 
 class Handle(Protocol):

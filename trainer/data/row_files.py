@@ -364,8 +364,11 @@ def _is_rows(value: Any) -> bool:
 def _is_columns(whole: dict[str, Any]) -> bool:
     """Whether every value is as many cells as the others: lists, or objects {"0": ..., "1": ...}.
 
-    The turns of conversations are objects, so lists of objects are none.
+    The turns of conversations are objects, so lists of objects are none; nor is a row of tokens.
     """
+    ids = whole.get("input_ids")
+    if isinstance(ids, list) and all(isinstance(one, int) for one in ids):
+        return False
     if all(isinstance(value, list) and value for value in whole.values()):
         cells = [cell for value in whole.values() for cell in value]
         is_even = len({len(value) for value in whole.values()}) == 1

@@ -252,7 +252,12 @@ class JsonDisplay:
         self.stream = stream
 
     def on_event(self, event: Event) -> None:
-        """Write the event with its name and the time; numbers JSON cannot hold are null."""
+        """Write the event with its name and the time; numbers JSON cannot hold are null.
+
+        How far a phase is stands in status.json: here it would be a line every second.
+        """
+        if isinstance(event, PhaseChanged) and event.progress:
+            return
         odd: dict[str, str] = {}
         values = plain_values(event, odd)
         line = {"event": type(event).__name__, "created_at": time.time(), **values}

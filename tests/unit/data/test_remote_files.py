@@ -1,4 +1,4 @@
-"""Rows behind an address: a real web server on this machine, fsspec's own stores, the hub's scheme."""
+"""Rows behind an address: of a web server on this machine, of fsspec's stores, of the hub."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def test_a_scheme_without_its_package_is_one_line_with_the_way_out(
 )
 def test_offline_asks_nobody(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: pytest.fail("asked"))
-    with pytest.raises(DataError, match="is on another machine, and environment.offline=true"):
+    with pytest.raises(DataError, match=r"is on another machine, and environment\.offline=true"):
         check_files(DataSection(dataset_path=name), True)
 
 
