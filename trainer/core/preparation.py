@@ -31,9 +31,12 @@ from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
 from trainer.core.together import Ask, is_alone, together
+from trainer.counts import counted
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
+from trainer.data.mixing import MixedOrder
+from trainer.data.source_shares import with_shares, with_sources
 from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError, ModelError
 from trainer.files import staged
@@ -229,7 +232,9 @@ def open_run_folder(job: Job, config: TrainerConfig) -> None:
                 observers.notice(text, "warning")
             removed = clean_staging(job.folder.checkpoints_dir)
             if removed:
-                observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
+                observers.notice(
+                    f"removed {counted(len(removed), 'unfinished checkpoint')} of a killed run"
+                )
         if wanted is None:
             return None
         folder = Path(config.output.output_dir)
@@ -295,8 +300,10 @@ def encode_rows(
         offline=config.environment.offline,
         progress=lambda words: job.observers.phase("loading", phase, words),
     )
+    data = with_sources(config.data, data)
     if config.data.enable_packing:
         data = pack_training_rows(data)
+    data = with_shares(config.data, data)
     job.durations_s["encoding"] = time.perf_counter() - started
     return data
 
@@ -339,15 +346,29 @@ def check_against_rows(
 
 
 def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
-    """The order of the training rows; a group is one optimizer step on all devices."""
-    world, hyper = num_processes(), config.hyperparams
-    return EpochOrder(
+    """The order of the training rows; a group is one optimizer step on all devices.
+
+    Raises:
+        DataError: `data.mix_probabilities` leave a source without a row.
+    """
+    world, hyper, section = num_processes(), config.hyperparams, config.data
+    options: dict[str, Any] = {
+        "group_size": hyper.batch_size * hyper.gradient_accumulation * world,
+        "seed": config.environment.seed,
+        "shuffle": section.shuffle,
+        "group_by_length": section.group_by_length,
+        "multiple_of": hyper.batch_size * world if world > 1 else 1,
+    }
+    sources = data.train.sources
+    if not section.mix_probabilities or sources is None:
+        return EpochOrder(data.train.lengths, **options)
+    return MixedOrder(
         data.train.lengths,
-        group_size=hyper.batch_size * hyper.gradient_accumulation * world,
-        seed=config.environment.seed,
-        shuffle=config.data.shuffle,
-        group_by_length=config.data.group_by_length,
-        multiple_of=hyper.batch_size * world if world > 1 else 1,
+        sources,
+        section.mix_probabilities,
+        ends_with=section.mix_epoch,
+        names=data.source_names,
+        **options,
     )
 
 

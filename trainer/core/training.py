@@ -46,8 +46,11 @@ from trainer.core.scoring import final_evaluation
 from trainer.core.sharded_checkpoint import is_adapted
 from trainer.core.sharding import mesh_words, shard, whole_adapter, whole_copy
 from trainer.core.shared_files import SharedWriting, shared_tasks
+from trainer.core.source_losses import SourceSums
 from trainer.core.together import Ask, together
+from trainer.counts import counted
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
+from trainer.data.source_shares import names_of
 from trainer.errors import NonFiniteError, OutputError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, staged
 from trainer.models.adapter_files import load_finished_model, save_adapter, write_model
@@ -234,6 +237,7 @@ def _prove_batches_and_loss(
                 dtype=dtype,
                 notice=job.observers.notice,
             )
+    _look_at_sources(job, prepared, trainer)
     with_mask = not isinstance(choice.collate, PadCollator) or needs_mask(trainer)
     if config.lora.neftune_alpha:
         with_mask = True  # its noise is by the length of each row
@@ -243,6 +247,23 @@ def _prove_batches_and_loss(
             "how this model changes its logits after the output head is unknown, so the "
             "logits of a whole batch are held at once; a smaller batch_size takes less memory"
         )
+
+
+def _look_at_sources(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
+    """Have the loss of each source summed, where rows are of several and the loss tells."""
+    names = names_of(prepared.data.source_names)
+    if not names:
+        return
+    is_fused = trainer.tiling is not None and trainer.tiling.fused is not None
+    if is_fused or trainer.use_own_forward:
+        why = "Liger's kernel" if is_fused else "this model's own loss"
+        way = "; hyperparams.loss_kernel=tiles does" if is_fused else ""
+        job.observers.notice(
+            f"the training loss of each source is not measured, as {why} does not tell the loss of "
+            f"each token{way}; that of held-out rows is"
+        )
+        return
+    trainer.by_source = SourceSums(names)
 
 
 def _compiled_blocks(job: Job, prepared: Prepared, model: Any) -> CompiledBlocks | None:
@@ -356,7 +377,7 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         recover_evaluations(job, prepared, trainer)
         if resume is not None and _is_trained(job, resume, prepared.num_steps):
             trainer.restore(resume.path)
-            job.observers.notice(f"all {resume.step} steps are done; nothing is left to train")
+            job.observers.notice(f"all steps ({resume.step}) are done; nothing is left to train")
         else:
             with compiler_errors(job.stop) if job.blocks else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
@@ -405,7 +426,7 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
     )
     if config.deciding_scores or config.final_choice == "best":
         job.observers.notice(choice_words(prepared))
-    job.observers.phase("training", f"training {total} steps")
+    job.observers.phase("training", f"training {counted(total, 'step')}")
 
 
 def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
@@ -474,7 +495,7 @@ def finish_training(
                 "warning",
             )
         observers.phase(
-            "training", f"final evaluation: answering {len(data.final_prompts)} prompts"
+            "training", f"final evaluation: answering {counted(len(data.final_prompts), 'prompt')}"
         )
     asked = model if prepared.is_sharded else loaded.model
     if adapter is not None and data.final_prompts:

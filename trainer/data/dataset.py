@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import EncodedDataset, PackedDataset
 from trainer.data.cache import entry_of
 from trainer.data.card import DataCard, draw_card
@@ -53,6 +54,8 @@ class _Texts:
     """sha256 of each data file."""
     source_names: tuple[str, ...]
     """As `data.dataset_path` names them."""
+    validation_names: tuple[str, ...]
+    """The same of the sources of held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class RunData(_Texts):
     """(prompt, golden answer) of each training row."""
     train_sources: Array
     """Of each row in `train`, before any packing: which of `source_names` it is from."""
+    validation_sources: Array
+    """The same of each row in `validation`, and `validation_names`."""
     encoder: RowEncoder
 
 
@@ -200,8 +205,8 @@ def encode_rows(
     sides = part_rows(section, sources, rows, seed)
     if sides is None:
         raise DataError(
-            f"{shown}: nothing to train: {errors.count} rows were rejected "
-            f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} are longer than "
+            f"{shown}: nothing to train: {counted(errors.count, 'row')} rejected "
+            f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
     _check_thoughts(section, rows)
@@ -234,6 +239,7 @@ def encode_rows(
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},
         source_names=tuple(source.name for source in sources),
+        validation_names=tuple(source.name for source in validation_sources or sources),
     )
     return texts, _as_arrays(texts, rows, sides)
 
@@ -255,6 +261,12 @@ def _check_fit(
     path = names_without_secrets(section.dataset_path)
     num_text = tally.num_text + tally.num_tokens
     what = "plain text" if not tally.num_tokens else "tokens" if not tally.num_text else "no turns"
+    if section.truncation == "split" and tally.num_read and not num_text:
+        raise ConfigError(
+            f"data.truncation=split cuts plain text, and every row of {path} is a conversation, "
+            "of which a part is none; use keep_start, keep_end, drop or error, or raise "
+            "hyperparams.max_length."
+        )
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
@@ -262,7 +274,8 @@ def _check_fit(
         )
     if num_text and type(profile).transform is not DataProfile.transform:
         raise ConfigError(
-            f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
+            f"profile.name={profile.name!r} rewrites turns, and in {path} "
+            f"{counted(num_text, 'row is', 'rows are')} "
             f"{what}, which has none; use the profile plain, or another data.format."
         )
 
@@ -295,6 +308,7 @@ def _as_arrays(texts: _Texts, rows: EncodedRows, sides: Sides) -> dict[str, Arra
         "text_prompt_lengths": rows.prompt_lengths[train],
         "text_is_plain_text": rows.is_plain_text()[train],
         "sources": rows.source[train],
+        "sources_held_out": rows.source[sides.validation],
         **_dataset_arrays("train", rows, train),
     }
     if len(sides.validation):
@@ -349,7 +363,8 @@ def _from_arrays(arrays: Mapping[str, AnyArray], encoder: RowEncoder) -> RunData
             train,
             encoder,
         ),
-        train_sources=np.asarray(arrays["sources"]),
+        train_sources=np.asarray(arrays["sources"][:]),
+        validation_sources=np.asarray(arrays["sources_held_out"][:]),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )

@@ -17,6 +17,7 @@ from trainer.config.schema import DataSection
 from trainer.data.data_files import SUFFIXES, DataFile
 from trainer.data.find_files import Found, find_files
 from trainer.data.layouts import FORMATS
+from trainer.data.mixing import check_mix
 from trainer.data.read_progress import ReadProgress
 from trainer.data.remote_files import scheme_of
 from trainer.data.row_files import RawRow, raw_rows, to_rows
@@ -197,6 +198,7 @@ def check_files(section: DataSection, offline: bool = False) -> None:
         DataError: a file is not there, or a folder or pattern has none.
     """
     sources = find_sources(section.dataset_path, section.weights, offline=offline)
+    check_mix(section, [source.name for source in sources])
     if section.validation_path is not None:
         sources += find_sources(section.validation_path, offline=offline)
     for source in sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from trainer.data.rows import (
@@ -188,23 +189,43 @@ class TokenEncoder:
     ) -> Example:
         ids, labels = turn["input_ids"], list(turn["labels"])
         self._check_ids(ids, labels, end_ids)
-        weights = [turn["weight"]] * len(ids) if "weight" in turn else None
+        is_text = IGNORE_INDEX not in labels[1:]
+        if self.truncation == "split" and is_text and len(ids) > self.max_length:
+            first, *rest = self._windows(turn, ids, say)
+            return replace(first, rest=tuple(rest))
         kept_ids, kept_labels = cut(ids, labels, self.max_length, self.truncation)
         removed = len(ids) - len(kept_ids)
-        is_from_end = self.truncation == "keep_end"
-        length = self._prompt_length(kept_ids, kept_labels)
         last = max(place for place, label in enumerate(kept_labels) if label != IGNORE_INDEX)
-        is_cut = removed > 0 and not is_from_end
-        return Example(
-            input_ids=kept_ids,
-            labels=kept_labels,
-            prompt=decoded(self.tokenizer, kept_ids[:length]),
-            say=say,
-            prompt_length=length,
+        is_cut = removed > 0 and self.truncation != "keep_end"
+        return replace(
+            self._made(turn, kept_ids, kept_labels, say),
             is_truncated=removed > 0,
             ends_with_stop=kept_ids[last] in end_ids or is_cut,
             num_removed=removed,
-            weights=kept_weights(weights, kept_labels),
+        )
+
+    def _windows(
+        self, turn: Message, ids: list[int], say: Callable[[list[int]], str]
+    ) -> list[Example]:
+        """As those of a plain text: each token but the first one is a label once."""
+        size = self.max_length
+        parts = [ids[begin : begin + size] for begin in range(0, len(ids) - 1, size - 1)]
+        return [self._made(turn, part, [IGNORE_INDEX, *part[1:]], say) for part in parts]
+
+    def _made(
+        self, turn: Message, ids: list[int], labels: list[int], say: Callable[[list[int]], str]
+    ) -> Example:
+        weights = [turn["weight"]] * len(ids) if "weight" in turn else None
+        length = self._prompt_length(ids, labels)
+        return Example(
+            input_ids=ids,
+            labels=labels,
+            prompt=decoded(self.tokenizer, ids[:length]),
+            say=say,
+            prompt_length=length,
+            is_truncated=False,
+            ends_with_stop=True,
+            weights=kept_weights(weights, labels),
         )
 
     def _check_ids(self, ids: list[int], labels: list[int], end_ids: Collection[int]) -> None:

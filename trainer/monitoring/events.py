@@ -44,7 +44,12 @@ def plain_values(value: Any, odd: dict[str, str] | None = None, where: str = "")
     if isinstance(value, str):
         return encodable(value)
     if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
+        # As pydantic's own dumps: a field says where it is left out.
+        value = {
+            name: getattr(value, name)
+            for name, field in type(value).model_fields.items()
+            if field.exclude_if is None or not field.exclude_if(getattr(value, name))
+        }
     elif is_dataclass(value) and not isinstance(value, type):
         value = {item.name: getattr(value, item.name) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -138,6 +143,8 @@ class StepDone:
     """Until the last step, at the pace of the steps and pauses so far."""
     memory_gib: float
     """Peak device memory, or the resident memory of the process on CPU."""
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """train_loss of the tokens of each source of the step, where rows are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +158,8 @@ class EvaluationDone:
     num_rows: int
     num_trained_tokens: int
     duration_s: float
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """val_loss of the rows of each source, where they are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,3 +211,19 @@ def test_processes_encode_tokens_alike(prepare: Callable[..., RunData]) -> None:
     one, two = (prepare(rows, section={"encode_processes": n}) for n in (1, 2))
     assert ids_of(one) == ids_of(two)
     assert len(one.train) == 600
+
+
+def test_split_cuts_tokens_of_a_text_into_windows_and_refuses_those_of_an_answer(
+    prepare: Callable[..., RunData],
+) -> None:
+    ids = [*range(5, 15)]
+    data = prepare([{"input_ids": ids}], max_length=4, section={"cut": "split"})
+    found = ids_of(data)
+    assert [row for row, _ in found] == [ids[:4], ids[3:7], ids[6:]]
+    assert [label for _, labels in found for label in labels if label != IGNORE_INDEX] == ids[1:]
+    with pytest.raises(DataError, match="cuts plain text only"):
+        prepare(
+            [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]}],
+            max_length=4,
+            section={"cut": "split"},
+        )
