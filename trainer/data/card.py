@@ -289,8 +289,8 @@ def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
         words.append("every token of plain text and its end-of-text token")
     if tally.num_tokens:
         words.append(
-            f"{tally.num_tokens:,} rows are tokens already (input_ids), trained as they are where "
-            "their labels or masks say so, else every token"
+            f"{counted(tally.num_tokens, 'row is', 'rows are')} tokens already (input_ids), "
+            "trained as they are where their labels or masks say so, else every token"
         )
     return "; ".join(words)
 
@@ -326,7 +326,7 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         unnamed = card.num_left_out - len(card.left_out)
         yield (
             "not read",
-            f"{card.num_left_out:,} files of no known kind: {', '.join(card.left_out)}"
+            f"{counted(card.num_left_out, 'file')} of no known kind: {', '.join(card.left_out)}"
             + (f" and {unnamed:,} more" if unnamed else ""),
         )
     yield "file weights", card.mix

@@ -97,7 +97,7 @@ def test_a_folder_is_all_its_files_of_rows_and_the_card_names_the_others(
     assert [prompt for prompt, _ in data.train_texts] == ["a__c0", "a__c1", "b0", "d0"]
     assert data.source_names == (str(tmp_path),)
     line = dict(card_lines(data.card))["not read"]
-    assert line == f"1 files of no known kind: {tmp_path}/README.md"
+    assert line == f"1 file of no known kind: {tmp_path}/README.md"
 
 
 def test_files_of_a_folder_can_have_formats_of_their_own_and_be_empty(tmp_path: Path) -> None:
