@@ -183,7 +183,8 @@ class ProfileSection(Section):
     options: dict[str, JsonValue] = {}
     """Options of the profile itself; unknown ones are errors."""
     system_prompt: str | None = None
-    """System turn of rows that bring none. Empty: the profile's own. Flag: --system-prompt."""
+    """System turn of rows that bring none. Empty: the profile's own, which docs/profiles.md shows.
+    Flag: --system-prompt."""
 
 
 MIN_TEMPERATURE = 1e-5
@@ -223,7 +224,7 @@ class MonitoringConfig(Section):
     weights it has: unverified)."""
     preview_golden_logprobs: Literal["auto", "on", "off"] = "auto"
     """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`:
-    for up to 16 prompts, and never from `openai`."""
+    for up to 16 prompts, or where `golden_probability` decides; never from `openai`."""
     scores: tuple[str, ...] = ()
     """Scores of the answers: `exact`, `contains`, `f1`, `rouge_l`, `number` (the last number of
     both), `json` (parses), `json_schema:FILE`, `regex:PATTERN`, `tool_calls` (names and arguments),

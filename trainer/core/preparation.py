@@ -18,15 +18,15 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.config.training_sections import ModelSection
-from trainer.core.best_step import check_deciding, check_deciding_rows
+from trainer.core.best_step import check_deciding_rows
 from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
+from trainer.core.early_checks import check_early
 from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
-from trainer.core.resume import ResumePoint, check_resumable, find_resume_point, flat
+from trainer.core.resume import LATEST, ResumePoint, check_resumable, find_resume_point, flat
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
@@ -37,7 +37,6 @@ from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.mixing import MixedOrder
 from trainer.data.source_shares import with_shares, with_sources
-from trainer.data.sources import check_files
 from trainer.errors import ConfigError, DataError, ModelError
 from trainer.files import staged
 from trainer.models import resolve_alias
@@ -73,12 +72,10 @@ from trainer.models.train_on import (
     train_on,
 )
 from trainer.monitoring.events import Observers
-from trainer.monitoring.notify import check_notify
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline, names_without_secrets
-from trainer.preview.canary_set import read_canary_set
 from trainer.profiles import DataProfile
 from trainer.scores.scorer import check_scores
 from trainer.scores.spec import is_function
@@ -98,17 +95,12 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     """Fill derived values, decide device and precision, set threads and hub mode of the process.
 
     Raises:
-        ConfigError: an option is missing or cannot take effect.
-        DataError: a file of rows is not there.
+        TrainerError: as `check_early`.
+        ConfigError: a package or device is not there.
     """
-    required_for_training(config)
+    config = check_early(config)
     check_trackers(config.monitoring.report_to)
     check_scores(config.monitoring)
-    check_deciding(config)
-    check_notify(config.monitoring.notify)
-    config = resolve(config)
-    check_files(config.data, config.environment.offline)
-    read_canary_set(config.monitoring.canary_set)
     environment, hyper = config.environment, config.hyperparams
     disable_progress_bar()  # transformers' own bars would tear the terminal view
     if environment.num_threads is not None:
@@ -235,6 +227,9 @@ def open_run_folder(job: Job, config: TrainerConfig) -> None:
                 observers.notice(
                     f"removed {counted(len(removed), 'unfinished checkpoint')} of a killed run"
                 )
+            if wanted == LATEST and job.folder.begin_anew():
+                observers.notice("no checkpoint was written: the run starts again from step 0")
+                return None
         if wanted is None:
             return None
         folder = Path(config.output.output_dir)

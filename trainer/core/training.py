@@ -179,7 +179,7 @@ def assemble_trainer(
         note_step=job.monitor.report.note,
         tokenizer=prepared.tokenizer,
         neftune_alpha=config.lora.neftune_alpha,
-        resume_flags=resume_flags(config.monitoring.scores),
+        resume_flags=resume_flags(config.model_dump()),
     )
     if trainer.is_fsdp_enabled:
         shard(trainer, prepared.precision)

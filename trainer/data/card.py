@@ -105,6 +105,10 @@ class DataCard:
     """Assistant turns of rows in use that are read and not trained, by flags or by their place."""
     num_weighted_turns: int = 0
     """Turns and texts that count with another weight than 0 and 1 in the loss."""
+    num_final_asked: int = 0
+    """Prompts of the final evaluation that previews or scores ask too."""
+    num_blank_questions: int = 0
+    """Rows with a user turn that says nothing."""
     num_openings: int = 0
     """Rows that begin with an assistant turn, which is read and not trained."""
     unused_keys: dict[str, int] = field(default_factory=dict)
@@ -232,6 +236,7 @@ def draw_card(
         num_untrained_turns=tally.num_untrained_turns,
         num_weighted_turns=tally.num_weighted_turns,
         num_openings=tally.num_openings,
+        num_blank_questions=tally.num_blank_questions,
         unused_keys=dict(sorted(tally.unused.items())),
         num_as_text=tally.num_as_text,
         num_rendered=tally.num_rendered,
@@ -353,6 +358,12 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             "together, so training and validation rows may share it. To keep prompts apart, set "
             "data.validation_path or raise data.validation_split",
         )
+    if card.num_final_asked:
+        yield (
+            "final",
+            f"{card.num_final_asked:,} prompts of the final evaluation are asked during training "
+            "too: there are no others; hold out more rows (data.validation_split)",
+        )
     if card.num_leaked:
         prompts = ", ".join(map(_short, card.leaked_prompts))
         yield (
@@ -447,6 +458,12 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             "openings",
             f"{counted(card.num_openings, 'row begins', 'rows begin')} with an assistant turn: "
             "context only, and left out where the chat template refuses it",
+        )
+    if card.num_blank_questions:
+        yield (
+            "blank",
+            f"{card.num_blank_questions:,} rows have a user turn without text; they are trained "
+            "as they are",
         )
     if card.num_one_by_one:
         yield (

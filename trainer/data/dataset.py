@@ -228,13 +228,17 @@ def encode_rows(
         left_out=[name for source in files for name in source.found.left_out],
     )
 
-    def prompts(count: int) -> tuple[PreviewRequest, ...]:
-        return first_prompts(rows, sides, reader, count, encoder.sayer)
-
+    most = num_preview + num_score + num_final
+    asked = first_prompts(rows, sides, reader, most, encoder.sayer)
+    # The final evaluation asks what nobody has looked at yet, as far as there are rows for that.
+    by_scores = asked[num_preview : num_preview + num_score]
+    left = asked[num_preview + num_score :]
+    final = (*left, *asked[: num_preview + num_score])[:num_final]
+    card = replace(card, num_final_asked=max(len(final) - len(left), 0))
     texts = _Texts(
-        preview_prompts=prompts(num_preview),
-        final_prompts=prompts(num_final),
-        score_prompts=prompts(num_preview + num_score)[num_preview:] if num_score else (),
+        preview_prompts=asked[:num_preview],
+        final_prompts=final,
+        score_prompts=by_scores,
         card=card,
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},

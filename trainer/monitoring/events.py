@@ -397,12 +397,12 @@ def _nothing(*_: object) -> None: ...
 
 
 class Waits:
-    """Says again what is being done, while nothing else is told: after 2 s, and ever more rarely.
+    """Says again what is being done, while nothing else is told: within 2 s, and ever more rarely.
 
     A thread of its own, because what is waited for holds the one that trains.
     """
 
-    FIRST_S = 2.0
+    FIRST_S = 1.5
     SHARE = 0.1
     """Later words come when a tenth of the time so far has passed."""
 

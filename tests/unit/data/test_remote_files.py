@@ -389,3 +389,20 @@ def test_an_address_of_the_hub_leads_to_its_file_system(
     assert (file.kind, file.packing) == (".jsonl", ".zst")
     assert source.content_hash().startswith("version:")
     assert set(asked) == {"datasets/owner/name/rows/a.jsonl.zst"}
+
+
+def test_a_run_that_is_offline_refuses_an_address_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.cli import main
+
+    code = main(
+        ["train", "--model", "tiny", "--dataset", "https://me:hidden1@h/a.jsonl"]
+        + ["--output", str(tmp_path / "run"), "--environment.offline", "true"]
+    )
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "https://***@h/a.jsonl: is on another machine" in said
+    assert "hidden1" not in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
