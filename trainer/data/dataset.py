@@ -26,6 +26,7 @@ from trainer.data.rows import PreviewRequest
 from trainer.data.sides import Sides, first_prompts, part_rows
 from trainer.data.sources import Source, find_sources
 from trainer.data.spool import Spool, rows_in_blocks
+from trainer.data.stream_rows import StreamedTexts
 from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import DataProfile, get_profile
@@ -59,7 +60,7 @@ class RunData(_Texts):
 
     train: EncodedDataset
     validation: EncodedDataset | None
-    train_texts: TrainTexts
+    train_texts: TrainTexts | StreamedTexts
     """(prompt, golden answer) of each training row."""
     train_sources: Array
     """Of each row in `train`, before any packing: which of `source_names` it is from."""
@@ -134,7 +135,7 @@ def prepare_data(
         if is_written:
             with contextlib.suppress(OSError):  # another run removed it already
                 return _with_note(_from_arrays(entry.arrays(), encoder), note)
-    return _with_note(_from_arrays(_kept(arrays_of_rows), encoder), note)
+    return _with_note(_from_arrays(kept_arrays(arrays_of_rows), encoder), note)
 
 
 def _with_note(data: RunData, note: str) -> RunData:
@@ -183,7 +184,7 @@ def encode_rows(
     preparer = Preparer(profile, encoder, system_prompt, seed)
     reading = Reading(section, preparer, with_columns=with_columns)
     reading.read(sources, validation_sources)
-    _check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
+    check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
     errors = reading.errors()
     errors.raise_if_strict()
     rows = reading.store.finish()
@@ -236,10 +237,14 @@ def _check_thoughts(section: DataSection, rows: EncodedRows) -> None:
         )
 
 
-def _check_fit(
+def check_fit(
     section: DataSection, tally: Tally, profile: DataProfile, *, is_prompt_configured: bool
 ) -> None:
-    """Refuse a system prompt or a profile that these rows would ignore."""
+    """Refuse a system prompt or a profile that these rows would ignore.
+
+    Raises:
+        ConfigError: names the option.
+    """
     path, num_text = section.dataset_path, tally.num_text
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
@@ -282,15 +287,21 @@ def _as_arrays(texts: _Texts, rows: EncodedRows, sides: Sides) -> dict[str, Arra
         "text_prompt_lengths": rows.prompt_lengths[train],
         "text_is_plain_text": rows.is_plain_text()[train],
         "sources": rows.source[train],
-        **_dataset_arrays("train", rows, train),
+        **dataset_arrays("train", rows, train),
     }
     if len(sides.validation):
-        arrays |= _dataset_arrays("validation", rows, sides.validation)
+        arrays |= dataset_arrays("validation", rows, sides.validation)
     return arrays
 
 
-def _dataset_arrays(name: str, rows: EncodedRows, order: Array) -> dict[str, Array | Blocks]:
-    """What `EncodedDataset.from_arrays` takes, of some rows, under names of its own."""
+def dataset_arrays(
+    name: str, rows: EncodedRows, order: Array, *, with_weights: bool = False
+) -> dict[str, Array | Blocks]:
+    """What `EncodedDataset.from_arrays` takes, of some rows, under names of its own.
+
+    Args:
+        with_weights: have loss weights, also where none differs from 1.
+    """
     lengths = rows.lengths[order]
     starts, size = rows.starts("lengths"), int(lengths.sum(dtype=np.int64))
     arrays: dict[str, Array | Blocks] = {
@@ -300,12 +311,12 @@ def _dataset_arrays(name: str, rows: EncodedRows, order: Array) -> dict[str, Arr
             "<i4", size, partial(rows_in_blocks, rows.labels(), starts, order)
         ),
     }
-    if rows.num_weights[order].any():
+    if with_weights or rows.num_weights[order].any():
         arrays[f"{name}_weights"] = Blocks("<f4", size, partial(rows.weights_in_blocks, order))
     return arrays
 
 
-def _kept(arrays: Mapping[str, Array | Blocks]) -> dict[str, AnyArray]:
+def kept_arrays(arrays: Mapping[str, Array | Blocks]) -> dict[str, AnyArray]:
     """The arrays without a cache: in memory, or in nameless files where they are large."""
     spool = Spool(Path(tempfile.gettempdir()))
     for name, array in arrays.items():
