@@ -220,6 +220,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         }
         return arrays if self._weights is None else {**arrays, "weights": self._weights}
 
+    @property
+    def longest(self) -> int:
+        """No row is longer, in tokens."""
+        return max(self.lengths)
+
     def __len__(self) -> int:
         return len(self.lengths)
 

@@ -14,7 +14,7 @@ from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
-from trainer.data.sides import Sides, places_of, shared_prompts
+from trainer.data.sides import Sides, shared_prompts
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -86,6 +86,8 @@ class DataCard:
     """How many prompts that is."""
     mix: str = ""
     """How often the training rows of each file are used; empty: once each."""
+    streaming: str = ""
+    """What the figures are of, and what is not known, where rows are streamed."""
     cache: str = ""
     """Whether the encoded rows were read from the cache, or why not."""
     num_packs: int = 0
@@ -175,7 +177,7 @@ def draw_card(
         (int(size), reader.prompt(int(number)))
         for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
     ]
-    own = rows.row[: rows.num_of_training]
+    num_rows = int(rows.row[rows.num_of_training - 1]) + 1
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
         dataset_path=section.dataset_path,
@@ -191,7 +193,7 @@ def draw_card(
         num_rejected=rejected.count,
         rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=len(np.unique(own)) - _num_different(keys),
+        num_duplicates=num_rows - len(np.unique(keys)),
         num_leaked=len(leaked),
         leaked_prompts=_different_prompts(reader, leaked),
         shared_prompts=tuple(shared),
@@ -212,10 +214,6 @@ def draw_card(
         num_one_by_one=int((rows.flags & BY_SHAPE == 0).sum()),
         **_token_counts(rows, sides, reader),
     )
-
-
-def _num_different(hashes: np.ndarray[Any, Any]) -> int:
-    return int(places_of(hashes).max()) + 1 if len(hashes) else 0
 
 
 def _different_prompts(reader: RowReader, numbers: np.ndarray[Any, Any]) -> tuple[str, ...]:
@@ -283,6 +281,7 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"{card.num_unique_rows:,} training{mixed}, {card.num_validation_rows:,} validation, "
         f"of {card.num_rows:,} read",
     )
+    yield "streaming", card.streaming
     yield "file weights", card.mix
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation
@@ -311,7 +310,8 @@ def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
     yield (
         "tokens",
-        f"{card.num_tokens:,} per epoch, {card.num_trained_tokens:,} of them trained "
+        f"{card.num_tokens:,} {'so far' if card.streaming else 'per epoch'}, "
+        f"{card.num_trained_tokens:,} of them trained "
         f"({card.trained_pct:.1f} %)",
     )
     yield "longest row", f"{card.longest_row:,} tokens; at most {card.max_length:,} (max_length)"

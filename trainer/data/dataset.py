@@ -102,6 +102,8 @@ def prepare_data(
         DataError: missing file, bad rows under `strict`, or nothing to train.
         ConfigError: an option that would have no effect on these rows.
     """
+    if section.streaming:
+        raise ConfigError("data.streaming=true: rows are streamed by `prepare_stream`.")
     sources = find_sources(section.dataset_path, section.weights, offline=offline)
     held_out: list[Source] = []
     if section.validation_path is not None:
@@ -133,6 +135,7 @@ def prepare_data(
             else (False, "not written: a file changed while read")
         )
         if is_written:
+            del arrays_of_rows  # and with it what was kept of the rows while they were read
             with contextlib.suppress(OSError):  # another run removed it already
                 return _with_note(_from_arrays(entry.arrays(), encoder), note)
     return _with_note(_from_arrays(kept_arrays(arrays_of_rows), encoder), note)

@@ -19,7 +19,7 @@ from trainer.data.rows import (
     is_text,
     kept_weights,
 )
-from trainer.data.shapes import Shapes
+from trainer.data.shapes import Ahead, Shapes
 from trainer.data.spans import SpanFinder, Spans
 from trainer.data.template import PROBE, ChatTemplate
 from trainer.data.tools import refuse_lost_tools, tools_of
@@ -113,7 +113,8 @@ class RowEncoder:
         return [next(from_texts if is_text(row) else from_turns) for row in chunk]
 
     def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
-        rendered = [self._render(row) for row in chunk]
+        ahead = self.shapes.render_ahead(chunk)
+        rendered = [self._render(row, found) for row, found in zip(chunk, ahead, strict=True)]
         texts = [found.text for found in rendered if isinstance(found, Rendered)]
         encodings = iter(self.template.encode(texts) if texts else ())
         found = [
@@ -144,10 +145,10 @@ class RowEncoder:
         left_out = [turn["content"] for turn in row[:first] if turn["role"] == "assistant"]
         return replace(result, stripped=(*left_out, *result.stripped))
 
-    def _render(self, row: list[Message]) -> Rendered | BadRowError:
+    def _render(self, row: list[Message], ahead: Ahead | None) -> Rendered | BadRowError:
         try:
             self._refuse_special_text(row)
-            rendered = self.shapes.render(row) or render_row(self.template, row)
+            rendered = self.shapes.render(row, ahead) or render_row(self.template, row)
             if tools_of(row):
                 refuse_lost_tools(row, rendered.text)
             return rendered

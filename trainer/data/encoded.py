@@ -29,7 +29,7 @@ NUMBERS = {
 }
 """Arrays of a piece that are taken as they are."""
 
-HASHES = ("keys", "groups", "prompt_hashes")
+HASHES = ("keys", "groups", "asked")
 
 TEXTS = ("prompts", "notes", "columns")
 
@@ -136,7 +136,9 @@ class RowStore:
         """Keep all that a file says of its rows where `with_columns` says so."""
         self.spool, self.with_columns = spool, with_columns
         self.tally = Tally()
-        self._numbers: dict[str, list[Array]] = {}
+        # Buffers that grow in place: many small arrays, joined at the end, would be there twice.
+        self._numbers: dict[str, bytearray] = {}
+        self._kinds: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._num, self._num_of_training = 0, 0
 
     def add(self, piece: Piece, rows: Sequence[Row], *, is_training: bool) -> None:
@@ -148,10 +150,10 @@ class RowStore:
         places = piece.places.tolist()
         for name in (*NUMBERS, *HASHES):
             self._note(name, getattr(piece, name))
-        self._note("index", np.asarray([rows[place].index for place in places], np.int64))
+        self._note("index", np.asarray([rows[place].index for place in places], np.uint32))
         self._note("source", np.asarray([rows[place].source for place in places], np.uint16))
         nth = np.cumsum(np.diff(piece.places, prepend=-1) > 0) - 1
-        self._note("row", nth.astype(np.int64) + self.tally.num_used)
+        self._note("row", (nth + self.tally.num_used).astype(np.uint32))
         self.spool.append("ids", piece.ids)
         self.spool.append("labels", piece.labels)
         num_weights = np.zeros(len(places), np.int32)
@@ -172,15 +174,17 @@ class RowStore:
             self._num_of_training = self._num
 
     def _note(self, name: str, array: Array) -> None:
-        self._numbers.setdefault(name, []).append(array)
+        self._kinds[name] = array.dtype, array.shape[1:]
+        self._numbers.setdefault(name, bytearray()).extend(array.tobytes())
 
     def finish(self) -> EncodedRows:
         """All of them; nothing can be added any more."""
         if not self._numbers:  # so that each array is there
             self.add(piece_of([]), [], is_training=True)
-        numbers = {}
-        for name in list(self._numbers):
-            numbers[name] = np.concatenate(self._numbers.pop(name))
+        numbers = {
+            name: np.frombuffer(self._numbers[name], kind).reshape(-1, *shape)
+            for name, (kind, shape) in self._kinds.items()
+        }
         return EncodedRows(self._num_of_training, numbers, self.spool)
 
 

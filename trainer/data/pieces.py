@@ -17,8 +17,9 @@ from trainer.profiles import Message
 
 Array = np.ndarray[Any, Any]
 
-HASH = np.dtype(">u8")
-"""Two of these are the first 16 bytes of a hash; in their order they sort as its hex digits do."""
+HASH_BYTES = 8
+"""Of a hash that are kept, as a uint64 that sorts as the hash does. That two different ones of a
+million agree has a chance of 3e-8; two prompts would go to one side of the split together."""
 
 TRUNCATED, STOPS, STRIPPED, OPENED, BY_SHAPE, PLAIN_TEXT = (1 << bit for bit in range(6))
 """Bits of `flags`, each an attribute of `Example`."""
@@ -50,11 +51,11 @@ class Piece:
     """What `notes_of` makes of an example."""
     prompt_lengths: Array
     keys: Array
-    """(examples, 2): hash of the row's content."""
+    """Hash of the row's content."""
     groups: Array
-    """(examples, 2): hash of its prompt."""
-    prompt_hashes: Array
-    """(examples, 2): hash of the ids before the answer."""
+    """Hash of its prompt, the turns before the first answer."""
+    asked: Array
+    """Hash of the ids before the answer."""
     num_trained: Array
     num_removed: Array
     num_thoughts: Array
@@ -73,8 +74,8 @@ def piece_of(outcomes: Sequence[Outcome]) -> Piece:
     ids, labels = _flat(e.input_ids for e in examples), _flat(e.labels for e in examples)
     lengths = np.asarray([len(example.input_ids) for example in examples], np.int32)
     ends = np.cumsum(lengths)
-    hashes = [
-        xxhash.xxh3_128(ids[end - length :][: example.prompt_length].data).digest()
+    asked = [
+        xxhash.xxh3_64_digest(ids[end - length :][: example.prompt_length].data)
         for example, end, length in zip(examples, ends, lengths, strict=True)
     ]
     return Piece(
@@ -90,9 +91,9 @@ def piece_of(outcomes: Sequence[Outcome]) -> Piece:
         prompts=[example.prompt.encode() for example in examples],
         notes=[notes_of(example) for example in examples],
         prompt_lengths=np.asarray([example.prompt_length for example in examples], np.int32),
-        keys=_hashes([bytes.fromhex(outcome.key[:32]) for _, outcome, _ in found]),
-        groups=_hashes([bytes.fromhex(outcome.group[:32]) for _, outcome, _ in found]),
-        prompt_hashes=_hashes(hashes),
+        keys=_hashes([bytes.fromhex(outcome.key[: 2 * HASH_BYTES]) for _, outcome, _ in found]),
+        groups=_hashes([bytes.fromhex(outcome.group[: 2 * HASH_BYTES]) for _, outcome, _ in found]),
+        asked=_hashes(asked),
         num_trained=np.add.reduceat(labels != IGNORE_INDEX, ends - lengths, dtype=np.int32)
         if examples
         else np.zeros(0, np.int32),
@@ -130,7 +131,7 @@ def _flat(rows: Iterable[Sequence[int]]) -> Array:
 
 
 def _hashes(digests: Sequence[bytes]) -> Array:
-    return np.frombuffer(b"".join(digests), HASH).reshape(-1, 2)
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
 
 
 def _flags(example: Example) -> int:

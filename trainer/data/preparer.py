@@ -119,6 +119,8 @@ class Preparer:
                 turn["reasoning_content"] = self.profile.clean(turn["reasoning_content"])
         if is_text(clean):
             return [turn for turn in clean if check_text_row(turn["content"])]
+        if type(self.profile).transform is DataProfile.transform:
+            return with_system_prompt(check_messages(clean), self.system_prompt)
         turns = self.profile.transform(clean, index=index, seed=self.seed)
         if _called(turns) != _called(messages):
             raise BadRowError("tool calls were lost or changed", "tool calls lost")

@@ -99,7 +99,7 @@ def render_row(template: ChatTemplate, row: list[Message]) -> Rendered:
     """
     row = _spelled(template, row)
     is_thinking = thinks_last(row)
-    text, generated = template.text_and_markers(row, thinking=is_thinking)
+    [(text, generated)] = template.texts_and_markers([row], thinking=is_thinking)
     if has_marks(text):
         raise BadRowError(
             "row holds characters above U+108000 (private use), which are used internally; "

@@ -8,6 +8,7 @@ stands where the shape has it. All other rows are rendered with marks of their o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from jinja2.ext import Extension, loopcontrols
 from trainer.data.rendered import Asked, Rendered, render_row, thinks_last
 from trainer.data.rows import BadRowError
 from trainer.data.template import ChatTemplate, TurnMarks, has_marks
+from trainer.data.tools import tools_of
 from trainer.errors import TemplateError
 from trainer.profiles import Message
 
@@ -91,6 +93,13 @@ def _with_spaces(
     return before + core + after, len(before) + len(core), after
 
 
+Ranges = list[tuple[int, int]]
+"""Stretches of a text, in characters."""
+
+Ahead = tuple[Shape, str, Ranges | None]
+"""A row's shape, its text, and what stands between the template's generation markers."""
+
+
 @dataclass
 class Shapes:
     """The shapes of one template, and rows rendered by them."""
@@ -103,37 +112,76 @@ class Shapes:
         source = self.template.tokenizer.chat_template
         self._sought = sought_texts(source) if self.template.is_usual else None
 
-    def render(self, row: list[Message]) -> Rendered | None:
+    def render_ahead(self, rows: list[list[Message]]) -> list[Ahead | None]:
+        """Rows of known shapes, all rendered at once; None for the others.
+
+        Where the template refuses one of them, it is None for all.
+        """
+        shapes = [
+            None if (key := self._plain_key(row)) is None else self._known.get(key) for row in rows
+        ]
+        ahead: list[Ahead | None] = [None] * len(rows)
+        for is_thinking in (False, True):
+            places = [
+                place
+                for place, shape in enumerate(shapes)
+                if shape and shape.is_thinking == is_thinking and tools_of(rows[place]) is None
+            ]
+            with contextlib.suppress(TemplateError):
+                texts = self.template.texts_and_markers(
+                    [rows[place] for place in places], thinking=is_thinking
+                )
+                for place, found in zip(places, texts, strict=True):
+                    shape = shapes[place]
+                    assert shape is not None, "only such places were chosen"
+                    ahead[place] = (shape, *found)
+        return ahead
+
+    def render(self, row: list[Message], ahead: Ahead | None = None) -> Rendered | None:
         """The row as `render_row` renders it; None where only that can tell.
 
+        Args:
+            ahead: of `render_ahead`.
         Raises:
             TemplateError: the template refuses the row.
         """
-        if self._sought is None:
-            return None
-        key = _key(row)
-        if key is None or not self._sought.is_plain(row):
+        if ahead is not None:
+            return self._by_shape(row, *ahead)
+        key = self._plain_key(row)
+        if key is None:
             return None
         if key in self._known:
             shape = self._known[key]
-            return self._by_shape(shape, row) if shape is not None else None
+            return self._rendered(shape, row) if shape is not None else None
         if len(self._known) >= MAX_SHAPES:
             self._known.clear()
         self._known[key] = None
         shape = self._learn(row)
-        found = self._by_shape(shape, row) if shape is not None else None
+        found = self._rendered(shape, row) if shape is not None else None
         # The first row of each shape is rendered both ways.
         if found is None or not _is_same(found, render_row(self.template, row)):
             return None
         self._known[key] = shape
         return found
 
-    def _by_shape(self, shape: Shape, row: list[Message]) -> Rendered | None:
+    def _plain_key(self, row: list[Message]) -> Any:
+        """What rows of one shape have in common; None for a row that can have none."""
+        if self._sought is None:
+            return None
+        key = _key(row)
+        return key if key is not None and self._sought.is_plain(row) else None
+
+    def _rendered(self, shape: Shape, row: list[Message]) -> Rendered | None:
+        [found] = self.template.texts_and_markers([row], thinking=shape.is_thinking)
+        return self._by_shape(row, shape, *found)
+
+    def _by_shape(
+        self, row: list[Message], shape: Shape, text: str, generated: Ranges | None
+    ) -> Rendered | None:
         filled = shape.fill(row)
         if filled is None:
             return None
         expected, places, behind = filled
-        text, generated = self.template.text_and_markers(row, thinking=shape.is_thinking)
         if text != expected or has_marks(text):
             return None
         asked = shape.asked

@@ -51,14 +51,15 @@ def part_rows(
     return Sides(mixed, validation, how, mix, trained_too(rows, validation, train))
 
 
-def places_of(hashes: Array) -> Array:
-    """The place of each (n, 2) hash among the sorted different ones; equal ones share theirs."""
-    high, low = (hashes[:, half].astype(np.uint64) for half in (0, 1))
-    order = np.lexsort((low, high))
-    is_new = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
-    places = np.empty(len(hashes), np.int64)
-    places[order] = np.concatenate([[0], np.cumsum(is_new)])[: len(hashes)]
-    return places
+def is_in(values: Array, wanted: Array) -> Array:
+    """Whether each value is one of those wanted; numpy's own takes several times the memory."""
+    if not len(wanted):
+        return np.zeros(len(values), bool)
+    ordered = np.sort(wanted)
+    places = np.searchsorted(ordered, values)
+    np.minimum(places, len(ordered) - 1, out=places)
+    found: Array = ordered[places] == values
+    return found
 
 
 def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Array, Array, str]:
@@ -110,19 +111,15 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     count = rows.num_of_training
     keys, groups = rows.keys[:count], rows.groups[:count]
     wanted, largest = _wanted(section, count), _largest(section, count)
-    places = places_of(groups)
-    is_small = np.bincount(places)[places] <= largest
-    units = places_of(np.where(is_small[:, None], groups, keys))
-    sizes = np.bincount(units).tolist()
-    held, taken = np.zeros(len(sizes), bool), 0
-    for unit, size in enumerate(sizes):
-        if size > largest:  # the same row again and again
-            continue
-        if taken + size / 2 >= wanted:
-            break
-        held[unit] = True
-        taken += size
-    return held[units]
+    different, sizes = np.unique(groups, return_counts=True)
+    units = np.where(is_in(groups, different[sizes > largest]), keys, groups)
+    different, sizes = np.unique(units, return_counts=True)
+    is_small = sizes <= largest  # others are the same row again and again
+    different, sizes = different[is_small], sizes[is_small]
+    taken = np.cumsum(sizes) - sizes  # before each
+    is_enough = taken + sizes / 2 >= wanted
+    num_held = int(np.argmax(is_enough)) if is_enough.any() else len(different)
+    return is_in(units, different[:num_held])
 
 
 def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Array]:
@@ -134,37 +131,32 @@ def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Arra
     count = rows.num_of_training
     if section.validation_path is not None or not section.validation_split:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    places = places_of(rows.groups[:count])
-    sizes = np.bincount(places)
+    _, first, sizes = np.unique(rows.groups[:count], return_index=True, return_counts=True)
     large = np.flatnonzero(sizes > _largest(section, count))
-    _, first = np.unique(places, return_index=True)
     order = large[np.lexsort((first[large], -sizes[large]))]
     return sizes[order], first[order]
 
 
 def trained_too(rows: EncodedRows, validation: Array, train: Array) -> Array:
     """Whether the prompt of each held-out example is trained on too, with whatever answer."""
-    groups = places_of(rows.groups)
-    is_same = np.zeros(len(groups), bool)  # of groups; there are at most as many
-    is_same[np.intersect1d(groups[validation], groups[train])] = True
+    groups, asked, is_text = rows.groups, rows.asked, rows.is_plain_text()
+    found = is_in(groups[validation], groups[train])
     # Prompts of other turns can be the same tokens: cut at max_length, or rewritten by a profile.
-    prompts, is_text = places_of(rows.prompt_hashes), rows.is_plain_text()
-    asked, trained = validation[~is_text[validation]], train[~is_text[train]]
-    is_same[groups[asked[np.isin(prompts[asked], prompts[trained])]]] = True
-    return is_same[groups[validation]]
+    ours, theirs = validation[~is_text[validation]], train[~is_text[train]]
+    same = ours[is_in(asked[ours], asked[theirs])]
+    return found | is_in(groups[validation], groups[same])
 
 
 def weigh_rows(sources: list[Source], rows: EncodedRows, train: Array) -> tuple[Array, str]:
     """The training examples as often as data.weights says, and that in words."""
     if all(source.weight == 1 for source in sources):
         return train, ""
-    keys = places_of(rows.keys)
     chosen, words = [], []
     for number, source in enumerate(sources):
         own = train[rows.source[train] == number]
         times, share = divmod(source.weight, 1)
         # Which rows are in the part: by content, so that the order of the file does not matter.
-        by_key = np.argsort(keys[own], kind="stable")
+        by_key = np.argsort(rows.keys[own], kind="stable")
         part = own[np.sort(by_key[: round(share * len(own))])]
         used = [*[own] * int(times), part]
         count = sum(map(len, used))
@@ -195,9 +187,9 @@ def first_prompts(
     """
     is_held_out = len(sides.validation) > 0
     items = sides.validation if is_held_out else np.unique(sides.train)
-    groups, keys = places_of(rows.groups), places_of(rows.keys)
-    is_trained = np.isin(groups[items], groups[sides.train])
-    order = np.lexsort((items, keys[items], groups[items], is_trained))
+    groups = rows.groups
+    is_trained = is_in(groups[items], groups[sides.train])
+    order = np.lexsort((items, rows.keys[items], groups[items], is_trained))
     _, first = np.unique(groups[items[order]], return_index=True)
     chosen = order[np.sort(first)[:count]]
     is_also = sides.is_trained_too if is_held_out else np.zeros(len(items), bool)

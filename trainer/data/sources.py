@@ -38,6 +38,8 @@ class Source:
     name: str
     weight: float = 1.0
     offline: bool = False
+    is_streamed: bool = False
+    """Of a hub dataset: its rows are fetched while they are read."""
 
     @property
     def is_hub(self) -> bool:
@@ -61,6 +63,8 @@ class Source:
             max_rows: no more rows than that are read.
         """
         most = sys.maxsize if max_rows is None else max_rows * ROW_BYTES
+        if self.is_hub and self.is_streamed:
+            return most
         if self.is_hub:
             return min(int(self._hub_dataset.data.nbytes), most)
         path = Path(self.name)
@@ -86,9 +90,10 @@ class Source:
             raise DataError(f"{self.name}: cannot be read ({error.strerror}).") from error
 
     def _hub_rows(self) -> Iterator[RawRow]:
-        schema = self._hub_dataset.features.arrow_schema
+        features = self._hub_dataset.features  # of a stream they need not be known
+        schema = None if features is None else features.arrow_schema
         for index, row in enumerate(self._hub_dataset):
-            yield f"{self.name}[{index}]", own_values(row, schema)
+            yield f"{self.name}[{index}]", row if schema is None else own_values(row, schema)
 
     @cached_property
     def _hub_dataset(self) -> Any:
@@ -102,6 +107,7 @@ class Source:
             return datasets.load_dataset(
                 repository,
                 split=split or DEFAULT_SPLIT,
+                streaming=self.is_streamed,
                 download_config=datasets.DownloadConfig(local_files_only=offline),
             )
         except Exception as error:  # what the hub, the network and the format raise
@@ -113,7 +119,11 @@ class Source:
 
 
 def find_sources(
-    text: str, weights: Sequence[float] = (), *, offline: bool = False
+    text: str,
+    weights: Sequence[float] = (),
+    *,
+    offline: bool = False,
+    is_streamed: bool = False,
 ) -> list[Source]:
     """Cut `data.dataset_path` or `data.validation_path` into sources.
 
@@ -122,6 +132,7 @@ def find_sources(
             there does not cut it.
         weights: one for each name, or none.
         offline: never ask the hub.
+        is_streamed: rows of hub datasets are fetched while they are read.
     Raises:
         ConfigError: another number of weights than of names, or a name given twice.
     """
@@ -138,7 +149,7 @@ def find_sources(
             "files; give one for each, or none."
         )
     return [
-        Source(name, weight, offline)
+        Source(name, weight, offline, is_streamed)
         for name, weight in zip(names, weights or [1.0] * len(names), strict=True)
     ]
 

@@ -381,8 +381,10 @@ class _Search:
     # ---- positions
 
     def _first_place(self, mark: str | None, start: int) -> int | None:
-        places = self.places.get(mark or "", [])
-        return next((place for place in places if place >= start), None)
+        for place in self.places.get(mark or "", ()):
+            if place >= start:
+                return place
+        return None
 
     def _next_place(self, turn: int, start: int) -> int:
         """Where the first text of any later turn ends, from `start` on; else the text's end."""

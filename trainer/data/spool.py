@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ from trainer.errors import DataError
 
 Array = np.ndarray[Any, Any]
 
-MAX_HELD = 2**25
+MAX_HELD = 2**23
 """Bytes of all arrays together that are kept in memory before they are written out."""
 
 
@@ -37,6 +38,7 @@ class Spool:
         self._kinds: dict[str, np.dtype[Any]] = {}
         self._sizes: dict[str, int] = {}
         self._held = 0
+        weakref.finalize(self, _close, self._files)
 
     def append(self, name: str, array: Array) -> None:
         """Add to the end of an array.
@@ -84,6 +86,11 @@ class Spool:
                 "with more."
             ) from error
         parts.clear()
+
+
+def _close(files: dict[str, IO[bytes]]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def nameless_file(folder: Path) -> IO[bytes]:

@@ -208,7 +208,7 @@ class StreamReader:
         if section.validation_path is not None or not section.validation_split:
             return np.zeros(len(piece.lengths), bool)
         limit = np.uint64(int(section.validation_split * 2**64))
-        is_held: Array = piece.groups[:, 0].astype(np.uint64) < limit
+        is_held: Array = piece.groups.astype(np.uint64) < limit
         return is_held
 
     def _note_problems(self, chunk: _Chunk, piece: Piece) -> None:

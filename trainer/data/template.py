@@ -229,30 +229,35 @@ class ChatTemplate:
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return backend.encode_batch(texts, add_special_tokens=False)
 
-    def text_and_markers(
-        self, turns: list[Message], *, thinking: bool
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """As `text`, and the stretches of it between generation markers; None without markers.
+    def texts_and_markers(
+        self, rows: list[list[Message]], *, thinking: bool
+    ) -> list[tuple[str, list[tuple[int, int]] | None]]:
+        """As `text` of each row, and the stretches of it between generation markers; None without.
 
+        Args:
+            rows: with the same tools, if any.
         Raises:
-            TemplateError: the template refuses the turns.
+            TemplateError: the template refuses one of them.
         """
-        spelled = self.dialect.spelled(turns)
-        if not self.is_usual:
-            text = self._render(spelled, thinking=thinking)
-            return text, self._by_jinja(spelled, thinking)[1] if self.has_markers else None
-        return self._by_jinja(spelled, thinking)
+        spelled = [self.dialect.spelled(turns) for turns in rows]
+        if self.is_usual:
+            return self._by_jinja(spelled, thinking) if rows else []
+        texts = [self._render(turns, thinking=thinking) for turns in spelled]
+        if not self.has_markers:
+            return [(text, None) for text in texts]
+        found = self._by_jinja(spelled, thinking)
+        return [(text, markers) for text, (_, markers) in zip(texts, found, strict=True)]
 
     def _by_jinja(
-        self, turns: list[Message], thinking: bool
-    ) -> tuple[str, list[tuple[int, int]] | None]:
+        self, rows: list[list[Message]], thinking: bool
+    ) -> list[tuple[str, list[tuple[int, int]] | None]]:
         """What `apply_chat_template` does, less what it does anew for every row."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            [text], found = render_jinja_template(
-                [turns],
-                tools=tools_of(turns),
+            texts, found = render_jinja_template(
+                rows,
+                tools=tools_of(rows[0]),
                 return_assistant_tokens_mask=self.has_markers,
                 **{
                     "chat_template": self.tokenizer.chat_template,
@@ -264,7 +269,7 @@ class ChatTemplate:
             )
         except Exception as error:  # as in _render
             raise _refusal(error) from error
-        return text, found[0] if self.has_markers else None
+        return list(zip(texts, found if self.has_markers else [None] * len(texts), strict=True))
 
     @property
     def opening(self) -> str:

@@ -38,6 +38,8 @@ CALL_ROLES = ("function_call", "tool_call")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn that hold what it thinks."""
 
+PLAIN_KEYS = {"role", "content"}
+
 TURN_KEYS = frozenset(
     {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call"}
     | {*THOUGHT_KEYS}
@@ -73,6 +75,8 @@ def _message(turn: Any, where: str, name: str, notes: RowNotes) -> Message:
             f"{where} is a {type(turn).__name__}; it must be an object with role and content",
             "broken messages",
         )
+    if turn.keys() == PLAIN_KEYS and turn["role"] in KNOWN_ROLES and type(turn["content"]) is str:
+        return Message(role=turn["role"], content=turn["content"])  # most turns are no more
     _check_keys(turn, where, name, notes)
     speaker = _speaker(turn, where)
     message = Message(role=ROLES[speaker], content="")
