@@ -346,9 +346,9 @@ def _run_state(job: Job) -> dict[str, Any]:
     assert job.stopping is not None and job.monitor is not None, "built before training"
     deciding = job.monitor.deciding
     state = {"early_stopping": job.stopping.state()}
-    order = job.trainer.order if job.trainer is not None else None
-    if isinstance(order, StreamOrder):
-        state[STREAM] = order.state(job.trainer.state.global_step)
+    trainer = job.trainer
+    if trainer is not None and isinstance(trainer.order, StreamOrder):
+        state[STREAM] = trainer.order.state(trainer.state.global_step)
     return state if deciding is None else {**state, "deciding": deciding.state()}
 
 

@@ -148,6 +148,7 @@ def _with_note(data: RunData, note: str) -> RunData:
 
 def pack_training_rows(data: RunData) -> RunData:
     """The same data with its training rows packed; a pack goes by its first row's text."""
+    assert isinstance(data.train_texts, TrainTexts), "streamed rows are not packed"
     packed = PackedDataset(data.train, data.encoder.max_length)
     first = [pack[0] for pack in packed.packs]
     return replace(

@@ -88,7 +88,7 @@ class SlidingShuffle:
         return self._blocks[name]
 
     def _keys(self, epoch: int, block: int, num_rows: int | None) -> tuple[Array, Array, Array]:
-        """The rows of a block of `size` numbers, their keys, and what decides between equal ones."""
+        """The rows of a block of `size` numbers, their keys, and what orders equal ones."""
         first = block * self.size
         count = self.size if num_rows is None else min(max(num_rows - first, 0), self.size)
         generator = np.random.default_rng([self.seed, epoch, block])

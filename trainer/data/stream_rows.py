@@ -1,4 +1,4 @@
-"""Streamed training rows: a thread reads ahead into a ring on disk, training takes them by number."""
+"""Streamed training rows: a thread reads them ahead into a ring on disk, training takes them."""
 
 from __future__ import annotations
 

@@ -272,8 +272,8 @@ class _Start:
         section = self.section
         share = f"{section.validation_split:.1%}"
         how = (
-            f"about {share}, by a hash of the prompt and the seed; the {len(validation):,} that are "
-            "read before the first step are measured, later ones are left out of training too"
+            f"about {share}, by a hash of the prompt and the seed; the {len(validation):,} read "
+            "before the first step are measured, later ones are left out of training too"
         )
         if section.validation_path is not None:
             validation = np.arange(rows.num_of_training, len(rows))
@@ -296,9 +296,7 @@ class _Start:
         stream = self.rows
         stream.lengths = rows.lengths[sides.train].tolist()
         stream.has_weights = bool(rows.num_weights[sides.train].any())
-        stream.samples = _dataset(
-            rows, sides.train[:NUM_SAMPLES], with_weights=stream.has_weights
-        )
+        stream.samples = _dataset(rows, sides.train[:NUM_SAMPLES], with_weights=stream.has_weights)
         stream.sizes = self.reader.sizes()
         first = _dataset(rows, sides.train, with_weights=stream.has_weights)
         stream.start_fingerprint = fingerprint_of(first, len(sides.train), stream.buffer_size)
@@ -345,4 +343,3 @@ def _dataset(rows: EncodedRows, order: Array, *, with_weights: bool = False) -> 
     arrays = dataset_arrays("rows", rows, order, with_weights=with_weights)
     kept = kept_arrays({name.removeprefix("rows_"): array for name, array in arrays.items()})
     return EncodedDataset.from_arrays(kept)
-

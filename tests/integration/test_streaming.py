@@ -1,0 +1,116 @@
+"""`data.streaming`: rows are trained while they are read, each once a pass, and resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.test_resume_exact import KEEP, QUIET, check_same_state
+from trainer.core import TrainerEngine
+from trainer.core.hf_trainer import SupervisedTrainer
+from trainer.data import stream_reader, stream_rows
+
+NUM_ROWS = 150
+
+
+def row(number: int) -> dict[str, str]:
+    return {"question": f"what is {number}?", "answer": f"it is {number}. " * (number % 4 + 1)}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    return path
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    return write(tmp_path / "rows.jsonl", [row(number) for number in range(NUM_ROWS)])
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small file is many pieces, few of which are there at a time."""
+    monkeypatch.setattr(stream_reader, "PIECE", 8)
+    monkeypatch.setattr(stream_rows, "MIN_AHEAD", 8)
+
+
+@pytest.fixture
+def stream(
+    job: Callable[..., Any], rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Any, dict[int, list[str]]]]:
+    """A function that runs a job on streamed rows and returns its result and each step's rows."""
+    compute = SupervisedTrainer.compute_loss
+
+    def run(name: str = "out", **options: Any) -> tuple[Any, dict[int, list[str]]]:
+        seen: dict[int, list[str]] = {}
+
+        def noted(self: Any, model: Any, inputs: dict[str, Any], *a: Any, **k: Any) -> Any:
+            texts = self._tokenizer.batch_decode(inputs["input_ids"])
+            names = [text.split("what is ")[1].split("?")[0] for text in texts]
+            seen.setdefault(self.state.global_step + 1, []).extend(names)
+            return compute(self, model, inputs, *a, **k)
+
+        monkeypatch.setattr(SupervisedTrainer, "compute_loss", noted)
+        options.setdefault("dataset_path", str(rows_file))
+        data = {"streaming": True, "shuffle_buffer": 24, **options.pop("data", {})}
+        monitoring = {**QUIET, **options.pop("monitoring", {})}
+        config = job(name, data=data, monitoring=monitoring, **options)
+        return TrainerEngine().run_job(config), seen
+
+    return run
+
+
+def in_order(seen: dict[int, list[str]]) -> list[str]:
+    return [name for step in sorted(seen) for name in seen[step]]
+
+
+def done(found: tuple[Any, dict[int, list[str]]]) -> dict[int, list[str]]:
+    result, seen = found
+    assert result.success, result.error_message
+    return seen
+
+
+@pytest.mark.slow
+def test_each_pass_has_every_training_row_once_and_no_held_out_row(
+    stream: Callable[..., Any],
+) -> None:
+    steps = {"max_steps": 72}  # 288 of two times about 120 rows
+    seen = in_order(done(stream(hyperparams=steps, data={"group_by_length": False})))
+    size = len(set(seen))
+    assert NUM_ROWS // 10 < NUM_ROWS - size < NUM_ROWS // 3  # a fifth is held out, by hash
+    first, second = seen[:size], seen[size : 2 * size]
+    assert sorted(first) == sorted(second) == sorted(set(seen))
+    assert first != second
+    assert first != sorted(first, key=int)
+    # Groups of like length are made of the rows of a pool: six steps, as large as the buffer.
+    grouped = in_order(done(stream("grouped", hyperparams=steps)))
+    assert grouped != seen
+    for begin in range(0, len(seen), 24):
+        assert sorted(grouped[begin : begin + 24]) == sorted(seen[begin : begin + 24])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 30, pytest.param(55, marks=pytest.mark.long)])
+def test_a_resume_in_any_pass_is_the_uninterrupted_run_bit_for_bit(
+    stream: Callable[..., Any], at: int
+) -> None:
+    options: dict[str, Any] = {"hyperparams": {"max_steps": 60, "warmup_steps": 3}}
+    keep = {**KEEP, "keep_checkpoints": 60}
+    straight, seen = stream("straight", output=keep, **options)
+    assert straight.success, straight.error_message
+    again = straight.output_dir.parent / "again"
+    shutil.copytree(
+        straight.output_dir, again, ignore=shutil.ignore_patterns("final_model", ".lock")
+    )
+    for path in (again / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > at:
+            shutil.rmtree(path)
+    result, rest = stream("again", output={**keep, "resume": "latest"}, **options)
+    assert result.success, result.error_message
+    assert rest == {step: rows for step, rows in seen.items() if step > at}
+    check_same_state(straight.checkpoint_path, result.checkpoint_path)
