@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.conftest import ROOT
 from tests.integration.test_resume_exact import KEEP, QUIET, check_same_state
+from trainer import files
 from trainer.core import TrainerEngine
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.data import stream_reader, stream_rows
+from trainer.data.stream_rows import StreamedDataset
 
 NUM_ROWS = 150
 
@@ -114,3 +121,115 @@ def test_a_resume_in_any_pass_is_the_uninterrupted_run_bit_for_bit(
     assert result.success, result.error_message
     assert rest == {step: rows for step, rows in seen.items() if step > at}
     check_same_state(straight.checkpoint_path, result.checkpoint_path)
+
+
+# ---- kill -9
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in_step(step: int) -> None:
+    training_step = SupervisedTrainer.training_step
+
+    def dying(self: Any, *args: Any, **named: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            die()
+        return training_step(self, *args, **named)
+
+    SupervisedTrainer.training_step = dying  # type: ignore[method-assign]
+
+
+def dies_in_save(step: int) -> None:
+    def before(operation: str, path: Path) -> None:
+        if f"step-{step}" in str(path) and path.name == "run_state.json":
+            die()
+
+    files.before_operation = before
+
+
+def dies_in_reader(step: int) -> None:
+    keep = StreamedDataset._keep
+
+    def dying(self: Any, piece: Any) -> bool:
+        if piece.before.number > 4 * step:
+            die()
+        return keep(self, piece)
+
+    StreamedDataset._keep = dying  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(dies_in_reader, marks=pytest.mark.long),
+        dies_in_step,
+        pytest.param(dies_in_save, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_been(
+    stream: Callable[..., Any], spoil: Callable[[int], None]
+) -> None:
+    options: dict[str, Any] = {
+        "hyperparams": {"max_steps": 40},
+        "output": {"checkpoint_interval": 5, "keep_checkpoints": 9},
+    }
+    straight, _ = stream("straight", **options)
+    child = os.fork()
+    if child == 0:
+        try:
+            spoil(30)
+            stream("killed", **options)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    options["output"]["resume"] = "latest"
+    result, rest = stream("killed", **options)
+    assert result.success, result.error_message
+    assert 1 < min(rest) <= 31
+    check_same_state(straight.checkpoint_path, result.checkpoint_path)
+
+
+# ---- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_processes_share_the_rows_of_one_and_go_on_with_them(
+    job: Callable[..., Any], rows_file: Path, tmp_path: Path
+) -> None:
+    def launch(name: str, world: int, folder: str, **output: Any) -> dict[str, Any]:
+        config = job(
+            folder,
+            dataset_path=str(rows_file),
+            data={"streaming": True, "shuffle_buffer": 24},
+            hyperparams={"max_steps": 40, "batch_size": 4 // world},
+            monitoring=QUIET,
+            output={"checkpoint_interval": 10, "keep_checkpoints": 9, **output},
+            environment={"device": "cpu"},
+        )
+        return {"name": name, "world": world, "config": config.model_dump(mode="json")}
+
+    launches = [
+        launch("one", 1, "one"),
+        {**launch("two", 2, "two"), "keep": 10},
+        launch("again", 2, "two", resume="latest"),
+    ]
+    (tmp_path / "launches.json").write_text(json.dumps(launches))
+    script = Path(__file__).with_name("streamed_ranks.py")
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=500, cwd=ROOT)
+
+    def rows_of(name: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = json.loads((tmp_path / f"{name}.json").read_text())
+        return found
+
+    one, two = rows_of("one-0"), [rows_of("two-0"), rows_of("two-1")]
+    for step, rows in one.items():
+        assert len(two[0][step]) == len(two[1][step]) == 2
+        assert sorted(two[0][step] + two[1][step]) == sorted(rows)
+    for rank in (0, 1):
+        later = {step: rows for step, rows in two[rank].items() if int(step) > 10}
+        assert rows_of(f"again-{rank}") == later

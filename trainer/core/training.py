@@ -378,6 +378,7 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
             with compiler_errors(job.stop) if job.blocks else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
         job.durations_s["training"] = time.perf_counter() - started
+        _tell_stream(job, trainer)
         if is_main_process():
             take_the_rest(job)
         if scheduler is not None:
@@ -387,6 +388,15 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         job.durations_s.setdefault("training", time.perf_counter() - started)
         if scheduler is not None:  # a run that fails says what became of its previews too
             scheduler.give_up("the run ended before the answer came")
+
+
+def _tell_stream(job: Job, trainer: SupervisedTrainer) -> None:
+    """What was read of the rows that were streamed, which the data card could not know."""
+    order, step = trainer.order, trainer.state.global_step
+    if isinstance(order, StreamOrder) and step > order.rows.start_step:
+        read = order.read_up_to(step)
+        job.observers.notice(f"streaming: {read.words()}")
+        _update_record(job, {STREAM: read.as_json()})
 
 
 def _leave_newer_behind(job: Job, resume: ResumePoint, folder: RunFolder) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.batches import BLANK, GROUPS_PER_POOL, EpochOrder
+from trainer.data.stream_reader import Mark
 from trainer.data.stream_rows import StreamedDataset
 
 Array = np.ndarray[Any, Any]
@@ -173,9 +174,11 @@ class StreamOrder(EpochOrder):
         oldest = self._oldest(place // self.pool_size * self.pool_size)
         return {"step": step, **self.rows.state(oldest)}
 
-    def newest_row(self, step: int) -> int:
-        """The largest number of a row in the pool of a step, from 1."""
-        return max(self._pool((step - 1) * self.group_size // self.pool_size))
+    def read_up_to(self, step: int) -> Mark:
+        """What was read for the steps up to this one, from 1, and the pool that it is of."""
+        return self.rows.counts_up_to(
+            max(self._pool((step - 1) * self.group_size // self.pool_size))
+        )
 
     def _pool(self, pool: int) -> list[int]:
         """The rows of a pool in their order; waits until they are read."""

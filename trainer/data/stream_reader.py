@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,26 @@ class Mark:
     num_dropped_tokens: int = 0
     rejected: Mapping[str, int] = field(default_factory=dict)
     """Reason -> bad rows."""
+    errors: Sequence[str] = ()
+    """The first of these, with their places."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "rejected": dict(self.rejected)}
+        return {**asdict(self), "rejected": dict(self.rejected), "errors": list(self.errors)}
+
+    def words(self) -> str:
+        """What was read up to here."""
+        trained = self.number if self.rows_per_pass is None else self.rows_per_pass
+        rejected = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
+        counts = (
+            f"{trained:,} to train, {self.num_held_out:,} held out, rejected: {rejected or 'none'}"
+        )
+        if self.num_dropped:
+            counts += f", {self.num_dropped:,} dropped (longer than max_length)"
+        if not self.epoch:
+            return f"{self.num_read:,} rows read so far, of a first pass that is not over: {counts}"
+        passes = "a pass" if self.epoch == 1 else f"{self.epoch} passes"
+        return f"{passes} over {self.num_read:,} rows read, and some of the next: {counts}"
 
 
 @dataclass(frozen=True)
@@ -141,8 +157,10 @@ class StreamReader:
             ResumeError: the rows before `start` are others than they were.
         """
         mark, first = start, start.number
-        for name, count in start.rejected.items():
-            self.errors._add(name, count, [])
+        self.errors = RowErrors(self.section.on_bad_row, self.section.max_bad_rows)
+        for reason, count in start.rejected.items():
+            self.errors.add_known(reason, count)
+        self.errors.errors = list(start.errors)
         self.dropped = Dropped(start.num_dropped, start.num_dropped_tokens)
         num_bytes = sum(source.num_bytes(self.section.max_rows) for source in self.sources)
         batches = self._chunks(start)
@@ -152,7 +170,7 @@ class StreamReader:
             self._check_text(chunk)
             found = self._piece(mark, chunk, piece)
             if found.is_last and found.after.number == first:
-                raise self._nothing_to_train()
+                raise self.nothing_to_train()
             if found.is_last:
                 first = found.after.number
             yield found
@@ -174,6 +192,7 @@ class StreamReader:
                 num_dropped=self.dropped.num_rows,
                 num_dropped_tokens=self.dropped.num_tokens,
                 rejected=self.errors.reasons,
+                errors=self.errors.errors,
             )
         if chunk.is_last:
             after = self._after_pass(after)
@@ -232,7 +251,8 @@ class StreamReader:
                     "which has none; use the profile plain, or another data.format."
                 )
 
-    def _nothing_to_train(self) -> DataError:
+    def nothing_to_train(self) -> DataError:
+        """That no row is left, and what became of all."""
         return DataError(
             f"{self.section.dataset_path}: nothing to train: {self.errors.count} rows were "
             f"rejected ({'; '.join(self.errors.errors[:3])}), {self.dropped.num_rows} are longer "

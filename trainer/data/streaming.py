@@ -173,7 +173,7 @@ class _Start:
             self._is_held_out.append(piece.is_held_out)
             self.mark = piece.after
         if not self.mark.number:
-            raise self.reader._nothing_to_train()
+            raise self.reader.nothing_to_train()
 
     def check(self, *, is_prompt_configured: bool) -> None:
         """Refuse options that these rows ignore; what later rows may have is not known.
