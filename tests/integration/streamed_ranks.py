@@ -1,8 +1,8 @@
 """Runs on streamed rows in one or more gloo processes, forked so that nothing is imported twice.
 
 `streamed_ranks.py FOLDER` does what FOLDER/launches.json says: a list of launches, each with
-`name`, `world`, `config`, and maybe `keep`: the newest checkpoint that is left. FOLDER/NAME-RANK.json
-then holds the rows of each step as the rank had them, by the number in their text.
+`name`, `world`, `config`, and maybe `keep`: the newest checkpoint that is left.
+FOLDER/NAME-RANK.json holds, for each step, the numbers in the texts of the rank's rows.
 """
 
 from __future__ import annotations

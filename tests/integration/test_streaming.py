@@ -143,7 +143,7 @@ def dies_in_step(step: int) -> None:
 
 def dies_in_save(step: int) -> None:
     def before(operation: str, path: Path) -> None:
-        if f"step-{step}" in str(path) and path.name == "run_state.json":
+        if f"step-{step:08d}" in str(path):  # its files are written, and not yet sealed
             die()
 
     files.before_operation = before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -30,7 +32,7 @@ def test_any_part_of_the_order_is_that_part_of_the_whole(
 ) -> None:
     whole = SlidingShuffle(seed, size).rows(0, 0, 200, None)
     borders = [0, *sorted(set(cuts)), 200]
-    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+    for begin, end in itertools.pairwise(borders):
         part = SlidingShuffle(seed, size).rows(0, begin, end, None)
         assert part.tolist() == whole[begin:end].tolist()
 
