@@ -165,3 +165,39 @@ def test_the_command_shows_what_entries_are_of(
     shown = capsys.readouterr().out
     assert "data rows\\x1b.jsonl, rows 3" in shown
     assert "2 entries" in shown
+
+
+TWO = """
+import sys
+from trainer.config.schema import DataSection
+from trainer.data.dataset import prepare_data
+from trainer.data.encode import RowEncoder
+from trainer.models.tiny import load_tiny_tokenizer
+
+encoder = RowEncoder(load_tiny_tokenizer(), 64)
+print("ready", flush=True)
+sys.stdin.readline()
+data = prepare_data(DataSection(dataset_path=sys.argv[1], cache_dir=sys.argv[2]), encoder=encoder)
+print(data.train.fingerprint())
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_that_prepare_the_same_rows_at_once_both_have_them(tmp_path: Path) -> None:
+    path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    rows = [{"question": f"what is {n}?", "answer": f"it is {n}"} for n in range(2_000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [sys.executable, "-c", TWO, str(path), str(cache)]
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(words, **options) for _ in range(2)]
+    for run_of_two in runs:
+        assert run_of_two.stdout is not None
+        assert run_of_two.stdout.readline() == "ready\n"
+    for run_of_two in runs:
+        assert run_of_two.stdin is not None
+        run_of_two.stdin.write("go\n")
+        run_of_two.stdin.flush()
+    prints = [run_of_two.communicate(timeout=300)[0] for run_of_two in runs]
+    assert [run_of_two.returncode for run_of_two in runs] == [0, 0]
+    assert prints[0] == prints[1]
+    assert len(list(cache.iterdir())) == 1

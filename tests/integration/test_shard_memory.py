@@ -122,7 +122,7 @@ def measure(case: Case) -> dict[str, int]:
     mask = torch.ones_like(ids)
     mask[1, -7:] = 0
     batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
-    tiling = Tiling.of(PostHead(), SHAPE["vocab_size"])
+    tiling = Tiling.of(PostHead(), SHAPE["vocab_size"], "cpu")
 
     def step() -> None:
         for _ in range(case.accumulation):

@@ -169,6 +169,7 @@ def memory_setup(prepared: Prepared) -> MemorySetup:
         length=longest,
         is_packed=isinstance(data.train, PackedDataset),
         attention=config.model.attn_implementation,
+        device_type=prepared.device.type,
         lora=config.lora,
         num_processes=num_processes(),
         is_sharded=prepared.is_sharded,

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations import moe
 
-from trainer.core.loss import TILE_LOGITS, PostHead, head_of
+from trainer.core.loss import PostHead, head_of, tile_length
 
 NUM_RUN = 3
 """Equal blocks that are run: the first and the last may keep more than those between them."""
@@ -41,6 +41,8 @@ class StepShape:
     gradient_checkpointing: bool
     accumulates: bool
     """Gradients of earlier micro-batches are there already."""
+    device_type: str
+    """Where it is made: tiles of the loss go by it."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def _forward(model: Any, shape: StepShape, marks: _Marks) -> torch.Tensor:
         mask = torch.ones((size[0], 1, size[1], size[1]), dtype=torch.bool)
         inputs["attention_mask"] = mask
     text = _base(model).config.get_text_config()
-    length = max(1, TILE_LOGITS // text.vocab_size)
+    length = tile_length(text.vocab_size, shape.device_type)
     wanted = torch.zeros(size[0] * size[1], dtype=torch.int64)
     is_tiled = len(wanted) > length
     head, kept = head_of(model), []

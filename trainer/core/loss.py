@@ -33,6 +33,11 @@ RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 
 TILE_LOGITS = 2**26
 """Logits that one tile may have: 256 MiB in fp32, and about three times that with gradients."""
 
+CPU_TILE_LOGITS, CPU_TILE_POSITIONS = 2**22, 192
+"""On a CPU a tile has no more logits, or no more positions, than that, whichever is longer. Each
+tile adds to the gradient of the whole head. A GPU, whose products are far faster than its memory,
+would wait for that as long as for the products of so few positions."""
+
 SUPERVISED = "supervised"
 """Key of batches: `supervised_positions` of the labels, made on the CPU beside the batch."""
 
@@ -72,9 +77,17 @@ class Tiling:
     """A kernel that does all tiles at once, once it is proved."""
 
     @classmethod
-    def of(cls, post: PostHead, vocabulary: int) -> Tiling:
-        """Tiles of at most TILE_LOGITS logits."""
-        return cls(post, max(1, TILE_LOGITS // vocabulary))
+    def of(cls, post: PostHead, vocabulary: int, device_type: str) -> Tiling:
+        """Tiles for a head of so many tokens on a kind of device."""
+        return cls(post, tile_length(vocabulary, device_type))
+
+
+def tile_length(vocabulary: int, device_type: str) -> int:
+    """Positions of one tile."""
+    most = TILE_LOGITS // vocabulary
+    if device_type == "cpu":
+        most = min(most, max(CPU_TILE_LOGITS // vocabulary, CPU_TILE_POSITIONS))
+    return max(1, most)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -362,7 +375,7 @@ def prove_tiling(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> Tilin
     tiled = float(supervised_loss(model, model, batch, tiling=small))
     if abs(whole - tiled) > RELATIVE_TOLERANCE.get(dtype, 1e-6) * max(abs(whole), 1e-6):
         return None
-    return Tiling.of(post, model.config.get_text_config().vocab_size)
+    return Tiling.of(post, model.config.get_text_config().vocab_size, model.device.type)
 
 
 def _divisor(num_items: torch.Tensor | int) -> torch.Tensor | int:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config.training_sections import LoraSection
 from trainer.core.fake_step import StepBytes, StepShape, count_step, gradients_of
-from trainer.core.loss import TILE_LOGITS
+from trainer.core.loss import tile_length
 from trainer.core.sharding import gathered_bytes
 from trainer.models.adapters import add_lora
 from trainer.models.quantized import quantization_of
@@ -61,6 +61,7 @@ class MemorySetup:
     length: int
     """Of the longest row or pack, in tokens."""
     is_packed: bool = False
+    device_type: str = "cuda"
     attention: str = "auto"
     """`eager` keeps its matrix; all others count as sdpa."""
     lora: LoraSection = field(default_factory=LoraSection)
@@ -384,6 +385,7 @@ def _step_bytes(model: Any, model_config: Any, setup: MemorySetup) -> tuple[Step
         autocast_dtype=setup.compute_dtype if mixed else None,
         gradient_checkpointing=setup.gradient_checkpointing,
         accumulates=setup.gradient_accumulation > 1,
+        device_type=setup.device_type,
     )
     try:
         return count_step(model, shape), True
@@ -407,7 +409,9 @@ def _formula(model_config: Any, setup: MemorySetup) -> tuple[int, int]:
     kept = layers * per_token
     if setup.gradient_checkpointing:  # layer inputs, and one layer at a time in full
         kept = layers * hidden + per_token
-    logits = min(tokens * (getattr(text, "vocab_size", None) or 0), TILE_LOGITS)
+    vocabulary = getattr(text, "vocab_size", None) or 0
+    positions = min(tokens, tile_length(vocabulary, setup.device_type)) if vocabulary else 0
+    logits = positions * vocabulary
     return int(tokens * kept * setup.compute_dtype.itemsize), logits * LOGIT_BYTES
 
 

@@ -135,9 +135,10 @@ def prepare_data(
             else (False, "not written: a file changed while read")
         )
         if is_written:
-            del arrays_of_rows  # and with it what was kept of the rows while they were read
             with contextlib.suppress(OSError):  # another run removed it already
-                return _with_note(_from_arrays(entry.arrays(), encoder), note)
+                arrays = entry.arrays()
+                del arrays_of_rows  # and with it what was kept of the rows while they were read
+                return _with_note(_from_arrays(arrays, encoder), note)
     return _with_note(_from_arrays(kept_arrays(arrays_of_rows), encoder), note)
 
 

@@ -55,7 +55,9 @@ FAMILIES: dict[str, Any] = {
         **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
     ),
 }
-SETUP = MemorySetup(compute_dtype=torch.float32, batch_size=BATCH_SIZE, length=LENGTH)
+SETUP = MemorySetup(
+    compute_dtype=torch.float32, batch_size=BATCH_SIZE, length=LENGTH, device_type="cpu"
+)
 
 
 def real_model(config: Any, setup: MemorySetup) -> Any:
@@ -88,7 +90,7 @@ def allocated_by_a_step(config: Any, setup: MemorySetup) -> int:
     mask = torch.ones_like(ids)
     mask[1, -7:] = 0
     batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
-    tiling = Tiling.of(PostHead(), VOCABULARY)
+    tiling = Tiling.of(PostHead(), VOCABULARY, "cpu")
 
     def step() -> None:
         for _ in range(setup.gradient_accumulation):

@@ -168,7 +168,7 @@ def test_tiles_are_proved_in_the_dtype_of_the_run(family: str, dtype: torch.dtyp
     assert found is not None
     assert found.post.scale == pytest.approx(FAMILIES[family][1].scale)
     assert found.post.cap == FAMILIES[family][1].cap
-    assert found.length == loss.TILE_LOGITS // 128
+    assert found.length == loss.CPU_TILE_LOGITS // 128
 
 
 @torch.no_grad()

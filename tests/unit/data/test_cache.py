@@ -290,6 +290,23 @@ def test_rows_stay_in_the_file_also_where_its_name_is_gone(prepare: Prepare, fol
     assert again.fingerprint() == plain.train.fingerprint()
 
 
+def test_an_entry_that_another_run_removes_at_once_costs_nothing(
+    prepare: Prepare, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = prepare(cache=False)
+    write = cache_module.CacheEntry.write
+
+    def removed(self: Any, *rest: Any) -> Any:
+        found = write(self, *rest)
+        self.path.unlink()
+        return found
+
+    monkeypatch.setattr(cache_module.CacheEntry, "write", removed)
+    data = prepare()
+    assert data.train.fingerprint() == plain.train.fingerprint()
+    assert list(folder.iterdir()) == []
+
+
 def test_a_file_that_is_cut_off_under_a_run_is_an_error_with_words(
     prepare: Prepare, folder: Path
 ) -> None:
