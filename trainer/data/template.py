@@ -20,7 +20,7 @@ from trainer.data.tools import (
     tools_of,
 )
 from trainer.errors import TemplateError
-from trainer.models.chat_template import RENDERING, date_options
+from trainer.models.chat_template import ONE_RENDERING, date_options
 from trainer.profiles import Message
 
 # ---- marks in the texts of a row, so that they can be found again once a template rendered them
@@ -208,7 +208,7 @@ class ChatTemplate:
         if tools is not None:
             options["tools"] = tools
         try:
-            with RENDERING:
+            with ONE_RENDERING:
                 text: str = self.tokenizer.apply_chat_template(
                     turns,
                     tokenize=False,
@@ -256,7 +256,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            with RENDERING:
+            with ONE_RENDERING:
                 texts, found = render_jinja_template(
                     rows,
                     tools=tools_of(rows[0]),

@@ -14,7 +14,7 @@ from typing import Any
 from trainer.errors import ConfigError
 from trainer.files import canonical_hash
 
-RENDERING = threading.Lock()
+ONE_RENDERING = threading.Lock()
 """Held while a template is rendered: transformers keeps one compiled template for all threads, and
 what notes its generation markers cannot be used by two. Streamed rows are rendered by a thread."""
 
@@ -187,7 +187,7 @@ def takes_parts(tokenizer: Any) -> bool:
 
     def shows(spelled: list[dict[str, Any]]) -> bool:
         try:
-            with RENDERING:
+            with ONE_RENDERING:
                 text = tokenizer.apply_chat_template(
                     spelled, tokenize=False, **date_options(tokenizer)
                 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -397,3 +399,37 @@ def test_room_that_was_given_back_is_used_again(tmp_path: Path) -> None:
     assert ring.read(40, "u1", 40).tolist() == [1] * 40
     assert not list(tmp_path.iterdir())  # the file has no name
     ring.close()
+
+
+# ---- one template, two threads
+
+
+def test_a_thread_that_encodes_and_one_that_renders_do_not_meet_in_the_template(
+    tokenizer: Any,
+) -> None:
+    """transformers keeps one compiled template of each text, whoever renders it."""
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "it is"}]
+    rows = [[dict(turn) for turn in turns] for _ in range(40)]
+    expected = RowEncoder(tokenizer, 64).encode_all(rows)
+    problems: list[BaseException] = []
+
+    def encode() -> None:
+        encoder = pickle.loads(pickle.dumps(RowEncoder(tokenizer, 64)))
+        try:
+            for _ in range(20):
+                found = encoder.encode_all(rows)
+                assert [one.labels for one in found] == [one.labels for one in expected]
+        except BaseException as error:
+            problems.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=encode) for _ in range(3)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not problems
