@@ -96,7 +96,7 @@ def _wanted(section: DataSection, count: int) -> float:
     return round(section.validation_split * count, 6)
 
 
-def _largest(section: DataSection, count: int) -> float:
+def largest_unit(section: DataSection, count: int) -> float:
     """Rows that may move to one side together: more would decide the share by chance."""
     return max(_wanted(section, count) / 2, 1)
 
@@ -110,7 +110,7 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     """
     count = rows.num_of_training
     keys, groups = rows.keys[:count], rows.groups[:count]
-    wanted, largest = _wanted(section, count), _largest(section, count)
+    wanted, largest = _wanted(section, count), largest_unit(section, count)
     different, sizes = np.unique(groups, return_counts=True)
     units = np.where(is_in(groups, different[sizes > largest]), keys, groups)
     different, sizes = np.unique(units, return_counts=True)
@@ -132,7 +132,7 @@ def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Arra
     if section.validation_path is not None or not section.validation_split:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     _, first, sizes = np.unique(rows.groups[:count], return_index=True, return_counts=True)
-    large = np.flatnonzero(sizes > _largest(section, count))
+    large = np.flatnonzero(sizes > largest_unit(section, count))
     order = large[np.lexsort((first[large], -sizes[large]))]
     return sizes[order], first[order]
 

@@ -6,6 +6,7 @@ What is trained and what is held out is decided row by row: nothing waits for th
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -22,11 +23,16 @@ from trainer.data.pieces import Piece
 from trainer.data.preparer import Preparer
 from trainer.data.rendered import read_back
 from trainer.data.rows import Dropped, Row, RowErrors, RowTooLongError, is_text
+from trainer.data.sides import is_in, largest_unit
 from trainer.data.sources import Source, read_rows
 from trainer.errors import ConfigError, DataError, ResumeError
 from trainer.profiles import DataProfile
 
 Array = np.ndarray[Any, Any]
+
+
+LOOK = 2_048
+"""Rows that show which prompts many rows share."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,8 @@ class StreamReader:
         """Of the first pass, up to the piece that was given last."""
         self.dropped = Dropped()
         self.formats = ""
+        self._frequent: Array | None = None
+        """Hashes of prompts that too many of the first rows share; None before these are read."""
 
     def sizes(self) -> list[int | None]:
         """Bytes of each source, None where nobody knows: of a file that grew another one."""
@@ -165,8 +173,8 @@ class StreamReader:
         num_bytes = sum(source.num_bytes(self.section.max_rows) for source in self.sources)
         batches = self._chunks(start)
         configured = self.section.encode_processes
-        for chunk, piece in encode_batches(self.preparer, batches, configured, num_bytes):
-            assert isinstance(chunk, _Chunk), "as it was given"
+        encoded = encode_batches(self.preparer, batches, configured, num_bytes)
+        for chunk, piece in self._looked_at(encoded):
             self._check_text(chunk)
             found = self._piece(mark, chunk, piece)
             if found.is_last and found.after.number == first:
@@ -175,6 +183,24 @@ class StreamReader:
                 first = found.after.number
             yield found
             mark = found.after
+
+    def _looked_at(self, encoded: Iterator[tuple[Batch, Piece]]) -> Iterator[tuple[_Chunk, Piece]]:
+        """The same, once the first rows have shown which prompts are too frequent to be held out
+        together: a run that goes on from elsewhere knows them from its start."""
+        looked: list[tuple[Batch, Piece]] = []
+        if self._frequent is None:
+            num_rows = 0
+            for chunk, piece in encoded:
+                looked.append((chunk, piece))
+                num_rows += len(piece.groups)
+                if num_rows >= LOOK or (isinstance(chunk, _Chunk) and chunk.is_last):
+                    break
+            groups = np.concatenate([piece.groups for _, piece in looked])
+            different, sizes = np.unique(groups, return_counts=True)
+            self._frequent = different[sizes > largest_unit(self.section, num_rows)]
+        for chunk, piece in itertools.chain(looked, encoded):
+            assert isinstance(chunk, _Chunk), "as it was given"
+            yield chunk, piece
 
     def _piece(self, before: Mark, chunk: _Chunk, piece: Piece) -> StreamPiece:
         if before.epoch == 0:
@@ -222,12 +248,17 @@ class StreamReader:
         )
 
     def _is_held_out(self, piece: Piece) -> Array:
-        """By the hash of the prompt alone: rows of one prompt go to one side, wherever they are."""
+        """By the hash of the prompt alone: rows of one prompt go to one side, wherever they are.
+
+        Those of the most frequent prompts go by the hash of their content.
+        """
         section = self.section
         if section.validation_path is not None or not section.validation_split:
             return np.zeros(len(piece.lengths), bool)
         limit = np.uint64(int(section.validation_split * 2**64))
-        is_held: Array = piece.groups.astype(np.uint64) < limit
+        assert self._frequent is not None, "found out at the start"
+        units = np.where(is_in(piece.groups, self._frequent), piece.keys, piece.groups)
+        is_held: Array = units.astype(np.uint64) < limit
         return is_held
 
     def _note_problems(self, chunk: _Chunk, piece: Piece) -> None:

@@ -120,6 +120,18 @@ def test_rows_are_held_out_by_their_prompt_alone_wherever_they_stand(
     assert held(rows[:30]) == held(rows) & {one["question"] for one in rows[:30]}
 
 
+def test_rows_of_a_prompt_that_many_share_are_held_out_by_their_content(
+    prepare: Callable[..., RunData],
+) -> None:
+    """Else all of them, most of the file, could be held out."""
+    rows = [{"question": f"say a number{n % 3}", "answer": f"it is {n}"} for n in range(300)]
+    data = prepare(rows, validation_split=0.2, shuffle_buffer=999)
+    assert data.validation is not None
+    assert 30 < len(data.validation) < 90
+    assert data.card.num_train_rows == 300 - len(data.validation)
+    assert data.card.num_leaked == len(data.validation)
+
+
 def test_labels_and_ids_are_those_of_a_run_that_does_not_stream(
     prepare: Callable[..., RunData], tmp_path: Path, tokenizer: Any
 ) -> None:
