@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,58 @@ def test_a_resume_in_any_pass_is_the_uninterrupted_run_bit_for_bit(
     assert result.success, result.error_message
     assert rest == {step: rows for step, rows in seen.items() if step > at}
     check_same_state(straight.checkpoint_path, result.checkpoint_path)
+
+
+@pytest.mark.slow
+def test_a_dry_run_and_an_inspection_read_the_first_rows_only_and_leave_nothing_running(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    lines = [json.dumps(row(number)) for number in range(NUM_ROWS)]
+    lines[140] = "{"  # behind what is read
+    file = tmp_path / "late.jsonl"
+    file.write_text("\n".join(lines))
+    data = {"streaming": True, "shuffle_buffer": 24, "validation_split": 0}
+    monitoring = {**QUIET, "num_eval_samples": 2}
+    config = job(dataset_path=str(file), data=data, monitoring=monitoring)
+    for card in (
+        TrainerEngine().dry_run(config).data.card,
+        TrainerEngine().inspect_data(config).card,
+    ):
+        assert card.num_rows == 24
+        assert "24 rows are read before the first step, the others while training" in card.streaming
+    assert not [one for one in threading.enumerate() if one.name == "row stream"]
+    result = TrainerEngine().run_job(
+        job(dataset_path=str(file), data=data, monitoring=monitoring, hyperparams={"max_steps": 99})
+    )
+    assert not result.success
+    assert result.exit_code == 2
+    assert f"{file}:141" in str(result.error_message)
+    assert 20 < result.global_step < 36
+    assert not [one for one in threading.enumerate() if one.name == "row stream"]
+
+
+@pytest.mark.slow
+def test_the_end_of_a_run_tells_what_was_read_and_what_was_left_out(
+    stream: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = [row(number) for number in range(NUM_ROWS)]
+    rows[100]["answer"] = ""
+    file = write(tmp_path / "bad.jsonl", rows)
+    result, _ = stream(
+        dataset_path=str(file),
+        hyperparams={"max_steps": 50},
+        monitoring={"inference_interval": 25, "prompt_snapshot_interval": 1},
+        data={"on_bad_row": "skip"},
+    )
+    assert result.success, result.error_message
+    read = json.loads((result.output_dir / "run.json").read_text())["stream"]
+    assert read["num_read"] == NUM_ROWS
+    assert read["rows_per_pass"] + read["num_held_out"] == NUM_ROWS - 1
+    assert sum(read["rejected"].values()) == 1
+    assert f"{file}:101" in read["errors"][0]
+    status = json.loads((result.output_dir / "status.json").read_text())
+    assert not status["num_epochs"]
+    assert "what is" in json.dumps(status)
 
 
 # ---- kill -9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ class Ring:
             self._file = nameless_file(folder)
         except OSError as error:
             raise self._no_room(error) from error
+        weakref.finalize(self, self._file.close)
         self._read = OpenFile(Path("temporary file of rows"), os.dup(self._file.fileno()))
         self._pieces: list[tuple[int, int]] = []
         """(first byte, bytes) of each, in order."""
