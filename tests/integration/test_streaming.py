@@ -103,7 +103,9 @@ def test_each_pass_has_every_training_row_once_and_no_held_out_row(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [2, 30, pytest.param(55, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "at", [pytest.param(2, marks=pytest.mark.long), 30, pytest.param(55, marks=pytest.mark.long)]
+)
 def test_a_resume_in_any_pass_is_the_uninterrupted_run_bit_for_bit(
     stream: Callable[..., Any], at: int
 ) -> None:

@@ -233,7 +233,7 @@ def test_bad_rows_are_left_out_and_counted_once_however_often_the_file_is_read(
         taken(limited, 98)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_resume_reads_on_where_it_was_and_counts_as_if_it_had_never_stopped(
     prepare: Callable[..., RunData], processes: int
 ) -> None:
