@@ -34,6 +34,8 @@ from trainer.core.together import Ask, is_alone, together
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
+from trainer.data.mixing import MixedOrder
+from trainer.data.source_shares import with_shares, with_sources
 from trainer.data.sources import check_files
 from trainer.data.stream_order import StreamOrder
 from trainer.data.stream_rows import StreamedDataset
@@ -302,8 +304,10 @@ def encode_rows(
     )
     if isinstance(data.train, StreamedDataset):
         job.on_close("rows that are streamed", data.train.close)
+    data = with_sources(config.data, data)
     if config.data.enable_packing:
         data = pack_training_rows(data)
+    data = with_shares(config.data, data)
     job.durations_s["encoding"] = time.perf_counter() - started
     return data
 
@@ -346,25 +350,33 @@ def check_against_rows(
 
 
 def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
-    """The order of the training rows; a group is one optimizer step on all devices."""
-    world, hyper = num_processes(), config.hyperparams
+    """The order of the training rows; a group is one optimizer step on all devices.
+
+    Raises:
+        DataError: `data.mix_probabilities` leave a source without a row.
+    """
+    world, hyper, section = num_processes(), config.hyperparams, config.data
+    options: dict[str, Any] = {
+        "group_size": hyper.batch_size * hyper.gradient_accumulation * world,
+        "seed": config.environment.seed,
+        "shuffle": section.shuffle,
+        "group_by_length": section.group_by_length,
+        "multiple_of": hyper.batch_size * world if world > 1 else 1,
+    }
     if isinstance(data.train, StreamedDataset):
         assert hyper.max_steps is not None, "a rule of the config"
-        return StreamOrder(
-            data.train,
-            group_size=hyper.batch_size * hyper.gradient_accumulation * world,
-            num_steps=hyper.max_steps,
-            seed=config.environment.seed,
-            shuffle=config.data.shuffle,
-            group_by_length=config.data.group_by_length,
-        )
-    return EpochOrder(
+        options.pop("multiple_of")
+        return StreamOrder(data.train, num_steps=hyper.max_steps, **options)
+    sources = data.train.sources
+    if not section.mix_probabilities or sources is None:
+        return EpochOrder(data.train.lengths, **options)
+    return MixedOrder(
         data.train.lengths,
-        group_size=hyper.batch_size * hyper.gradient_accumulation * world,
-        seed=config.environment.seed,
-        shuffle=config.data.shuffle,
-        group_by_length=config.data.group_by_length,
-        multiple_of=hyper.batch_size * world if world > 1 else 1,
+        sources,
+        section.mix_probabilities,
+        ends_with=section.mix_epoch,
+        names=data.source_names,
+        **options,
     )
 
 

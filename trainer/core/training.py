@@ -46,6 +46,7 @@ from trainer.core.scoring import final_evaluation
 from trainer.core.sharded_checkpoint import is_adapted
 from trainer.core.sharding import mesh_words, shard, whole_adapter, whole_copy
 from trainer.core.shared_files import SharedWriting, shared_tasks
+from trainer.core.source_losses import SourceSums
 from trainer.core.together import Ask, together
 from trainer.data.batches import (
     EncodedDataset,
@@ -54,6 +55,7 @@ from trainer.data.batches import (
     PadCollator,
     length_buckets,
 )
+from trainer.data.source_shares import names_of
 from trainer.data.stream_order import StreamOrder
 from trainer.data.stream_rows import StreamedDataset
 from trainer.errors import NonFiniteError, OutputError, StoppedError
@@ -241,6 +243,7 @@ def _prove_batches_and_loss(
                 dtype=dtype,
                 notice=job.observers.notice,
             )
+    _look_at_sources(job, prepared, trainer)
     with_mask = not isinstance(choice.collate, PadCollator) or needs_mask(trainer)
     if config.lora.neftune_alpha:
         with_mask = True  # its noise is by the length of each row
@@ -257,6 +260,23 @@ def _plain_rows(data: EncodedDataset) -> EncodedDataset:
     if isinstance(data, StreamedDataset):
         return data.samples
     return data.rows if isinstance(data, PackedDataset) else data
+
+
+def _look_at_sources(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
+    """Have the loss of each source summed, where rows are of several and the loss tells."""
+    names = names_of(prepared.data.source_names)
+    if not names:
+        return
+    is_fused = trainer.tiling is not None and trainer.tiling.fused is not None
+    if is_fused or trainer.use_own_forward:
+        why = "Liger's kernel" if is_fused else "this model's own loss"
+        way = "; hyperparams.loss_kernel=tiles does" if is_fused else ""
+        job.observers.notice(
+            f"the training loss of each source is not measured, as {why} does not tell the loss of "
+            f"each token{way}; that of held-out rows is"
+        )
+        return
+    trainer.by_source = SourceSums(names)
 
 
 def _compiled_blocks(job: Job, prepared: Prepared, model: Any) -> CompiledBlocks | None:

@@ -12,9 +12,10 @@ from trainer.config.schema import DataSection
 from trainer.data.batches import marked_text
 from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
+from trainer.data.mixing import SourceShare
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
-from trainer.data.sides import Sides, shared_prompts
+from trainer.data.sides import Sides, is_first, num_rows, shared_prompts
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -64,6 +65,10 @@ class DataCard:
     """What becomes of rows longer than max_length (data.truncation)."""
     num_dropped: int = 0
     """Rows left out because they are longer (data.truncation=drop)."""
+    num_split: int = 0
+    """Texts that are longer and cut into windows (data.truncation=split)."""
+    num_windows: int = 0
+    """Of these."""
     num_stripped: int = 0
     """Rows with text that the chat template leaves out of the tokens."""
     stripped_example: str = ""
@@ -108,6 +113,10 @@ class DataCard:
     """Rows whose turns were located by marks of their own, which takes several renderings."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
+    sources: tuple[SourceShare, ...] = ()
+    """What each source has of the training rows, where there are several."""
+    mix_epoch: str = ""
+    """When an epoch ends, where data.mix_probabilities mixes the sources."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -120,6 +129,13 @@ class DataCard:
     def is_stop_trained(self) -> bool:
         """Whether answers that were not cut off end with a trained stop token."""
         return self.num_without_stop == 0
+
+    @property
+    def num_epoch_tokens(self) -> int:
+        """Tokens of an epoch; in the mean, where sources are mixed by shares."""
+        if not self.mix_epoch:
+            return self.num_tokens
+        return sum(source.num_epoch_tokens for source in self.sources)
 
     @property
     def num_unique_rows(self) -> int:
@@ -177,7 +193,7 @@ def draw_card(
         (int(size), reader.prompt(int(number)))
         for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
     ]
-    num_rows = int(rows.row[rows.num_of_training - 1]) + 1
+    num_of_training = int(rows.row[rows.num_of_training - 1]) + 1
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
         dataset_path=section.dataset_path,
@@ -193,8 +209,8 @@ def draw_card(
         num_rejected=rejected.count,
         rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=num_rows - len(np.unique(keys)),
-        num_leaked=len(leaked),
+        num_duplicates=num_of_training - len(np.unique(keys)),
+        num_leaked=num_rows(rows, leaked),
         leaked_prompts=_different_prompts(reader, leaked),
         shared_prompts=tuple(shared),
         num_shared_prompts=len(sizes),
@@ -232,8 +248,9 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
     flags, lengths = rows.flags[both], rows.lengths
     stripped = both[flags & STRIPPED > 0]
     return {
-        "num_train_rows": len(sides.train),
-        "num_validation_rows": len(sides.validation),
+        "num_train_rows": num_rows(rows, sides.train),
+        "num_validation_rows": num_rows(rows, sides.validation),
+        **_window_counts(rows, sides),
         "num_tokens": int(lengths[sides.train].sum(dtype=np.int64)),
         "num_trained_tokens": int(rows.num_trained[sides.train].sum(dtype=np.int64)),
         "longest_row": int(lengths[both].max()),
@@ -244,6 +261,15 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
         "num_thoughts": int(rows.num_thoughts[both].sum(dtype=np.int64)),
         "num_opened": int((flags & OPENED > 0).sum()),
     }
+
+
+def _window_counts(rows: EncodedRows, sides: Sides) -> dict[str, int]:
+    """Rows in use that are several examples, and how many."""
+    if is_first(rows).all():
+        return {}
+    used = np.unique(np.concatenate([sides.train, sides.validation]))
+    sizes = np.bincount(rows.row[used])
+    return {"num_split": int((sizes > 1).sum()), "num_windows": int(sizes[sizes > 1].sum())}
 
 
 def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
@@ -283,6 +309,7 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     )
     yield "streaming", card.streaming
     yield "file weights", card.mix
+    yield from _source_lines(card)
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation
     if card.num_duplicates:
@@ -306,13 +333,38 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         )
 
 
+def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """What each source has of an epoch, where there are several."""
+    num_rows = sum(source.num_epoch_rows for source in card.sources)
+    if card.mix_epoch:
+        end = (
+            "the first source that runs out ends it, the next one goes on in the others"
+            if card.mix_epoch == "first"
+            else "it has every row at least once, and sources that are shorter again"
+        )
+        yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+    of = "so far" if card.streaming else "of an epoch"
+    for source in card.sources:
+        rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
+        has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
+        if card.mix_epoch:
+            has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
+        share = (
+            f"{100 * rows / max(num_rows, 1):.1f} % of the rows {of}, "
+            f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
+        )
+        where = f" ({source.source})" if source.source != source.name else ""
+        yield f"source {source.name}", f"{has}: {share}{where}"
+
+
 def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
+    epoch = f"; about {card.num_epoch_tokens:,} per epoch" if card.mix_epoch else ""
+    per = " so far" if card.streaming else "" if epoch else " per epoch"
     yield (
         "tokens",
-        f"{card.num_tokens:,} {'so far' if card.streaming else 'per epoch'}, "
-        f"{card.num_trained_tokens:,} of them trained "
-        f"({card.trained_pct:.1f} %)",
+        f"{card.num_tokens:,}{per}, {card.num_trained_tokens:,} of them trained "
+        f"({card.trained_pct:.1f} %){epoch}",
     )
     yield "longest row", f"{card.longest_row:,} tokens; at most {card.max_length:,} (max_length)"
     yield "too long", _too_long_text(card)
@@ -410,6 +462,11 @@ def _too_long_text(card: DataCard) -> str:
         return (
             f"{card.num_dropped:,} rows of more than {length} tokens left out "
             f"({tokens}, data.truncation=drop)"
+        )
+    if card.num_split:
+        return (
+            f"{card.num_split:,} texts cut into {card.num_windows:,} windows of up to {length} "
+            "tokens; each token is trained once (data.truncation=split)"
         )
     if not card.num_truncated:
         return "none"

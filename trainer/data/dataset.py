@@ -52,6 +52,8 @@ class _Texts:
     """sha256 of each data file."""
     source_names: tuple[str, ...]
     """As `data.dataset_path` names them."""
+    validation_names: tuple[str, ...]
+    """The same of the sources of held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class RunData(_Texts):
     """(prompt, golden answer) of each training row."""
     train_sources: Array
     """Of each row in `train`, before any packing: which of `source_names` it is from."""
+    validation_sources: Array
+    """The same of each row in `validation`, and `validation_names`."""
     encoder: RowEncoder
 
 
@@ -229,6 +233,7 @@ def encode_rows(
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},
         source_names=tuple(source.name for source in sources),
+        validation_names=tuple(source.name for source in validation_sources or sources),
     )
     return texts, _as_arrays(texts, rows, sides)
 
@@ -251,6 +256,12 @@ def check_fit(
         ConfigError: names the option.
     """
     path, num_text = section.dataset_path, tally.num_text
+    if section.truncation == "split" and tally.num_read and not num_text:
+        raise ConfigError(
+            f"data.truncation=split cuts plain text, and every row of {path} is a conversation, "
+            "of which a part is none; use keep_start, keep_end, drop or error, or raise "
+            "hyperparams.max_length."
+        )
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
@@ -292,6 +303,7 @@ def _as_arrays(texts: _Texts, rows: EncodedRows, sides: Sides) -> dict[str, Arra
         "text_prompt_lengths": rows.prompt_lengths[train],
         "text_is_plain_text": rows.is_plain_text()[train],
         "sources": rows.source[train],
+        "sources_held_out": rows.source[sides.validation],
         **dataset_arrays("train", rows, train),
     }
     if len(sides.validation):
@@ -352,7 +364,8 @@ def _from_arrays(arrays: Mapping[str, AnyArray], encoder: RowEncoder) -> RunData
             train,
             encoder,
         ),
-        train_sources=np.asarray(arrays["sources"]),
+        train_sources=np.asarray(arrays["sources"][:]),
+        validation_sources=np.asarray(arrays["sources_held_out"][:]),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )

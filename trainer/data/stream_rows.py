@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.batches import BLANK, LOSS_WEIGHTS, EncodedDataset, blank_row
+from trainer.data.batches import BLANK, LOSS_WEIGHTS, SOURCES, EncodedDataset, blank_row
 from trainer.data.encode import RowEncoder
 from trainer.data.pieces import PLAIN_TEXT
 from trainer.data.ring import Ring
@@ -47,6 +47,7 @@ class _Kept:
     prompt_starts: Array
     prompt_lengths: Array
     is_plain_text: Array
+    sources: Array
 
     @property
     def first(self) -> int:
@@ -83,6 +84,8 @@ class StreamedDataset(EncodedDataset):
         """Of the training rows that were read before the first step."""
         self.has_weights = False
         """Rows have loss weights: all of them or none."""
+        self.has_sources = False
+        """Rows say which source they are of."""
         self.samples = EncodedDataset([])
         """A few rows, for what is proved before training."""
         self.rows_per_pass: int | None = None
@@ -222,7 +225,7 @@ class StreamedDataset(EncodedDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == BLANK:
-            return blank_row(has_weights=self.has_weights)
+            return blank_row(has_weights=self.has_weights, has_sources=self.has_sources)
         kept, row = self._find(index)
         ids, labels, weights = self._read(kept, row)
         if self.id_limit is not None and int(ids.max()) >= self.id_limit:
@@ -234,7 +237,15 @@ class StreamedDataset(EncodedDataset):
         if self.has_weights:
             plain = (labels != IGNORE_INDEX).astype(np.float32)
             found[LOSS_WEIGHTS] = torch.from_numpy(plain if weights is None else weights.copy())
+        if self.has_sources:
+            found[SOURCES] = torch.full((len(ids),), int(kept.sources[row]), dtype=torch.int32)
         return found
+
+    def of_sources(self, sources: Array, *, is_mixed: bool) -> StreamedDataset:
+        """The same rows, each with the number of its source from here on."""
+        assert not is_mixed, "a rule of the config"
+        self.has_sources = True
+        return self
 
     def lengths_of(self, numbers: Sequence[int]) -> list[int]:
         """Lengths of rows that are read, in tokens."""
@@ -365,6 +376,7 @@ def _as_kept(found: StreamPiece, order: Array) -> tuple[dict[str, Array], list[A
         "prompt_starts": _starts(list(map(len, prompts))),
         "prompt_lengths": piece.prompt_lengths[order],
         "is_plain_text": piece.flags[order] & PLAIN_TEXT > 0,
+        "sources": np.asarray([found.rows[place].source for place in piece.places[order].tolist()]),
     }
     parts = [
         *rows_in_blocks(piece.ids, starts, order),

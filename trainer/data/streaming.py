@@ -245,7 +245,9 @@ class _Start:
             train=self.rows,
             validation=_dataset(rows, sides.validation) if len(sides.validation) else None,
             train_texts=StreamedTexts(self.rows),
-            train_sources=np.zeros(0, np.uint16),
+            train_sources=rows.source[sides.train],
+            validation_names=tuple(one.name for one in validation_sources or self.reader.sources),
+            validation_sources=rows.source[sides.validation],
             encoder=encoder,
         )
 

@@ -135,6 +135,8 @@ class StepDone:
     """Until the last step, at the pace of the steps and pauses so far."""
     memory_gib: float
     """Peak device memory, or the resident memory of the process on CPU."""
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """train_loss of the tokens of each source of the step, where rows are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,8 @@ class EvaluationDone:
     num_rows: int
     num_trained_tokens: int
     duration_s: float
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """val_loss of the rows of each source, where they are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)

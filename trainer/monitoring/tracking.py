@@ -24,6 +24,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     printable,
 )
+from trainer.monitoring.loss_names import named_losses
 from trainer.preview.base import PreviewResult
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,8 @@ class TensorBoardPreviews:
         """Send what an event brings, if it is a preview or an evaluation."""
         if isinstance(event, EvaluationDone):
             self.writer.add_scalar("val_loss", event.val_loss, event.step)
+            for name, loss in named_losses("EvaluationDone", event.source_losses).items():
+                self.writer.add_scalar(name, loss, event.step)
         elif isinstance(event, DriftMeasured):
             self.writer.add_scalar("drift/kl", event.kl, event.step)
             self.writer.add_scalar("drift/changed_answers", event.num_changed, event.step)

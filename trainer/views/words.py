@@ -20,6 +20,7 @@ from trainer.monitoring.events import (
 )
 from trainer.monitoring.resuming import resume_command
 from trainer.preview.base import PreviewResult, PreviewSample
+from trainer.views.source_curves import loss_words
 
 MARKS = {True: "=", False: "x", None: "."}
 """Sign before a preview: matches its golden answer, does not, or cannot be compared."""
@@ -327,8 +328,10 @@ def evaluation_words(event: EvaluationDone) -> str:
     gap = ""
     if event.train_loss is not None:
         gap = f" (training {event.train_loss:.4f}, gap {event.val_loss - event.train_loss:+.4f})"
+    by_source = printable(loss_words(event.source_losses), 200)
+    sources = f"of sources {by_source}, " if by_source else ""
     return (
-        f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, "
+        f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, {sources}"
         f"{event.num_rows} rows, {duration_words(event.duration_s)}"
     )
 

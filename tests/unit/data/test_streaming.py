@@ -23,6 +23,7 @@ from trainer.data.card import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.ring import Ring
+from trainer.data.source_shares import with_sources
 from trainer.data.stream_order import StreamOrder
 from trainer.data.streaming import prepare_stream
 from trainer.errors import ConfigError, DataError, ResumeError, TrainerError
@@ -351,6 +352,20 @@ def test_validation_path_is_read_whole_and_nothing_of_the_stream_is_held_out(
     assert len(data.validation) == 40
     names = taken(data, 60, group_by_length=False)
     assert sorted(names, key=int) == [str(n) for n in range(60)]
+
+
+def test_rows_of_several_files_say_which_they_are_of(
+    prepare: Callable[..., RunData], tmp_path: Path
+) -> None:
+    first = write(tmp_path / "first.jsonl", [row(n) for n in range(20)])
+    second = write(tmp_path / "second.jsonl", [row(n) for n in range(20, 60)])
+    section = {"validation_split": 0, "shuffle": False}
+    data = prepare(Path(f"{first},{second}"), **section)
+    assert len(data.train_sources) == data.card.num_train_rows == 24
+    data = with_sources(DataSection(), data)
+    data.train.wait(40)  # type: ignore[attr-defined]
+    for number, source in ((0, 0), (19, 0), (20, 1), (40, 1)):
+        assert set(data.train[number]["sources"].tolist()) == {source}
 
 
 def test_a_stream_without_a_training_row_ends_with_what_became_of_all(

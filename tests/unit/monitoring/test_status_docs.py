@@ -15,6 +15,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     StepDone,
 )
+from trainer.monitoring.loss_names import FIELD, PREFIXES
 from trainer.monitoring.status_schema import (
     AccuracyStatus,
     CheckpointStatus,
@@ -56,7 +57,9 @@ def test_every_field_has_its_row_in_order(heading):
 def test_metrics_lines_are_described(event):
     row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
     assert row is not None
-    assert re.findall(r"`(\w+)`", row[1]) == [field.name for field in fields(event)]
+    names = {FIELD: f"{PREFIXES.get(event.__name__)}NAME"}
+    written = [names.get(field.name, field.name) for field in fields(event)]
+    assert re.findall(r"`([\w/]+)`", row[1]) == written
 
 
 @pytest.mark.parametrize("model", HEADINGS.values())
