@@ -28,7 +28,7 @@ def test_the_page_shows_the_card_lines_of_a_run_with_weights_and_dropped_rows(
     with helpers.program(*train) as (process, _):
         assert process.wait(120) == 0
     lines = json.loads((run / "run.json").read_text())["data_card_lines"]
-    assert dict(lines)["too long"].startswith("1 rows of more than 64 tokens left out")
+    assert dict(lines)["too long"].startswith("1 row of more than 64 tokens left out")
     page = open_page(monitor(run), wait_for="#about")
     page.get_by_text("before training: data card").first.click()
     page.wait_for_selector("#about td:has-text('left out')")

@@ -263,7 +263,7 @@ def cache_size(lab: Lab) -> None:
     [entry] = folder.iterdir()
     room = 1.5 * entry.stat().st_size / 2**30
     other = lab.data(data={**kept, "cache_max_gib": room, "validation_split": 0.3})
-    assert "1 older entries removed" in other.card.cache
+    assert "1 older entry removed" in other.card.cache
     assert len([*folder.iterdir()]) == 1
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from trainer.commands.arguments import MAX_SEED, add_weights_flags, number, parse, whole_number
 from trainer.core.finished import FinishedRun, open_run
+from trainer.counts import counted
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.profiles import Message
 
@@ -100,7 +101,10 @@ def _answer(backend: LocalPreviewBackend, turns: list[Message], text: str) -> Pr
     limit = backend.settings.max_length
     if limit is not None and len(ids) >= limit:
         request = PreviewRequest(prompt=text, prompt_token_ids=ids)
-        full = f"{len(ids)} tokens so far, and the model's context is {limit}; /reset clears them"
+        full = (
+            f"{counted(len(ids), 'token')} so far, and the model's context is {limit}; /reset "
+            "clears them"
+        )
         return PreviewResult.failed(request, 0, full, backend.backend_type)
     return backend.preview_batch([PreviewRequest(prompt=text, prompt_token_ids=ids)], 0)[0]
 

@@ -18,6 +18,7 @@ from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
 from trainer.config.loader import required_for_training
+from trainer.counts import counted
 from trainer.errors import EXIT_COMPLETED
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def _print_row(
     stretches = marked_text(tokenizer, row["input_ids"].tolist(), labels)
     trained = sum(label >= 0 for label in labels)
     console.print(
-        f"\n{name} row {index + 1}: {len(labels):,} tokens, {trained:,} trained", style="bold"
+        f"\n{name} row {index + 1}: {counted(len(labels), 'token')}, {trained:,} trained",
+        style="bold",
     )
     line = Text()
     for text, is_trained in stretches:
@@ -148,11 +150,13 @@ def _cache(words: list[str]) -> int:
             about = ", ".join(f"{what} {value}" for what, value in about_entry(path).items())
             if about:
                 print(f"    {_plain(about)}")
-        print(f"{len(found)} entries, {size / 2**20:.1f} MiB in {folder}")
+        print(f"{counted(len(found), 'entry', 'entries')}, {size / 2**20:.1f} MiB in {folder}")
         return EXIT_COMPLETED
     for path in found:
         path.unlink(missing_ok=True)
-    print(f"removed {len(found)} entries, {size / 2**20:.1f} MiB, from {folder}")
+    print(
+        f"removed {counted(len(found), 'entry', 'entries')}, {size / 2**20:.1f} MiB, from {folder}"
+    )
     return EXIT_COMPLETED
 
 

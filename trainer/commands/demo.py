@@ -14,6 +14,7 @@ from rich.console import Console
 
 from trainer.commands.arguments import MAX_SEED, parse, whole_number
 from trainer.config import TrainerConfig, create_default_config
+from trainer.counts import counted
 from trainer.errors import OutputError
 from trainer.views.report import RunRecords
 from trainer.views.terminal import create_display
@@ -42,8 +43,9 @@ def run(argv: list[str]) -> int:
     console = Console()
     folder = _make_folder(Path(words.output))
     console.print(
-        f"A model of 0.8M parameters learns {words.steps} steps of symbolic tasks such as "
-        "'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the current "
+        f"A model of 0.8M parameters learns {counted(words.steps, 'step')} of symbolic tasks "
+        "such as 'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the "
+        "current "
         f"weights say. Folder: {folder}\nLive page: trainer monitor {shlex.quote(str(folder))}\n",
         highlight=False,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from trainer.commands.arguments import parse, port
+from trainer.counts import counted
 from trainer.errors import EXIT_SIGTERM
 from trainer.net import is_loopback, key_with_scope, keys_of_listener, listen, url_of
 from trainer.views.page.own_server import OwnServer
@@ -36,8 +37,8 @@ def run(argv: list[str]) -> int:
     app = create_app(store, options, hosts=_names(words.host, words.allow_host), key=key)
     num_runs, url = len(store.readers), url_of(words.host, listener.getsockname()[1])
     print(
-        f"monitor: {url} ({num_runs} run{'' if num_runs == 1 else 's'} in "
-        f"{words.folder}; control {'on' if words.allow_control else 'off'}, "
+        f"monitor: {url} ({counted(num_runs, 'run')} in {words.folder}; "
+        f"control {'on' if words.allow_control else 'off'}, "
         f"key {'asked for' if key else 'none'}). Ctrl-C ends it.",
         flush=True,
     )

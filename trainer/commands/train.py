@@ -16,6 +16,7 @@ from trainer.commands.arguments import print_table
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
 from trainer.config.loader import RESOLVED_NAME, is_of_run, required_for_training
+from trainer.counts import counted
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
 from trainer.job import run_job
 from trainer.monitoring.events import Waits
@@ -135,8 +136,8 @@ def _dry_run(loaded: LoadedConfig) -> int:
         *([("shards", found.shard_words())] if found.shards else []),
         (
             "steps",
-            f"{found.num_steps:,} of {rows} rows ({hyper.batch_size} rows x "
-            f"{hyper.gradient_accumulation} forward passes{each})",
+            f"{found.num_steps:,} of {counted(rows, 'row')} ({counted(hyper.batch_size, 'row')} x "
+            f"{counted(hyper.gradient_accumulation, 'forward pass', 'forward passes')}{each})",
         ),
         ("config", str(resolved)),
     ]

@@ -31,6 +31,7 @@ from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
 from trainer.core.together import Ask, is_alone, together
+from trainer.counts import counted
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
@@ -234,7 +235,9 @@ def open_run_folder(job: Job, config: TrainerConfig) -> None:
                 observers.notice(text, "warning")
             removed = clean_staging(job.folder.checkpoints_dir)
             if removed:
-                observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
+                observers.notice(
+                    f"removed {counted(len(removed), 'unfinished checkpoint')} of a killed run"
+                )
         if wanted is None:
             return None
         folder = Path(config.output.output_dir)

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.config.schema import MonitoringConfig
 from trainer.core.run import Job, Prepared, is_main_process
+from trainer.counts import counted
 from trainer.files import append_lines
 from trainer.models.load import context_length
 from trainer.monitoring.deciding import DecidingScores
@@ -177,7 +178,7 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any, step: int) -> dic
                 results += answered
                 if time.monotonic() - told_at > TOLD_EVERY_S and len(results) < len(requests):
                     told_at = time.monotonic()
-                    words = f"{len(results)} of {len(requests)} prompts are answered"
+                    words = f"{len(results)} of {counted(len(requests), 'prompt')} answered"
                     job.observers.phase("training", f"final evaluation: {words}")
     finally:
         if scorer is not None:
@@ -187,8 +188,8 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any, step: int) -> dic
     matched = sum(result.matches is True for result in results)
     share = 100 * matched / len(results)
     job.observers.notice(
-        f"final evaluation: {matched} of {len(results)} answers match ({share:.1f} %), all in "
-        f"{path}"
+        f"final evaluation: {matched} of {counted(len(results), 'answer')} match ({share:.1f} "
+        f"%), all in {path}"
     )
     history = ScoreHistory()
     history.add(results)

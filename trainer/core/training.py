@@ -48,6 +48,7 @@ from trainer.core.sharding import mesh_words, shard, whole_adapter, whole_copy
 from trainer.core.shared_files import SharedWriting, shared_tasks
 from trainer.core.source_losses import SourceSums
 from trainer.core.together import Ask, together
+from trainer.counts import counted
 from trainer.data.batches import (
     EncodedDataset,
     PackCollator,
@@ -393,7 +394,7 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         recover_evaluations(job, prepared, trainer)
         if resume is not None and _is_trained(job, resume, prepared.num_steps):
             trainer.restore(resume.path)
-            job.observers.notice(f"all {resume.step} steps are done; nothing is left to train")
+            job.observers.notice(f"all steps ({resume.step}) are done; nothing is left to train")
         else:
             with compiler_errors(job.stop) if job.blocks else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
@@ -454,7 +455,7 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
     )
     if config.deciding_scores or config.final_choice == "best":
         job.observers.notice(choice_words(prepared))
-    job.observers.phase("training", f"training {total} steps")
+    job.observers.phase("training", f"training {counted(total, 'step')}")
 
 
 def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
@@ -523,7 +524,7 @@ def finish_training(
                 "warning",
             )
         observers.phase(
-            "training", f"final evaluation: answering {len(data.final_prompts)} prompts"
+            "training", f"final evaluation: answering {counted(len(data.final_prompts), 'prompt')}"
         )
     asked = model if prepared.is_sharded else loaded.model
     if adapter is not None and data.final_prompts:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import marked_text
 from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
@@ -313,11 +314,19 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation
     if card.num_duplicates:
-        yield "duplicates", f"{card.num_duplicates:,} rows repeat an earlier one; all are kept"
+        yield (
+            "duplicates",
+            f"{counted(card.num_duplicates, 'row repeats', 'rows repeat')} an earlier one; all "
+            "are kept",
+        )
     if card.shared_prompts:
         count, prompt = card.shared_prompts[0]
         others = card.num_shared_prompts - 1
-        more = f" ({others:,} more prompts are as frequent)" if others else ""
+        more = (
+            f" ({counted(others, 'more prompt is', 'more prompts are')} as frequent)"
+            if others
+            else ""
+        )
         yield (
             "shared",
             f"{count:,} rows have the same prompt, {_short(prompt)}{more}: too many to hold out "
@@ -328,8 +337,8 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         prompts = ", ".join(map(_short, card.leaked_prompts))
         yield (
             "leak",
-            f"{card.num_leaked:,} validation rows have a prompt that training rows have too: "
-            f"{prompts}",
+            f"{counted(card.num_leaked, 'validation row has', 'validation rows have')} a prompt "
+            f"that training rows have too: {prompts}",
         )
 
 
@@ -366,13 +375,17 @@ def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"{card.num_tokens:,}{per}, {card.num_trained_tokens:,} of them trained "
         f"({card.trained_pct:.1f} %){epoch}",
     )
-    yield "longest row", f"{card.longest_row:,} tokens; at most {card.max_length:,} (max_length)"
+    yield (
+        "longest row",
+        f"{counted(card.longest_row, 'token')}; at most {card.max_length:,} (max_length)",
+    )
     yield "too long", _too_long_text(card)
     if card.num_packs:
         fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
         yield (
             "packing",
-            f"{card.num_packs:,} sequences of up to {card.max_length:,} tokens, {fill:.1f} % full",
+            f"{counted(card.num_packs, 'sequence')} of up to {card.max_length:,} tokens, "
+            f"{fill:.1f} % full",
         )
 
 
@@ -383,53 +396,69 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         "stop token",
         "trained at the end of every answer that is not cut off"
         if card.is_stop_trained
-        else f"NOT trained in {card.num_without_stop:,} rows: the model may not learn to stop",
+        else (
+            f"NOT trained in {counted(card.num_without_stop, 'row')}: the model may not learn "
+            "to stop"
+        ),
     )
     if card.num_thoughts:
-        yield "thoughts", f"{card.num_thoughts:,} answers have one: {card.thoughts}"
+        yield (
+            "thoughts",
+            f"{counted(card.num_thoughts, 'answer has', 'answers have')} one: {card.thoughts}",
+        )
     if card.num_opened:
         yield (
             "prompt",
             f"the chat template ends prompts with {card.opening!r}, which a server will add; "
-            f"{card.num_opened:,} rows lack it, and are trained and previewed without it",
+            f"{counted(card.num_opened, 'row')} without it: trained and previewed as they are",
         )
     if card.num_untrained_turns:
-        yield "untrained", f"{card.num_untrained_turns:,} assistant turns are context only, no loss"
+        yield (
+            "untrained",
+            f"{counted(card.num_untrained_turns, 'assistant turn is', 'assistant turns are')} "
+            "context only, no loss",
+        )
     if card.num_weighted_turns:
         yield (
             "loss weights",
-            f"{card.num_weighted_turns:,} turns or texts have a loss weight other than 0 and 1",
+            f"{counted(card.num_weighted_turns, 'turn or text has', 'turns or texts have')} a "
+            "loss weight other than 0 and 1",
         )
     if card.num_openings:
         yield (
             "openings",
-            f"{card.num_openings:,} rows begin with an assistant turn: context only, and left out "
-            "where the chat template refuses it",
+            f"{counted(card.num_openings, 'row begins', 'rows begin')} with an assistant turn: "
+            "context only, and left out where the chat template refuses it",
         )
     if card.num_one_by_one:
         yield (
             "one by one",
-            f"{card.num_one_by_one:,} rows (calls of tools, or texts that the chat template looks "
-            "into) are rendered several times to locate their answers: same tokens, more time",
+            f"{counted(card.num_one_by_one, 'row')} (calls of tools, or texts that the chat "
+            "template looks into) rendered several times to locate the answers: same tokens, "
+            "more time",
         )
     if card.num_rendered:
         yield (
             "rendered text",
-            f"{card.num_rendered:,} texts with the chat template's control tokens are parsed into "
-            "turns, of which only the answers are trained",
+            f"{counted(card.num_rendered, 'text')} with the chat template's control tokens "
+            "parsed into turns, of which only the answers are trained",
         )
 
 
 def _content_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """What is added to the rows' contents, changed in them, left out of them or not used."""
-    own = f"; {card.num_own_system:,} rows keep their own" if card.num_own_system else ""
+    own = (
+        f"; {counted(card.num_own_system, 'row keeps its', 'rows keep their')} own"
+        if card.num_own_system
+        else ""
+    )
     yield "system prompt", (repr(card.system_prompt) if card.system_prompt else "none") + own
     for what, count in card.profile_report.items():
         yield "profile", f"{count:,} {what}"
     if card.num_stripped:
         yield (
             "stripped",
-            f"the chat template leaves out text of {card.num_stripped:,} rows, such as "
+            f"the chat template leaves out text of {counted(card.num_stripped, 'row')}, such as "
             f"{_short(card.stripped_example)}",
         )
     if card.num_as_text:
@@ -457,10 +486,10 @@ def _short(text: str) -> str:
 
 
 def _too_long_text(card: DataCard) -> str:
-    length, tokens = f"{card.max_length:,}", f"{card.num_cut_tokens:,} tokens"
+    length, tokens = f"{card.max_length:,}", counted(card.num_cut_tokens, "token")
     if card.num_dropped:
         return (
-            f"{card.num_dropped:,} rows of more than {length} tokens left out "
+            f"{counted(card.num_dropped, 'row')} of more than {length} tokens left out "
             f"({tokens}, data.truncation=drop)"
         )
     if card.num_split:
@@ -471,11 +500,13 @@ def _too_long_text(card: DataCard) -> str:
     if not card.num_truncated:
         return "none"
     end = "last" if card.truncation == "keep_end" else "first"
-    return f"{card.num_truncated:,} rows cut to their {end} {length} tokens ({tokens} removed)"
+    return (
+        f"{counted(card.num_truncated, 'row')} cut to the {end} {length} tokens ({tokens} removed)"
+    )
 
 
 def _rejected_text(card: DataCard) -> str:
     if not card.num_rejected:
         return "none"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
-    return f"{card.num_rejected:,} rows: {reasons}"
+    return f"{counted(card.num_rejected, 'row')}: {reasons}"

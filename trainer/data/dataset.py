@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import EncodedDataset, PackedDataset
 from trainer.data.cache import entry_of
 from trainer.data.card import DataCard, draw_card
@@ -200,8 +201,8 @@ def encode_rows(
     sides = part_rows(section, sources, rows, seed)
     if sides is None:
         raise DataError(
-            f"{section.dataset_path}: nothing to train: {errors.count} rows were rejected "
-            f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} are longer than "
+            f"{section.dataset_path}: nothing to train: {counted(errors.count, 'row')} rejected "
+            f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
     _check_thoughts(section, rows)
@@ -270,7 +271,8 @@ def check_fit(
         )
     if num_text and type(profile).transform is not DataProfile.transform:
         raise ConfigError(
-            f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
+            f"profile.name={profile.name!r} rewrites turns, and in {path} "
+            f"{counted(num_text, 'row is', 'rows are')} "
             "plain text, which has none; use the profile plain, or another data.format."
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from trainer.counts import counted
 from trainer.errors import DataError
 from trainer.profiles import Message
 
@@ -137,8 +138,8 @@ class RowErrors:
         if self.policy == "strict":
             if self.count:
                 num_long = self.count - self.num_bad
-                kinds = [f"{self.num_bad} bad rows"] if self.num_bad else []
-                kinds += [f"{num_long} rows too long for training"] if num_long else []
+                kinds = [counted(self.num_bad, "bad row")] if self.num_bad else []
+                kinds += [f"{counted(num_long, 'row')} too long for training"] if num_long else []
                 advice = []
                 if num_long:
                     advice.append(
@@ -153,7 +154,7 @@ class RowErrors:
                 raise DataError(f"{' and '.join(kinds)}:{self._shown()}\n{' '.join(advice)}")
         elif self.max_bad_rows is not None and self.num_bad > self.max_bad_rows:
             raise DataError(
-                f"{self.num_bad} bad rows, data.max_bad_rows={self.max_bad_rows}:"
+                f"{counted(self.num_bad, 'bad row')}, data.max_bad_rows={self.max_bad_rows}:"
                 f"{self._shown()}\nFix them, or raise data.max_bad_rows."
             )
 
@@ -200,7 +201,7 @@ class RowTooLongError(BadRowError):
     """A row is left out because data.truncation=drop says so; counted, never an error."""
 
     def __init__(self, num_tokens: int) -> None:
-        super().__init__(f"{num_tokens} tokens, dropped", "longer than max_length")
+        super().__init__(f"{counted(num_tokens, 'token')}, dropped", "longer than max_length")
         self.num_tokens = num_tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -234,7 +235,8 @@ def cut(
             )
         if how == "error":
             raise BadRowError(
-                f"the row has {len(ids)} tokens and hyperparams.max_length is {max_length}; raise "
+                f"the row has {counted(len(ids), 'token')} and hyperparams.max_length is "
+                f"{max_length}; raise "
                 "it, or let data.truncation drop or cut such rows",
                 "longer than max_length",
             )
@@ -245,8 +247,8 @@ def cut(
     if kept.count(IGNORE_INDEX) == len(kept):
         first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
         raise BadRowError(
-            f"nothing to train is left: the row has {len(ids)} tokens, its answer begins at "
-            f"token {first + 1}, and hyperparams.max_length is {max_length}",
+            f"nothing to train is left: the row has {counted(len(ids), 'token')}, its answer "
+            f"begins at token {first + 1}, and hyperparams.max_length is {max_length}",
             "no trained token within max_length",
         )
     return ids[begin : begin + max_length], kept

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.encoded import EncodedRows, RowReader
 from trainer.data.rows import PreviewRequest, golden_ids
 from trainer.data.sources import Source
@@ -91,9 +92,9 @@ def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Arra
     if min(num_rows(rows, train), num_rows(rows, validation)) < 2:
         count = num_rows(rows, of_training)
         why = (
-            f"none: {share} of {count} rows would leave fewer than two for training or "
-            "for validation; previews use training prompts (set data.validation_path, or raise "
-            "data.validation_split)"
+            f"none: {share} of {counted(count, 'row')} would leave fewer than two for "
+            "training or for validation; previews use training prompts (set "
+            "data.validation_path, or raise data.validation_split)"
         )
         return of_training, none, why
     return (
@@ -185,7 +186,8 @@ def weigh_rows(sources: list[Source], rows: EncodedRows, train: Array) -> tuple[
         part = own[is_in(rows.row[own], rows.row[by_key[: round(share * len(first))]])]
         used = [*[own] * int(times), part]
         count = sum(int(starts[each].sum()) for each in used)
-        words.append(f"{source.name} x {source.weight:g} ({len(first):,} -> {count:,} rows)")
+        rows_words = counted(count, "row")
+        words.append(f"{source.name} x {source.weight:g} ({len(first):,} -> {rows_words})")
         chosen += used
     if not sum(map(len, chosen)):
         raise DataError(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from trainer.counts import counted
 from trainer.data.rows import BadRowError
 from trainer.errors import DataError
 
@@ -155,8 +156,8 @@ def refuse_single_byte(path: Path, *, at_least: int = 2) -> None:
     if count >= at_least:
         number, line = bad[0]
         raise DataError(
-            f"{path}: not UTF-8 text ({count:,} lines, the first is line {number}). It looks like "
-            "a single-byte encoding; as Windows-1252 (cp1252) that line says "
+            f"{path}: not UTF-8 text ({counted(count, 'line')}, the first is line {number}). It "
+            "looks like a single-byte encoding; as Windows-1252 (cp1252) that line says "
             f"{as_windows_1252(line)!r}. Save it as UTF-8 (Excel: 'CSV UTF-8'; else "
             "iconv -f CP1252 -t UTF-8 FILE > NEW)."
         )

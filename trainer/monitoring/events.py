@@ -44,7 +44,12 @@ def plain_values(value: Any, odd: dict[str, str] | None = None, where: str = "")
     if isinstance(value, str):
         return encodable(value)
     if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
+        # As pydantic's own dumps: a field says where it is left out.
+        value = {
+            name: getattr(value, name)
+            for name, field in type(value).model_fields.items()
+            if field.exclude_if is None or not field.exclude_if(getattr(value, name))
+        }
     elif is_dataclass(value) and not isinstance(value, type):
         value = {item.name: getattr(value, item.name) for item in fields(value)}
     if isinstance(value, Mapping):

@@ -292,6 +292,10 @@ class TrainingStatus(StatusPart):
     """Rows held out."""
     effective_batch_size: int | None = None
     """Sequences per optimizer step, over all devices."""
+    began_at: float | None = None
+    """When the first process of the run began to report, in unix seconds; null in old files."""
+    earlier_s: float = 0.0
+    """Seconds that the processes before this one were at work; 0 unless the run was resumed."""
     started_at: float
     """When this process began to report, in unix seconds."""
     updated_at: float
@@ -305,7 +309,8 @@ class TrainingStatus(StatusPart):
     accuracy_last_50: AccuracyStatus | None = None
     """The same over the last 50."""
     accuracy_trend: Trend | None = None
-    """Last 20 against the 20 before, flat within 0.1; null with fewer than 40 previews."""
+    """The same prompts over preview steps, newest third against the third before; null where a
+    test cannot tell."""
     drift: DriftStatus | None = None
     """Drift from the weights before training; null where it is not measured."""
     preview_scores: tuple[ScoreFigure, ...] = ()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import OutputError
 from trainer.files import STATUS_NAME, append_lines, remove_stale, replace_file
 from trainer.monitoring.events import (
     CheckpointSaved,
@@ -68,6 +69,9 @@ _OF_STEP = (
 )
 
 
+_OF_THE_PAST = [name for name in _OF_STEP if name not in ("total_steps", "eta_s")]
+"""Those that hold at a resume; how many steps are left, and for how long, is another matter."""
+
 _OF_METRICS = StepDone | EvaluationDone | DriftMeasured | ScoresDone | ScoreDecided
 """Events that are lines of metrics.jsonl."""
 
@@ -78,7 +82,8 @@ class StatusBuilder:
     def __init__(self, max_output_tokens: int) -> None:
         """Take the longest text, in tokens of about four characters."""
         self.set_limit(max_output_tokens)
-        self.fields: dict[str, Any] = {"started_at": time.time(), "pid": os.getpid()}
+        now = time.time()
+        self.fields: dict[str, Any] = {"began_at": now, "started_at": now, "pid": os.getpid()}
         self._history = MatchHistory()
         self._odd_reported: set[str] = set()
 
@@ -96,6 +101,16 @@ class StatusBuilder:
             "accuracy_trend": self._history.trend(),
         }
         return TrainingStatus.model_validate(values)
+
+    def set_earlier(self, before: TrainingStatus | None) -> None:
+        """Take over the time of the processes before this one; None: there are none."""
+        began, earlier_s = self.fields["started_at"], 0.0
+        if before is not None and before.started_at == began:
+            return  # written by this process
+        if before is not None:
+            began = before.started_at if before.began_at is None else before.began_at
+            earlier_s = before.earlier_s + max(0.0, before.updated_at - before.started_at)
+        self.fields.update(began_at=began, earlier_s=earlier_s)
 
     def apply(self, event: Event) -> None:
         """Take over what an event says."""
@@ -145,7 +160,9 @@ class StatusBuilder:
             newest = max(result.step for result in known)
             self.set_previews([result for result in known if result.step == newest])
         for line in metrics:
-            if line.get("type") == "EvaluationDone":
+            if line.get("type") == "StepDone":
+                self.fields.update({name: line.get(name) for name in _OF_THE_PAST})
+            elif line.get("type") == "EvaluationDone":
                 self.set_evaluation(line)
             elif line.get("type") == "ScoresDone":
                 self.set_scores(line)
@@ -302,6 +319,9 @@ class TrainingStatusWriter:
             self._builder.fields["output_dir"] = str(self.run_dir)
             for name in (METRICS_NAME, PREVIEWS_NAME):
                 self._has_old_lines[name] = _has_content(self.run_dir / name)
+            # Before it is replaced. Whether this process goes on with that run is not known yet,
+            # and a process that is killed while it loads must not lose the time of those before.
+            self._builder.set_earlier(_status_before(self.run_dir))
         if self._has_events:
             self._write_status()
 
@@ -364,7 +384,9 @@ class TrainingStatusWriter:
             if has_lines:
                 marker = {"type": RESUMED, "step": start_step, "created_at": time.time()}
                 self._append(name, json_line(marker))
-        if self.run_dir is not None and start_step > 0:
+        if start_step == 0:
+            self._builder.set_earlier(None)
+        elif self.run_dir is not None:
             self._try(self.run_dir, self._restore, "earlier previews are not counted in accuracy")
 
     def _restore(self) -> None:
@@ -387,6 +409,17 @@ class TrainingStatusWriter:
             logger.warning("%s", said)
             self._builder.add_notice("warning", said)
             self._has_unwritten = True
+
+
+def _status_before(run_dir: Path) -> TrainingStatus | None:
+    """The status that an earlier process left; None where there is none."""
+    if not (run_dir / STATUS_NAME).exists():
+        return None
+    try:
+        return TrainingStatusReader(run_dir).read()
+    except OutputError as error:
+        logger.warning("%s; the time of earlier processes is not counted", error)
+        return None
 
 
 def _has_content(path: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainer import __version__
+from trainer.counts import counted
 from trainer.files import replace_file
 from trainer.monitoring.events import Event, RunStarted
 from trainer.views.facts import (
@@ -106,6 +107,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     return environment.get_template("report.html.j2")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainer.counts import counted
 from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
 from trainer.preview.base import PreviewResult, golden_figures
@@ -130,7 +131,9 @@ def facts_of(result: PreviewResult) -> list[str]:
     if result.samples:
         facts.append(samples_words(result))
     if result.ok:
-        facts.append(f"{result.tokens_generated} tokens, {result.tokens_per_sec:,.0f} tokens/s")
+        facts.append(
+            f"{counted(result.tokens_generated, 'token')}, {result.tokens_per_sec:,.0f} tokens/s"
+        )
     if result.weights != "in_process":  # of the training process there is nothing to prove
         proof = {
             "verified": "weights verified",
@@ -139,7 +142,7 @@ def facts_of(result: PreviewResult) -> list[str]:
         }
         facts.append(f"by {result.backend_type}, {proof[result.weights]}")
     if result.received_step is not None and result.received_step > result.step:
-        facts.append(f"{result.received_step - result.step} steps behind training")
+        facts.append(f"{counted(result.received_step - result.step, 'step')} behind training")
     if result.visible_s is not None:
         facts.append(f"seen after {result.visible_s:.1f} s")
     return facts

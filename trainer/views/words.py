@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.counts import counted
 from trainer.monitoring.events import (
     TRAINING,
     CardShown,
@@ -48,7 +49,7 @@ def samples_words(result: PreviewResult) -> str:
         return ""
     compared = [one.matches for one in result.answers if one.matches is not None]
     if compared:
-        return f"{sum(compared)} of {len(compared)} samples match"
+        return f"{sum(compared)} of {counted(len(compared), 'sample')} match"
     return f"{1 + len(result.samples)} samples"
 
 
@@ -135,11 +136,11 @@ def preview_failure_words(summary: Mapping[str, Any]) -> str | None:
     parts = []
     reason = printable(str(counts.get("last_error") or ""), REASON_CHARS)
     if counts.get("all_failed"):
-        parts.append(f"all {counts['failed']} previews failed: {reason}")
+        parts.append(f"all {counted(counts['failed'], 'preview')} failed: {reason}")
     elif counts.get("last_step_failed"):
         parts.append(f"all previews of the last step failed: {reason}")
     if final.get("failed") and final["failed"] == final.get("num_prompts"):
-        parts.append(f"all {final['failed']} answers of the final evaluation failed")
+        parts.append(f"all {counted(final['failed'], 'answer')} of the final evaluation failed")
     return "; ".join(parts) or None
 
 
@@ -191,8 +192,8 @@ def final_model_words(summary: Mapping[str, Any], last: int) -> list[str]:
         parts.append(f"waited {duration_words(deciding['waited_s'])} for scores")
         num_missing = sum(len(rule["missing_steps"]) for rule in deciding["rules"])
         if num_missing:
-            plural = "evaluation that decides" if num_missing == 1 else "evaluations that decide"
-            parts.append(f"{num_missing} {plural} missing")
+            decides = ("evaluation that decides", "evaluations that decide")
+            parts.append(f"{counted(num_missing, *decides)} missing")
     return parts
 
 
@@ -318,8 +319,8 @@ def start_words(event: RunStarted) -> str:
     """What is about to be trained, in one line."""
     resumed = f", from step {event.start_step}" if event.start_step else ""
     return (
-        f"training {printable(event.model_name, 200)}: {event.total_steps} steps of "
-        f"{event.effective_batch_size} rows, {event.num_train_rows} rows and "
+        f"training {printable(event.model_name, 200)}: {counted(event.total_steps, 'step')} of "
+        f"{counted(event.effective_batch_size, 'row')}, {counted(event.num_train_rows, 'row')} and "
         f"{event.num_validation_rows} held out{resumed}; folder {printable(event.output_dir, 200)}"
     )
 
@@ -332,7 +333,7 @@ def evaluation_words(event: EvaluationDone) -> str:
     sources = f"of sources {by_source}, " if by_source else ""
     return (
         f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, {sources}"
-        f"{event.num_rows} rows, {duration_words(event.duration_s)}"
+        f"{counted(event.num_rows, 'row')}, {duration_words(event.duration_s)}"
     )
 
 
@@ -340,7 +341,8 @@ def drift_words(event: DriftMeasured) -> str:
     """How far the weights are from those before training, in one line."""
     return (
         f"drift at step {event.step}: {event.kl:.4f} nats per token from the answers before "
-        f"training, {event.num_changed} of {event.num_prompts} greedy answers changed, "
+        f"training, {event.num_changed} of "
+        f"{counted(event.num_prompts, 'greedy answer')} changed, "
         f"{duration_words(event.duration_s)}"
     )
 
@@ -357,7 +359,7 @@ def drift_summary_words(summary: Mapping[str, Any]) -> str | None:
         return None
     words = (
         f"drift {drift['kl']:.4f} nats per token ({drift['num_changed']} of "
-        f"{drift['num_prompts']} answers changed"
+        f"{counted(drift['num_prompts'], 'answer')} changed"
     )
     seconds = drift.get("s_per_preview_step")
     return f"{words}; {seconds:.2f} s per preview step)" if seconds is not None else f"{words})"

@@ -159,7 +159,9 @@ def test_options_for_turns_are_refused(write_rows: Callable[..., Path], tokenize
     path = write_rows([{"text": FOX}])
     with pytest.raises(ConfigError, match="or is plain text, which has none"):
         prepared(path, tokenizer, system_prompt="Be brief.")
-    with pytest.raises(ConfigError, match="'regime3' rewrites turns, and 1 rows"):
+    with pytest.raises(
+        ConfigError, match=r"'regime3' rewrites turns, and in .* 1 row is plain text"
+    ):
         prepared(path, tokenizer, profile="regime3")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.errors import OutputError
 from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME
 from trainer.views.headline import Headline
+from trainer.views.page.answer_data import answer_of
 from trainer.views.page.own_server import OwnServer
 from trainer.views.page.panel_data import RowsData, rows_of
 from trainer.views.run_reader import RunReader, find_runs
@@ -51,6 +52,16 @@ def _stamp_of(reader: RunReader) -> tuple[int, ...]:
         except OSError:
             sizes.append(-1)
     return tuple(sizes)
+
+
+def _work_ahead(reader: RunReader) -> None:
+    """What the first page of a run would wait for."""
+    with reader.lock:
+        rows = rows_of(reader)
+        rows.headline()
+        found = rows.since(0)
+        if found is not None and found["order"]:
+            answer_of(reader, found["order"][0], None)
 
 
 # ---- RunStore: all runs of a folder, read by one task however many pages are open
@@ -112,7 +123,9 @@ class RunStore:
     async def refresh_forever(self) -> None:
         """Read what is new, until cancelled; first the newest runs, as they will be looked at."""
         for key, _ in self.by_age()[:NUM_AHEAD]:
-            await self.load(key)
+            reader = await self.load(key)
+            if reader is not None:
+                await asyncio.to_thread(_work_ahead, reader)
         while True:
             try:
                 async with self._loading:
