@@ -39,6 +39,8 @@ class Source:
     name: str
     weight: float = 1.0
     offline: bool = False
+    is_streamed: bool = False
+    """Of a hub dataset: its rows are fetched while they are read."""
 
     @property
     def is_hub(self) -> bool:
@@ -62,6 +64,8 @@ class Source:
             max_rows: no more rows than that are read.
         """
         most = sys.maxsize if max_rows is None else max_rows * ROW_BYTES
+        if self.is_hub and self.is_streamed:
+            return most
         if self.is_hub:
             return min(int(self._hub_dataset.data.nbytes), most)
         path = Path(self.name)
@@ -87,9 +91,10 @@ class Source:
             raise DataError(f"{self.name}: cannot be read ({error.strerror}).") from error
 
     def _hub_rows(self) -> Iterator[RawRow]:
-        schema = self._hub_dataset.features.arrow_schema
+        features = self._hub_dataset.features  # of a stream they need not be known
+        schema = None if features is None else features.arrow_schema
         for index, row in enumerate(self._hub_dataset):
-            yield f"{self.name}[{index}]", own_values(row, schema)
+            yield f"{self.name}[{index}]", row if schema is None else own_values(row, schema)
 
     @cached_property
     def _hub_dataset(self) -> Any:
@@ -103,6 +108,7 @@ class Source:
             return datasets.load_dataset(
                 repository,
                 split=split or DEFAULT_SPLIT,
+                streaming=self.is_streamed,
                 download_config=datasets.DownloadConfig(local_files_only=offline),
             )
         except Exception as error:  # what the hub, the network and the format raise
@@ -114,7 +120,11 @@ class Source:
 
 
 def find_sources(
-    text: str, weights: Sequence[float] = (), *, offline: bool = False
+    text: str,
+    weights: Sequence[float] = (),
+    *,
+    offline: bool = False,
+    is_streamed: bool = False,
 ) -> list[Source]:
     """Cut `data.dataset_path` or `data.validation_path` into sources.
 
@@ -123,6 +133,7 @@ def find_sources(
             there does not cut it.
         weights: one for each name, or none.
         offline: never ask the hub.
+        is_streamed: rows of hub datasets are fetched while they are read.
     Raises:
         ConfigError: another number of weights than of names, or a name given twice.
     """
@@ -139,7 +150,7 @@ def find_sources(
             "files; give one for each, or none."
         )
     return [
-        Source(name, weight, offline)
+        Source(name, weight, offline, is_streamed)
         for name, weight in zip(names, weights or [1.0] * len(names), strict=True)
     ]
 
