@@ -106,6 +106,13 @@ class DataSection(Section):
     train_on_thinking: bool = True
     """Train the thoughts of answers (`reasoning_content`, or `<think>...</think>` in the content);
     `false` trains only what follows them. An error where no row has a thought."""
+    streaming: bool = False
+    """Train while the files are still being read and encoded, for more rows than the cache can
+    hold: rows that are read ahead lie in a file of at most `cache_max_gib`. Needs
+    `hyperparams.max_steps`; see docs/data.md for what is not exact then."""
+    shuffle_buffer: PositiveInt | None = None
+    """With `streaming`: rows within which the order is drawn, and that are read before the first
+    step. Empty: 10,000."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True
@@ -171,6 +178,29 @@ class DataSection(Section):
                 "set one of them only",
                 "data.enable_packing",
                 "data.shuffle",
+            )
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise CombinationError(
+                "shuffle_buffer is for rows that are streamed; set streaming=true, or leave it "
+                "empty: all rows are shuffled together",
+                "data.shuffle_buffer",
+                "data.streaming",
+            )
+        if self.streaming and self.enable_packing:
+            raise CombinationError(
+                "enable_packing=true forms packs from the lengths of all rows, and streaming=true "
+                "does not know them before the end; set one of them only (rows of like length are "
+                "batched together in a stream too)",
+                "data.streaming",
+                "data.enable_packing",
+            )
+        mix = "weights" if self.weights else "mix_probabilities" if self.mix_probabilities else ""
+        if self.streaming and mix:
+            raise CombinationError(
+                f"{mix} decides by the number of rows of each file, and streaming=true does not "
+                "know it; leave it empty, or write the mix into one file",
+                "data.streaming",
+                f"data.{mix}",
             )
         return self
 
@@ -577,6 +607,25 @@ class TrainerConfig(Section):
             )
             return "model.add_tokens", f"model.add_tokens {words}"
         return None
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> TrainerConfig:
+        if self.data.streaming and self.hyperparams.max_steps is None:
+            raise CombinationError(
+                "data.streaming=true does not know how many rows an epoch has, so the length of "
+                "the run must be said: set hyperparams.max_steps",
+                "data.streaming",
+                "hyperparams.max_steps",
+            )
+        if self.data.streaming and self.environment.num_workers:
+            raise CombinationError(
+                f"environment.num_workers={self.environment.num_workers} has other processes take "
+                "the rows, and those of data.streaming=true are read by the training process; set "
+                "num_workers=0 (data.encode_processes encodes them in several)",
+                "data.streaming",
+                "environment.num_workers",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_shards(self) -> TrainerConfig:

@@ -97,6 +97,8 @@ class DataCard:
     """The first of these."""
     mix: str = ""
     """How often the training rows of each file are used; empty: once each."""
+    streaming: str = ""
+    """What the figures are of, and what is not known, where rows are streamed."""
     cache: str = ""
     """Whether the encoded rows were read from the cache, or why not."""
     num_packs: int = 0
@@ -327,6 +329,7 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"{card.num_unique_rows:,} training{mixed}, {card.num_validation_rows:,} validation, "
         f"of {card.num_rows:,} read",
     )
+    yield "streaming", card.streaming
     if card.num_left_out:
         unnamed = card.num_left_out - len(card.left_out)
         yield (
@@ -383,13 +386,14 @@ def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             else "it has every row at least once, and sources that are shorter again"
         )
         yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+    of = "so far" if card.streaming else "of an epoch"
     for source in card.sources:
         rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
         has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
         if card.mix_epoch:
             has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
         share = (
-            f"{100 * rows / max(num_rows, 1):.1f} % of the rows of an epoch, "
+            f"{100 * rows / max(num_rows, 1):.1f} % of the rows {of}, "
             f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
         )
         where = f" ({source.source})" if source.source != source.name else ""
@@ -399,10 +403,11 @@ def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
 def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
     epoch = f"; about {card.num_epoch_tokens:,} per epoch" if card.mix_epoch else ""
+    per = " so far" if card.streaming else "" if epoch else " per epoch"
     yield (
         "tokens",
-        f"{card.num_tokens:,}{'' if epoch else ' per epoch'}, {card.num_trained_tokens:,} of them "
-        f"trained ({card.trained_pct:.1f} %){epoch}",
+        f"{card.num_tokens:,}{per}, {card.num_trained_tokens:,} of them trained "
+        f"({card.trained_pct:.1f} %){epoch}",
     )
     yield (
         "longest row",

@@ -28,6 +28,7 @@ from trainer.data.rows import PreviewRequest
 from trainer.data.sides import Sides, first_prompts, part_rows
 from trainer.data.sources import Source, find_sources
 from trainer.data.spool import Spool, rows_in_blocks
+from trainer.data.stream_rows import StreamedTexts
 from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
 from trainer.net import names_without_secrets
@@ -64,7 +65,7 @@ class RunData(_Texts):
 
     train: EncodedDataset
     validation: EncodedDataset | None
-    train_texts: TrainTexts
+    train_texts: TrainTexts | StreamedTexts
     """(prompt, golden answer) of each training row."""
     train_sources: Array
     """Of each row in `train`, before any packing: which of `source_names` it is from."""
@@ -110,6 +111,8 @@ def prepare_data(
         DataError: missing file, bad rows under `strict`, or nothing to train.
         ConfigError: an option that would have no effect on these rows.
     """
+    if section.streaming:
+        raise ConfigError("data.streaming=true: rows are streamed by `prepare_stream`.")
     sources = find_sources(section.dataset_path, section.weights, offline=offline)
     held_out: list[Source] = []
     if section.validation_path is not None:
@@ -145,7 +148,7 @@ def prepare_data(
                 arrays = entry.arrays()
                 del arrays_of_rows  # and with it what was kept of the rows while they were read
                 return _with_note(_from_arrays(arrays, encoder), note)
-    return _with_note(_from_arrays(_kept(arrays_of_rows), encoder), note)
+    return _with_note(_from_arrays(kept_arrays(arrays_of_rows), encoder), note)
 
 
 def _with_note(data: RunData, note: str) -> RunData:
@@ -155,6 +158,7 @@ def _with_note(data: RunData, note: str) -> RunData:
 
 def pack_training_rows(data: RunData) -> RunData:
     """The same data with its training rows packed; a pack goes by its first row's text."""
+    assert isinstance(data.train_texts, TrainTexts), "streamed rows are not packed"
     packed = PackedDataset(data.train, data.encoder.max_length)
     first = [pack[0] for pack in packed.packs]
     return replace(
@@ -198,7 +202,7 @@ def encode_rows(
     reading.read(
         sources, validation_sources, None if progress is None else ReadProgress(progress, shown)
     )
-    _check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
+    check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
     errors = reading.errors()
     errors.raise_if_strict()
     rows = reading.store.finish()
@@ -258,10 +262,14 @@ def _check_thoughts(section: DataSection, rows: EncodedRows) -> None:
         )
 
 
-def _check_fit(
+def check_fit(
     section: DataSection, tally: Tally, profile: DataProfile, *, is_prompt_configured: bool
 ) -> None:
-    """Refuse a system prompt or a profile that these rows would ignore."""
+    """Refuse a system prompt or a profile that these rows would ignore.
+
+    Raises:
+        ConfigError: names the option.
+    """
     path = names_without_secrets(section.dataset_path)
     num_text = tally.num_text + tally.num_tokens
     what = "plain text" if not tally.num_tokens else "tokens" if not tally.num_text else "no turns"
@@ -313,15 +321,21 @@ def _as_arrays(texts: _Texts, rows: EncodedRows, sides: Sides) -> dict[str, Arra
         "text_is_plain_text": rows.is_plain_text()[train],
         "sources": rows.source[train],
         "sources_held_out": rows.source[sides.validation],
-        **_dataset_arrays("train", rows, train),
+        **dataset_arrays("train", rows, train),
     }
     if len(sides.validation):
-        arrays |= _dataset_arrays("validation", rows, sides.validation)
+        arrays |= dataset_arrays("validation", rows, sides.validation)
     return arrays
 
 
-def _dataset_arrays(name: str, rows: EncodedRows, order: Array) -> dict[str, Array | Blocks]:
-    """What `EncodedDataset.from_arrays` takes, of some rows, under names of its own."""
+def dataset_arrays(
+    name: str, rows: EncodedRows, order: Array, *, with_weights: bool = False
+) -> dict[str, Array | Blocks]:
+    """What `EncodedDataset.from_arrays` takes, of some rows, under names of its own.
+
+    Args:
+        with_weights: have loss weights, also where none differs from 1.
+    """
     lengths = rows.lengths[order]
     starts, size = rows.starts("lengths"), int(lengths.sum(dtype=np.int64))
     arrays: dict[str, Array | Blocks] = {
@@ -331,12 +345,12 @@ def _dataset_arrays(name: str, rows: EncodedRows, order: Array) -> dict[str, Arr
             "<i4", size, partial(rows_in_blocks, rows.labels(), starts, order)
         ),
     }
-    if rows.num_weights[order].any():
+    if with_weights or rows.num_weights[order].any():
         arrays[f"{name}_weights"] = Blocks("<f4", size, partial(rows.weights_in_blocks, order))
     return arrays
 
 
-def _kept(arrays: Mapping[str, Array | Blocks]) -> dict[str, AnyArray]:
+def kept_arrays(arrays: Mapping[str, Array | Blocks]) -> dict[str, AnyArray]:
     """The arrays without a cache: in memory, or in nameless files where they are large."""
     spool = Spool(Path(tempfile.gettempdir()))
     for name, array in arrays.items():

@@ -128,6 +128,10 @@ class RowErrors:
                 self._add(reason, found.count, found.first)
             self.errors = [*self.errors, *other.errors][:MAX_ERRORS_SHOWN]
 
+    def add_known(self, reason: str, count: int) -> None:
+        """Count bad rows that were told before."""
+        self._add(reason, count, [])
+
     def _add(self, reason: str, count: int, first: list[str]) -> None:
         found = self.by_reason.setdefault(reason, _Reason())
         found.count += count

@@ -112,7 +112,7 @@ def _wanted(section: DataSection, count: int) -> float:
     return round(section.validation_split * count, 6)
 
 
-def _largest(section: DataSection, count: int) -> float:
+def largest_unit(section: DataSection, count: int) -> float:
     """Rows that may move to one side together: more would decide the share by chance."""
     return max(_wanted(section, count) / 2, 1)
 
@@ -130,7 +130,7 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     if has_windows:  # rows are parted, and their windows stay with them
         keys, groups = keys[starts], groups[starts]
     count = len(keys)
-    wanted, largest = _wanted(section, count), _largest(section, count)
+    wanted, largest = _wanted(section, count), largest_unit(section, count)
     different, sizes = np.unique(groups, return_counts=True)
     units = np.where(is_in(groups, different[sizes > largest]), keys, groups)
     different, sizes = np.unique(units, return_counts=True)
@@ -156,7 +156,7 @@ def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Arra
     if has_windows:
         groups = groups[starts]
     _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
-    large = np.flatnonzero(sizes > _largest(section, len(groups)))
+    large = np.flatnonzero(sizes > largest_unit(section, len(groups)))
     if has_windows:
         first = np.flatnonzero(starts)[first]
     order = large[np.lexsort((first[large], -sizes[large]))]

@@ -45,6 +45,8 @@ class Source:
     """As it may be shown: without secrets."""
     weight: float = 1.0
     offline: bool = False
+    is_streamed: bool = False
+    """Of a hub dataset: its rows are fetched while they are read."""
     address: str = field(default="", repr=False)
     """With them, where they differ."""
 
@@ -94,9 +96,20 @@ class Source:
             max_rows: no more rows than that are read.
         """
         most = sys.maxsize if max_rows is None else max_rows * ROW_BYTES
+        if self.is_hub and self.is_streamed:
+            return most
         if self.is_hub:
             return min(int(self._hub_dataset.data.nbytes), most)
         return min(sum(file.num_text_bytes() for file in self.found.files), most)
+
+    def stored_bytes(self) -> int | None:
+        """Of all its files as they are stored; None where nobody knows."""
+        try:
+            sizes = [file.size() for file in self.found.files]
+        except OSError:  # its reader has the words
+            return None
+        known = [size for size in sizes if size is not None]
+        return sum(known) if known and len(known) == len(sizes) else None
 
     def content_hash(self) -> str:
         """sha256 of the file, or of the names and hashes of several; what a store says of the
@@ -117,9 +130,10 @@ class Source:
 
     def hub_rows(self) -> Iterator[RawRow]:
         """The rows of a hub dataset."""
-        schema = self._hub_dataset.features.arrow_schema
+        features = self._hub_dataset.features  # of a stream they need not be known
+        schema = None if features is None else features.arrow_schema
         for index, row in enumerate(self._hub_dataset):
-            yield f"{self.name}[{index}]", own_values(row, schema)
+            yield f"{self.name}[{index}]", row if schema is None else own_values(row, schema)
 
     @cached_property
     def _hub_dataset(self) -> Any:
@@ -133,6 +147,7 @@ class Source:
             return datasets.load_dataset(
                 repository,
                 split=split or DEFAULT_SPLIT,
+                streaming=self.is_streamed,
                 download_config=datasets.DownloadConfig(local_files_only=offline),
             )
         except Exception as error:  # what the hub, the network and the format raise
@@ -153,7 +168,11 @@ def _hash_of(file: DataFile) -> str:
 
 
 def find_sources(
-    text: str, weights: Sequence[float] = (), *, offline: bool = False
+    text: str,
+    weights: Sequence[float] = (),
+    *,
+    offline: bool = False,
+    is_streamed: bool = False,
 ) -> list[Source]:
     """Cut `data.dataset_path` or `data.validation_path` into sources.
 
@@ -162,6 +181,7 @@ def find_sources(
             there does not cut it.
         weights: one for each name, or none.
         offline: never ask the hub, nor any other machine.
+        is_streamed: rows of hub datasets are fetched while they are read.
     Raises:
         ConfigError: another number of weights than of names, or a name given twice.
     """
@@ -180,7 +200,7 @@ def find_sources(
             "files; give one for each, or none."
         )
     return [
-        Source(name, weight, offline, "" if address == name else address)
+        Source(name, weight, offline, is_streamed, "" if address == name else address)
         for name, address, weight in zip(
             names, addresses, weights or [1.0] * len(names), strict=True
         )
