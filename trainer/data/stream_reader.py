@@ -281,8 +281,9 @@ class StreamReader:
     def nothing_to_train(self) -> DataError:
         """That no row is left, and what became of all."""
         return DataError(
-            f"{names_without_secrets(self.section.dataset_path)}: nothing to train: {self.errors.count} rows were "
-            f"rejected ({'; '.join(self.errors.errors[:3])}), {self.dropped.num_rows} are longer "
+            f"{names_without_secrets(self.section.dataset_path)}: nothing to train: "
+            f"{self.errors.count} rows were rejected ({'; '.join(self.errors.errors[:3])}), "
+            f"{self.dropped.num_rows} are longer "
             f"than hyperparams.max_length={self.preparer.encoder.max_length} and dropped, and the "
             f"prompts of the others are held out (data.validation_split="
             f"{self.section.validation_split})."
