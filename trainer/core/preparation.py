@@ -85,7 +85,7 @@ from trainer.monitoring.events import Observers
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
-from trainer.net import go_offline
+from trainer.net import go_offline, names_without_secrets
 from trainer.profiles import DataProfile
 from trainer.scores.scorer import check_scores
 from trainer.scores.spec import is_function
@@ -282,7 +282,8 @@ def encode_rows(
         ConfigError: an option that does not fit these rows.
     """
     hyper = config.hyperparams
-    job.observers.phase("loading", f"encoding {config.data.dataset_path}")
+    phase = f"encoding {names_without_secrets(config.data.dataset_path)}"
+    job.observers.phase("loading", phase)
     started = time.perf_counter()
     fix_date(tokenizer, job.date)
     prepare: Any = prepare_data
@@ -306,6 +307,7 @@ def encode_rows(
         num_score=config.monitoring.num_score_prompts,
         with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
+        progress=lambda words: job.observers.phase("loading", phase, words),
     )
     if isinstance(data.train, StreamedDataset):
         job.on_close("rows that are streamed", data.train.close)

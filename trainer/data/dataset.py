@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.file_arrays import Blocks, FileArray, blocks_of
 from trainer.data.preparer import Preparer
+from trainer.data.read_progress import ReadProgress
 from trainer.data.reading import Reading
 from trainer.data.rows import PreviewRequest
 from trainer.data.sides import Sides, first_prompts, part_rows
@@ -30,6 +31,7 @@ from trainer.data.spool import Spool, rows_in_blocks
 from trainer.data.stream_rows import StreamedTexts
 from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
+from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile, get_profile
 
 Array = np.ndarray[Any, Any]
@@ -88,6 +90,7 @@ def prepare_data(
     num_score: int = 0,
     with_columns: bool = False,
     offline: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> RunData:
     """Read, split and encode the rows of section `data`, or take them from the cache.
 
@@ -102,7 +105,8 @@ def prepare_data(
         num_final: held-out prompts for the final evaluation.
         num_score: held-out prompts for scores, others than those of previews.
         with_columns: prompts keep all that the file says of their row.
-        offline: never ask the hub for a dataset.
+        offline: never ask another machine for a file, nor the hub for a dataset.
+        progress: told in words how far a file is that takes longer than two seconds.
     Raises:
         DataError: missing file, bad rows under `strict`, or nothing to train.
         ConfigError: an option that would have no effect on these rows.
@@ -130,7 +134,7 @@ def prepare_data(
         arrays, note = entry.read()
         if arrays is not None:
             return _with_note(_from_arrays(arrays, encoder), note)
-    texts, arrays_of_rows = encode_rows(section, sources, held_out, **options)
+    texts, arrays_of_rows = encode_rows(section, sources, held_out, **options, progress=progress)
     if entry is not None:
         # A file that was written to meanwhile must not be kept under its earlier content.
         is_same = texts.file_hashes == hashes
@@ -182,6 +186,7 @@ def encode_rows(
     num_final: int = 0,
     num_score: int = 0,
     with_columns: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> tuple[_Texts, dict[str, Array | Blocks]]:
     """Read the sources and encode every row; the rest is as in `prepare_data`.
 
@@ -193,7 +198,10 @@ def encode_rows(
     """
     preparer = Preparer(profile, encoder, system_prompt, seed)
     reading = Reading(section, preparer, with_columns=with_columns)
-    reading.read(sources, validation_sources)
+    shown = names_without_secrets(section.dataset_path)
+    reading.read(
+        sources, validation_sources, None if progress is None else ReadProgress(progress, shown)
+    )
     check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
     errors = reading.errors()
     errors.raise_if_strict()
@@ -201,12 +209,13 @@ def encode_rows(
     sides = part_rows(section, sources, rows, seed)
     if sides is None:
         raise DataError(
-            f"{section.dataset_path}: nothing to train: {counted(errors.count, 'row')} rejected "
+            f"{shown}: nothing to train: {counted(errors.count, 'row')} rejected "
             f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
     _check_thoughts(section, rows)
     reader = RowReader(rows)
+    files = [*sources, *validation_sources]
     card = draw_card(
         section,
         rows,
@@ -220,6 +229,7 @@ def encode_rows(
         system_prompt=system_prompt,
         rejected=errors,
         dropped=reading.dropped,
+        left_out=[name for source in files for name in source.found.left_out],
     )
 
     most = num_preview + num_score + num_final
@@ -229,7 +239,6 @@ def encode_rows(
     left = asked[num_preview + num_score :]
     final = (*left, *asked[: num_preview + num_score])[:num_final]
     card = replace(card, num_final_asked=max(len(final) - len(left), 0))
-    files = [*sources, *validation_sources]
     texts = _Texts(
         preview_prompts=asked[:num_preview],
         final_prompts=final,
@@ -247,7 +256,8 @@ def _check_thoughts(section: DataSection, rows: EncodedRows) -> None:
     """Refuse data.train_on_thinking=false where no row has a thought."""
     if not section.train_on_thinking and not rows.num_thoughts.any():
         raise ConfigError(
-            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
+            "data.train_on_thinking=false, but no row of "
+            f"{names_without_secrets(section.dataset_path)} has a thought "
             "in its tokens; remove the option."
         )
 
@@ -260,7 +270,9 @@ def check_fit(
     Raises:
         ConfigError: names the option.
     """
-    path, num_text = section.dataset_path, tally.num_text
+    path = names_without_secrets(section.dataset_path)
+    num_text = tally.num_text + tally.num_tokens
+    what = "plain text" if not tally.num_tokens else "tokens" if not tally.num_text else "no turns"
     if section.truncation == "split" and tally.num_read and not num_text:
         raise ConfigError(
             f"data.truncation=split cuts plain text, and every row of {path} is a conversation, "
@@ -270,14 +282,13 @@ def check_fit(
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
-            "which is kept, or is plain text, which has none; remove the system turns or the "
-            "option."
+            f"which is kept, or is {what}, which has none; remove the system turns or the option."
         )
     if num_text and type(profile).transform is not DataProfile.transform:
         raise ConfigError(
             f"profile.name={profile.name!r} rewrites turns, and in {path} "
             f"{counted(num_text, 'row is', 'rows are')} "
-            "plain text, which has none; use the profile plain, or another data.format."
+            f"{what}, which has none; use the profile plain, or another data.format."
         )
 
 

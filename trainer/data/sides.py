@@ -18,6 +18,7 @@ from trainer.data.encoded import EncodedRows, RowReader
 from trainer.data.rows import PreviewRequest, golden_ids
 from trainer.data.sources import Source
 from trainer.errors import DataError
+from trainer.net import names_without_secrets
 
 Array = np.ndarray[Any, Any]
 
@@ -80,10 +81,11 @@ def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Arra
     of_training = np.arange(rows.num_of_training)
     none = of_training[:0]
     if section.validation_path is not None:
+        name = names_without_secrets(section.validation_path)
         held_out = np.arange(rows.num_of_training, len(rows))
         if not len(held_out):
-            raise DataError(f"{section.validation_path}: no usable row to validate on.")
-        return of_training, held_out, f"all rows of {section.validation_path}"
+            raise DataError(f"{name}: no usable row to validate on.")
+        return of_training, held_out, f"all rows of {name}"
     if not section.validation_split:
         return of_training, none, "none (data.validation_split=0); previews use training prompts"
     is_held = _is_held(section, rows)

@@ -11,7 +11,6 @@ import json
 import pickle
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,12 +148,7 @@ class StreamReader:
 
     def sizes(self) -> list[int | None]:
         """Bytes of each source, None where nobody knows: of a file that grew another one."""
-        return [
-            Path(source.name).stat().st_size
-            if not source.is_hub and Path(source.name).is_file()
-            else None
-            for source in self.sources
-        ]
+        return [source.size() for source in self.sources]
 
     def pieces(self, start: Mark) -> Iterator[StreamPiece]:
         """Encode the rows from a place on, pass after pass, without an end.
