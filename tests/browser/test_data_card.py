@@ -35,3 +35,7 @@ def test_the_page_shows_the_card_lines_of_a_run_with_weights_and_dropped_rows(
     shown = page.locator("#about tr").all()
     cells = [[cell.inner_text() for cell in row.locator("th, td").all()] for row in shown]
     assert cells[: len(lines)] == lines
+    assert [name for name, _ in lines if name.startswith("source ")] == ["source one", "source two"]
+    page.get_by_text("all curves").first.click()
+    page.wait_for_selector("#source-losses canvas")
+    assert page.locator("#source-losses").is_visible()

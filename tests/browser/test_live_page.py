@@ -195,10 +195,11 @@ def _seconds_from_file_to_page(page: Any, run: Path, helpers: Any, step: int) ->
 def test_a_page_opened_before_the_run_starts_shows_it_and_a_restart_counts_once(
     open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
 ) -> None:
-    page = open_page(monitor(tmp_path), wait_for="h1")
-    assert "No runs yet" in page.locator(".page").inner_text()
-    run = tmp_path / "run"
-    run.mkdir()
+    outputs = tmp_path / "outputs"  # made by the run
+    page = open_page(monitor(outputs), wait_for="h1")
+    assert f"Waiting for a run in {outputs}" in page.locator(".page").inner_text()
+    run = outputs / "run"
+    run.mkdir(parents=True)
     lines = [helpers.preview_of(step, 0) for step in (0, 100, 200)]
     helpers.write_lines(run / "previews.jsonl", lines)
     (run / "status.json").write_text(json.dumps(helpers.status_of(step=200, total_steps=400)))

@@ -134,6 +134,21 @@ def dataset_path(lab: Lab) -> None:
     assert weighted.card.num_train_rows == NUM_ROWS / 2 + 40
 
 
+@shows("data.mix_probabilities", "data.mix_epoch")
+def mix_probabilities(lab: Lab) -> None:
+    other = lab.write([{"question": f"{n}", "answer": "yes"} for n in range(10)])
+    both = {"dataset_path": f"{lab.file},{other}", "validation_split": 0}
+    for ends_with, times in (("first", 1), ("longest", 4)):
+        mixed = {**both, "mix_probabilities": [0.5, 0.5], "mix_epoch": ends_with}
+        trainer = lab.trainer(data=mixed)
+        rows = list(trainer.order)
+        assert len(rows) == 20 * times
+        assert sum(row >= NUM_ROWS for row in rows) == 10 * times
+    told = lab.refusal(data={**both, "mix_probabilities": [0.2, 0.3, 0.5]})
+    assert "data.mix_probabilities has 3 numbers" in told
+    assert "1 as their sum" in lab.refusal(data={**both, "mix_probabilities": [0.5, 0.6]})
+
+
 @shows("data.format")
 def data_format(lab: Lab) -> None:
     rows = [{"text": f"plain {n}", "question": "why?", "answer": f"so {n}"} for n in range(9)]
@@ -211,6 +226,15 @@ def truncation(lab: Lab) -> None:
     assert cards["keep_end"].num_truncated == cards["drop"].num_dropped > 0
     message = lab.refusal(hyperparams=short, data={"truncation": "error"})
     assert "hyperparams.max_length is 40" in message
+    text = {"dataset_path": str(lab.write([{"text": f"{n} " * 60} for n in range(12)]))}
+    split, cut = (
+        lab.data(hyperparams=short, data={**text, "truncation": how})
+        for how in ("split", "keep_start")
+    )
+    assert (split.card.num_split, split.card.num_cut_tokens) == (12, 0)
+    assert len(split.train) > len(cut.train)
+    assert split.card.num_trained_tokens > cut.card.num_trained_tokens
+    assert "cuts plain text" in lab.refusal(hyperparams=short, data={"truncation": "split"})
 
 
 @shows("data.train_on_thinking")

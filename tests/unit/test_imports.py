@@ -190,6 +190,8 @@ def test_every_module_says_what_lives_in_it(path: Path) -> None:
         "from trainer.cli import main; main(['models'])",
         "from trainer.cli import main; main(['watch', '.'])",
         "from trainer.cli import main; main(['report', '.'])",
+        "from trainer.cli import main; main(['train', '--model', 'tiny', '--dataset', 'absent'])",
+        "import trainer.core.early_checks, trainer.commands.train",
         "import trainer.views.page.site, trainer.commands.monitor",
         "import trainer.core, trainer.data, trainer.models, trainer.preview",
     ],

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import choose, parse, parse_known, whole_number
+from trainer.commands.arguments import choose, parse, parse_known, whole_number, words_while_loading
 from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
-from trainer.config.loader import required_for_training
+from trainer.core.early_checks import check_early
 from trainer.counts import counted
 from trainer.errors import EXIT_COMPLETED
 
@@ -64,7 +64,7 @@ def _inspect(words: list[str]) -> int:
         rest = ["--dataset", *rest]
     flags = parse_flags(rest, prog="trainer data inspect")
     config = load_config(flags).config
-    required_for_training(config)
+    check_early(config)
     console = Console(highlight=False)
     _print_data(console, _prepare(config), known.rows)
     return EXIT_COMPLETED
@@ -73,7 +73,8 @@ def _inspect(words: list[str]) -> int:
 def _prepare(config: TrainerConfig) -> RunData:
     """The rows as a run with this config would have them; no run folder is made."""
     # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core.engine import TrainerEngine
+    with words_while_loading():
+        from trainer.core.engine import TrainerEngine
 
     return TrainerEngine().inspect_data(config)
 

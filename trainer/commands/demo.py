@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trainer.commands.arguments import MAX_SEED, parse, whole_number
+from trainer.commands.arguments import MAX_SEED, parse, whole_number, words_while_loading
 from trainer.config import TrainerConfig, create_default_config
 from trainer.counts import counted
 from trainer.errors import OutputError
@@ -50,8 +50,9 @@ def run(argv: list[str]) -> int:
         highlight=False,
     )
     # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core import TrainerEngine
-    from trainer.models.tiny import write_demo_data
+    with words_while_loading(words.display):
+        import trainer.core.engine
+        from trainer.models.tiny import write_demo_data
 
     data = write_demo_data(
         folder / "data",
@@ -60,7 +61,7 @@ def run(argv: list[str]) -> int:
         seed=words.seed,
     )
     records = RunRecords({}, is_report=True)
-    engine = TrainerEngine(observers=[create_display(words.display), records])
+    engine = trainer.core.engine.TrainerEngine(observers=[create_display(words.display), records])
     config = demo_config(
         folder,
         data,

@@ -39,6 +39,9 @@ from trainer.config.training_sections import (
 )
 from trainer.net import is_cut, without_secrets
 
+MIX_ROUNDING = 0.01
+"""How far a sum of probabilities may be from 1: thirds are written as 0.333."""
+
 
 class DataSection(Section):
     """Which rows are trained on, and how they are read, split and batched."""
@@ -58,6 +61,14 @@ class DataSection(Section):
     weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
     """How often the training rows of each file are used: 2 = twice, 0.5 = half of them, chosen by
     content hash. Empty: once each."""
+    mix_probabilities: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = ()
+    """Share of each file in the rows of an epoch, one number a file, 1 in all; their rows are mixed
+    in an order drawn from the seed. With `enable_packing` shares are of packs, each of one file.
+    Empty: every file has all of its rows, as often as `weights` says."""
+    mix_epoch: Literal["first", "longest"] = "first"
+    """When an epoch of `mix_probabilities` ends: once the `first` file runs out, the next epoch
+    going on in the others where this one stopped; or once the `longest`, for its share, has been
+    seen, the others coming again in a new order."""
     validation_path: str | None = None
     """File of held-out rows. Empty: `validation_split` of the rows."""
     validation_split: Share = 0.05
@@ -78,9 +89,10 @@ class DataSection(Section):
     encode_processes: PositiveInt | None = None
     """Processes that encode rows. Empty: one for few rows, else as many as there are cores for each
     process of the run. The rows and their order are the same with any number."""
-    truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
+    truncation: Literal["error", "drop", "keep_start", "keep_end", "split"] = "keep_start"
     """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
-    tokens. The data card counts them."""
+    tokens; `split`: plain text is cut into windows of which none loses a token, and a conversation
+    that is longer is an error. The data card counts them."""
     train_on_thinking: bool = True
     """Train the thoughts of answers (`reasoning_content`, or `<think>...</think>` in the content);
     `false` trains only what follows them. An error where no row has a thought."""
@@ -93,6 +105,31 @@ class DataSection(Section):
     `batch_size` then counts packs, not rows, so that a step holds more rows and an epoch has fewer
     steps. Refused for models whose rows would see each other, as found at start in batches of the
     run's own size. Flash attention gets the packs of a batch as one long row."""
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> DataSection:
+        shares = self.mix_probabilities
+        if shares and self.weights:
+            raise CombinationError(
+                "mix_probabilities and weights both say how often the rows of each file are "
+                "trained; set one of them only",
+                "data.mix_probabilities",
+                "data.weights",
+            )
+        if shares and abs(sum(shares) - 1) > MIX_ROUNDING:
+            raise CombinationError(
+                f"mix_probabilities are shares of one epoch and must have 1 as their sum; these "
+                f"({', '.join(f'{one:g}' for one in shares)}) have {sum(shares):g}",
+                "data.mix_probabilities",
+            )
+        if self.mix_epoch != "first" and not shares:
+            raise CombinationError(
+                f"mix_epoch={self.mix_epoch} says when an epoch of mix_probabilities ends, which "
+                "is empty; set mix_probabilities, or leave mix_epoch as it is",
+                "data.mix_epoch",
+                "data.mix_probabilities",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_order(self) -> DataSection:
@@ -128,7 +165,8 @@ class ProfileSection(Section):
     options: dict[str, JsonValue] = {}
     """Options of the profile itself; unknown ones are errors."""
     system_prompt: str | None = None
-    """System turn of rows that bring none. Empty: the profile's own. Flag: --system-prompt."""
+    """System turn of rows that bring none. Empty: the profile's own, which docs/profiles.md shows.
+    Flag: --system-prompt."""
 
 
 MIN_TEMPERATURE = 1e-5
@@ -168,7 +206,7 @@ class MonitoringConfig(Section):
     weights it has: unverified)."""
     preview_golden_logprobs: Literal["auto", "on", "off"] = "auto"
     """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`:
-    for up to 16 prompts, and never from `openai`."""
+    for up to 16 prompts, or where `golden_probability` decides; never from `openai`."""
     scores: tuple[str, ...] = ()
     """Scores of the answers: `exact`, `contains`, `f1`, `rouge_l`, `number` (the last number of
     both), `json` (parses), `json_schema:FILE`, `regex:PATTERN`, `tool_calls` (names and arguments),

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.batches import LOSS_WEIGHTS
+from trainer.core.source_losses import SourceSums
+from trainer.data.batches import LOSS_WEIGHTS, SOURCES
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 
@@ -106,7 +107,7 @@ def _next(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model's forward takes, without the labels."""
-    ours = ("labels", LOSS_WEIGHTS, SUPERVISED, NUM_TOKENS)
+    ours = ("labels", LOSS_WEIGHTS, SOURCES, SUPERVISED, NUM_TOKENS)
     return {key: value for key, value in batch.items() if key not in ours}
 
 
@@ -225,8 +226,10 @@ def _tiled_sum(
     target: torch.Tensor,
     weights: torch.Tensor | None,
     tiling: Tiling,
-) -> tuple[torch.Tensor, Any] | None:
-    """Summed cross-entropy, tile by tile, and the output of the forward, whose logits are not it.
+) -> tuple[torch.Tensor, torch.Tensor | None, Any] | None:
+    """Summed cross-entropy, tile by tile, that of each position, and the output of the forward.
+
+    The logits of that output are not it, and a kernel does not tell of each position.
 
     Args:
         target: (N,) token ids that follow the positions.
@@ -255,7 +258,7 @@ def _tiled_sum(
     if len(hidden) != 1 or any(isinstance(one, DTensor) for one in head.parameters()):
         return None
 
-    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
+    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> Losses:
         # Past the hooks of the module: those of FSDP would give its weights back, and reduce their
         # gradients, behind each tile. The forward above has gathered them.
         return summed_loss(tiling.post(head.forward(states[None])[0]), wanted, by)
@@ -263,13 +266,17 @@ def _tiled_sum(
     length = tiling.length
     weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
     parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
+    each: torch.Tensor | None = None
     with autocast:
         if tiling.fused is not None:
             total = tiling.fused(hidden[0], head, target, weights, tiling.post)
         else:
-            sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-            total = torch.stack(sums).sum()
-    return _through(total, output.logits) if isinstance(unwrapped, FSDPModule) else total, output
+            tiles = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
+            total = torch.stack([summed for summed, _ in tiles]).sum()
+            each = torch.cat([one for _, one in tiles])
+    if isinstance(unwrapped, FSDPModule):
+        total = _through(total, output.logits)
+    return total, each, output
 
 
 class _Through(torch.autograd.Function):
@@ -296,15 +303,23 @@ def _through(total: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def summed_loss(
-    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """Cross-entropy of (N, V) logits, each position times its weight."""
+Losses = tuple[torch.Tensor, torch.Tensor]
+"""The sum, with a gradient, and the losses of each position, (N,), before weights and without."""
+
+
+def summed_loss(logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None) -> Losses:
+    """Cross-entropy of (N, V) logits, each position times its weight.
+
+    In the two steps that `F.cross_entropy` takes, as what is between them has each position's loss.
+    """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()  # a softmax over many tokens loses digits in half precision
+    logs = F.log_softmax(logits, dim=-1)
     if weights is None:
-        return F.cross_entropy(logits, target, reduction="sum")
-    return (F.cross_entropy(logits, target, reduction="none") * weights).sum()
+        each = logs.detach().gather(1, target[:, None])[:, 0].neg()
+        return F.nll_loss(logs, target, reduction="sum"), each
+    each = F.nll_loss(logs, target, reduction="none")
+    return (each * weights).sum(), each.detach()
 
 
 def supervised_loss(
@@ -315,6 +330,7 @@ def supervised_loss(
     *,
     tiling: Tiling | None = None,
     router: float = 0.0,
+    by_source: SourceSums | None = None,
 ) -> torch.Tensor:
     """Cross-entropy summed over supervised tokens, each times its weight, over `num_items`.
 
@@ -329,6 +345,7 @@ def supervised_loss(
             result is its mean in nats per token.
         tiling: proved for this model. None: all logits at once.
         router: the forward's `aux_loss` is added times this; 0 leaves it out.
+        by_source: gets the loss of each position, where the batch says which source it is of.
     Returns:
         A scalar, float32 (float64 for a float64 model). Zero with zero gradient where the
         batch has no supervised token, and where all of the step have weight 0.
@@ -347,8 +364,10 @@ def supervised_loss(
         )
     if found is None:
         logits, output = _forward_on(model, unwrapped, inputs, positions)
-        found = summed_loss(logits, wanted, weights), output
-    total, output = found
+        found = *summed_loss(logits, wanted, weights), output
+    total, each, output = found
+    if by_source is not None and each is not None and SOURCES in batch:
+        by_source.add(each, weights, _next(batch[SOURCES], positions))
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()
     loss: torch.Tensor = total / _divisor(num_items)

@@ -257,7 +257,7 @@ def _check_rounding(merged: torch.Tensor, rounded: torch.Tensor, dtype: torch.dt
 def _check_reloaded(
     finished: FinishedRun, folder: Path, rows: Sequence[torch.Tensor], wanted: torch.Tensor
 ) -> None:
-    trust = finished.config.model.trust_remote_code
+    trust = finished.trusts_model()
     model = load_finished_model(folder, trust_remote_code=trust).eval()
     largest, relative = distance(wanted, logits_of(model, rows))
     if not relative <= EXACT or not has_true_tie(model):

@@ -18,15 +18,15 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.config.training_sections import ModelSection
-from trainer.core.best_step import check_deciding, check_deciding_rows
+from trainer.core.best_step import check_deciding_rows
 from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
+from trainer.core.early_checks import check_early
 from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
-from trainer.core.resume import ResumePoint, check_resumable, find_resume_point, flat
+from trainer.core.resume import LATEST, ResumePoint, check_resumable, find_resume_point, flat
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
@@ -35,7 +35,8 @@ from trainer.counts import counted
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.sources import check_files
+from trainer.data.mixing import MixedOrder
+from trainer.data.source_shares import with_shares, with_sources
 from trainer.errors import ConfigError, DataError, ModelError
 from trainer.files import staged
 from trainer.models import resolve_alias
@@ -71,12 +72,10 @@ from trainer.models.train_on import (
     train_on,
 )
 from trainer.monitoring.events import Observers
-from trainer.monitoring.notify import check_notify
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
 from trainer.net import go_offline
-from trainer.preview.canary_set import read_canary_set
 from trainer.profiles import DataProfile
 from trainer.scores.scorer import check_scores
 from trainer.scores.spec import is_function
@@ -96,17 +95,12 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     """Fill derived values, decide device and precision, set threads and hub mode of the process.
 
     Raises:
-        ConfigError: an option is missing or cannot take effect.
-        DataError: a file of rows is not there.
+        TrainerError: as `check_early`.
+        ConfigError: a package or device is not there.
     """
-    required_for_training(config)
+    config = check_early(config)
     check_trackers(config.monitoring.report_to)
     check_scores(config.monitoring)
-    check_deciding(config)
-    check_notify(config.monitoring.notify)
-    config = resolve(config)
-    check_files(config.data)
-    read_canary_set(config.monitoring.canary_set)
     environment, hyper = config.environment, config.hyperparams
     disable_progress_bar()  # transformers' own bars would tear the terminal view
     if environment.num_threads is not None:
@@ -233,6 +227,9 @@ def open_run_folder(job: Job, config: TrainerConfig) -> None:
                 observers.notice(
                     f"removed {counted(len(removed), 'unfinished checkpoint')} of a killed run"
                 )
+            if wanted == LATEST and job.folder.begin_anew():
+                observers.notice("no checkpoint was written: the run starts again from step 0")
+                return None
         if wanted is None:
             return None
         folder = Path(config.output.output_dir)
@@ -296,8 +293,10 @@ def encode_rows(
         with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
     )
+    data = with_sources(config.data, data)
     if config.data.enable_packing:
         data = pack_training_rows(data)
+    data = with_shares(config.data, data)
     job.durations_s["encoding"] = time.perf_counter() - started
     return data
 
@@ -340,15 +339,29 @@ def check_against_rows(
 
 
 def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
-    """The order of the training rows; a group is one optimizer step on all devices."""
-    world, hyper = num_processes(), config.hyperparams
-    return EpochOrder(
+    """The order of the training rows; a group is one optimizer step on all devices.
+
+    Raises:
+        DataError: `data.mix_probabilities` leave a source without a row.
+    """
+    world, hyper, section = num_processes(), config.hyperparams, config.data
+    options: dict[str, Any] = {
+        "group_size": hyper.batch_size * hyper.gradient_accumulation * world,
+        "seed": config.environment.seed,
+        "shuffle": section.shuffle,
+        "group_by_length": section.group_by_length,
+        "multiple_of": hyper.batch_size * world if world > 1 else 1,
+    }
+    sources = data.train.sources
+    if not section.mix_probabilities or sources is None:
+        return EpochOrder(data.train.lengths, **options)
+    return MixedOrder(
         data.train.lengths,
-        group_size=hyper.batch_size * hyper.gradient_accumulation * world,
-        seed=config.environment.seed,
-        shuffle=config.data.shuffle,
-        group_by_length=config.data.group_by_length,
-        multiple_of=hyper.batch_size * world if world > 1 else 1,
+        sources,
+        section.mix_probabilities,
+        ends_with=section.mix_epoch,
+        names=data.source_names,
+        **options,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.config.schema import MonitoringConfig
+from trainer.core.early_checks import measures_golden
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.counts import counted
 from trainer.files import append_lines
@@ -30,15 +31,6 @@ from trainer.scores.spec import parse_scores
 
 TOLD_EVERY_S = 2.0
 """Seconds between words about a final evaluation that goes on."""
-
-GOLDEN_PROMPTS = 16
-"""Up to so many prompts have their golden answers scored without being asked."""
-
-
-def measures_golden(monitoring: MonitoringConfig, num_prompts: int) -> bool:
-    """Whether golden answers are scored (monitoring.preview_golden_logprobs)."""
-    wanted = monitoring.preview_golden_logprobs
-    return wanted == "on" or (wanted == "auto" and num_prompts <= GOLDEN_PROMPTS)
 
 
 def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPreviewBackend:
@@ -60,7 +52,7 @@ def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPrev
         stop_ids=data.encoder.template.stop_ids,
         autocast_dtype=prepared.precision.autocast_dtype,
         max_length=context_length(model.config),
-        with_golden_logprobs=measures_golden(config.monitoring, num_prompts),
+        with_golden_logprobs=measures_golden(config, num_prompts),
     )
     assert isinstance(backend, LocalPreviewBackend), "asked for local"
     return backend

@@ -46,9 +46,11 @@ from trainer.core.scoring import final_evaluation
 from trainer.core.sharded_checkpoint import is_adapted
 from trainer.core.sharding import mesh_words, shard, whole_adapter, whole_copy
 from trainer.core.shared_files import SharedWriting, shared_tasks
+from trainer.core.source_losses import SourceSums
 from trainer.core.together import Ask, together
 from trainer.counts import counted
 from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
+from trainer.data.source_shares import names_of
 from trainer.errors import NonFiniteError, OutputError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, staged
 from trainer.models.adapter_files import load_finished_model, save_adapter, write_model
@@ -177,7 +179,7 @@ def assemble_trainer(
         note_step=job.monitor.report.note,
         tokenizer=prepared.tokenizer,
         neftune_alpha=config.lora.neftune_alpha,
-        resume_flags=resume_flags(config.monitoring.scores),
+        resume_flags=resume_flags(config.model_dump()),
     )
     if trainer.is_fsdp_enabled:
         shard(trainer, prepared.precision)
@@ -235,6 +237,7 @@ def _prove_batches_and_loss(
                 dtype=dtype,
                 notice=job.observers.notice,
             )
+    _look_at_sources(job, prepared, trainer)
     with_mask = not isinstance(choice.collate, PadCollator) or needs_mask(trainer)
     if config.lora.neftune_alpha:
         with_mask = True  # its noise is by the length of each row
@@ -244,6 +247,23 @@ def _prove_batches_and_loss(
             "how this model changes its logits after the output head is unknown, so the "
             "logits of a whole batch are held at once; a smaller batch_size takes less memory"
         )
+
+
+def _look_at_sources(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
+    """Have the loss of each source summed, where rows are of several and the loss tells."""
+    names = names_of(prepared.data.source_names)
+    if not names:
+        return
+    is_fused = trainer.tiling is not None and trainer.tiling.fused is not None
+    if is_fused or trainer.use_own_forward:
+        why = "Liger's kernel" if is_fused else "this model's own loss"
+        way = "; hyperparams.loss_kernel=tiles does" if is_fused else ""
+        job.observers.notice(
+            f"the training loss of each source is not measured, as {why} does not tell the loss of "
+            f"each token{way}; that of held-out rows is"
+        )
+        return
+    trainer.by_source = SourceSums(names)
 
 
 def _compiled_blocks(job: Job, prepared: Prepared, model: Any) -> CompiledBlocks | None:

@@ -13,9 +13,10 @@ from trainer.counts import counted
 from trainer.data.batches import marked_text
 from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
+from trainer.data.mixing import SourceShare
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
-from trainer.data.sides import Sides, shared_prompts
+from trainer.data.sides import Sides, is_first, num_rows, shared_prompts
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -65,6 +66,10 @@ class DataCard:
     """What becomes of rows longer than max_length (data.truncation)."""
     num_dropped: int = 0
     """Rows left out because they are longer (data.truncation=drop)."""
+    num_split: int = 0
+    """Texts that are longer and cut into windows (data.truncation=split)."""
+    num_windows: int = 0
+    """Of these."""
     num_stripped: int = 0
     """Rows with text that the chat template leaves out of the tokens."""
     stripped_example: str = ""
@@ -95,6 +100,10 @@ class DataCard:
     """Assistant turns of rows in use that are read and not trained, by flags or by their place."""
     num_weighted_turns: int = 0
     """Turns and texts that count with another weight than 0 and 1 in the loss."""
+    num_final_asked: int = 0
+    """Prompts of the final evaluation that previews or scores ask too."""
+    num_blank_questions: int = 0
+    """Rows with a user turn that says nothing."""
     num_openings: int = 0
     """Rows that begin with an assistant turn, which is read and not trained."""
     unused_keys: dict[str, int] = field(default_factory=dict)
@@ -107,6 +116,10 @@ class DataCard:
     """Rows whose turns were located by marks of their own, which takes several renderings."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
+    sources: tuple[SourceShare, ...] = ()
+    """What each source has of the training rows, where there are several."""
+    mix_epoch: str = ""
+    """When an epoch ends, where data.mix_probabilities mixes the sources."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -119,6 +132,13 @@ class DataCard:
     def is_stop_trained(self) -> bool:
         """Whether answers that were not cut off end with a trained stop token."""
         return self.num_without_stop == 0
+
+    @property
+    def num_epoch_tokens(self) -> int:
+        """Tokens of an epoch; in the mean, where sources are mixed by shares."""
+        if not self.mix_epoch:
+            return self.num_tokens
+        return sum(source.num_epoch_tokens for source in self.sources)
 
     @property
     def num_unique_rows(self) -> int:
@@ -176,7 +196,7 @@ def draw_card(
         (int(size), reader.prompt(int(number)))
         for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
     ]
-    num_rows = int(rows.row[rows.num_of_training - 1]) + 1
+    num_of_training = int(rows.row[rows.num_of_training - 1]) + 1
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
         dataset_path=section.dataset_path,
@@ -192,8 +212,8 @@ def draw_card(
         num_rejected=rejected.count,
         rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=num_rows - len(np.unique(keys)),
-        num_leaked=len(leaked),
+        num_duplicates=num_of_training - len(np.unique(keys)),
+        num_leaked=num_rows(rows, leaked),
         leaked_prompts=_different_prompts(reader, leaked),
         shared_prompts=tuple(shared),
         num_shared_prompts=len(sizes),
@@ -207,6 +227,7 @@ def draw_card(
         num_untrained_turns=tally.num_untrained_turns,
         num_weighted_turns=tally.num_weighted_turns,
         num_openings=tally.num_openings,
+        num_blank_questions=tally.num_blank_questions,
         unused_keys=dict(sorted(tally.unused.items())),
         num_as_text=tally.num_as_text,
         num_rendered=tally.num_rendered,
@@ -231,8 +252,9 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
     flags, lengths = rows.flags[both], rows.lengths
     stripped = both[flags & STRIPPED > 0]
     return {
-        "num_train_rows": len(sides.train),
-        "num_validation_rows": len(sides.validation),
+        "num_train_rows": num_rows(rows, sides.train),
+        "num_validation_rows": num_rows(rows, sides.validation),
+        **_window_counts(rows, sides),
         "num_tokens": int(lengths[sides.train].sum(dtype=np.int64)),
         "num_trained_tokens": int(rows.num_trained[sides.train].sum(dtype=np.int64)),
         "longest_row": int(lengths[both].max()),
@@ -243,6 +265,15 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
         "num_thoughts": int(rows.num_thoughts[both].sum(dtype=np.int64)),
         "num_opened": int((flags & OPENED > 0).sum()),
     }
+
+
+def _window_counts(rows: EncodedRows, sides: Sides) -> dict[str, int]:
+    """Rows in use that are several examples, and how many."""
+    if is_first(rows).all():
+        return {}
+    used = np.unique(np.concatenate([sides.train, sides.validation]))
+    sizes = np.bincount(rows.row[used])
+    return {"num_split": int((sizes > 1).sum()), "num_windows": int(sizes[sizes > 1].sum())}
 
 
 def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
@@ -281,6 +312,7 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"of {card.num_rows:,} read",
     )
     yield "file weights", card.mix
+    yield from _source_lines(card)
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation
     if card.num_duplicates:
@@ -303,6 +335,12 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             "together, so training and validation rows may share it. To keep prompts apart, set "
             "data.validation_path or raise data.validation_split",
         )
+    if card.num_final_asked:
+        yield (
+            "final",
+            f"{card.num_final_asked:,} prompts of the final evaluation are asked during training "
+            "too: there are no others; hold out more rows (data.validation_split)",
+        )
     if card.num_leaked:
         prompts = ", ".join(map(_short, card.leaked_prompts))
         yield (
@@ -312,12 +350,36 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         )
 
 
+def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """What each source has of an epoch, where there are several."""
+    num_rows = sum(source.num_epoch_rows for source in card.sources)
+    if card.mix_epoch:
+        end = (
+            "the first source that runs out ends it, the next one goes on in the others"
+            if card.mix_epoch == "first"
+            else "it has every row at least once, and sources that are shorter again"
+        )
+        yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+    for source in card.sources:
+        rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
+        has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
+        if card.mix_epoch:
+            has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
+        share = (
+            f"{100 * rows / max(num_rows, 1):.1f} % of the rows of an epoch, "
+            f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
+        )
+        where = f" ({source.source})" if source.source != source.name else ""
+        yield f"source {source.name}", f"{has}: {share}{where}"
+
+
 def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
+    epoch = f"; about {card.num_epoch_tokens:,} per epoch" if card.mix_epoch else ""
     yield (
         "tokens",
-        f"{card.num_tokens:,} per epoch, {card.num_trained_tokens:,} of them trained "
-        f"({card.trained_pct:.1f} %)",
+        f"{card.num_tokens:,}{'' if epoch else ' per epoch'}, {card.num_trained_tokens:,} of them "
+        f"trained ({card.trained_pct:.1f} %){epoch}",
     )
     yield (
         "longest row",
@@ -373,6 +435,12 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             "openings",
             f"{counted(card.num_openings, 'row begins', 'rows begin')} with an assistant turn: "
             "context only, and left out where the chat template refuses it",
+        )
+    if card.num_blank_questions:
+        yield (
+            "blank",
+            f"{card.num_blank_questions:,} rows have a user turn without text; they are trained "
+            "as they are",
         )
     if card.num_one_by_one:
         yield (
@@ -435,6 +503,11 @@ def _too_long_text(card: DataCard) -> str:
         return (
             f"{counted(card.num_dropped, 'row')} of more than {length} tokens left out "
             f"({tokens}, data.truncation=drop)"
+        )
+    if card.num_split:
+        return (
+            f"{card.num_split:,} texts cut into {card.num_windows:,} windows of up to {length} "
+            "tokens; each token is trained once (data.truncation=split)"
         )
     if not card.num_truncated:
         return "none"

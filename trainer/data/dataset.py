@@ -52,6 +52,8 @@ class _Texts:
     """sha256 of each data file."""
     source_names: tuple[str, ...]
     """As `data.dataset_path` names them."""
+    validation_names: tuple[str, ...]
+    """The same of the sources of held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class RunData(_Texts):
     """(prompt, golden answer) of each training row."""
     train_sources: Array
     """Of each row in `train`, before any packing: which of `source_names` it is from."""
+    validation_sources: Array
+    """The same of each row in `validation`, and `validation_names`."""
     encoder: RowEncoder
 
 
@@ -214,18 +218,23 @@ def encode_rows(
         dropped=reading.dropped,
     )
 
-    def prompts(count: int) -> tuple[PreviewRequest, ...]:
-        return first_prompts(rows, sides, reader, count, encoder.sayer)
-
+    most = num_preview + num_score + num_final
+    asked = first_prompts(rows, sides, reader, most, encoder.sayer)
+    # The final evaluation asks what nobody has looked at yet, as far as there are rows for that.
+    by_scores = asked[num_preview : num_preview + num_score]
+    left = asked[num_preview + num_score :]
+    final = (*left, *asked[: num_preview + num_score])[:num_final]
+    card = replace(card, num_final_asked=max(len(final) - len(left), 0))
     files = [*sources, *validation_sources]
     texts = _Texts(
-        preview_prompts=prompts(num_preview),
-        final_prompts=prompts(num_final),
-        score_prompts=prompts(num_preview + num_score)[num_preview:] if num_score else (),
+        preview_prompts=asked[:num_preview],
+        final_prompts=final,
+        score_prompts=by_scores,
         card=card,
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},
         source_names=tuple(source.name for source in sources),
+        validation_names=tuple(source.name for source in validation_sources or sources),
     )
     return texts, _as_arrays(texts, rows, sides)
 
@@ -244,6 +253,12 @@ def _check_fit(
 ) -> None:
     """Refuse a system prompt or a profile that these rows would ignore."""
     path, num_text = section.dataset_path, tally.num_text
+    if section.truncation == "split" and tally.num_read and not num_text:
+        raise ConfigError(
+            f"data.truncation=split cuts plain text, and every row of {path} is a conversation, "
+            "of which a part is none; use keep_start, keep_end, drop or error, or raise "
+            "hyperparams.max_length."
+        )
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
@@ -286,6 +301,7 @@ def _as_arrays(texts: _Texts, rows: EncodedRows, sides: Sides) -> dict[str, Arra
         "text_prompt_lengths": rows.prompt_lengths[train],
         "text_is_plain_text": rows.is_plain_text()[train],
         "sources": rows.source[train],
+        "sources_held_out": rows.source[sides.validation],
         **_dataset_arrays("train", rows, train),
     }
     if len(sides.validation):
@@ -340,7 +356,8 @@ def _from_arrays(arrays: Mapping[str, AnyArray], encoder: RowEncoder) -> RunData
             train,
             encoder,
         ),
-        train_sources=np.asarray(arrays["sources"]),
+        train_sources=np.asarray(arrays["sources"][:]),
+        validation_sources=np.asarray(arrays["sources_held_out"][:]),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )

@@ -54,6 +54,7 @@ class Tally:
     num_untrained_turns: int = 0
     num_weighted_turns: int = 0
     num_openings: int = 0
+    num_blank_questions: int = 0
     num_as_text: int = 0
     num_rendered: int = 0
 
@@ -73,6 +74,9 @@ class Tally:
             weight = turn.get("weight", 1.0)
             self.num_untrained_turns += weight == 0
             self.num_weighted_turns += weight not in (0, 1)
+        self.num_blank_questions += any(
+            turn["role"] == "user" and not turn["content"].strip() for turn in row.messages
+        )
         self.num_openings += num_openings(row.messages) > 0
         self.num_as_text += row.notes.num_as_text
         self.num_rendered += row.is_rendered

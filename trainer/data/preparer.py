@@ -72,7 +72,7 @@ class Preparer:
             if isinstance(result, BadRowError):
                 outcomes.append(Outcome(error=result))
             else:
-                outcomes.append(Outcome((result,), *self._keys(messages)))
+                outcomes.append(Outcome((result, *result.rest), *self._keys(messages)))
         return outcomes
 
     def report(self) -> dict[str, int]:

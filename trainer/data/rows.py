@@ -210,7 +210,8 @@ def cut(
     """Shorten one row to `max_length` tokens.
 
     Args:
-        how: `keep_start`, `keep_end`, `drop` or `error`.
+        how: `keep_start`, `keep_end`, `drop` or `error`; `split` is an error too, as it is
+            of plain text alone, which is cut elsewhere.
     Returns:
         ids and labels, both at most `max_length` long, with at least one trained token.
     Raises:
@@ -220,6 +221,14 @@ def cut(
     if len(ids) > max_length:
         if how == "drop":
             raise RowTooLongError(len(ids))
+        if how == "split":
+            raise BadRowError(
+                f"the conversation has {len(ids)} tokens and hyperparams.max_length is "
+                f"{max_length}; data.truncation=split cuts plain text only, as the part of a "
+                "conversation is none: raise max_length, or let data.truncation be drop, "
+                "keep_start or keep_end",
+                "longer than max_length",
+            )
         if how == "error":
             raise BadRowError(
                 f"the row has {counted(len(ids), 'token')} and hyperparams.max_length is "
@@ -290,6 +299,9 @@ class Example:
     weights: list[float] | None = None
     """How much each token of `labels` counts in the loss, as long as input_ids; None: each trained
     token counts 1. A token with label IGNORE_INDEX has weight 0, every other one more than 0."""
+
+    rest: tuple[Example, ...] = ()
+    """The further windows of a plain text that data.truncation=split cuts."""
 
     is_by_shape: bool = True
     """Its turns were located by what rows of its shape have in common, not by marks of its own."""

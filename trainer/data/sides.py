@@ -63,6 +63,18 @@ def is_in(values: Array, wanted: Array) -> Array:
     return found
 
 
+def is_first(rows: EncodedRows) -> Array:
+    """Whether each example is the first one of its row: a text can be several (windows)."""
+    found = np.ones(len(rows), bool)
+    np.not_equal(rows.row[1:], rows.row[:-1], out=found[1:])
+    return found
+
+
+def num_rows(rows: EncodedRows, examples: Array) -> int:
+    """How many rows some examples are of, each as often as its first one is there."""
+    return int(is_first(rows)[examples].sum())
+
+
 def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Array, Array, str]:
     """Training examples, validation examples, and how they were parted, in words."""
     of_training = np.arange(rows.num_of_training)
@@ -77,9 +89,10 @@ def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Arra
     is_held = _is_held(section, rows)
     train, validation = of_training[~is_held], of_training[is_held]
     share = f"{section.validation_split:.1%}"
-    if len(train) < 2 or len(validation) < 2:
+    if min(num_rows(rows, train), num_rows(rows, validation)) < 2:
+        count = num_rows(rows, of_training)
         why = (
-            f"none: {share} of {counted(len(of_training), 'row')} would leave fewer than two for "
+            f"none: {share} of {counted(count, 'row')} would leave fewer than two for "
             "training or for validation; previews use training prompts (set "
             "data.validation_path, or raise data.validation_split)"
         )
@@ -109,8 +122,12 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     unit is what goes to one side together: rows of one prompt, or, where too many share one, of
     one content.
     """
-    count = rows.num_of_training
-    keys, groups = rows.keys[:count], rows.groups[:count]
+    keys, groups = rows.keys[: rows.num_of_training], rows.groups[: rows.num_of_training]
+    starts = is_first(rows)[: rows.num_of_training]
+    has_windows = not starts.all()
+    if has_windows:  # rows are parted, and their windows stay with them
+        keys, groups = keys[starts], groups[starts]
+    count = len(keys)
     wanted, largest = _wanted(section, count), _largest(section, count)
     different, sizes = np.unique(groups, return_counts=True)
     units = np.where(is_in(groups, different[sizes > largest]), keys, groups)
@@ -120,7 +137,8 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     taken = np.cumsum(sizes) - sizes  # before each
     is_enough = taken + sizes / 2 >= wanted
     num_held = int(np.argmax(is_enough)) if is_enough.any() else len(different)
-    return is_in(units, different[:num_held])
+    is_held = is_in(units, different[:num_held])
+    return is_held[np.cumsum(starts) - 1] if has_windows else is_held
 
 
 def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Array]:
@@ -129,11 +147,16 @@ def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Arra
     Returns:
         How many rows each has, and its first example.
     """
-    count = rows.num_of_training
     if section.validation_path is not None or not section.validation_split:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    _, first, sizes = np.unique(rows.groups[:count], return_index=True, return_counts=True)
-    large = np.flatnonzero(sizes > _largest(section, count))
+    groups, starts = rows.groups[: rows.num_of_training], is_first(rows)[: rows.num_of_training]
+    has_windows = not starts.all()
+    if has_windows:
+        groups = groups[starts]
+    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    large = np.flatnonzero(sizes > _largest(section, len(groups)))
+    if has_windows:
+        first = np.flatnonzero(starts)[first]
     order = large[np.lexsort((first[large], -sizes[large]))]
     return sizes[order], first[order]
 
@@ -152,16 +175,19 @@ def weigh_rows(sources: list[Source], rows: EncodedRows, train: Array) -> tuple[
     """The training examples as often as data.weights says, and that in words."""
     if all(source.weight == 1 for source in sources):
         return train, ""
+    starts = is_first(rows)
     chosen, words = [], []
     for number, source in enumerate(sources):
         own = train[rows.source[train] == number]
         times, share = divmod(source.weight, 1)
         # Which rows are in the part: by content, so that the order of the file does not matter.
-        by_key = np.argsort(rows.keys[own], kind="stable")
-        part = own[np.sort(by_key[: round(share * len(own))])]
+        first = own[starts[own]]
+        by_key = first[np.argsort(rows.keys[first], kind="stable")]
+        part = own[is_in(rows.row[own], rows.row[by_key[: round(share * len(first))]])]
         used = [*[own] * int(times), part]
-        count = sum(map(len, used))
-        words.append(f"{source.name} x {source.weight:g} ({len(own):,} -> {counted(count, 'row')})")
+        count = sum(int(starts[each].sum()) for each in used)
+        rows_words = counted(count, "row")
+        words.append(f"{source.name} x {source.weight:g} ({len(first):,} -> {rows_words})")
         chosen += used
     if not sum(map(len, chosen)):
         raise DataError(

@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.config.schema import DataSection
 from trainer.data.layouts import FORMATS
+from trainer.data.mixing import check_mix
 from trainer.data.row_files import SUFFIXES, RawRow, raw_rows, to_rows
 from trainer.data.rows import Row, RowErrors
 from trainer.data.tables import own_values
@@ -151,6 +152,7 @@ def check_files(section: DataSection) -> None:
         DataError: a file is not there, or it is a folder.
     """
     sources = find_sources(section.dataset_path, section.weights)
+    check_mix(section, [source.name for source in sources])
     if section.validation_path is not None:
         sources += find_sources(section.validation_path)
     for source in sources:

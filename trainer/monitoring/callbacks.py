@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -156,6 +156,11 @@ class Measured(Protocol):
         """Tokens whose loss was taken."""
         ...
 
+    @property
+    def source_losses(self) -> Mapping[str, float]:
+        """The same mean of the rows of each source, where there are several."""
+        ...
+
 
 class MicroEvaluation:
     """Measures the loss on held-out rows on the main process, and stops early by it."""
@@ -207,6 +212,7 @@ class MicroEvaluation:
                 num_rows=found.num_rows,
                 num_trained_tokens=found.num_trained_tokens,
                 duration_s=time.perf_counter() - started,
+                source_losses=found.source_losses,
             )
         )
         if not self.stopping.update(found.loss, step):

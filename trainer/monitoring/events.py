@@ -140,6 +140,8 @@ class StepDone:
     """Until the last step, at the pace of the steps and pauses so far."""
     memory_gib: float
     """Peak device memory, or the resident memory of the process on CPU."""
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """train_loss of the tokens of each source of the step, where rows are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,8 @@ class EvaluationDone:
     num_rows: int
     num_trained_tokens: int
     duration_s: float
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """val_loss of the rows of each source, where they are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,12 +394,12 @@ def _nothing(*_: object) -> None: ...
 
 
 class Waits:
-    """Says again what is being done, while nothing else is told: after 2 s, and ever more rarely.
+    """Says again what is being done, while nothing else is told: within 2 s, and ever more rarely.
 
     A thread of its own, because what is waited for holds the one that trains.
     """
 
-    FIRST_S = 2.0
+    FIRST_S = 1.5
     SHARE = 0.1
     """Later words come when a tenth of the time so far has passed."""
 

@@ -265,6 +265,11 @@ class TrainingStatus(StatusPart):
     """The step of that evaluation."""
     val_gap: float | None = None
     """val_loss minus the training loss of the same step."""
+    source_losses: dict[str, float | None] = {}
+    """The newest train_loss of each source of the data, by its name on the data card; empty where
+    there is only one, or the loss does not tell."""
+    val_source_losses: dict[str, float | None] = {}
+    """The same of val_loss."""
     learning_rate: float | None = None
     """Learning rate of the last step."""
     grad_norm: float | None = None

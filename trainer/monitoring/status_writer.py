@@ -33,6 +33,7 @@ from trainer.monitoring.events import (
     json_line,
     plain_values,
 )
+from trainer.monitoring.loss_names import FIELD, PREFIXES, flat_losses, losses_of_line
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
@@ -123,6 +124,7 @@ class StatusBuilder:
                 self.fields.update(state=event.state, phase=self._cut(values["text"])[0])
             case StepDone():
                 self.fields.update({name: values[name] for name in _OF_STEP})
+                self._keep_losses("source_losses", values[FIELD])
                 self.fields.update(state="training", phase="training")
             case EvaluationDone():
                 self.set_evaluation(values)
@@ -176,6 +178,11 @@ class StatusBuilder:
         is_known = val_loss is not None and train_loss is not None
         gap = val_loss - train_loss if is_known else None
         self.fields.update(val_loss=val_loss, val_step=values["step"], val_gap=gap)
+        self._keep_losses("val_source_losses", values.get(FIELD) or losses_of_line(values))
+
+    def _keep_losses(self, name: str, losses: Mapping[str, Any]) -> None:
+        """The newest loss of each source: a step need not have tokens of all."""
+        self.fields[name] = {**self.fields.get(name, {}), **losses}
 
     def set_scores(self, values: Mapping[str, Any]) -> None:
         """Take over a ScoresDone, as plain values."""
@@ -426,7 +433,12 @@ def _metrics_line(
     event: StepDone | EvaluationDone | DriftMeasured | ScoresDone | ScoreDecided,
 ) -> str:
     odd: dict[str, str] = {}
-    line = {"type": type(event).__name__, "created_at": time.time(), **plain_values(event, odd)}
+    kind, values = type(event).__name__, plain_values(event, odd)
+    if FIELD in values:
+        values = flat_losses(kind, values)
+        prefix = PREFIXES[kind]
+        odd = {key.replace(f"{FIELD}.", prefix, 1): text for key, text in odd.items()}
+    line = {"type": kind, "created_at": time.time(), **values}
     return json_line({**line, "non_finite": odd} if odd else line)
 
 

@@ -202,10 +202,9 @@ class LocalPreviewBackend:
         prompt, golden = request.prompt_token_ids, request.golden_token_ids
         if not (self.with_golden_logprobs and prompt and golden) or request.sample:
             return {}  # one sample has said it
-        return {
-            **golden_parts(self.tokenizer, self.profile, golden),
-            **golden_figures(golden_logprobs(self.model, prompt, golden).tolist()),
-        }
+        parts = golden_parts(self.tokenizer, self.profile, golden)
+        nats = golden_logprobs(self.model, prompt, golden).tolist()
+        return {**parts, **golden_figures(nats, parts["golden_is_frame"])}
 
     def _result(
         self,

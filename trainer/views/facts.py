@@ -17,6 +17,7 @@ from trainer.monitoring.status_schema import DecidingStatus
 from trainer.scores.statistics import SIGNIFICANCE, sign_test
 from trainer.views.run_reader import RunReader
 from trainer.views.score_words import figure_rows
+from trainer.views.source_curves import loss_words
 from trainer.views.words import STATE_REASON_CHARS, drift_summary_words, duration_words
 
 
@@ -88,6 +89,9 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
         best = min(known, key=lambda one: one.val_loss)
         rows.append(("last validation loss", f"{known[-1].val_loss:.4f} (step {known[-1].step})"))
         rows.append(("lowest validation loss", f"{best.val_loss:.4f} (step {best.step})"))
+    rows.append(("last loss of each source", loss_words(metrics.source_losses.newest())))
+    held_out = loss_words(metrics.source_val_losses.newest())
+    rows.append(("last validation loss of each source", held_out))
     speed = metrics.last("tokens_per_s", len(metrics))
     if len(speed):
         rows.append(("tokens/s, median", f"{float(np.median(speed)):,.0f}"))

@@ -384,8 +384,7 @@ class RunReader:
         said = self.status.error.message if self.status and self.status.error else ""
         # A run that was stopped says it itself, and so do some errors.
         if state == "lost" or (state == "failed" and newest and "--resume" not in said):
-            scores = self.config_value("monitoring", "scores")
-            return going_on_words(str(self.folder), newest, scores)
+            return going_on_words(str(self.folder), newest, self.manifest.get("config"))
         return ""
 
 

@@ -34,8 +34,8 @@ from trainer.views.running_headline import RunningHeadline
 from trainer.views.score_words import scores_words
 from trainer.views.words import (
     ANSWER_CHARS,
+    LINE_CHARS,
     NOTICE_CHARS,
-    PROMPT_CHARS,
     card_words,
     checkpoint_words,
     closing_words,
@@ -228,7 +228,6 @@ class PlainDisplay(_Display):
             return
         lines = [f"previews at step {event.step}: {match_words(event.results)}"]
         for result in event.results:
-            prompt = printable(result.prompt, PROMPT_CHARS)
             golden, said = "-", result.text if result.ok else str(result.error_message)
             if result.golden_answer is not None and result.ok:
                 sides = cut_pair(result.golden_answer, said, ANSWER_CHARS)
@@ -236,6 +235,8 @@ class PlainDisplay(_Display):
             elif result.golden_answer is not None:
                 golden = fit(result.golden_answer, ANSWER_CHARS)
             said = printable(said, ANSWER_CHARS)
+            # A prompt has the room that its answers leave.
+            prompt = printable(result.prompt, LINE_CHARS - len(golden) - len(said))
             label = "generated" if result.ok else "failed"
             text = f"  {mark_of(result)} {prompt}  golden: {golden} | {label}: {said}"
             lines.append(f"{text}  {remarks_of(result)}".rstrip())

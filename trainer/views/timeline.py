@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from trainer.counts import counted
 from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
-from trainer.preview.base import PreviewResult, golden_figures
+from trainer.preview.base import PreviewResult, golden_figures, said_nats
 from trainer.scores.figures import ScoreFigure
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
 from trainer.views.verdicts import Verdict, verdict_of
@@ -109,9 +109,9 @@ def golden_tokens(result: PreviewResult) -> list[GoldenToken]:
 
 def golden_words(result: PreviewResult) -> str | None:
     """Whether the model knows the golden answer; None where that was not measured."""
-    nats = result.golden_logprobs
-    if not nats:
+    if not result.golden_logprobs:
         return None
+    nats = said_nats(result.golden_logprobs, result.golden_is_frame)
     mean = math.exp(min(sum(nats) / len(nats), 0.0))
     # The number that stands everywhere else; the verdict is stricter, as one unlikely token is
     # enough for another answer.

@@ -24,6 +24,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     StepDone,
 )
+from trainer.monitoring.loss_names import FIELD, losses_of_line
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
@@ -213,8 +214,12 @@ def _metric(row: Mapping[str, Any]) -> Event | None:
     if kind is None:
         return None
     values = {item.name: row.get(item.name) for item in fields(kind)}
+    if FIELD in values:
+        numbers = losses_of_line(row).items()
+        values[FIELD] = {name: float("nan") if one is None else one for name, one in numbers}
     for name, value in values.items():
-        if not isinstance(value, int | float) and f"{kind.__name__}.{name}" not in NO_NUMBERS:
+        is_number = isinstance(value, int | float) or name == FIELD
+        if not is_number and f"{kind.__name__}.{name}" not in NO_NUMBERS:
             values[name] = float("nan")
     event: Event = kind(**values)
     return event

@@ -21,6 +21,7 @@ from trainer.monitoring.events import (
 )
 from trainer.monitoring.resuming import resume_command
 from trainer.preview.base import PreviewResult, PreviewSample
+from trainer.views.source_curves import loss_words
 
 MARKS = {True: "=", False: "x", None: "."}
 """Sign before a preview: matches its golden answer, does not, or cannot be compared."""
@@ -287,20 +288,23 @@ def lost_words(step: int, total_steps: int | None, silent_s: float) -> str:
     )
 
 
-def going_on_words(folder: str, checkpoint_step: int | None, scores: Any) -> str:
+def going_on_words(folder: str, checkpoint_step: int | None, config: Any) -> str:
     """How to go on with a run that did not complete, with the command to copy.
 
     Args:
         checkpoint_step: step of the newest checkpoint in the folder; None: there is none.
-        scores: `monitoring.scores` of the run; None: not known.
+        config: of the run, as read from its record; None: not known.
     """
+    command = resume_command(folder, config)
     if checkpoint_step is None:
-        return "no checkpoint was written, so there is nothing to resume: start the run again"
-    command = resume_command(folder, scores)
+        return f"no checkpoint was written; start it again from step 0 with: {command}"
     return f"the last checkpoint is of step {checkpoint_step}; continue with: {command}"
 
 
-PROMPT_CHARS, ANSWER_CHARS, NOTICE_CHARS = 80, 120, 2000
+ANSWER_CHARS, NOTICE_CHARS = 120, 2000
+
+LINE_CHARS = 80 + 2 * ANSWER_CHARS
+"""A prompt and both its answers on one line: at least 80 characters of the prompt are shown."""
 
 
 def card_words(card: CardShown) -> str:
@@ -328,8 +332,10 @@ def evaluation_words(event: EvaluationDone) -> str:
     gap = ""
     if event.train_loss is not None:
         gap = f" (training {event.train_loss:.4f}, gap {event.val_loss - event.train_loss:+.4f})"
+    by_source = printable(loss_words(event.source_losses), 200)
+    sources = f"of sources {by_source}, " if by_source else ""
     return (
-        f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, "
+        f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, {sources}"
         f"{counted(event.num_rows, 'row')}, {duration_words(event.duration_s)}"
     )
 

@@ -121,6 +121,12 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"data.shuffle": False, "data.group_by_length": True},
         {"data.shuffle", "data.group_by_length"},
     ),
+    (
+        {"data.mix_probabilities": (0.5, 0.5), "data.weights": (1.0, 2.0)},
+        {"data.mix_probabilities", "data.weights"},
+    ),
+    ({"data.mix_probabilities": (0.5, 0.4)}, {"data.mix_probabilities"}),
+    ({"data.mix_epoch": "longest"}, {"data.mix_epoch", "data.mix_probabilities"}),
     ({"output.allow_changes": True}, {"output.allow_changes", "output.resume"}),
     ({"data.max_bad_rows": 3}, {"data.max_bad_rows", "data.on_bad_row"}),
     (

@@ -16,6 +16,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     StepDone,
 )
+from trainer.monitoring.loss_names import FIELD, PREFIXES
 from trainer.monitoring.status_schema import (
     AccuracyStatus,
     CheckpointStatus,
@@ -82,7 +83,9 @@ def test_a_written_line_of_previews_has_the_fields_that_are_described(tmp_path, 
 def test_metrics_lines_are_described(event):
     row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
     assert row is not None
-    assert re.findall(r"`(\w+)`", row[1]) == [field.name for field in fields(event)]
+    names = {FIELD: f"{PREFIXES.get(event.__name__)}NAME"}
+    written = [names.get(field.name, field.name) for field in fields(event)]
+    assert re.findall(r"`([\w/]+)`", row[1]) == written
 
 
 @pytest.mark.parametrize("model", HEADINGS.values())

@@ -96,7 +96,7 @@ class ListPage:
         self._hint.set_text(
             f"Choose two to {len(LETTERS)} runs to compare them."
             if self.store.readers
-            else "No runs yet; this page looks again."
+            else f"Waiting for a run in {self.store.root}."
         )
         self._cells.clear()
         self._table.clear()

@@ -20,7 +20,13 @@ from trainer.views.facts import (
 from trainer.views.metrics import SMOOTHING_SHARE, is_spread_wide
 from trainer.views.page.actions import ActBox
 from trainer.views.page.ask import AskBox
-from trainer.views.page.charts import drift_chart, loss_chart, match_chart, metric_chart
+from trainer.views.page.charts import (
+    drift_chart,
+    loss_chart,
+    match_chart,
+    metric_chart,
+    source_chart,
+)
 from trainer.views.page.elements import (
     Colours,
     answer,
@@ -148,6 +154,10 @@ class RunPage:
                     )
                     self._smoothing.props('label aria-label="smoothing, % of the run"')
                 self._loss = empty_chart("loss, nats per trained token")
+            self._source_box = box("div").props("id=source-losses")
+            with self._source_box:
+                text("h3", "loss of each source, smoothed; dashed: validation")
+                self._sources = empty_chart("loss of each source, nats per trained token")
             self._match_box = box("div")
             with self._match_box:
                 text("h3", "previews that match, golden tokens and scores, %")
@@ -290,6 +300,12 @@ class RunPage:
                     is_dark=is_dark,
                 ),
             )
+            metrics = reader.metrics
+            self._source_box.set_visibility(
+                bool(metrics.source_losses or metrics.source_val_losses)
+            )
+            smoothing = float(self._smoothing.value or 0.0) / 100
+            set_options(self._sources, source_chart(reader, smoothing=smoothing, is_dark=is_dark))
             # A frame without data only asks what is wrong with it.
             has_any = bool(reader.previews.accuracy() or reader.metrics.scores)
             self._match_box.set_visibility(has_any)

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.errors import OutputError
+from trainer.files import require_folder
 from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME
 from trainer.views.headline import Headline
 from trainer.views.page.answer_data import answer_of
@@ -87,12 +87,15 @@ class RunStore:
     """Knows the runs below a folder; pages say which ones they look at."""
 
     def __init__(self, root: Path) -> None:
-        """Find the runs.
+        """Find the runs; a folder that is not there yet is waited for.
 
         Raises:
-            OutputError: there is no such folder.
+            OutputError: it is something else than a folder.
         """
+        if root.exists() or root.is_symlink():
+            require_folder(root, "give the folder of a run, or of runs.")
         self.root = root
+        self._is_missing = not root.is_dir()
         self.readers: dict[str, RunReader] = {}
         self.watched: Counter[str] = Counter()
         """Id -> pages that look at it."""
@@ -105,12 +108,17 @@ class RunStore:
 
     def find(self) -> None:
         """Look for new runs."""
+        self._found_at = time.monotonic()
+        was_missing, self._is_missing = self._is_missing, not self.root.is_dir()
+        if self._is_missing:
+            if not was_missing:
+                logger.warning("%s: this folder went away; it may come back", self.root)
+            return
         for folder in find_runs(self.root):
             key = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:12]
             if key not in self.readers:
                 self.readers[key] = RunReader(folder)
                 self.readers[key].poll_summary()
-        self._found_at = time.monotonic()
 
     async def load(self, key: str) -> RunReader | None:
         """The run of an id with all that is in its files; None when there is none."""
@@ -137,11 +145,7 @@ class RunStore:
     def _refresh(self) -> None:
         now = time.monotonic()
         if now - self._found_at >= FIND_S:
-            try:
-                self.find()
-            except OutputError as error:  # the folder went away; it may come back
-                logger.warning("%s", error)
-                self._found_at = now
+            self.find()
         is_summary_due = now - self._summary_at >= SUMMARY_S
         for key, reader in list(self.readers.items()):
             if self.watched[key] > 0:
