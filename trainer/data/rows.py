@@ -173,7 +173,7 @@ class RowErrors:
         most = max(MAX_ERRORS_SHOWN // max(len(self.by_reason), 1), 1)
         for reason, found in self.by_reason.items():
             is_group = found.count > 1
-            shown += f"\n  {found.count} rows: {reason}" if is_group else ""
+            shown += f"\n  {counted(found.count, 'row')}: {reason}" if is_group else ""
             indent = "    " if is_group else "  "
             shown += "".join(f"\n{indent}{error}" for error in found.first[:most])
             more = found.count - min(most, len(found.first))

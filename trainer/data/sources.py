@@ -102,11 +102,11 @@ class Source:
             return min(int(self._hub_dataset.data.nbytes), most)
         return min(sum(file.num_text_bytes() for file in self.found.files), most)
 
-    def stored_bytes(self) -> int | None:
-        """Of all its files as they are stored; None where nobody knows."""
+    def size(self) -> int | None:
+        """Bytes of its files as they are stored; None where that is not known."""
         try:
             sizes = [file.size() for file in self.found.files]
-        except OSError:  # its reader has the words
+        except OSError:
             return None
         known = [size for size in sizes if size is not None]
         return sum(known) if known and len(known) == len(sizes) else None

@@ -149,7 +149,7 @@ class StreamReader:
 
     def sizes(self) -> list[int | None]:
         """Bytes of each source, None where nobody knows: of a file that grew another one."""
-        return [source.stored_bytes() for source in self.sources]
+        return [source.size() for source in self.sources]
 
     def pieces(self, start: Mark) -> Iterator[StreamPiece]:
         """Encode the rows from a place on, pass after pass, without an end.
