@@ -18,7 +18,7 @@ from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.proofs import TrainingCollator, pack_collator, takes_borders
 from trainer.core.source_losses import SourceSums
 from trainer.data.batches import EncodedDataset, EpochOrder, PackedDataset, PadCollator
-from trainer.data.mixing import MixedOrder
+from trainer.data.mixed_order import MixedOrder
 from trainer.data.rows import Example
 from trainer.models.precision import resolve_precision
 

@@ -62,6 +62,15 @@ MARKED_ROLE = "text with markers"
 """The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
 
 
+TOKENS_ROLE = "tokens"
+"""Role of the only turn of a row whose tokens are given."""
+
+
+def is_tokens(messages: list[Message]) -> bool:
+    """Whether a row is tokens, which are trained as they are."""
+    return bool(messages) and messages[0]["role"] == TOKENS_ROLE
+
+
 def is_text(messages: list[Message]) -> bool:
     """Whether a row is plain text and no conversation."""
     return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
@@ -118,6 +127,10 @@ class RowErrors:
             for reason, found in other.by_reason.items():
                 self._add(reason, found.count, found.first)
             self.errors = [*self.errors, *other.errors][:MAX_ERRORS_SHOWN]
+
+    def add_known(self, reason: str, count: int) -> None:
+        """Count bad rows that were told before."""
+        self._add(reason, count, [])
 
     def _add(self, reason: str, count: int, first: list[str]) -> None:
         found = self.by_reason.setdefault(reason, _Reason())

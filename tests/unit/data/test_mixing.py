@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from trainer.config.schema import DataSection
 from trainer.data.batches import BLANK, EncodedDataset, PackedDataset
-from trainer.data.mixing import MixedOrder, check_mix, rows_per_epoch, short_names
+from trainer.data.mixed_order import MixedOrder
+from trainer.data.mixing import check_mix, rows_per_epoch, short_names
 from trainer.data.rows import Example
 from trainer.errors import ConfigError, DataError
 
