@@ -396,12 +396,8 @@ def test_a_run_that_is_offline_refuses_an_address_before_anything_is_loaded(
 ) -> None:
     from trainer.cli import main
 
-    code = main(
-        [
-            *["train", "--model", "tiny", "--dataset", "https://me:hidden1@h/a.jsonl"],
-            *["--output", str(tmp_path / "run"), "--environment.offline", "true"],
-        ]
-    )
+    words = "train --model tiny --dataset https://me:hidden1@h/a.jsonl --environment.offline true"
+    code = main([*words.split(), "--output", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert code == 2
     assert "https://***@h/a.jsonl: is on another machine" in said
