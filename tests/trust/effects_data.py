@@ -10,8 +10,9 @@ import torch
 
 from tests.trust import flash
 from tests.trust.effects import shows
-from tests.trust.lab import LORA, NUM_ROWS, Lab
+from tests.trust.lab import BATCH_SIZE, LORA, NUM_ROWS, NUM_STEPS, Lab
 from tests.trust.reference import llama
+from trainer.core import TrainerEngine
 from trainer.data import encode_processes
 from trainer.models.adapter_files import load_finished_model
 
@@ -299,6 +300,24 @@ def order(lab: Lab) -> None:
         return sum(max(group) * len(group) - sum(group) for group in groups)
 
     assert padding(lab.trainer().order) < padding(mixed) / 2
+
+
+@shows("data.streaming", "data.shuffle_buffer")
+def streaming(lab: Lab) -> None:
+    """Training begins once the buffer is read, and rows move by less than the buffer."""
+    file = lab.write([{"question": f"what is {n}?", "answer": f"{n}"} for n in range(3000)])
+    data = {"streaming": True, "shuffle_buffer": 300, "dataset_path": str(file)}
+    few = {**data, "validation_split": 0, "group_by_length": False}
+    read = lab.data(data=few)
+    assert 300 <= read.card.num_rows < 300 + encode_processes.PIECE
+    for size, least in ((300, 100), (2, 0)):
+        engine = TrainerEngine()
+        order = engine.create_trainer(lab.config(data={**few, "shuffle_buffer": size})).order
+        assert least < max(order) < size + NUM_STEPS * BATCH_SIZE
+        engine.close()
+    record = json.loads((lab.run(data=data).folder / "run.json").read_text())
+    assert record["stream"]["number"] > 0
+    assert "all rows are shuffled together" in lab.refusal(data={"shuffle_buffer": 4})
 
 
 @shows("data.enable_packing")

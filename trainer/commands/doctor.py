@@ -34,6 +34,8 @@ OPTIONAL = {
     "kernels": ("model.attn_implementation=owner/name", "'ultimate-trainer[kernels]'"),
     "flash-attn": ("model.attn_implementation=flash_attention_2", "flash-attn"),
     "gguf": ("model.model_path=FILE.gguf", "'ultimate-trainer[gguf]'"),
+    "s3fs": ("data.dataset_path=s3://...", "'ultimate-trainer[s3]'"),
+    "gcsfs": ("data.dataset_path=gs://...", "'ultimate-trainer[gcs]'"),
     "wandb": ("monitoring.report_to=wandb", "wandb"),
 }
 

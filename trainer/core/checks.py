@@ -193,7 +193,7 @@ def try_longest(trainer: SupervisedTrainer, model: Any, count: int) -> str | Non
 
 
 def _refusal(trainer: SupervisedTrainer, rows: list[int], error: RuntimeError) -> str:
-    length = trainer.order.lengths[rows[0]]
+    length = len(trainer.train_dataset[rows[0]]["input_ids"])
     return (
         f"the longest batch ({len(rows)} x {counted(length, 'token')}) does not fit into the "
         f"memory of {trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "

@@ -40,7 +40,7 @@ def check_early(config: TrainerConfig) -> TrainerConfig:
     check_notify(config.monitoring.notify)
     get_profile(config.profile.name, dict(config.profile.options))
     config = resolve(config)
-    check_files(config.data)
+    check_files(config.data, config.environment.offline)
     read_canary_set(config.monitoring.canary_set)
     if config.output.resume is None:  # a run that is resumed may have a copy of its base
         check_path(config.model.model_path)

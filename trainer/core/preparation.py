@@ -26,7 +26,14 @@ from trainer.core.compiling import check_blocks, check_compiler
 from trainer.core.early_checks import check_early
 from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
-from trainer.core.resume import LATEST, ResumePoint, check_resumable, find_resume_point, flat
+from trainer.core.resume import (
+    LATEST,
+    STREAM,
+    ResumePoint,
+    check_resumable,
+    find_resume_point,
+    flat,
+)
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
@@ -37,6 +44,9 @@ from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.mixed_order import MixedOrder
 from trainer.data.source_shares import with_shares, with_sources
+from trainer.data.stream_order import StreamOrder
+from trainer.data.stream_rows import StreamedDataset
+from trainer.data.streaming import prepare_stream
 from trainer.errors import ConfigError, DataError, ModelError
 from trainer.files import staged
 from trainer.models import resolve_alias
@@ -75,7 +85,7 @@ from trainer.monitoring.events import Observers
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
-from trainer.net import go_offline
+from trainer.net import go_offline, names_without_secrets
 from trainer.profiles import DataProfile
 from trainer.scores.scorer import check_scores
 from trainer.scores.spec import is_function
@@ -272,10 +282,15 @@ def encode_rows(
         ConfigError: an option that does not fit these rows.
     """
     hyper = config.hyperparams
-    job.observers.phase("loading", f"encoding {config.data.dataset_path}")
+    phase = f"encoding {names_without_secrets(config.data.dataset_path)}"
+    job.observers.phase("loading", phase)
     started = time.perf_counter()
     fix_date(tokenizer, job.date)
-    data = prepare_data(
+    prepare: Any = prepare_data
+    if config.data.streaming:
+        resume = job.resumed_from
+        prepare = partial(prepare_stream, resume=resume.run_state.get(STREAM) if resume else None)
+    data: RunData = prepare(
         config.data,
         profile=profile,
         encoder=RowEncoder(
@@ -292,7 +307,10 @@ def encode_rows(
         num_score=config.monitoring.num_score_prompts,
         with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
+        progress=lambda words: job.observers.phase("loading", phase, words),
     )
+    if isinstance(data.train, StreamedDataset):
+        job.on_close("rows that are streamed", data.train.close)
     data = with_sources(config.data, data)
     if config.data.enable_packing:
         data = pack_training_rows(data)
@@ -352,6 +370,10 @@ def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
         "group_by_length": section.group_by_length,
         "multiple_of": hyper.batch_size * world if world > 1 else 1,
     }
+    if isinstance(data.train, StreamedDataset):
+        assert hyper.max_steps is not None, "a rule of the config"
+        options.pop("multiple_of")
+        return StreamOrder(data.train, num_steps=hyper.max_steps, **options)
     sources = data.train.sources
     if not section.mix_probabilities or sources is None:
         return EpochOrder(data.train.lengths, **options)
@@ -476,6 +498,9 @@ def _check_rows(data: RunData, model: Any, tokenizer: Any) -> None:
     if max(tokenizer.get_vocab().values()) < rows:
         return
     parts: list[Any] = [part for part in (data.train, data.validation) if part is not None]
+    if isinstance(data.train, StreamedDataset):
+        data.train.refuse_ids_from(rows)  # when they come
+        parts = parts[1:]
     for part in parts:
         for index in range(len(part)):
             largest = int(part[index]["input_ids"].max())

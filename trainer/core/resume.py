@@ -214,6 +214,9 @@ def is_of_schedule(change: str) -> bool:
     return change.split(":")[0] in SCHEDULE_KEYS | LENGTH_KEYS
 
 
+STREAM = "stream"
+"""In the state of a run: where its stream of rows stands."""
+
 HISTORY = "changes"
 """In run.json and in a checkpoint's metadata: each resume that changed something."""
 

@@ -245,6 +245,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         }
         return arrays if self._weights is None else {**arrays, "weights": self._weights}
 
+    @property
+    def longest(self) -> int:
+        """No row is longer, in tokens."""
+        return max(self.lengths)
+
     def of_sources(self, sources: np.ndarray[Any, Any], *, is_mixed: bool) -> EncodedDataset:
         """The same rows, each with the number of its source; (N,)."""
         assert len(sources) == len(self), "one source for each row"

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 NO_EFFECT = {
     *("cache", "cache_dir", "cache_max_gib", "encode_processes"),
     *("shuffle", "group_by_length", "enable_packing", "mix_probabilities", "mix_epoch"),
+    *("streaming", "shuffle_buffer"),
 }
 """Options of section `data` that do not change the encoded rows."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from trainer.data.mixing import SourceShare
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
 from trainer.data.sides import Sides, is_first, num_rows, shared_prompts
+from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -90,8 +91,14 @@ class DataCard:
     """(rows, prompt) where too many rows share a prompt to be held out together; the first."""
     num_shared_prompts: int = 0
     """How many prompts that is."""
+    num_left_out: int = 0
+    """Files in folders that are of no known kind."""
+    left_out: tuple[str, ...] = ()
+    """The first of these."""
     mix: str = ""
     """How often the training rows of each file are used; empty: once each."""
+    streaming: str = ""
+    """What the figures are of, and what is not known, where rows are streamed."""
     cache: str = ""
     """Whether the encoded rows were read from the cache, or why not."""
     num_packs: int = 0
@@ -172,6 +179,7 @@ def draw_card(
     system_prompt: str | None,
     rejected: RowErrors,
     dropped: Dropped,
+    left_out: Sequence[str] = (),
 ) -> DataCard:
     """Count what is trained, held out, left out and changed.
 
@@ -188,6 +196,7 @@ def draw_card(
         system_prompt: system turn of rows that bring none.
         rejected: rows that could not be used.
         dropped: rows that data.truncation=drop left out.
+        left_out: files of folders that are not read.
     """
     first = int(sides.train[0])
     leaked = sides.validation[sides.is_trained_too]
@@ -199,7 +208,7 @@ def draw_card(
     num_of_training = int(rows.row[rows.num_of_training - 1]) + 1
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
-        dataset_path=section.dataset_path,
+        dataset_path=names_without_secrets(section.dataset_path),
         format=formats,
         template=_trained_words(encoder, tally),
         profile=profile.name,
@@ -219,6 +228,8 @@ def draw_card(
         num_shared_prompts=len(sizes),
         max_length=encoder.max_length,
         truncation=encoder.truncation,
+        num_left_out=len(left_out),
+        left_out=tuple(left_out[:MAX_NAMED]),
         num_dropped=dropped.num_rows,
         num_cut_tokens=dropped.num_tokens + int(rows.num_removed.sum(dtype=np.int64)),
         thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
@@ -278,10 +289,17 @@ def _window_counts(rows: EncodedRows, sides: Sides) -> dict[str, int]:
 
 def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
     """Which tokens are trained, and how they are located."""
-    texts = "every token of plain text and its end-of-text token"
-    if tally.num_text == tally.num_read:
-        return texts
-    return encoder.template.source + (f"; {texts}" if tally.num_text else "")
+    words = []
+    if tally.num_text + tally.num_tokens < tally.num_read:
+        words.append(encoder.template.source)
+    if tally.num_text:
+        words.append("every token of plain text and its end-of-text token")
+    if tally.num_tokens:
+        words.append(
+            f"{counted(tally.num_tokens, 'row is', 'rows are')} tokens already (input_ids), "
+            "trained as they are where their labels or masks say so, else every token"
+        )
+    return "; ".join(words)
 
 
 # ---- the card as people read it
@@ -311,6 +329,14 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"{card.num_unique_rows:,} training{mixed}, {card.num_validation_rows:,} validation, "
         f"of {card.num_rows:,} read",
     )
+    yield "streaming", card.streaming
+    if card.num_left_out:
+        unnamed = card.num_left_out - len(card.left_out)
+        yield (
+            "not read",
+            f"{counted(card.num_left_out, 'file')} of no known kind: {', '.join(card.left_out)}"
+            + (f" and {unnamed:,} more" if unnamed else ""),
+        )
     yield "file weights", card.mix
     yield from _source_lines(card)
     yield "rejected", _rejected_text(card)
@@ -338,8 +364,8 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     if card.num_final_asked:
         yield (
             "final",
-            f"{card.num_final_asked:,} prompts of the final evaluation are asked during training "
-            "too: there are no others; hold out more rows (data.validation_split)",
+            f"{counted(card.num_final_asked, 'prompt')} of the final evaluation asked during "
+            "training too: there are no others; hold out more rows (data.validation_split)",
         )
     if card.num_leaked:
         prompts = ", ".join(map(_short, card.leaked_prompts))
@@ -359,14 +385,15 @@ def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             if card.mix_epoch == "first"
             else "it has every row at least once, and sources that are shorter again"
         )
-        yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+        yield "epoch", f"{counted(num_rows, 'row')}, mixed by data.mix_probabilities: {end}"
+    of = "so far" if card.streaming else "of an epoch"
     for source in card.sources:
         rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
-        has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
+        has = f"{counted(source.num_rows, 'row')}, {counted(source.num_tokens, 'token')}"
         if card.mix_epoch:
-            has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
+            has += f"; {counted(rows, 'row')} an epoch, {rows / source.num_rows:.3g} times each"
         share = (
-            f"{100 * rows / max(num_rows, 1):.1f} % of the rows of an epoch, "
+            f"{100 * rows / max(num_rows, 1):.1f} % of the rows {of}, "
             f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
         )
         where = f" ({source.source})" if source.source != source.name else ""
@@ -376,10 +403,11 @@ def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
 def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
     epoch = f"; about {card.num_epoch_tokens:,} per epoch" if card.mix_epoch else ""
+    per = " so far" if card.streaming else "" if epoch else " per epoch"
     yield (
         "tokens",
-        f"{card.num_tokens:,}{'' if epoch else ' per epoch'}, {card.num_trained_tokens:,} of them "
-        f"trained ({card.trained_pct:.1f} %){epoch}",
+        f"{card.num_tokens:,}{per}, {card.num_trained_tokens:,} of them trained "
+        f"({card.trained_pct:.1f} %){epoch}",
     )
     yield (
         "longest row",
@@ -439,7 +467,7 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     if card.num_blank_questions:
         yield (
             "blank",
-            f"{card.num_blank_questions:,} rows have a user turn without text; they are trained "
+            f"{counted(card.num_blank_questions, 'row')} with a user turn without text: trained "
             "as they are",
         )
     if card.num_one_by_one:
@@ -506,7 +534,8 @@ def _too_long_text(card: DataCard) -> str:
         )
     if card.num_split:
         return (
-            f"{card.num_split:,} texts cut into {card.num_windows:,} windows of up to {length} "
+            f"{counted(card.num_split, 'text')} cut into {card.num_windows:,} windows of up to "
+            f"{length} "
             "tokens; each token is trained once (data.truncation=split)"
         )
     if not card.num_truncated:

@@ -17,11 +17,13 @@ from trainer.data.rows import (
     cut,
     golden_text,
     is_text,
+    is_tokens,
     kept_weights,
 )
 from trainer.data.shapes import Ahead, Shapes
 from trainer.data.spans import SpanFinder, Spans
 from trainer.data.template import PROBE, ChatTemplate
+from trainer.data.token_rows import TokenEncoder
 from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.turns import assistant_turns, num_openings
 from trainer.errors import TemplateError
@@ -64,7 +66,8 @@ class RowEncoder:
             # The longest first, and no two alike: the pattern is part of the cache's key.
             key=lambda text: (-len(text), text),
         )
-        self.texts = TextEncoder(tokenizer, max_length, truncation)
+        self.texts = TextEncoder(tokenizer, max_length, truncation, self.template.end_ids)
+        self.tokens = TokenEncoder(tokenizer, max_length, truncation)
         self._prove_template()
         self.control_tokens = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
@@ -107,10 +110,15 @@ class RowEncoder:
 
     def _encode_mixed(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
         texts = [row[0] for row in chunk if is_text(row)]
-        turns = [row for row in chunk if not is_text(row)]
+        turns = [row for row in chunk if not is_text(row) and not is_tokens(row)]
         from_texts = iter(self.texts.encode_chunk(texts, self._refuse_control) if texts else ())
         from_turns = iter(self._encode_chunk(turns) if turns else ())
-        return [next(from_texts if is_text(row) else from_turns) for row in chunk]
+        return [
+            self.tokens.encode(row[0], self.texts.say, self.texts.end_ids)
+            if is_tokens(row)
+            else next(from_texts if is_text(row) else from_turns)
+            for row in chunk
+        ]
 
     def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
         ahead = self.shapes.render_ahead(chunk)
@@ -236,8 +244,12 @@ class RowEncoder:
         )
 
     def sayer(self, *, is_plain_text: bool) -> Callable[[list[int]], str]:
-        """What gives the text of an answer's ids, as `Example.say`."""
-        return self.texts._say if is_plain_text else self._say
+        """What gives the text of an answer's ids, as `Example.say`.
+
+        Args:
+            is_plain_text: the row has no turns: it is a text, or tokens.
+        """
+        return self.texts.say if is_plain_text else self._say
 
     def _say(self, ids: list[int]) -> str:
         return golden_text(self.tokenizer, ids, self.template.end_ids)

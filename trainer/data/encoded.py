@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.data.file_arrays import FileArray
 from trainer.data.pieces import PLAIN_TEXT, Piece, piece_of, read_notes
-from trainer.data.rows import IGNORE_INDEX, Row, is_text
+from trainer.data.rows import IGNORE_INDEX, Row, is_text, is_tokens
 from trainer.data.spool import Spool, rows_in_blocks
 from trainer.data.turns import num_openings
 from trainer.profiles import Message
@@ -42,6 +42,8 @@ class Tally:
     """Rows of the training files, those that could not be encoded included."""
     num_text: int = 0
     """Of these: plain text."""
+    num_tokens: int = 0
+    """Of num_read: rows whose tokens are given."""
     first_text: str = ""
     """Where the first of them stands."""
     num_own_system: int = 0
@@ -61,6 +63,7 @@ class Tally:
     def add_read(self, row: Row) -> None:
         """Count a row of a training file."""
         self.num_read += 1
+        self.num_tokens += is_tokens(row.messages)
         if is_text(row.messages):
             self.num_text += 1
             self.first_text = self.first_text or row.where

@@ -9,7 +9,7 @@ that overlap by one token, which is trained at the end of the one and read at th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +30,12 @@ MAX_PROMPT_CHARS = 300
 class TextEncoder:
     """Turns texts into examples with one tokenizer and one length."""
 
-    def __init__(self, tokenizer: Any, max_length: int, truncation: str) -> None:
-        """The arguments are those of `RowEncoder`."""
+    def __init__(
+        self, tokenizer: Any, max_length: int, truncation: str, end_ids: Collection[int]
+    ) -> None:
+        """The arguments are those of `RowEncoder`, and the tokens that end an answer."""
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
+        self.end_ids = frozenset({*end_ids, tokenizer.eos_token_id} - {None})
 
     def encode_chunk(
         self, turns: list[Message], refuse: Callable[[str], None]
@@ -119,15 +122,16 @@ class TextEncoder:
             input_ids=ids,
             labels=labels,
             prompt=turn["content"][begin:border],
-            say=self._say,
+            say=self.say,
             prompt_length=length,
             is_truncated=False,
             ends_with_stop=True,
             weights=kept_weights([turn.get("weight", 1.0)] * len(ids), labels),
         )
 
-    def _say(self, ids: list[int]) -> str:
-        return golden_text(self.tokenizer, ids, {self.tokenizer.eos_token_id})
+    def say(self, ids: list[int]) -> str:
+        """The text of an answer's ids, without what ends it."""
+        return golden_text(self.tokenizer, ids, self.end_ids)
 
 
 def prompt_border(text: str, offsets: list[tuple[int, int]]) -> tuple[int, int]:

@@ -62,6 +62,15 @@ MARKED_ROLE = "text with markers"
 """The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
 
 
+TOKENS_ROLE = "tokens"
+"""Role of the only turn of a row whose tokens are given."""
+
+
+def is_tokens(messages: list[Message]) -> bool:
+    """Whether a row is tokens, which are trained as they are."""
+    return bool(messages) and messages[0]["role"] == TOKENS_ROLE
+
+
 def is_text(messages: list[Message]) -> bool:
     """Whether a row is plain text and no conversation."""
     return bool(messages) and messages[0]["role"] in (TEXT_ROLE, MARKED_ROLE)
@@ -119,6 +128,10 @@ class RowErrors:
                 self._add(reason, found.count, found.first)
             self.errors = [*self.errors, *other.errors][:MAX_ERRORS_SHOWN]
 
+    def add_known(self, reason: str, count: int) -> None:
+        """Count bad rows that were told before."""
+        self._add(reason, count, [])
+
     def _add(self, reason: str, count: int, first: list[str]) -> None:
         found = self.by_reason.setdefault(reason, _Reason())
         found.count += count
@@ -160,7 +173,7 @@ class RowErrors:
         most = max(MAX_ERRORS_SHOWN // max(len(self.by_reason), 1), 1)
         for reason, found in self.by_reason.items():
             is_group = found.count > 1
-            shown += f"\n  {found.count} rows: {reason}" if is_group else ""
+            shown += f"\n  {counted(found.count, 'row')}: {reason}" if is_group else ""
             indent = "    " if is_group else "  "
             shown += "".join(f"\n{indent}{error}" for error in found.first[:most])
             more = found.count - min(most, len(found.first))
@@ -223,7 +236,7 @@ def cut(
             raise RowTooLongError(len(ids))
         if how == "split":
             raise BadRowError(
-                f"the conversation has {len(ids)} tokens and hyperparams.max_length is "
+                f"the conversation has {counted(len(ids), 'token')} and hyperparams.max_length is "
                 f"{max_length}; data.truncation=split cuts plain text only, as the part of a "
                 "conversation is none: raise max_length, or let data.truncation be drop, "
                 "keep_start or keep_end",

@@ -18,6 +18,7 @@ from trainer.data.encoded import EncodedRows, RowReader
 from trainer.data.rows import PreviewRequest, golden_ids
 from trainer.data.sources import Source
 from trainer.errors import DataError
+from trainer.net import names_without_secrets
 
 Array = np.ndarray[Any, Any]
 
@@ -80,10 +81,11 @@ def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Arra
     of_training = np.arange(rows.num_of_training)
     none = of_training[:0]
     if section.validation_path is not None:
+        name = names_without_secrets(section.validation_path)
         held_out = np.arange(rows.num_of_training, len(rows))
         if not len(held_out):
-            raise DataError(f"{section.validation_path}: no usable row to validate on.")
-        return of_training, held_out, f"all rows of {section.validation_path}"
+            raise DataError(f"{name}: no usable row to validate on.")
+        return of_training, held_out, f"all rows of {name}"
     if not section.validation_split:
         return of_training, none, "none (data.validation_split=0); previews use training prompts"
     is_held = _is_held(section, rows)
@@ -110,7 +112,7 @@ def _wanted(section: DataSection, count: int) -> float:
     return round(section.validation_split * count, 6)
 
 
-def _largest(section: DataSection, count: int) -> float:
+def largest_unit(section: DataSection, count: int) -> float:
     """Rows that may move to one side together: more would decide the share by chance."""
     return max(_wanted(section, count) / 2, 1)
 
@@ -128,7 +130,7 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     if has_windows:  # rows are parted, and their windows stay with them
         keys, groups = keys[starts], groups[starts]
     count = len(keys)
-    wanted, largest = _wanted(section, count), _largest(section, count)
+    wanted, largest = _wanted(section, count), largest_unit(section, count)
     different, sizes = np.unique(groups, return_counts=True)
     units = np.where(is_in(groups, different[sizes > largest]), keys, groups)
     different, sizes = np.unique(units, return_counts=True)
@@ -154,7 +156,7 @@ def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Arra
     if has_windows:
         groups = groups[starts]
     _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
-    large = np.flatnonzero(sizes > _largest(section, len(groups)))
+    large = np.flatnonzero(sizes > largest_unit(section, len(groups)))
     if has_windows:
         first = np.flatnonzero(starts)[first]
     order = large[np.lexsort((first[large], -sizes[large]))]

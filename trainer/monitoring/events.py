@@ -107,6 +107,9 @@ class PhaseChanged:
     """In words, such as `loading Qwen/Qwen3-0.6B`."""
     is_pause: bool = False
     """Between two steps, as previews and evaluations are, or the end of such a pause."""
+    progress: str = ""
+    """How far it is. Where this is given, the phase goes on and only that is new; told at most once
+    a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,9 +341,9 @@ class Observers:
         if isinstance(event, PhaseChanged) and any(hasattr(o, "on_wait") for o in self._observers):
             self._waits.start()
 
-    def phase(self, state: RunState, text: str) -> None:
-        """Tell everybody what happens now."""
-        self.emit(PhaseChanged(state=state, text=text))
+    def phase(self, state: RunState, text: str, progress: str = "") -> None:
+        """Tell everybody what happens now, or how far it is."""
+        self.emit(PhaseChanged(state=state, text=text, progress=progress))
 
     def pause(self, text: str) -> None:
         """Tell everybody what keeps training from the next step, or that it goes on."""
@@ -413,6 +416,9 @@ class Waits:
 
     def note(self, event: Event) -> None:
         """Something was told: a new phase, the end of one, or anything else."""
+        if isinstance(event, PhaseChanged) and event.progress and self._phase is not None:
+            self._phase = event  # told with the next words of the wait
+            return
         self._told_at = self._clock()
         if isinstance(event, PhaseChanged):
             self._began = self._told_at
@@ -427,6 +433,8 @@ class Waits:
         if phase is None or now - self._told_at < max(self.FIRST_S, self.SHARE * elapsed):
             return None
         self._told_at = now
+        if phase.progress:
+            return f"{phase.text}, {elapsed:.0f} s: {phase.progress}"
         return f"{phase.text}: {elapsed:.0f} s"
 
     def start(self) -> None:

@@ -56,6 +56,8 @@ from trainer.preview.base import PreviewResult
 CHARS_PER_TOKEN = 4
 """Texts are cut by characters, as many as this for each token allowed: no tokenizer here."""
 
+_TRAINING = {"state": "training", "phase": "training", "phase_progress": ""}
+
 _OF_STEP = (
     "step",
     "total_steps",
@@ -118,14 +120,15 @@ class StatusBuilder:
         values = plain_values(event, odd)
         match event:
             case RunStarted():
-                self.fields.update(values, state="training", phase="training")
+                self.fields.update(values, **_TRAINING)
                 self.fields.update(step=event.start_step)
             case PhaseChanged():
-                self.fields.update(state=event.state, phase=self._cut(values["text"])[0])
+                phase, progress = (self._cut(values[name])[0] for name in ("text", "progress"))
+                self.fields.update(state=event.state, phase=phase, phase_progress=progress)
             case StepDone():
                 self.fields.update({name: values[name] for name in _OF_STEP})
                 self._keep_losses("source_losses", values[FIELD])
-                self.fields.update(state="training", phase="training")
+                self.fields.update(_TRAINING)
             case EvaluationDone():
                 self.set_evaluation(values)
             case PreviewsDone():
@@ -208,7 +211,8 @@ class StatusBuilder:
     def _end(self, values: dict[str, Any]) -> None:
         state = values["state"]
         message, _ = self._cut(values["error_message"] or state)
-        self.fields.update(state=state, phase=state, step=values["step"], eta_s=None)
+        self.fields.update(state=state, phase=state, phase_progress="", step=values["step"])
+        self.fields["eta_s"] = None
         self.fields["summary"] = values["summary"]
         if state == "failed":
             self.fields["error"] = {"type": values["error_type"] or "Error", "message": message}

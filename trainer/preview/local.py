@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer.models.chat_template import as_taken, date_options
+from trainer.models.chat_template import ONE_RENDERING, as_taken, date_options
 from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.preview.base import (
     PreviewRequest,
@@ -133,13 +133,15 @@ class LocalPreviewBackend:
 
     def render_turns(self, turns: list[Message]) -> list[int]:
         """Token ids of a conversation with the generation prompt behind it."""
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            as_taken(self.tokenizer, turns),
-            add_generation_prompt=True,
-            enable_thinking=False,
-            return_dict=True,
-            **date_options(self.tokenizer),
-        )["input_ids"]
+        taken = as_taken(self.tokenizer, turns)
+        with ONE_RENDERING:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                taken,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                return_dict=True,
+                **date_options(self.tokenizer),
+            )["input_ids"]
         return ids
 
     def _answer_less(

@@ -300,8 +300,9 @@ class RunReader:
         if self.is_lost():
             return lost_words(self.step, status.total_steps, silent_s)
         waited_s = self._waited_s(status, now)
+        progress = f": {status.phase_progress}" if status.phase_progress else ""
         words = working_words(
-            status.phase,
+            status.phase + progress,
             self.step,
             status.total_steps,
             status.eta_s,

@@ -174,7 +174,9 @@ class PlainDisplay(_Display):
         match event:
             case PhaseChanged():
                 # In a log the pauses between steps would be a line each; people wait for the first.
-                if not event.is_pause or (self.step is None and event.text != TRAINING):
+                # How far it is says `on_wait`, ever more rarely.
+                is_first = self.step is None and event.text != TRAINING
+                if not event.progress and (not event.is_pause or is_first):
                     line(printable(event.text, NOTICE_CHARS))
             case CardShown():
                 line(card_words(event))
@@ -251,7 +253,12 @@ class JsonDisplay:
         self.stream = stream
 
     def on_event(self, event: Event) -> None:
-        """Write the event with its name and the time; numbers JSON cannot hold are null."""
+        """Write the event with its name and the time; numbers JSON cannot hold are null.
+
+        How far a phase is stands in status.json: here it would be a line every second.
+        """
+        if isinstance(event, PhaseChanged) and event.progress:
+            return
         odd: dict[str, str] = {}
         values = plain_values(event, odd)
         line = {"event": type(event).__name__, "created_at": time.time(), **values}

@@ -109,6 +109,9 @@ class LiveView:
 
     def set_phase(self, event: PhaseChanged) -> None:
         """A phase begins; training itself is the absence of any other."""
+        if event.progress and self.phase is not None:
+            self.phase = event
+            return
         self._phase_at = self._clock()
         if event.text == TRAINING:
             self._step_at, self.phase = self._phase_at, None
@@ -185,7 +188,8 @@ class LiveView:
         if self.phase is not None:
             elapsed = self.phase_elapsed_s()
             waited = f", {duration_words(elapsed)}" if elapsed >= LONG_PHASE_S else ""
-            return printable(self.phase.text, 200) + waited
+            progress = f": {self.phase.progress}" if self.phase.progress else ""
+            return printable(self.phase.text, 200) + waited + printable(progress, 200)
         if step is None:
             return state
         if self.end is not None:
@@ -363,7 +367,8 @@ class RichDisplay:
         view.verdict.note(event)
         match event:
             case PhaseChanged():
-                self._print_long_phase()
+                if not event.progress:
+                    self._print_long_phase()
                 view.set_phase(event)
                 self._show()
             case CardShown():

@@ -66,7 +66,7 @@ class Follower:
         self._previews = LineTail(folder / PREVIEWS_NAME)
         self._is_attached = self._is_started = self._is_ended = False
         self._notices: set[tuple[float, str]] = set()
-        self._phase = ""
+        self._phase = self._progress = ""
         self._checkpoint: str | None = None
         self._pid: int | None = None
 
@@ -145,6 +145,12 @@ class Follower:
         if is_phase_new and status.phase and (self._is_attached or status.phase != TRAINING):
             is_pause = status.state == "training"
             yield PhaseChanged(state=status.state, text=status.phase, is_pause=is_pause)
+        is_progress_new = status.phase_progress != self._progress and not self.reader.is_over
+        self._progress = status.phase_progress
+        if is_progress_new and status.phase_progress:
+            yield PhaseChanged(
+                state=status.state, text=status.phase, progress=status.phase_progress
+            )
 
 
 def watch_run(

@@ -133,6 +133,25 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"data.enable_packing": True, "data.shuffle": False, "data.group_by_length": False},
         {"data.enable_packing", "data.shuffle"},
     ),
+    ({"data.shuffle_buffer": 9}, {"data.shuffle_buffer", "data.streaming"}),
+    (
+        {"data.streaming": True, "data.enable_packing": True, "hyperparams.max_steps": 9},
+        {"data.streaming", "data.enable_packing"},
+    ),
+    (
+        {"data.streaming": True, "data.weights": [1.0], "hyperparams.max_steps": 9},
+        {"data.streaming", "data.weights"},
+    ),
+    ({"data.streaming": True}, {"data.streaming", "hyperparams.max_steps"}),
+    (
+        {
+            "data.streaming": True,
+            "environment.num_workers": 2,
+            "hyperparams.max_steps": 9,
+            "hyperparams.warmup_steps": 0,
+        },
+        {"data.streaming", "environment.num_workers"},
+    ),
     (
         {"monitoring.preview_backend": "remote_3090"},
         {"monitoring.preview_backend", "monitoring.remote_3090_host"},
