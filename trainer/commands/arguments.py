@@ -148,10 +148,15 @@ def choose(commands: Mapping[str, Command], argv: list[str], prog: str) -> Comma
 
 
 def words_while_loading(display: str = "plain") -> contextlib.AbstractContextManager[None]:
-    """Say that the libraries are loading, again and again; not for programs, and once of ranks."""
+    """Say that the libraries are loading."""
+    return waiting("loading the libraries", display)
+
+
+def waiting(text: str, display: str = "plain") -> contextlib.AbstractContextManager[None]:
+    """Say what is being done, again and again; not for programs, and once of ranks."""
     if display in ("quiet", "json") or os.environ.get("RANK", "0") != "0":
         return contextlib.nullcontext()
-    return Waits.of("loading the libraries", lambda text: print(text, flush=True))
+    return Waits.of(text, lambda words: print(words, flush=True))
 
 
 def print_table(table: Table) -> None:

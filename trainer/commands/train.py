@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import print_table, words_while_loading
+from trainer.commands.arguments import print_table, waiting, words_while_loading
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
 from trainer.config.loader import RESOLVED_NAME, is_of_run
@@ -109,7 +109,10 @@ def _dry_run(loaded: LoadedConfig) -> int:
     kind: DisplayKind = display if display in ("json", "quiet") else "plain"
     found = TrainerEngine(observers=[create_display(kind)]).dry_run(loaded.config)
     hyper = found.config.hyperparams
-    bf16 = measure_bf16(*found.block_sizes) if found.device.type == "cpu" else None
+    bf16 = None
+    if found.device.type == "cpu":
+        with waiting("measuring bf16 on this CPU", display):
+            bf16 = measure_bf16(*found.block_sizes)
     resolved = Path(found.config.output.output_dir) / RESOLVED_NAME
     if display == "json":
         told = {**found.as_json(), "bf16": bf16.as_json() if bf16 is not None else None}

@@ -192,6 +192,7 @@ class TrainerEngine:
         self.close()
         with self._dropped_job(config) as job, stop_on_signals(job.stop), job.stop.work():
             prepared = self._prepare(config, job, is_dry=True)
+            job.observers.phase("loading", "reckoning what a step needs")
             # One process makes it, whatever the others see.
             prepared = with_strategy(prepared, job.observers.notice, agree=lambda mine: mine)
             prepared = with_preview_backend(prepared, job.observers.notice)

@@ -378,11 +378,16 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
-        """As HF's, with the loss of each source over the steps since the last time."""
-        if "loss" in logs and self.by_source is not None:
-            losses = self.by_source.means(self._since_log)
-            logs = {**logs, **named_losses("StepDone", losses)}
-            self._since_log = []
+        """As HF's, with the loss of the step, where HF's is a mean since the last time.
+
+        The losses of sources are over the steps since then: a step may have no row of a source.
+        """
+        if "loss" in logs and self.last_step is not None:
+            logs = {**logs, "loss": self.last_step.train_loss}
+            if self.by_source is not None:
+                losses = self.by_source.means(self._since_log)
+                logs |= named_losses("StepDone", losses)
+                self._since_log = []
         super().log(logs, *args, **named)
 
     def _guard(self, loss: float, grad_norm: float, of_ranks: Sequence[float]) -> None:

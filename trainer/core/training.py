@@ -455,7 +455,8 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
     )
     if config.deciding_scores or config.final_choice == "best":
         job.observers.notice(choice_words(prepared))
-    job.observers.phase("training", f"training {counted(total, 'step')}")
+    left = counted(total - prepared.start_step, "step")
+    job.observers.phase("training", f"getting ready to train {left}")
 
 
 def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:

@@ -334,6 +334,8 @@ class LiveMonitorCallback(TrainerCallback):  # type: ignore[misc]
             if self._is_evaluated(0, is_last=False):
                 self._decide(0, state.max_steps, state.is_world_process_zero)
         wait_for_main()
+        if state.is_world_process_zero:
+            self.observers.pause(f"making step {state.global_step + 1} of {state.max_steps}")
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -117,8 +117,23 @@ def _edge(text: str, at: int) -> int:
     return at
 
 
+def shown_text(text: str) -> str:
+    """A text as people see it; white space alone would be an empty box, perhaps a tall one."""
+    if text.strip():
+        return text
+    return f"(only white space: {_signs_in(text)})" if text else "(nothing)"
+
+
+def _signs_in(text: str) -> str:
+    counts = [(text.count(sign), name) for sign, name in _WHITE]
+    counts.append((len(text) - sum(count for count, _ in counts), "other sign"))
+    return ", ".join(counted(count, name) for count, name in counts if count)
+
+
 # ---- words
 
+
+_WHITE = (("\n", "line break"), ("\t", "tab"), (" ", "space"))
 
 _NO_SPACES = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
@@ -296,9 +311,8 @@ def _in_words(
 
 def _white_words(pieces: Sequence[Piece]) -> str:
     """What white space one side has more of, such as `32 line breaks`."""
-    names = (("\n", "line break"), ("\t", "tab"), (" ", "space"))
     parts = []
-    for sign, name in names:
+    for sign, name in _WHITE:
         counts = dict.fromkeys(("missing", "extra"), 0)
         for piece in pieces:
             counts[piece.kind] += piece.text.count(sign)

@@ -202,6 +202,9 @@ NAN = math.nan
 SMOOTHING_SHARE = 0.025
 """Usual width of the window of a smoothed curve, as a share of the run's steps."""
 
+MIN_WINDOW = 5
+"""The middle of fewer values is as noisy as they are: such a curve is shown as it is."""
+
 
 @dataclass(frozen=True)
 class EvaluationPoint:
@@ -415,8 +418,12 @@ def is_spread_wide(metrics: MetricsTable) -> bool:
 
 
 def window_half(count: int, share: float) -> int:
-    """Steps on either side of a smoothed point: its window is about `share` of all of them."""
-    return round(share * count / 2)
+    """Steps on either side of a smoothed point: its window is about `share` of all of them.
+
+    0, for no smoothing, where that is fewer than MIN_WINDOW steps: in short runs.
+    """
+    half = round(share * count / 2)
+    return half if 2 * half + 1 >= MIN_WINDOW else 0
 
 
 def centred(

@@ -36,6 +36,7 @@ from trainer.views.metrics import (
     is_spread_wide,
     make_chart,
     pick_points,
+    window_half,
 )
 from trainer.views.report_prompts import HEIGHT, NUM_OPEN, compared_of, prompt_cards
 from trainer.views.run_reader import MANIFEST_NAME, ORIGINS_NAME, RunReader, config_rows
@@ -48,9 +49,6 @@ MAX_WRONG = 100
 """Wrong rows of the final evaluation shown; what is left out is counted."""
 
 CHART_POINTS = 1_500
-
-MIN_SMOOTHED = 50
-"""Shorter curves are shown as they are."""
 
 
 def write_report(reader: RunReader, path: Path) -> None:
@@ -116,7 +114,7 @@ def charts_of(reader: RunReader) -> list[Chart]:
     metrics = reader.metrics
     raw = metrics.series("train_loss", max_points=CHART_POINTS)
     loss: list[tuple[str, str, Points]] = [("training", "train", raw)]
-    if len(metrics) >= MIN_SMOOTHED:
+    if window_half(len(metrics), SMOOTHING_SHARE):
         smoothed = metrics.smoothed(
             "train_loss", SMOOTHING_SHARE, is_log=is_spread_wide(metrics), max_points=CHART_POINTS
         )
@@ -160,7 +158,7 @@ def source_charts(metrics: MetricsTable) -> list[Chart | None]:
         picked = pick_points(np.array([loss for _, loss in points]), CHART_POINTS)
         shown = [points[index] for index in picked.tolist()]
         curves = [
-            ("training, smoothed", "smooth", shown),
+            ("training", "smooth", shown),
             ("validation", "val", held_out.get(name, [])),
         ]
         charts.append(

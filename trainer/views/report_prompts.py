@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from trainer.preview.base import PreviewResult
 from trainer.views.cuts import cut_pair, fit
-from trainer.views.differences import Fold, Piece, compare, folded
+from trainer.views.differences import Fold, Piece, compare, folded, shown_text
 from trainer.views.timeline import (
     GoldenToken,
     PreviewBook,
@@ -160,7 +161,7 @@ def _card(
 
 def _samples(result: PreviewResult) -> list[tuple[str, str]]:
     return [
-        (sign_of(one), (one.text if one.ok else one.error_message or "")[:SHOWN_CHARS])
+        (sign_of(one), shown_text((one.text if one.ok else one.error_message or "")[:SHOWN_CHARS]))
         for one in result.samples
     ]
 
@@ -172,8 +173,10 @@ def compared_of(result: PreviewResult) -> Comparison | None:
     text, golden = result.text[:SHOWN_CHARS], (result.golden_answer or "")[:SHOWN_CHARS]
     left_out = max(len(result.text), len(result.golden_answer or "")) - SHOWN_CHARS
     if result.golden_answer is None:
-        return Comparison(None, [Piece("same", text)], "", max(0, left_out))
+        return Comparison(None, [Piece("same", shown_text(text))], "", max(0, left_out))
     found = compare(golden, text)
+    if not text.strip():
+        found = dataclasses.replace(found, text=(Piece("same", shown_text(text)),), text_thought="")
     return Comparison(
         [*_thought(found.reference_thought), *folded(found.reference)],
         [*_thought(found.text_thought), *folded(found.text)],

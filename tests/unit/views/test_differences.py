@@ -13,6 +13,7 @@ from trainer.views.differences import (
     Piece,
     compare,
     folded,
+    shown_text,
     split_thought,
     split_words,
     word_diff,
@@ -70,6 +71,19 @@ def test_a_difference_in_white_space_only_says_so_and_counts_it() -> None:
     assert found.first is None
     assert found.words == "only white space differs: 3 fewer line breaks, 2 more spaces"
     assert compare("a b", "a b").words == "no difference"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\n" * 32, "(only white space: 32 line breaks)"),
+        (" \n\t \u2003", "(only white space: 1 line break, 1 tab, 2 spaces, 1 other sign)"),
+        ("", "(nothing)"),
+        (" a\n", " a\n"),
+    ],
+)
+def test_an_answer_of_white_space_alone_is_told_in_words(text: str, shown: str) -> None:
+    assert shown_text(text) == shown
 
 
 def test_words_of_scripts_with_marks_and_joined_signs_are_not_cut() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.views.metrics import SMOOTHING_SHARE, MetricsTable, pick_points
+from trainer.views.metrics import SMOOTHING_SHARE, MetricsTable, pick_points, window_half
 
 
 def table_of(losses: list[float | None]) -> MetricsTable:
@@ -71,8 +71,16 @@ def test_one_spike_does_not_bend_the_smoothed_curve() -> None:
 
 def test_a_smoothed_curve_looks_as_far_ahead_as_back_and_leaves_out_missing_values() -> None:
     table = table_of([1.0, 2.0, None, 9.0, 4.0, 6.0])
-    # Five values with a window of three; two at the ends.
-    assert table.smoothed("train_loss", 0.4) == [(1, 1.5), (2, 2.0), (4, 4.0), (5, 6.0), (6, 5.0)]
+    # Five values with a window of five; three next to the ends, two at them.
+    assert table.smoothed("train_loss", 0.8) == [(1, 1.5), (2, 2.0), (4, 4.0), (5, 6.0), (6, 5.0)]
+
+
+@pytest.mark.parametrize(("num_steps", "is_smooth"), [(40, False), (119, False), (120, True)])
+def test_a_short_run_is_shown_as_it_is(num_steps: int, is_smooth: bool) -> None:
+    table = table_of([float(step % 2) for step in range(num_steps)])
+    raw = table.series("train_loss")
+    assert (table.smoothed("train_loss", SMOOTHING_SHARE) != raw) is is_smooth
+    assert bool(window_half(num_steps, SMOOTHING_SHARE)) is is_smooth
 
 
 def test_a_smoothed_curve_has_few_points_however_long_the_run_is() -> None:

@@ -88,6 +88,20 @@ def test_the_loss_is_told_bit_by_bit_and_again_after_a_resume(reader: RunReader)
     assert curves.since(101, 101, first["stride"])["whole"]  # longer again, and not the same
 
 
+def test_a_curve_that_becomes_long_enough_is_smoothed_from_its_beginning(reader: RunReader) -> None:
+    curves = CurvesData(reader)
+    for step in range(1, 101):
+        reader.metrics.add({"type": "StepDone", "step": step, "train_loss": float(step % 2)})
+    short = curves.since(0, 0, 0)
+    assert (short["smoothing"], short["smooth"]) == ("", short["raw"])
+    for step in range(101, 131):
+        reader.metrics.add({"type": "StepDone", "step": step, "train_loss": float(step % 2)})
+    longer = curves.since(100, 100, short["stride"])
+    assert (longer["whole"], longer["smooth_whole"]) == (False, True)
+    assert longer["smoothing"] == "running median"
+    assert len(longer["smooth"]) == 130
+
+
 def test_an_answer_is_that_of_the_step_or_of_the_one_before_it(reader: RunReader) -> None:
     found = answer_of(reader, 1, 15)
     assert found is not None

@@ -155,6 +155,14 @@ def test_equal_answers_in_a_row_are_shown_once(made_up_run: MakeRun) -> None:
     assert "steps 100 to 490" in text
 
 
+def test_answers_of_white_space_alone_are_told_in_words(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    run.preview(0, [False, False], text="\n" * 32)
+    page = render_report(run.read())
+    assert page.count("(only white space: 32 line breaks)") == 2
+    assert "\n" * 8 not in page
+
+
 def test_it_says_the_headline_and_opens_the_newest_wrong_answers(made_up_run: MakeRun) -> None:
     run = made_up_run()
     run.evaluate(50, 1.5)

@@ -12,7 +12,7 @@ from trainer.monitoring.events import printable
 from trainer.preview.base import PreviewResult
 from trainer.views.differences import compare
 from trainer.views.facts import report_figures
-from trainer.views.metrics import SMOOTHING_SHARE
+from trainer.views.metrics import SMOOTHING_SHARE, window_half
 from trainer.views.page.charts import COLOURS, PERCENT, chart, line, match_line, validation_line
 from trainer.views.page.elements import (
     Colours,
@@ -160,13 +160,14 @@ class ComparePage:
                 points = reader.metrics.smoothed(
                     "train_loss", SMOOTHING_SHARE, max_points=COMPARE_POINTS
                 )
+                smoothed = ", smoothed" if window_half(len(points), SMOOTHING_SHARE) else ""
                 validation = validation_line(f"{name} validation", reader, colour)
                 matched = match_line(name, reader, colour)
             # The letter at its end tells a curve apart for those who do not see its colour.
             letter: dict[str, Any] = {
                 "endLabel": {"show": True, "formatter": name, "color": colour}
             }
-            loss.append(line(f"{name} training, smoothed", points, colour, **letter))
+            loss.append(line(f"{name} training{smoothed}", points, colour, **letter))
             loss.append(validation)
             matches.append({**matched, **letter})
         set_options(self._loss, chart(loss, is_dark=is_dark))

@@ -11,7 +11,7 @@ from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
 from trainer.counts import counted
-from trainer.views.differences import Piece
+from trainer.views.differences import Piece, shown_text
 from trainer.views.timeline import MARK_WORDS
 
 SYSTEM_CHANGED = "system_colours_changed"
@@ -120,7 +120,7 @@ def diff(pieces: Sequence[Piece]) -> None:
 def answer(content: str) -> None:
     """A text of a run in full, folded where it is long."""
     with answer_box(len(content)):
-        text("span", content or "(nothing)")
+        text("span", shown_text(content))
 
 
 def answer_box(length: int) -> Any:

@@ -253,7 +253,8 @@ class CurvesData:
         is_log = is_spread_wide(self.reader.metrics)
         half = window_half(count, SMOOTHING_SHARE)
         # The window of a point near the end was cut short: it is better known now.
-        is_smooth_whole = is_whole or stride != grid
+        is_first = half > 0 and not window_half(num_sent, SMOOTHING_SHARE)
+        is_smooth_whole = is_whole or stride != grid or is_first
         at = at if count else at[:0]
         if not is_smooth_whole:
             at = at[at >= max(0, num_sent - 1 - 2 * half - grid)]
@@ -264,6 +265,7 @@ class CurvesData:
             "last": int(steps[-1]) if count else 0,
             "stride": grid,
             "is_log": is_log,
+            "smoothing": ("running mean" if is_log else "running median") if half else "",
             "raw": _points(steps[new][picked], values[new][picked]),
             "smooth_whole": is_smooth_whole,
             "smooth": _points(steps[at], smooth),

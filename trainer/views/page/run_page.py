@@ -156,7 +156,7 @@ class RunPage:
                 self._loss = empty_chart("loss, nats per trained token")
             self._source_box = box("div").props("id=source-losses")
             with self._source_box:
-                text("h3", "loss of each source, smoothed; dashed: validation")
+                text("h3", "loss of each source; dashed: validation")
                 self._sources = empty_chart("loss of each source, nats per trained token")
             self._match_box = box("div")
             with self._match_box:

@@ -189,11 +189,21 @@ function where(answer) {
 
 const side = (label, text) => el("div", { class: "side" }, label, text);
 
-const plain = (text) => el("div", { class: "answer", dir: "auto", tabindex: "0" }, text || "(nothing)");
+const plain = (text) => el("div", { class: "answer", dir: "auto", tabindex: "0" }, shownText(text));
+
+// A text of white space alone would be an empty box, perhaps a tall one.
+function shownText(text) {
+  if (!text || text.trim()) return text || "(nothing)";
+  const breaks = text.split("\n").length - 1;
+  const counts = [[breaks, "line break"], [text.length - breaks, "other sign"]].filter(([count]) => count);
+  return `(only white space: ${counts.map(([count, name]) => `${number(count)} ${name}${count === 1 ? "" : "s"}`).join(", ")})`;
+}
 
 const surprise = (chance) => (chance >= 0.9 ? 0 : chance >= 0.5 ? 1 : chance >= 0.1 ? 2 : 3);
 
 export function marked(pieces) {
+  const whole = pieces.map(([, text]) => text).join("");
+  if (!whole.trim()) return plain(whole);
   const box = el("div", { class: "answer", dir: "auto", tabindex: "0" });
   for (const [kind, text] of pieces) {
     if (kind === "same") box.append(text);
@@ -208,7 +218,6 @@ export function marked(pieces) {
       box.append(el(kind === "missing" ? "del" : "ins", { class: isWhite ? `${kind} white` : kind, "data-breaks": breaks || null }, text));
     }
   }
-  if (!box.childNodes.length) box.append("(nothing)");
   return box;
 }
 

@@ -124,7 +124,7 @@ export class Charts {
   }
 
   drawLoss(curves, shared) {
-    const { raw, smooth, validation, isLog } = curves;
+    const { raw, smooth, validation, isLog, smoothing } = curves;
     const values = [...raw, ...validation].map(([, value]) => value).filter((value) => !isLog || value > 0);
     const sorted = values.slice().sort((a, b) => a - b);
     // One spike must not press the rest flat: it leaves the frame at its top.
@@ -145,7 +145,7 @@ export class Charts {
     const step = shared.hover ?? this.end;
     const [train, val] = [before(smooth.length ? smooth : raw, step), before(validation, step)];
     const title =
-      `loss: training (running median)${validation.length ? ", validation dashed" : ""}${isLog ? ", log scale" : ""}`;
+      `loss: training${smoothing ? ` (${smoothing})` : ""}${validation.length ? ", validation dashed" : ""}${isLog ? ", log scale" : ""}`;
     this.loss.name.textContent = this.isNarrow ? "loss" : title;
     const words = [train, val].filter(Boolean).map(([, value]) => value.toPrecision(3));
     this.loss.now.textContent = `${shared.hover === null ? "" : `step ${number(step)}: `}${words.join(" / ")}`;

@@ -92,6 +92,7 @@ export class Curves {
     this.smooth = [];
     this.validation = [];
     this.isLog = false;
+    this.smoothing = "";
     if (data) this.take(data);
   }
 
@@ -106,5 +107,6 @@ export class Curves {
     }
     this.validation = data.validation;
     this.isLog = data.is_log;
+    this.smoothing = data.smoothing;
   }
 }
