@@ -33,6 +33,7 @@ COMMANDS = {
     "monitor": "serve the live page of a run or of a folder of runs: trainer monitor outputs",
     "watch": "show a run of another process in this terminal: trainer watch outputs",
     "report": "write a run as one offline HTML file: trainer report outputs",
+    "compare": "compare runs, prompt by prompt: trainer compare outputs outputs2",
     "chat": "talk to the model of a finished run: trainer chat outputs",
     "serve": "answer prompts over HTTP: trainer serve --model qwen3 --port 8765",
     "export": "write a model folder from a run: trainer export outputs --merge",

@@ -76,14 +76,19 @@ def as_json(config: TrainerConfig) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2)
 
 
+IN_SHORT_RUNS = "; a tenth of the steps in shorter runs, as `train --dry-run` writes down"
+
 WITH_SHARDS = "; as distributed.strategy is fsdp2: sidecar where it fits, else no previews"
 
 
 def explain_rows(loaded: LoadedConfig) -> Iterator[tuple[str, str, str]]:
     """(key, value as JSON, origin) of every field."""
     dumped = loaded.config.model_dump(mode="json")
+    is_adapted = not loaded.config.monitoring.num_score_prompts
     for key, field in config_fields().items():
         origin = loaded.origins[key]
+        if key == "monitoring.micro_eval_interval" and origin == "default":
+            origin += IN_SHORT_RUNS if is_adapted else ""
         if key == "monitoring.preview_backend" and origin == "default":
             is_sharded = loaded.config.distributed.strategy == "fsdp2"
             origin += WITH_SHARDS if is_sharded else ""

@@ -22,6 +22,7 @@ from trainer.config.loader import resolve
 from trainer.config.schema import TrainerConfig
 from trainer.core.batch_size import fit_batch_size, keep_found_batch_size
 from trainer.core.dry_run import DryRun, finish_dry_run, memory_warning
+from trainer.core.evaluation import with_eval_interval
 from trainer.core.faults import watch_ranks
 from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.optim import rate_words
@@ -236,6 +237,7 @@ class TrainerEngine:
             config = keep_found_batch_size(config, job.resumed_from)
         data = self._prepare_dataset(config, profile, tokenizer)
         total, changes = check_against_rows(config, data, job.resumed_from)
+        config = with_eval_interval(config, total, len(data.validation or ()))
         for change in changes:
             job.observers.notice(f"changed since the checkpoint: {change}", "warning")
         if job.resumed_from is not None and any(map(is_of_schedule, changes)):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from trainer.config.schema import TrainerConfig
 from trainer.core.checks import tiling_of
 from trainer.core.loss import Tiling, loss_share, supervised_loss
 from trainer.core.run import Prepared
@@ -17,7 +19,43 @@ from trainer.core.source_losses import SourceSums
 from trainer.data.batches import EncodedDataset, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.data.source_shares import names_of
+from trainer.monitoring.processes import num_processes
 from trainer.preview.neutral import undisturbed
+
+MEASUREMENTS = 10
+"""So often the loss is measured in a run that is short, where nobody said how often."""
+
+MAX_SHARE = 0.2
+"""Of the time of training, at most, where it is measured more often than the default says."""
+
+FORWARD_SHARE = 1 / 3
+"""Of a training step, the part that a measurement makes for as many rows: no backward pass."""
+
+
+def with_eval_interval(config: TrainerConfig, total: int, num_held_out: int) -> TrainerConfig:
+    """A config whose `micro_eval_interval`, if nobody set it, suits the length of the run.
+
+    The default, or what gives MEASUREMENTS in the run if that is shorter, but not so short that
+    they would take more than MAX_SHARE of its time. With `num_score_prompts`, whose answers take
+    far longer, it stays as it is.
+
+    Args:
+        total: optimizer steps of the run.
+        num_held_out: rows by which the loss can be measured.
+    """
+    monitoring, hyper = config.monitoring, config.hyperparams
+    is_set = "micro_eval_interval" in monitoring.model_fields_set
+    if is_set or not num_held_out or monitoring.num_score_prompts:
+        return config
+    rows = min(num_held_out, monitoring.micro_eval_rows)
+    rows_of_step = hyper.batch_size * hyper.gradient_accumulation * num_processes()
+    cheapest = math.ceil(rows * FORWARD_SHARE / (MAX_SHARE * rows_of_step))
+    interval = max(total // MEASUREMENTS, cheapest, 1)
+    if interval >= monitoring.micro_eval_interval:
+        return config
+    changed = monitoring.model_copy(update={"micro_eval_interval": interval})
+    return config.model_copy(update={"monitoring": changed})
+
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 """Rows in, one batch out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from statistics import fmean
+from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given, settings
@@ -71,6 +71,22 @@ def test_intervals_of_shares_cover_95_percent(count: int, runs: int) -> None:
     slack = 4 * math.sqrt(0.95 * 0.05 / runs)
     assert 0.93 - slack / math.sqrt(7) <= fmean(found) <= 0.97 + slack / math.sqrt(7)
     assert min(found) >= 0.90 - slack
+
+
+@pytest.mark.parametrize(("sum_of_both", "widest"), [(4, 1.2), (20, 1.4), (100, 2.2)])
+def test_intervals_of_values_that_are_alike_are_wide_rather_than_short(
+    sum_of_both: int, widest: float
+) -> None:
+    noise = random.Random(sum_of_both)
+    ratios = []
+    for mean in SHARES:
+        for _ in range(20):
+            values = [
+                noise.betavariate(sum_of_both * mean, sum_of_both * (1 - mean)) for _ in range(16)
+            ]
+            low, high = interval_of(values) or (0.0, 0.0)
+            ratios.append((high - low) / (2 * student_t(15) * stdev(values) / 4))
+    assert 1.0 < fmean(ratios) < widest
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ from nicegui import ui
 from trainer.counts import counted
 from trainer.monitoring.events import printable
 from trainer.preview.base import PreviewResult
+from trainer.views.comparing import LETTERS, common_answers, config_differences
 from trainer.views.differences import compare
 from trainer.views.facts import report_figures
 from trainer.views.metrics import SMOOTHING_SHARE, window_half
@@ -29,27 +30,18 @@ from trainer.views.page.elements import (
 )
 from trainer.views.page.panel_data import rows_of
 from trainer.views.page.store import RunStore
-from trainer.views.run_reader import RunReader, config_rows
+from trainer.views.run_reader import RunReader
 from trainer.views.timeline import mark_of
 
 TICK_S = 1.0
 
 COMPARE_POINTS = 1_000
 
-LETTERS = "ABCDEF"
-"""So many runs at most: more curves could not be told apart."""
-
 CURVE_COLOURS = ("train", "val", "extra", "other", "fifth", "sixth")
 """Of `COLOURS`, one for each letter."""
 
 MAX_PROMPTS = 50
 """Prompts shown on which the runs disagree; how many more there are is said."""
-
-DATA_FILES = "data_files_sha256"
-"""In run.json."""
-
-NOT_COMPARED = ("output.", "data_card")
-"""Config keys that always differ and tell nothing."""
 
 
 class ComparePage:
@@ -97,7 +89,9 @@ class ComparePage:
             return
         self._seen = seen
         self._draw_verdicts()
-        self._table(self._config, self._config_rows(), "All config values are the same.")
+        self._table(
+            self._config, config_differences(self.readers), "All config values are the same."
+        )
         self._table(self._figures, self._figure_rows(), "")
         self._draw_charts()
         self._draw_answers()
@@ -111,20 +105,6 @@ class ComparePage:
                 with box("p", "compared"):
                     text("b", f"{letter}: {label} ")
                     text("span", words)
-
-    def _config_rows(self) -> list[tuple[str, list[str]]]:
-        """(key, its value in each run) of those that differ."""
-        columns = []
-        for reader in self.readers:
-            with reader.lock:
-                columns.append({key: value for key, value, _ in config_rows(reader)})
-        names = list(dict.fromkeys(name for column in columns for name in column))
-        rows = [(name, [column.get(name, "") for column in columns]) for name in names]
-        return [
-            (name, values)
-            for name, values in rows
-            if len(set(values)) > 1 and not name.startswith(NOT_COMPARED)
-        ]
 
     def _figure_rows(self) -> list[tuple[str, list[str]]]:
         columns = []
@@ -198,43 +178,6 @@ class ComparePage:
                             _draw_answer(name, found, with_golden=len(golden) > 1)
             if len(apart) > MAX_PROMPTS:
                 text("p", f"and {len(apart) - MAX_PROMPTS} more", "dim")
-
-
-def common_answers(readers: Sequence[RunReader]) -> list[list[PreviewResult]]:
-    """The newest answers to each prompt that all runs have, in the order of the runs.
-
-    A profile may rewrite a prompt. Its id names the row of a data file, and so the same prompt
-    only in runs of the same files.
-    """
-    newest, files = [], []
-    for reader in readers:
-        with reader.lock:
-            newest.append(reader.previews.newest())
-            files.append(_data_files(reader))
-    is_same_data = files[0] is not None and all(one == files[0] for one in files)
-    keyed = [
-        {(is_same_data and _row_of(one)) or one.prompt: one for one in results}
-        for results in newest
-    ]
-    return [
-        [answers[key] for answers in keyed]
-        for key in keyed[0]
-        if all(key in answers for answers in keyed)
-    ]
-
-
-def _data_files(reader: RunReader) -> list[str] | None:
-    """Hashes of the data files of a run in their order, by which rows are numbered.
-
-    None where its record has none.
-    """
-    hashes = reader.manifest.get(DATA_FILES)
-    return list(map(str, hashes.values())) if isinstance(hashes, dict) and hashes else None
-
-
-def _row_of(result: PreviewResult) -> str:
-    """The id of a prompt that is a row of a data file; "" for one from the config."""
-    return result.prompt_id if result.prompt_id.startswith(("validation-", "train-")) else ""
 
 
 def _disagree(results: Sequence[PreviewResult]) -> bool:

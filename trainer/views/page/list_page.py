@@ -10,7 +10,7 @@ from urllib.parse import quote
 from nicegui import ui
 
 from trainer.monitoring.events import printable
-from trainer.views.page.compare_page import LETTERS
+from trainer.views.comparing import LETTERS
 from trainer.views.page.elements import box, dark_button, open_page, text
 from trainer.views.page.store import Judged, RunStore
 from trainer.views.run_reader import RunReader

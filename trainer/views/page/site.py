@@ -10,7 +10,8 @@ from fastapi import FastAPI, Request
 from nicegui import Client, ui
 
 from trainer.guard import Guard
-from trainer.views.page.compare_page import LETTERS, ComparePage
+from trainer.views.comparing import LETTERS
+from trainer.views.page.compare_page import ComparePage
 from trainer.views.page.elements import open_page, text
 from trainer.views.page.list_page import ListPage
 from trainer.views.page.login import guarded_page
