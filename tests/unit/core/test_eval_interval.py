@@ -45,7 +45,7 @@ def test_an_interval_that_is_set_stays(value: int) -> None:
 
 
 def test_answers_for_scores_are_not_asked_for_more_often_than_the_default_says() -> None:
-    assert interval(100, 50, monitoring={"num_score_prompts": 12}) == 200
+    assert interval(100, 50, monitoring={"num_score_prompts": 12, "scores": ["exact"]}) == 200
 
 
 def test_a_resolved_config_keeps_what_was_chosen() -> None:
