@@ -301,7 +301,9 @@ def test_what_keeps_training_from_a_step_is_said_before_and_that_it_goes_on_afte
     config = job(hyperparams={"max_steps": 4}, monitoring={"num_eval_samples": 3})
     assert TrainerEngine(observers=[Listener()]).run_job(config).success
     begin = told.index("making the previews of step 0 (3 prompts, 8 tokens)")
-    assert told[begin : begin + 4] == [told[begin], "PreviewsDone 0", "training", "StepDone 1"]
+    assert told[begin : begin + 5] == [
+        *(told[begin], "PreviewsDone 0", "training", "making step 1 of 4", "StepDone 1")
+    ]
     end = told.index("StepDone 4")
     assert told[end + 1 : end + 9] == [
         "measuring the validation loss of step 4",

@@ -25,7 +25,7 @@ from trainer.data.preparer import Preparer
 from trainer.data.read_progress import ReadProgress
 from trainer.data.reading import Reading
 from trainer.data.rows import PreviewRequest
-from trainer.data.sides import Sides, first_prompts, part_rows
+from trainer.data.sides import Sides, choose_prompts, part_rows
 from trainer.data.sources import Source, find_sources
 from trainer.data.spool import Spool, rows_in_blocks
 from trainer.data.stream_rows import StreamedTexts
@@ -232,17 +232,13 @@ def encode_rows(
         left_out=[name for source in files for name in source.found.left_out],
     )
 
-    most = num_preview + num_score + num_final
-    asked = first_prompts(rows, sides, reader, most, encoder.sayer)
-    # The final evaluation asks what nobody has looked at yet, as far as there are rows for that.
-    by_scores = asked[num_preview : num_preview + num_score]
-    left = asked[num_preview + num_score :]
-    final = (*left, *asked[: num_preview + num_score])[:num_final]
-    card = replace(card, num_final_asked=max(len(final) - len(left), 0))
+    counts = (num_preview, num_score, num_final)
+    asked = choose_prompts(rows, sides, reader, counts, encoder.sayer)
+    card = replace(card, num_final_asked=asked.num_final_asked)
     texts = _Texts(
-        preview_prompts=asked[:num_preview],
-        final_prompts=final,
-        score_prompts=by_scores,
+        preview_prompts=asked.previews,
+        final_prompts=asked.final,
+        score_prompts=asked.scores,
         card=card,
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},

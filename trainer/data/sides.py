@@ -198,6 +198,44 @@ def weigh_rows(sources: list[Source], rows: EncodedRows, train: Array) -> tuple[
     return np.concatenate(chosen), ", ".join(words)
 
 
+@dataclass(frozen=True)
+class AskedPrompts:
+    """The prompts of a run, each of one row."""
+
+    previews: tuple[PreviewRequest, ...]
+    scores: tuple[PreviewRequest, ...]
+    """Others than those of the previews."""
+    final: tuple[PreviewRequest, ...]
+    num_final_asked: int
+    """Of the final evaluation: how many previews or scores ask too, as there are no others."""
+
+
+def choose_prompts(
+    rows: EncodedRows,
+    sides: Sides,
+    reader: RowReader,
+    counts: tuple[int, int, int],
+    sayer: Callable[..., Callable[[list[int]], str]],
+) -> AskedPrompts:
+    """The prompts of previews, scores and the final evaluation.
+
+    The last one asks what nobody has looked at yet, as far as there are rows for that.
+
+    Args:
+        counts: of previews, scores and the final evaluation.
+        sayer: as `RowEncoder.sayer`.
+    """
+    num_preview, num_score, num_final = counts
+    found = first_prompts(rows, sides, reader, sum(counts), sayer)
+    before, left = found[: num_preview + num_score], found[num_preview + num_score :]
+    return AskedPrompts(
+        previews=before[:num_preview],
+        scores=before[num_preview:],
+        final=(*left, *before)[:num_final],
+        num_final_asked=min(max(num_final - len(left), 0), len(before)),
+    )
+
+
 def first_prompts(
     rows: EncodedRows,
     sides: Sides,

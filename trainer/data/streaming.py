@@ -7,7 +7,7 @@ and the prompts. All figures of the card are of these rows.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from trainer.data.dataset import RunData, check_fit, dataset_arrays, kept_arrays
 from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, RowStore
 from trainer.data.preparer import Preparer
+from trainer.data.read_progress import ReadProgress
 from trainer.data.reading import Reading
 from trainer.data.rendered import check_markers_used
 from trainer.data.ring import Ring
 from trainer.data.rows import MARKED_ROLE, RowErrors
-from trainer.data.sides import Sides, first_prompts, trained_too
+from trainer.data.sides import Sides, choose_prompts, trained_too
 from trainer.data.sources import Source, find_sources, read_rows
 from trainer.data.spool import Spool
 from trainer.data.stream_reader import Mark, StreamReader
@@ -64,11 +65,13 @@ def prepare_stream(
     with_columns: bool = False,
     offline: bool = False,
     resume: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> RunData:
     """Read what training begins with, and be ready to read the rest; as `prepare_data` otherwise.
 
     Args:
         resume: what `StreamOrder.state` said at the checkpoint; None: begin with the first row.
+        progress: told in words how many rows are read, where that takes longer than two seconds.
     Raises:
         DataError: a file that is missing, bad rows under `strict`, nothing to train, or no room.
         ConfigError: an option that would have no effect on these rows.
@@ -86,9 +89,9 @@ def prepare_stream(
         buffer_size=section.shuffle_buffer or DEFAULT_BUFFER,
     )
     try:
-        wanted = max(num_preview + num_score, num_final, MIN_HELD_OUT)
+        wanted = max(num_preview + num_score + num_final, MIN_HELD_OUT)
         start = _Start(section, reader, rows, RowStore(Spool(folder), with_columns=with_columns))
-        start.read(wanted)
+        start.read(wanted, None if progress is None else ReadProgress(progress))
         start.check(is_prompt_configured=is_prompt_configured)
         data = start.run_data(
             preparer,
@@ -96,7 +99,7 @@ def prepare_stream(
             validation_sources=find_sources(section.validation_path, offline=offline)
             if section.validation_path is not None
             else [],
-            counts=(num_preview, num_final, num_score),
+            counts=(num_preview, num_score, num_final),
         )
         if resume is not None:
             _go_on(reader, rows, resume)
@@ -148,12 +151,15 @@ class _Start:
         """The pass ended: these are all rows there are."""
         return self.mark.rows_per_pass is not None
 
-    def read(self, wanted: int) -> None:
+    def read(self, wanted: int, progress: ReadProgress | None = None) -> None:
         """Fill the buffer, and read on until enough rows are held out, as far as that makes sense.
 
         Args:
             wanted: rows to be held out.
+            progress: told of each row.
         """
+        if progress is not None:
+            progress.begin("", "")
         share = 0.0 if self.section.validation_path is not None else self.section.validation_split
         buffer = self.rows.buffer_size
         most = max(buffer, PATIENCE * wanted / share) if share else buffer
@@ -167,6 +173,8 @@ class _Start:
             tally = self.store.tally
             for row in piece.rows:
                 tally.add_read(row)
+                if progress is not None:
+                    progress.add_row()
                 tally.num_marked += row.messages[0]["role"] == MARKED_ROLE
                 self._num_sources = max(self._num_sources, row.source + 1)
             self.store.add(piece.piece, piece.rows, is_training=True)
@@ -206,7 +214,7 @@ class _Start:
             preparer: with the run's own tokenizer.
             with_columns: prompts keep all that the file says of their row.
             validation_sources: of `data.validation_path`.
-            counts: prompts of previews, of the final evaluation, and for scores.
+            counts: prompts of previews, for scores, and of the final evaluation.
         """
         errors = RowErrors("skip")
         errors.add_all([self.reader.errors])
@@ -229,16 +237,13 @@ class _Start:
             dropped=self.reader.dropped,
             left_out=[name for source in self.reader.sources for name in source.found.left_out],
         )
-        num_preview, num_final, num_score = counts
-
-        def prompts(count: int) -> Any:
-            return first_prompts(rows, sides, seen, count, encoder.sayer)
-
+        asked = choose_prompts(rows, sides, seen, counts, encoder.sayer)
+        card = replace(card, num_final_asked=asked.num_final_asked)
         self._note_rows(rows, sides)
         return RunData(
-            preview_prompts=prompts(num_preview),
-            final_prompts=prompts(num_final),
-            score_prompts=prompts(num_preview + num_score)[num_preview:] if num_score else (),
+            preview_prompts=asked.previews,
+            final_prompts=asked.final,
+            score_prompts=asked.scores,
             card=self._as_streamed(card),
             system_prompt=preparer.system_prompt,
             file_hashes={source.name: source.content_hash() for source in validation_sources},
