@@ -13,6 +13,7 @@ from trainer.config.schema import DataSection
 from trainer.data.card import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
+from trainer.data.streaming import prepare_stream
 from trainer.preview.base import golden_figures
 from trainer.preview.golden import golden_parts
 from trainer.profiles import DataProfile, get_profile
@@ -130,6 +131,30 @@ def test_the_final_evaluation_asks_what_nothing_else_asked_and_says_where_it_can
     assert many.card.num_final_asked == len(asked & {one.prompt_id for one in many.final_prompts})
     assert many.card.num_final_asked == 25 - (30 - 12)
     assert any(label == "final" for label, _ in card_lines(many.card))
+
+
+def test_the_final_evaluation_of_a_stream_asks_what_nothing_else_asked(
+    write_rows: Callable[..., Path], tokenizer: Any
+) -> None:
+    rows = [{"question": f"what is {n}?", "answer": f"it is {n}"} for n in range(60)]
+    section = DataSection(dataset_path=str(write_rows(rows)), validation_split=0.5, cache=False)
+
+    def prepared(num_final: int) -> tuple[int, int, int]:
+        data = prepare_stream(
+            section,
+            encoder=RowEncoder(tokenizer, 256),
+            num_preview=3,
+            num_score=3,
+            num_final=num_final,
+        )
+        asked = {one.prompt_id for one in (*data.preview_prompts, *data.score_prompts)}
+        num_asked = len(asked & {one.prompt_id for one in data.final_prompts})
+        return len(data.final_prompts), num_asked, data.card.num_final_asked
+
+    assert prepared(5) == (5, 0, 0)
+    num_final, num_asked, told = prepared(60)
+    assert num_final < 60  # the held-out rows are fewer
+    assert num_asked == told == 6
 
 
 def test_rows_whose_question_is_blank_are_counted_on_the_card(
