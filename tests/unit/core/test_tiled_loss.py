@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from benchmarks import bench_loss
 from tests.trust import reference
 from tests.unit.core.test_loss import gradients, ragged_batch
 from trainer.core import loss
@@ -115,6 +117,35 @@ def test_a_model_that_does_something_else_behind_its_head_is_not_tiled() -> None
 
     model.forward = shifted
     assert find_post_head(model, ragged_batch()) is None
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "device_type", "positions"),
+    [
+        (512, "cpu", 8192),
+        (32_000, "cpu", 192),
+        (151_936, "cpu", 192),
+        (2**26, "cpu", 1),
+        (2**27, "cpu", 1),
+        (32_000, "cuda", 2097),
+        (151_936, "cuda", 441),
+    ],
+)
+def test_a_tile_is_shorter_on_a_cpu_than_on_a_gpu(
+    vocabulary: int, device_type: str, positions: int
+) -> None:
+    assert loss.tile_length(vocabulary, device_type) == positions
+
+
+@pytest.mark.long
+def test_a_loss_of_1536_tokens_and_32000_words_holds_100_mib_of_tensors() -> None:
+    """All logits at once hold more than 500; gradients of parameters are not counted."""
+    size = ["--tokens", "1536", "--vocabulary", "32000", "--hidden", "512"]
+    for arm, low, high in (("192", 50, 100), ("all at once", 500, 600)):
+        words = [sys.executable, "-m", "benchmarks.bench_loss", "--live", *size, "--arm", arm]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert low < json.loads(done.stdout.splitlines()[-1])["mib"] <= high
+    assert bench_loss.usual_tile(32000) == 192
 
 
 PEAK = """
