@@ -103,7 +103,8 @@ def measure(case: Case) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile
 
     from tests.unit.core.test_memory import BATCH_SIZE, LENGTH, SETUP, real_model
-    from trainer.core.loss import PostHead, Tiling, supervised_loss
+    from trainer.core.loss import supervised_loss
+    from trainer.core.tiles import PostHead, Tiling
 
     torch.set_num_threads(1)
     accelerator = accelerator_of(case)

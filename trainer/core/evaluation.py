@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from trainer.core.checks import tiling_of
-from trainer.core.loss import Tiling, loss_share, supervised_loss
+from trainer.core.loss import loss_share, supervised_loss
 from trainer.core.run import Prepared
 from trainer.core.sharding import dealt
+from trainer.core.tiles import Tiling
 from trainer.data.batches import EncodedDataset, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.preview.neutral import undisturbed

@@ -5,14 +5,13 @@ without loss weights, which makes it the token mean.
 
 A forward pre-hook on the LM head keeps the supervised hidden states; the model's own forward
 does the rest, so that logit scaling, soft-capping, adapters and DDP wrappers keep working. Where
-the logits of a batch would be large, the head is applied to tiles of the kept states, whose logits
-are computed again in the backward pass: memory for one tile in place of memory for all.
+the logits of a batch would be large, the head is applied to tiles of the kept states (tiles.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
+from trainer.core.tiles import PostHead, Tiling, summed_in_tiles, summed_loss
 from trainer.data.batches import LOSS_WEIGHTS
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 """How far our loss may be from the model's own on one batch, by compute dtype."""
-
-
-TILE_LOGITS = 2**26
-"""Logits that one tile may have: 256 MiB in fp32, and about three times that with gradients."""
-
-CPU_TILE_LOGITS, CPU_TILE_POSITIONS = 2**22, 192
-"""On a CPU a tile has no more logits, or no more positions, than that, whichever is longer. Each
-tile adds to the gradient of the whole head. A GPU, whose products are far faster than its memory,
-would wait for that as long as for the products of so few positions."""
 
 SUPERVISED = "supervised"
 """Key of batches: `supervised_positions` of the labels, made on the CPU beside the batch."""
@@ -46,48 +36,6 @@ NUM_TOKENS = "num_tokens"
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Config fields by which models multiply or divide their logits, or what goes into the head."""
-
-
-@dataclass(frozen=True)
-class PostHead:
-    """What a model's forward does to the output of its LM head: cap * tanh(scale * x / cap)."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) from the head's output."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-
-FusedSum = Callable[[torch.Tensor, Any, torch.Tensor, torch.Tensor | None, PostHead], torch.Tensor]
-"""(N, D) states, head, (N,) targets, (N,) weights or None -> summed cross-entropy."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the head is applied to parts of a batch's kept positions."""
-
-    post: PostHead
-    length: int
-    """Positions in one tile; fewer than that are not tiled."""
-    fused: FusedSum | None = None
-    """A kernel that does all tiles at once, once it is proved."""
-
-    @classmethod
-    def of(cls, post: PostHead, vocabulary: int, device_type: str) -> Tiling:
-        """Tiles for a head of so many tokens on a kind of device."""
-        return cls(post, tile_length(vocabulary, device_type))
-
-
-def tile_length(vocabulary: int, device_type: str) -> int:
-    """Positions of one tile."""
-    most = TILE_LOGITS // vocabulary
-    if device_type == "cpu":
-        most = min(most, max(CPU_TILE_LOGITS // vocabulary, CPU_TILE_POSITIONS))
-    return max(1, most)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -255,20 +203,8 @@ def _tiled_sum(
     if len(hidden) != 1 or any(isinstance(one, DTensor) for one in head.parameters()):
         return None
 
-    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
-        # Past the hooks of the module: those of FSDP would give its weights back, and reduce their
-        # gradients, behind each tile. The forward above has gathered them.
-        return summed_loss(tiling.post(head.forward(states[None])[0]), wanted, by)
-
-    length = tiling.length
-    weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
-    parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
     with autocast:
-        if tiling.fused is not None:
-            total = tiling.fused(hidden[0], head, target, weights, tiling.post)
-        else:
-            sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-            total = torch.stack(sums).sum()
+        total = summed_in_tiles(hidden[0], head, target, weights, tiling)
     return _through(total, output.logits) if isinstance(unwrapped, FSDPModule) else total, output
 
 
@@ -294,17 +230,6 @@ def _through(total: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """
     found: torch.Tensor = _Through.apply(total, logits)  # type: ignore[no-untyped-call]
     return found
-
-
-def summed_loss(
-    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """Cross-entropy of (N, V) logits, each position times its weight."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()  # a softmax over many tokens loses digits in half precision
-    if weights is None:
-        return F.cross_entropy(logits, target, reduction="sum")
-    return (F.cross_entropy(logits, target, reduction="none") * weights).sum()
 
 
 def supervised_loss(

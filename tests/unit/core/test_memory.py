@@ -30,10 +30,11 @@ from benchmarks import memory_card
 from trainer.config.training_sections import Hyperparams, LoraSection
 from trainer.core import dry_run, fake_step, memory
 from trainer.core.dry_run import find_fit, mode_needs
-from trainer.core.loss import PostHead, Tiling, supervised_loss
+from trainer.core.loss import supervised_loss
 from trainer.core.memory import MemorySetup, device_memory, estimate_memory, fits
 from trainer.core.optim import build_optimizer
 from trainer.core.sharding import gathered_bytes
+from trainer.core.tiles import PostHead, Tiling
 from trainer.models.adapters import add_lora
 from trainer.publish import snapshot
 

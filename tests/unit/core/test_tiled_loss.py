@@ -15,8 +15,9 @@ import transformers
 from benchmarks import bench_loss
 from tests.trust import reference
 from tests.unit.core.test_loss import gradients, ragged_batch
-from trainer.core import loss
-from trainer.core.loss import PostHead, Tiling, find_post_head, prove_tiling, supervised_loss
+from trainer.core import loss, tiles
+from trainer.core.loss import find_post_head, prove_tiling, supervised_loss
+from trainer.core.tiles import PostHead, Tiling
 from trainer.data.batches import LOSS_WEIGHTS
 
 SIZES: dict[str, Any] = {
@@ -64,7 +65,20 @@ def test_what_a_family_does_behind_its_head_is_found(family: str) -> None:
     assert found.cap == expected.cap
 
 
-def check_tiles(model: Any, post: PostHead | None, *, weighted: bool = False) -> None:
+WAYS = ("beside the sum", "autograd")
+"""How gradients are made: of a plain head in the forward pass, of all others by autograd."""
+
+
+def check_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+    model: Any,
+    post: PostHead | None,
+    *,
+    way: str = WAYS[0],
+    weighted: bool = False,
+    tolerance: tuple[float, float] = (1e-6, 1e-5),
+) -> None:
+    """Loss and gradients in tiles of 7 positions are those of all logits, made in the given way."""
     batch = ragged_batch()
     if weighted:
         drawn = torch.Generator().manual_seed(3)
@@ -72,37 +86,53 @@ def check_tiles(model: Any, post: PostHead | None, *, weighted: bool = False) ->
     assert post is not None
     plain = supervised_loss(model, model, batch)
     plain_grad = gradients(model, plain)
-    calls: list[int] = []
+    calls: dict[str, list[int]] = {name: [] for name in WAYS}
     head = loss.head_of(model)
-    forward = head.forward
+    forward, with_gradient = head.forward, tiles._with_gradient
 
     def noting(states: torch.Tensor) -> torch.Tensor:
-        calls.append(states.shape[1])
+        calls["autograd"].append(states.shape[1])
         return forward(states)
 
-    head.forward = noting
+    def noting_gradients(output: torch.Tensor, *rest: Any) -> Any:
+        calls["beside the sum"].append(len(output))
+        return with_gradient(output, *rest)
+
+    monkeypatch.setattr(tiles, "_with_gradient", noting_gradients)
+    if way == "autograd":
+        head.forward = noting
     tiled = supervised_loss(model, model, batch, tiling=Tiling(post, 7))
-    assert max(calls[1:]) == 7
-    assert len(calls) > 5
+    assert max(calls[way][1:]) == 7
+    assert len(calls[way]) > 5
     tiled_grad = gradients(model, tiled)
-    assert tiled.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert (tiled_grad - plain_grad).norm() <= 1e-5 * plain_grad.norm()
+    assert tiled.item() == pytest.approx(plain.item(), rel=tolerance[0])
+    assert (tiled_grad - plain_grad).norm() <= tolerance[1] * plain_grad.norm()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["tokens", "weights"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_in_tiles_are_those_of_all_logits(family: str, weighted: bool) -> None:
-    check_tiles(model_of(family), FAMILIES[family][1], weighted=weighted)
+def test_loss_and_gradients_in_tiles_are_those_of_all_logits(
+    family: str, weighted: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, post = model_of(family), FAMILIES[family][1]
+    check_tiles(monkeypatch, model, post, way=way, weighted=weighted)
+    exact = model.double()
+    check_tiles(monkeypatch, exact, post, way=way, weighted=weighted, tolerance=(1e-12, 1e-10))
 
 
-def test_mutant_a_cap_that_is_left_out_is_killed() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_mutant_a_cap_that_is_left_out_is_killed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
-        check_tiles(model_of("Gemma2"), PostHead())
+        check_tiles(monkeypatch, model_of("Gemma2"), PostHead(), way=way)
 
 
-def test_mutant_a_scale_the_wrong_way_round_is_killed() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_mutant_a_scale_the_wrong_way_round_is_killed(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AssertionError):
-        check_tiles(model_of("Granite"), PostHead(8.0))
+        check_tiles(monkeypatch, model_of("Granite"), PostHead(8.0), way=way)
 
 
 @torch.no_grad()
@@ -134,7 +164,7 @@ def test_a_model_that_does_something_else_behind_its_head_is_not_tiled() -> None
 def test_a_tile_is_shorter_on_a_cpu_than_on_a_gpu(
     vocabulary: int, device_type: str, positions: int
 ) -> None:
-    assert loss.tile_length(vocabulary, device_type) == positions
+    assert tiles.tile_length(vocabulary, device_type) == positions
 
 
 @pytest.mark.long
@@ -151,14 +181,14 @@ def test_a_loss_of_1536_tokens_and_32000_words_holds_100_mib_of_tensors() -> Non
 PEAK = """
 import sys, torch
 from pathlib import Path
-from trainer.core import loss
+from trainer.core import loss, tiles
 from transformers import Qwen3Config, Qwen3ForCausalLM
 torch.set_num_threads(1)
 config = Qwen3Config(vocab_size=32768, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                      num_attention_heads=1, num_key_value_heads=1, head_dim=32)
 model = Qwen3ForCausalLM(config)
 ids = torch.randint(3, 32768, (1, 1024))
-tiling = loss.Tiling(loss.PostHead(), 64) if sys.argv[1] == "tiled" else None
+tiling = tiles.Tiling(tiles.PostHead(), 64) if sys.argv[1] == "tiled" else None
 def high_water():
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmHWM:")[1].split()[0])
@@ -199,7 +229,7 @@ def test_tiles_are_proved_in_the_dtype_of_the_run(family: str, dtype: torch.dtyp
     assert found is not None
     assert found.post.scale == pytest.approx(FAMILIES[family][1].scale)
     assert found.post.cap == FAMILIES[family][1].cap
-    assert found.length == loss.CPU_TILE_LOGITS // 128
+    assert found.length == tiles.CPU_TILE_LOGITS // 128
 
 
 @torch.no_grad()
