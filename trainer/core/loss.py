@@ -174,7 +174,7 @@ def _tiled_sum(
     weights: torch.Tensor | None,
     tiling: Tiling,
 ) -> tuple[torch.Tensor, Any] | None:
-    """Summed cross-entropy, tile by tile, and the output of the forward, whose logits are not it.
+    """Summed cross-entropy, tile by tile, and the router loss of the forward, if it has one.
 
     Args:
         target: (N,) token ids that follow the positions.
@@ -202,10 +202,12 @@ def _tiled_sum(
         hook.remove()
     if len(hidden) != 1 or any(isinstance(one, DTensor) for one in head.parameters()):
         return None
-
+    aux_loss = getattr(output, "aux_loss", None)
+    logits = output.logits if isinstance(unwrapped, FSDPModule) else None
+    del output  # the graph of its logits keeps the head's weights in autocast's dtype
     with autocast:
-        total = summed_in_tiles(hidden[0], head, target, weights, tiling)
-    return _through(total, output.logits) if isinstance(unwrapped, FSDPModule) else total, output
+        total = summed_in_tiles(hidden.pop(), head, target, weights, tiling)
+    return total if logits is None else _through(total, logits), aux_loss
 
 
 class _Through(torch.autograd.Function):
@@ -272,13 +274,13 @@ def supervised_loss(
         )
     if found is None:
         logits, output = _forward_on(model, unwrapped, inputs, positions)
-        found = summed_loss(logits, wanted, weights), output
-    total, output = found
+        found = summed_loss(logits, wanted, weights), getattr(output, "aux_loss", None)
+    total, aux_loss = found
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()
     loss: torch.Tensor = total / _divisor(num_items)
     if router and len(wanted):  # blank rows have no router loss either
-        loss = loss + router * output.aux_loss.to(loss.device)
+        loss = loss + router * aux_loss.to(loss.device)
     return loss
 
 

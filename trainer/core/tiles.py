@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,9 @@ CPU_TILE_LOGITS, CPU_TILE_POSITIONS = 2**22, 192
 """On a CPU a tile has no more logits, or no more positions, than that, whichever is longer. Each
 tile adds to the gradient of the whole head. A GPU, whose products are far faster than its memory,
 would wait for that as long as for the products of so few positions."""
+
+ROWS = 2**12
+"""Rows of the weight at a time where dtypes differ: what mixes them makes copies."""
 
 
 def tile_length(vocabulary: int, device_type: str) -> int:
@@ -128,7 +132,7 @@ def is_plain(head: Any) -> bool:
     return (
         type(head) is nn.Linear
         and "forward" not in vars(head)  # where accelerate moves weights in, or somebody looks on
-        and type(head.weight) is nn.Parameter
+        and type(head.weight) in (nn.Parameter, FakeTensor)  # no quantized one, no shard
         and head.weight.is_floating_point()
     )
 
@@ -182,8 +186,10 @@ class _SumWithGradients(torch.autograd.Function):
         assert grads is not None, "the gradients of a loss in tiles are scaled in place, once"
         for grad in grads:
             if grad is not None:
-                # Of as many dimensions, so that a factor is not rounded to a half precision.
-                torch.mul(grad, gradient.reshape((1,) * grad.dim()), out=grad)
+                # Of as many dimensions, so that the factor is not rounded to a half precision.
+                factor = gradient.reshape((1,) * grad.dim())
+                for rows in torch.split(grad, ROWS):
+                    torch.mul(rows, factor, out=rows)
         return *grads, None, None, None
 
 
@@ -198,7 +204,7 @@ def _with_gradient(
     """`summed_loss` of the head's output (N, V), and the gradient of that, in its dtype."""
     logits = post(output)
     precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    gradient = torch.log_softmax(logits, -1, dtype=precise)
+    gradient = torch.log_softmax(logits.to(precise), -1)
     index = target[:, None]
     of_target = gradient.gather(1, index)  # (N, 1) log-probabilities
     gradient.exp_().scatter_(1, index, of_target.expm1())
@@ -223,6 +229,10 @@ def _add_gradients(
     if of_weight is not None and of_weight.dtype == logits_grad.dtype:
         of_weight.addmm_(logits_grad.t(), states)
     elif of_weight is not None:
-        of_weight.add_(logits_grad.t() @ states)
+        parts = zip(
+            torch.split(of_weight, ROWS), torch.split(logits_grad, ROWS, dim=1), strict=True
+        )
+        for rows, part in parts:
+            rows.add_((part.t() @ states).to(rows.dtype))
     if of_bias is not None:
         of_bias.add_(logits_grad.sum(0))

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from benchmarks import bench_loss
 from tests.trust import reference
@@ -41,6 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], PostHead]] = {
     "Granite": ({"logits_scaling": 8.0}, PostHead(1 / 8)),
     "HyperCLOVAX": ({"logits_scaling": 4.0}, PostHead(4.0)),
     "MiniCPM3": ({"dim_model_base": 16, **MINI}, PostHead()),
+    "Phi": ({}, PostHead()),  # its head has a bias
 }
 
 
@@ -242,7 +246,9 @@ def test_a_cap_is_found_by_logits_that_are_too_small_to_show_it() -> None:
     assert found.cap == 3.0
 
 
-def test_tiles_are_made_in_the_autocast_of_the_forward_that_they_belong_to() -> None:
+def test_tiles_are_made_in_the_autocast_of_the_forward_that_they_belong_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Accelerate puts autocast around the model's forward, and nothing around the loss."""
     model = reference.llama()
     forward, seen = model.forward, []
@@ -252,11 +258,90 @@ def test_tiles_are_made_in_the_autocast_of_the_forward_that_they_belong_to() -> 
             return forward(*args, **options)
 
     model.forward = with_autocast
-    hook = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    with_gradient = tiles._with_gradient
+
+    def noting(output: torch.Tensor, *rest: Any) -> Any:
+        seen.append(output.dtype)
+        return with_gradient(output, *rest)
+
+    monkeypatch.setattr(tiles, "_with_gradient", noting)
     batch = {"input_ids": torch.arange(40)[None], "labels": torch.arange(40)[None]}
     whole = supervised_loss(model, model, batch)
+    plain_grad = gradients(model, whole)
     tiled = supervised_loss(model, model, batch, tiling=Tiling(PostHead(), 7))
-    tiled.backward()
-    hook.remove()
+    tiled_grad = gradients(model, tiled)
     assert set(seen) == {torch.bfloat16}
-    assert float(tiled) == pytest.approx(float(whole), rel=1e-6)
+    assert len(seen) == 6
+    assert tiled.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    assert 0 < (tiled_grad - plain_grad).norm() <= 5e-3 * plain_grad.norm()
+
+
+class OwnHead(nn.Linear):
+    """A head with a forward of its own."""
+
+
+def heads() -> dict[str, Any]:
+    """Models whose head is not F.linear of its own dense weights alone."""
+    plain, hooked, other = (reference.llama() for _ in range(3))
+    adapters = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    add_hook_to_module(hooked.lm_head, ModelHook())
+    size = other.lm_head.in_features, other.lm_head.out_features
+    other.lm_head = OwnHead(*size, bias=False)
+    found = {"adapted": get_peft_model(plain, adapters), "hooked": hooked, "of a class": other}
+    return {name: model.double() for name, model in found.items()}
+
+
+def test_other_heads_are_left_to_autograd_and_get_the_same_gradients() -> None:
+    batch = ragged_batch()
+    for name, model in heads().items():
+        assert not tiles.is_plain(loss.head_of(model)), name
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = supervised_loss(model, inner, batch)
+        plain_grad = gradients(model, plain)
+        tiled = supervised_loss(model, inner, batch, tiling=Tiling(PostHead(), 7))
+        assert tiled.item() == pytest.approx(plain.item(), rel=1e-12), name
+        apart = (gradients(model, tiled) - plain_grad).norm()
+        assert apart <= 1e-10 * plain_grad.norm(), name
+    assert tiles.is_plain(reference.llama().lm_head)
+
+
+@pytest.mark.parametrize("frozen", ["head", "body"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(frozen: str) -> None:
+    model = model_of("Qwen3").double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("lm_head") == (frozen == "body"))
+    batch = ragged_batch()
+    plain_grad = gradients(model, supervised_loss(model, model, batch))
+    tiled = supervised_loss(model, model, batch, tiling=Tiling(PostHead(), 7))
+    assert (gradients(model, tiled) - plain_grad).norm() <= 1e-10 * plain_grad.norm()
+    assert (model.lm_head.weight.grad is None) == (frozen == "head")
+
+
+def test_gradients_that_were_given_are_not_given_again() -> None:
+    model = reference.llama()
+    tiled = supervised_loss(model, model, ragged_batch(), tiling=Tiling(PostHead(), 7))
+    tiled.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="once"):
+        tiled.backward()
+
+
+def test_a_weight_in_half_precision_gets_a_gradient_that_is_rounded_once_behind_its_factor() -> (
+    None
+):
+    """A factor of 2^20 over 3 is more than fp16 has."""
+    torch.manual_seed(0)
+    states, target = torch.randn(21, 16).half(), torch.randint(64, (21,))
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        head = nn.Linear(16, 64, bias=False).to(dtype)
+        with torch.no_grad():
+            head.weight.copy_(torch.linspace(-1, 1, 64 * 16).view(64, 16))
+        total = tiles.summed_in_tiles(
+            (1e-3 * states).to(dtype), head, target, None, Tiling(PostHead(), 7)
+        )
+        (total * (2**20 / 3)).backward()
+        found.append(head.weight.grad.float())
+    assert found[0].isfinite().all()
+    assert found[1].abs().max() > 0
+    assert (found[0] - found[1]).norm() <= 2e-3 * found[1].norm()
