@@ -8,7 +8,9 @@ parent too.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -137,6 +139,26 @@ class Child:
                 logger.warning("process %d was killed and is still there", self.pid)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use, at least 1; its affinity counts where it is known."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def half_the_cores() -> int:
+    """Threads of a process that computes beside another one, at least 1."""
+    return max(1, usable_cores() // 2)
+
+
+def thread_variables(num_threads: int) -> dict[str, str]:
+    """Environment of a child that computes beside others: its CPU threads, and how they wait."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to the others
+    }
+
+
 FALSE_HERE = {
     # Rows are cut or dropped after they were made into tokens.
     "transformers.tokenization_utils_base": "will result in indexing errors",
@@ -172,6 +194,12 @@ def quiet_libraries() -> Callable[[], None]:
     return put_back
 
 
+def end_quickly() -> None:
+    """When this process ends, look for no garbage: among torch's objects that takes seconds."""
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
+
+
 def first_line(descriptor: int) -> bytes:
     """In a child: one line and not a byte more, as the rest is read as it comes."""
     line = b""
@@ -189,6 +217,7 @@ def own_lines() -> tuple[IO[bytes], IO[bytes]]:
     What libraries print, or read, no longer meets the lines: their stdout is stderr from here on.
     """
     quiet_libraries()
+    end_quickly()
     lines_in, lines_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -16,7 +16,7 @@ import sys
 import warnings
 
 from trainer import __version__
-from trainer.child import is_told_by_first, quiet_libraries
+from trainer.child import end_quickly, is_told_by_first, quiet_libraries
 from trainer.errors import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     rank = f"[rank {os.environ['RANK']}] " if "LOCAL_RANK" in os.environ else ""
     logging.basicConfig(format=f"{rank}%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     quiet_libraries()
+    end_quickly()
     try:
         code = _run_told(words)
         sys.stdout.flush()  # at exit, a reader that went away would be a traceback

@@ -144,6 +144,10 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+STAGING_NAME = re.compile(r"^\.tmp-step-\d{8}-(\d+)$")
+"""Of a checkpoint that is being written, by the process of this number."""
+
+
 def checkpoint_steps(root: Path) -> list[int]:
     """Steps of which a run's `checkpoints/` has one, in order; whether it is whole is not seen."""
     if not root.is_dir():

@@ -7,12 +7,13 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trainer.child import quiet_libraries
 from trainer.config.schema import TrainerConfig
 from trainer.errors import EXIT_USER_INPUT
 from trainer.monitoring.events import Observer
+from trainer.monitoring.resuming import chat_command
 from trainer.views.report import RunRecords
 from trainer.views.terminal import DisplayKind, create_display
 from trainer.views.words import preview_failure_words
@@ -43,7 +44,7 @@ def run_job(
 
     Args:
         display: how it is shown; None: as monitoring.display says (`auto`). A view of one's own is
-            an observer.
+            an observer, and alone: beside it only an error is printed, on standard error.
         observers: told of every event, in the main process; one method, `on_event(event)`. An
             exception in one is logged and does not stop the run.
         callbacks: of transformers, called before ours at each point. An exception ends the run.
@@ -83,7 +84,7 @@ def _run_job(
         )
     if not is_main_process():
         return TrainerEngine(callbacks=callbacks).run_job(config)
-    is_for_people = shown not in PROGRAMS
+    is_for_people = isinstance(shown, str) and shown not in PROGRAMS  # a view of one's own is alone
     if is_for_people:
         folder = shlex.quote(os.path.expanduser(config.output.output_dir))
         print(f"live page: trainer monitor {folder}", flush=True)
@@ -93,7 +94,7 @@ def _run_job(
     result = engine.run_job(config)
     report = records.finish(result.output_dir)
     if shown != "off":
-        _say_how_it_ended(result, report, is_for_people=is_for_people)
+        _say_how_it_ended(result, report, config.model_dump(), is_for_people=is_for_people)
     return result
 
 
@@ -102,7 +103,9 @@ def kinds() -> tuple[str, ...]:
     return (*get_args(DisplayKind), "off")
 
 
-def _say_how_it_ended(result: TrainingResult, report: Path | None, *, is_for_people: bool) -> None:
+def _say_how_it_ended(
+    result: TrainingResult, report: Path | None, config: dict[str, Any], *, is_for_people: bool
+) -> None:
     if result.error_message:
         word = "stopped" if result.state == "stopped" else "error"
         print(f"{word}: {result.error_message}", file=sys.stderr)
@@ -111,7 +114,7 @@ def _say_how_it_ended(result: TrainingResult, report: Path | None, *, is_for_peo
     print(f"model: {result.model_path}")
     if report is not None:
         print(f"report: {report}")
-    print(f"talk to it: trainer chat {result.output_dir}")
+    print(f"talk to it: {chat_command(str(result.output_dir), config)}")
     failure = preview_failure_words(result.summary)
     if failure is not None:
         print(f"warning: {failure}")

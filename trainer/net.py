@@ -40,7 +40,26 @@ def without_secrets(address: str) -> str:
 
 def is_cut(address: str) -> bool:
     """Whether a secret was taken out of this address, so that it leads nowhere any more."""
-    return f"//{CUT}@" in address or f"={CUT}" in address
+    return f"//{CUT}@" in address or f"={CUT}" in address or address.endswith(f"?{CUT}")
+
+
+def name_without_secrets(name: str) -> str:
+    """A file's path or address as it may be shown and compared.
+
+    Of an address without a secret nothing is changed. A query with a key in it goes as a whole: in
+    signed addresses the rest of it changes from day to day, and the file does not.
+    """
+    if "://" not in name:
+        return name
+    shown = without_secrets(name)
+    if not is_cut(shown):
+        return name
+    return f"{shown.partition('?')[0]}?{CUT}" if f"={CUT}" in shown else shown
+
+
+def names_without_secrets(names: str) -> str:
+    """The same of several names with commas between."""
+    return ",".join(map(name_without_secrets, names.split(",")))
 
 
 # ---- addresses: what is this machine, and a socket that is bound before anything slow is done

@@ -28,10 +28,14 @@ def test_the_page_shows_the_card_lines_of_a_run_with_weights_and_dropped_rows(
     with helpers.program(*train) as (process, _):
         assert process.wait(120) == 0
     lines = json.loads((run / "run.json").read_text())["data_card_lines"]
-    assert dict(lines)["too long"].startswith("1 rows of more than 64 tokens left out")
+    assert dict(lines)["too long"].startswith("1 row of more than 64 tokens left out")
     page = open_page(monitor(run), wait_for="#about")
     page.get_by_text("before training: data card").first.click()
     page.wait_for_selector("#about td:has-text('left out')")
     shown = page.locator("#about tr").all()
     cells = [[cell.inner_text() for cell in row.locator("th, td").all()] for row in shown]
     assert cells[: len(lines)] == lines
+    assert [name for name, _ in lines if name.startswith("source ")] == ["source one", "source two"]
+    page.get_by_text("all curves").first.click()
+    page.wait_for_selector("#source-losses canvas")
+    assert page.locator("#source-losses").is_visible()

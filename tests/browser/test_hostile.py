@@ -141,6 +141,13 @@ def test_a_report_opens_without_network_and_runs_no_script(
     assert (line.get_attribute("open") is not None) != was_open
 
 
+# In pixels, of what is drawn.
+SMALLEST_TEXT = """Math.min(...[...document.querySelectorAll('body *')]
+  .filter(one => one.getClientRects().length
+    && [...one.childNodes].some(child => child.nodeType === 3 && child.textContent.trim()))
+  .map(one => parseFloat(getComputedStyle(one).fontSize)))"""
+
+
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1440, 900)])
 def test_the_first_screen_of_a_report_has_headline_newest_step_and_first_difference(
     open_page: Callable[..., Any], helpers: Any, tmp_path: Path, width: int, height: int
@@ -184,3 +191,4 @@ def test_the_first_screen_of_a_report_has_headline_newest_step_and_first_differe
     assert page.locator(".turns").first.bounding_box()["width"] <= body["width"] <= width
     page.mouse.wheel(500, 0)
     assert page.locator("h1").bounding_box()["x"] >= 0  # nothing to scroll sideways
+    assert page.evaluate(SMALLEST_TEXT) >= 11

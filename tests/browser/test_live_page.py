@@ -7,6 +7,7 @@ import math
 import os
 import re
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -194,10 +195,11 @@ def _seconds_from_file_to_page(page: Any, run: Path, helpers: Any, step: int) ->
 def test_a_page_opened_before_the_run_starts_shows_it_and_a_restart_counts_once(
     open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
 ) -> None:
-    page = open_page(monitor(tmp_path), wait_for="h1")
-    assert "No runs yet" in page.locator(".page").inner_text()
-    run = tmp_path / "run"
-    run.mkdir()
+    outputs = tmp_path / "outputs"  # made by the run
+    page = open_page(monitor(outputs), wait_for="h1")
+    assert f"Waiting for a run in {outputs}" in page.locator(".page").inner_text()
+    run = outputs / "run"
+    run.mkdir(parents=True)
     lines = [helpers.preview_of(step, 0) for step in (0, 100, 200)]
     helpers.write_lines(run / "previews.jsonl", lines)
     (run / "status.json").write_text(json.dumps(helpers.status_of(step=200, total_steps=400)))
@@ -454,3 +456,29 @@ CONTRASTS = """() => {
   }
   return poor;
 }"""
+
+
+def test_a_run_whose_files_take_seconds_to_read_is_shown_when_they_are_read(
+    open_page: OpenPage, monitor: Monitor, helpers: Any, tmp_path: Path
+) -> None:
+    """As on a slow disk, or on a machine that trains with all its cores."""
+    run = tmp_path / "run"
+    run.mkdir()
+    text = json.dumps(helpers.status_of(step=200, total_steps=200))
+    (run / "status.json").write_text(text)
+    url = monitor(run)
+    os.mkfifo(tmp_path / "slow")
+    (tmp_path / "slow").replace(run / "status.json")  # whoever reads it waits for a writer
+
+    def answer() -> None:
+        time.sleep(4.0)
+        with (run / "status.json").open("w") as file:
+            (tmp_path / "status").write_text(text)
+            (tmp_path / "status").replace(run / "status.json")
+            file.write(text)
+
+    writer = threading.Thread(target=answer)
+    writer.start()
+    page = open_page(url, wait_for=".state-completed")
+    assert page.inner_text(".state") == "completed, step 200 of 200"
+    writer.join()

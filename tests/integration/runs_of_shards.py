@@ -37,15 +37,14 @@ class Runs:
         )
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"
-        rows = root / "rows.jsonl"
-        rows.write_text(
-            "".join(
-                json.dumps({"question": f"what is {n} plus {n}?", "answer": f"{2 * n}. " * (n % 4)})
-                + "\n"
+        for name, asked in (("rows", "what is {n} plus {n}?"), ("more", "double {n}")):
+            rows = [
+                {"question": asked.format(n=n), "answer": f"{2 * n}. " * (n % 4)}
                 for n in range(1, 73)
                 if n % 4
-            )
-        )
+            ]
+            path = root / f"{name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def model(self, kind: str) -> Path:
         """A tiny Qwen3 with a tied head; `full untied`, or `full moe` of a Mixtral."""
@@ -141,7 +140,7 @@ class Runs:
 
 
 def figures(run: Path) -> dict[str, float]:
-    """Losses of a run's steps and evaluations."""
+    """Losses of a run's steps and evaluations, and of the sources of its rows."""
     found = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
@@ -149,6 +148,8 @@ def figures(run: Path) -> dict[str, float]:
             found[f"step {values['step']}"] = values["train_loss"]
         elif values["type"] == "EvaluationDone":
             found[f"validation {values['step']}"] = values["val_loss"]
+        losses = {key: loss for key, loss in values.items() if "loss/" in key}
+        found |= {f"{key} {values['step']}": loss for key, loss in losses.items()}
     return found
 
 
@@ -164,6 +165,8 @@ def config_of(runs: Runs, out: Path, world: int, *case: Any) -> dict[str, Any]:
     config = runs.config(out, world, STRATEGY[world], f"full {model}")
     for section, values in sections.items():
         config.setdefault(section, {}).update(values)
+    if "mix_probabilities" in config["data"]:
+        config["top"]["dataset_path"] += f",{runs.root / 'more.jsonl'}"
     return config
 
 

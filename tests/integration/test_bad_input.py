@@ -237,5 +237,5 @@ def test_bad_rows_are_counted_and_left_out_when_asked_to(
     words = ["--model", "tiny", "--max-steps", "1", "--monitoring.preview_max_tokens", "4"]
     words += ["--data.on_bad_row", "skip", "--output", str(out)]
     assert main(["train", "--dataset", str(path), *words]) == 0
-    assert "1 rows: 1 not JSON" in capsys.readouterr().out
+    assert "1 row: 1 not JSON" in capsys.readouterr().out
     assert json.loads((out / "run.json").read_text())["data_card"]["num_rejected"] == 1

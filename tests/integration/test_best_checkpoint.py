@@ -30,7 +30,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
                 prepared.start_step // 2 * 2 + 2, 2
             )  # one evaluation every two steps
             return lambda model: SimpleNamespace(
-                loss=of_step[next(steps)], num_rows=8, num_trained_tokens=80
+                loss=of_step[next(steps)], num_rows=8, num_trained_tokens=80, source_losses={}
             )
 
         monkeypatch.setattr(training, "build_evaluator", build)

@@ -71,7 +71,6 @@ FAILURES: list[tuple[str, str]] = [
     ("models more", "unexpected word more"),
     ("monitor", "required: RUN_OR_FOLDER"),
     ("monitor RUN --nope", "unknown flag --nope"),
-    ("monitor nowhere", "nowhere: no such folder"),
     ("monitor some.txt", "some.txt: not a folder"),
     ("monitor RUN --host 192.0.2.1", "--key-file"),
     ("monitor RUN --host 192.0.2.1 --key-file EMPTY", "--key-file"),

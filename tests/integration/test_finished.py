@@ -71,7 +71,9 @@ def test_best_is_the_step_of_the_lowest_validation_loss(finished: Callable[..., 
         if event.get("type") == "EvaluationDone"
     }
     assert len(losses) == 3
+    assert open_run(run).step == open_run(run / "final_model").step == 6
     found = open_run(run, step="best")
+    assert found.step == int(found.model_dir.name[-8:])
     assert found.model_dir.name == f"step-{min(losses, key=lambda step: losses[step]):08d}"
 
 
@@ -146,6 +148,10 @@ def test_serve_takes_a_step_of_a_run_and_answers_what_chat_says(
         assert "checkpoint of step 2" in server.log()
         asked = {"prompt": "what is 3 plus 3?", "max_new_tokens": 8, "temperature": 0, "seed": 42}
         answer = httpx.post(f"{server.url}/generate", json=asked, timeout=120)
+        [model] = httpx.get(f"{server.url}/models").json()["models"]
+        active = httpx.get(f"{server.url}/info").json()["active"]
+    assert (model["run"], model["step"]) == (run.name, 2)
+    assert active == {name: model[name] for name in ("weights_id", "run", "step")}
     assert answer.status_code == 200, answer.text
     assert said.removesuffix(" [cut at the limit]\n") == answer.json()["text"]
 

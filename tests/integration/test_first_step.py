@@ -75,5 +75,5 @@ def test_mutant_first_step_at_rate_zero_is_killed(
 def test_a_warm_up_as_long_as_the_epochs_is_refused(train: Callable[..., Any]) -> None:
     result = train(data=FEW, hyperparams={**DEFAULT, "warmup_steps": 1})
     assert result.exit_code == 2
-    assert "warmup_steps=1 is not below the 1 steps" in result.error_message
+    assert "warmup_steps=1 is not below the 1 step that" in result.error_message
     assert not result.output_dir.exists()

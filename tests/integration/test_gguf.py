@@ -88,6 +88,7 @@ def test_a_resume_reads_the_unpacked_base_and_goes_on_bit_for_bit(
 
     straight = run_job(job("straight", **options(4)))
     assert straight.success, straight.error_message
+    assert straight.model_path is not None
     out = capsys.readouterr().out
     assert f"unpacking {file}" in out
     assert "final evaluation: answering 3 prompts" in out

@@ -68,6 +68,25 @@ class Losses:
             raise ValueError("mine")
 
 
+def test_a_view_of_ones_own_has_the_screen_to_itself(
+    job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class View:
+        def on_event(self, event: Any) -> None:
+            if type(event).__name__ in ("RunStarted", "RunEnded"):
+                print(f"mine: {type(event).__name__}")
+
+    config = job(**SHORT)
+    assert run_job(config, display=View()).success
+    out, err = capsys.readouterr()
+    assert out == "mine: RunStarted\nmine: RunEnded\n"
+    assert err == ""
+    assert not run_job(config, display=View()).success  # the folder is taken
+    out, err = capsys.readouterr()
+    assert out == "mine: RunEnded\n"
+    assert err.startswith("error: ")
+
+
 class Stop(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:

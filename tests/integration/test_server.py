@@ -11,11 +11,13 @@ import httpx
 import pytest
 
 from tests.integration.serving import Server, command, running_server
+from trainer.child import usable_cores
 from trainer.config.training_sections import ModelSection
 from trainer.models.load import load_model, load_tokenizer
 from trainer.preview.base import PreviewRequest
 from trainer.preview.http import Remote3090Backend
 from trainer.preview.local import LocalPreviewBackend
+from trainer.server.inference_process import EngineProcess
 
 pytestmark = pytest.mark.slow
 
@@ -101,3 +103,37 @@ def test_start_errors_are_one_line_and_exit_code_2(server: Server, tmp_path: Pat
         assert done.returncode == 2, done.stderr
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_cpu_server_computes_with_the_threads_that_it_was_given_and_says_so() -> None:
+    # The environment of these servers says 1; more threads than cores are not made.
+    wanted = "2 threads" if usable_cores() > 1 else "1 thread"
+    with running_server("--model", "tiny", "--threads", "2") as two:
+        assert f" on cpu in fp32 with {wanted}, " in two.line
+
+
+def test_a_server_takes_half_of_the_cores_where_nobody_says_how_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, str]] = []
+
+    class NoChild:
+        def __init__(self, *_: object, environment: dict[str, str], **__: object) -> None:
+            asked.append(environment)
+            raise EOFError
+
+    monkeypatch.setattr("trainer.server.inference_process.Child", NoChild)
+    monkeypatch.setattr("trainer.child.usable_cores", lambda: 8)
+
+    def threads(**options: int) -> str:
+        with pytest.raises(EOFError):
+            EngineProcess("tiny", "cpu", **options).start()  # type: ignore[arg-type]
+        return asked[-1]["OMP_NUM_THREADS"]
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads() == "4"
+    assert asked[-1]["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert threads(num_threads=3) == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads() == "5"
+    assert threads(num_threads=2) == "2"

@@ -135,6 +135,52 @@ def test_fields_without_effect_are_taken_at_their_default_only(client: openai.Op
         assert name in refused.value.message
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"tools": [TOOL]}, "tools is not supported: no tool is called"),
+        ({"tool_choice": "required"}, "tool_choice is not supported: no tool is called"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported: no tool is called"),
+        ({"logprobs": True}, "logprobs is not supported: probabilities of tokens"),
+        ({"top_logprobs": 3}, "top_logprobs is not supported: probabilities of tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported: answers"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not supported: a model thinks"),
+        ({"top_k": 3}, "top_k is not supported: this server samples"),
+        ({"n": 17}, "n: Input should be less than or equal to 16"),
+        ({"stop": [1, 2]}, "stop: give a string, or a list of at most 16"),
+        ({"unheard_of": 1}, "unheard_of: this request has no such field; leave it out"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content: give text, or"),
+        (
+            {"messages": [{"role": "user", "content": "a", "name": "bob"}]},
+            "messages.0.name: a turn has role and content only; leave it out",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_supported_is_one_problem_that_names_its_field(
+    body: dict[str, Any], words: str, server: Server
+) -> None:
+    asked = {"model": "tiny", "messages": TURNS, **body}
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
+    assert refused.status_code == 422
+    error = refused.json()["error"]
+    assert error["message"].startswith(words)
+    assert ";" not in error["message"].removeprefix(words).replace("; leave", "")
+    assert error["param"] == next(iter(body))
+
+
+def test_a_developer_turn_is_a_system_turn(client: openai.OpenAI) -> None:
+    said = []
+    for role in ("system", "developer"):
+        turns: Any = [{"role": role, "content": "Answer in canonical form."}, *TURNS]
+        found = client.chat.completions.create(messages=turns, **SHORT)
+        said.append((found.choices[0].message.content, found.usage.prompt_tokens))
+    assert said[0] == said[1]
+
+
 def test_models_are_listed_and_another_one_is_not_found(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     for name in ("other", "run:latest", "run@3", "../etc"):

@@ -23,6 +23,7 @@ from tests.integration.runs_of_shards import (
 from trainer.files import checkpoint_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
+MIX = {"mix_probabilities": [0.7, 0.3]}
 LORA = {"training_mode": "lora"}
 
 MODES: dict[str, Case] = {
@@ -65,6 +66,11 @@ MODES: dict[str, Case] = {
     "tiled loss of experts": ("moe", {"hyperparams": {"loss_kernel": "tiles"}}),
     "added tokens": ("tied", {"model": {"add_tokens": ["<a>", "<b>"]}}),
     "packed": ("tied", {"data": {"enable_packing": True}}),
+    "mixed files": ("tied", {"data": {**MIX, "mix_epoch": "longest"}}),
+    "mixed files, packed": (
+        "tied",
+        {"data": {**MIX, "enable_packing": True}, "hyperparams": {"max_length": 64}},
+    ),
 }
 NOISY = {
     "dropout": ("tied", {"hyperparams": LORA, "lora": {"dropout": 0.1}}),

@@ -10,8 +10,9 @@ import torch
 
 from tests.trust import flash
 from tests.trust.effects import shows
-from tests.trust.lab import LORA, NUM_ROWS, Lab
+from tests.trust.lab import BATCH_SIZE, LORA, NUM_ROWS, NUM_STEPS, Lab
 from tests.trust.reference import llama
+from trainer.core import TrainerEngine
 from trainer.data import encode_processes
 from trainer.models.adapter_files import load_finished_model
 
@@ -134,6 +135,21 @@ def dataset_path(lab: Lab) -> None:
     assert weighted.card.num_train_rows == NUM_ROWS / 2 + 40
 
 
+@shows("data.mix_probabilities", "data.mix_epoch")
+def mix_probabilities(lab: Lab) -> None:
+    other = lab.write([{"question": f"{n}", "answer": "yes"} for n in range(10)])
+    both = {"dataset_path": f"{lab.file},{other}", "validation_split": 0}
+    for ends_with, times in (("first", 1), ("longest", 4)):
+        mixed = {**both, "mix_probabilities": [0.5, 0.5], "mix_epoch": ends_with}
+        trainer = lab.trainer(data=mixed)
+        rows = list(trainer.order)
+        assert len(rows) == 20 * times
+        assert sum(row >= NUM_ROWS for row in rows) == 10 * times
+    told = lab.refusal(data={**both, "mix_probabilities": [0.2, 0.3, 0.5]})
+    assert "data.mix_probabilities has 3 numbers" in told
+    assert "1 as their sum" in lab.refusal(data={**both, "mix_probabilities": [0.5, 0.6]})
+
+
 @shows("data.format")
 def data_format(lab: Lab) -> None:
     rows = [{"text": f"plain {n}", "question": "why?", "answer": f"so {n}"} for n in range(9)]
@@ -211,6 +227,15 @@ def truncation(lab: Lab) -> None:
     assert cards["keep_end"].num_truncated == cards["drop"].num_dropped > 0
     message = lab.refusal(hyperparams=short, data={"truncation": "error"})
     assert "hyperparams.max_length is 40" in message
+    text = {"dataset_path": str(lab.write([{"text": f"{n} " * 60} for n in range(12)]))}
+    split, cut = (
+        lab.data(hyperparams=short, data={**text, "truncation": how})
+        for how in ("split", "keep_start")
+    )
+    assert (split.card.num_split, split.card.num_cut_tokens) == (12, 0)
+    assert len(split.train) > len(cut.train)
+    assert split.card.num_trained_tokens > cut.card.num_trained_tokens
+    assert "cuts plain text" in lab.refusal(hyperparams=short, data={"truncation": "split"})
 
 
 @shows("data.train_on_thinking")
@@ -238,7 +263,7 @@ def cache_size(lab: Lab) -> None:
     [entry] = folder.iterdir()
     room = 1.5 * entry.stat().st_size / 2**30
     other = lab.data(data={**kept, "cache_max_gib": room, "validation_split": 0.3})
-    assert "1 older entries removed" in other.card.cache
+    assert "1 older entry removed" in other.card.cache
     assert len([*folder.iterdir()]) == 1
 
 
@@ -275,6 +300,24 @@ def order(lab: Lab) -> None:
         return sum(max(group) * len(group) - sum(group) for group in groups)
 
     assert padding(lab.trainer().order) < padding(mixed) / 2
+
+
+@shows("data.streaming", "data.shuffle_buffer")
+def streaming(lab: Lab) -> None:
+    """Training begins once the buffer is read, and rows move by less than the buffer."""
+    file = lab.write([{"question": f"what is {n}?", "answer": f"{n}"} for n in range(3000)])
+    data = {"streaming": True, "shuffle_buffer": 300, "dataset_path": str(file)}
+    few = {**data, "validation_split": 0, "group_by_length": False}
+    read = lab.data(data=few)
+    assert 300 <= read.card.num_rows < 300 + encode_processes.PIECE
+    for size, least in ((300, 100), (2, 0)):
+        engine = TrainerEngine()
+        order = engine.create_trainer(lab.config(data={**few, "shuffle_buffer": size})).order
+        assert least < max(order) < size + NUM_STEPS * BATCH_SIZE
+        engine.close()
+    record = json.loads((lab.run(data=data).folder / "run.json").read_text())
+    assert record["stream"]["number"] > 0
+    assert "all rows are shuffled together" in lab.refusal(data={"shuffle_buffer": 4})
 
 
 @shows("data.enable_packing")

@@ -121,12 +121,14 @@ def micro_batch(
     with_mask: bool = True,
     weighted: bool = False,
     tile: int = 0,
+    mix: tuple[float, ...] = (),
     **hyper: Any,
 ) -> Counter[str]:
     """Who waited during one call of the real trainer's `training_step`."""
     rows = (weighted_rows if weighted else ragged_rows)(8)
     model = FAMILIES[family](attn_implementation=attention)
-    trainer = make_trainer(model, rows, batch_size=4, accumulation=2, capacity=capacity, **hyper)
+    options: dict[str, Any] = {"batch_size": 4, "accumulation": 2, "capacity": capacity, "mix": mix}
+    trainer = make_trainer(model, rows, **options, **hyper)
     if not with_mask:
         trainer.data_collator = TrainingCollator(PadCollator(0), with_mask=False)
     trainer.tiling = Tiling(PostHead(), tile) if tile else None
@@ -150,6 +152,8 @@ CASES: dict[str, dict[str, Any]] = {
     "weights": {"weighted": True, "with_mask": False},
     "joined packs": {"attention": "flash_attention_2", "capacity": 48},
     "joined rows": {"attention": "flash_attention_2"},
+    "sources": {"mix": (0.5, 0.5), "with_mask": False},
+    "tiles of sources": {"mix": (0.5, 0.5), "tile": 5, "weighted": True},
     "recomputed": {"gradient_checkpointing": True, "with_mask": False},
 }
 

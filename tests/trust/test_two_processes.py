@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from tests.trust import flash, two_processes
-from tests.trust.reference import distance, llama, ragged_rows, weighted_rows
-from tests.trust.trainers import trained_change
+from tests.trust.reference import distance, llama, ragged_rows, weighted_rows, weights
+from tests.trust.trainers import make_trainer, trained_change
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,30 @@ def test_n4_two_processes_train_joined_rows_as_one(ranks: Ranks) -> None:
     check_equal_to_one_process(ranks, "joined_rows", by_one_process())
     num_tokens = ranks[0]["weighted"]["last_step"]["num_tokens"]
     assert ranks[0]["joined_rows"]["last_step"]["num_tokens"] == num_tokens
+
+
+def test_n4_two_processes_train_mixed_sources_as_one(ranks: Ranks) -> None:
+    model, rows = llama(), weighted_rows(two_processes.NUM_ROWS, seed=4)
+    before = weights(model)
+    trainer = make_trainer(
+        model,
+        rows,
+        batch_size=2 * two_processes.BATCH_SIZE * two_processes.ACCUMULATION,
+        mix=two_processes.MIX,
+        optimizer=two_processes.sgd,
+    )
+    trainer.train()
+    check_equal_to_one_process(ranks, "mixed", weights(model) - before, steps=5)
+    seen = [tuple(ids) for part in ranks for ids in part["mixed"]["seen"]]
+    wanted = [tuple(rows[row][0]) for epoch in [0] for row in trainer.order.epoch_rows(epoch)]
+    assert Counter(seen) == Counter(wanted)
+    assert len(seen) == 37
+    alone = trainer.last_step
+    assert alone is not None
+    for part in ranks:
+        losses = part["mixed"]["last_step"]["source_losses"]
+        assert losses == pytest.approx(alone.source_losses, rel=1e-5)
+        assert set(losses) == {"s0", "s1"}
 
 
 def check_rows_once(ranks: Ranks, case: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.trainer_callback import PrinterCallback
 
@@ -15,7 +16,9 @@ from trainer.config import create_default_config
 from trainer.config.loader import resolve
 from trainer.core.hf_trainer import SupervisedTrainer, build_training_arguments
 from trainer.core.proofs import TrainingCollator, pack_collator, takes_borders
+from trainer.core.source_losses import SourceSums
 from trainer.data.batches import EncodedDataset, EpochOrder, PackedDataset, PadCollator
+from trainer.data.mixed_order import MixedOrder
 from trainer.data.rows import Example
 from trainer.models.precision import resolve_precision
 
@@ -46,13 +49,19 @@ def make_trainer(
     num_epochs: float = 1,
     world: int = 1,
     capacity: int | None = None,
+    mix: tuple[float, ...] = (),
     optimizer: Callable[[Any], torch.optim.Optimizer] = sgd,
     folder: Path | None = None,
     distributed: dict[str, Any] | None = None,
     **hyper: Any,
 ) -> SupervisedTrainer:
-    """A trainer over `rows`, shuffled, not clipped, at a constant rate; packed up to `capacity`."""
+    """A trainer over `rows`, shuffled, not clipped, at a constant rate; packed up to `capacity`.
+
+    With `mix` the rows are of as many sources in turn, and each epoch has these shares of them.
+    """
     data = dataset(rows)
+    if mix:
+        data = data.of_sources(np.arange(len(data)) % len(mix), is_mixed=True)
     packed = PackedDataset(data, capacity) if capacity is not None else None
     folder = folder or Path(tempfile.gettempdir())
     config = create_default_config(
@@ -73,6 +82,15 @@ def make_trainer(
         distributed=distributed or {},
     )
     used = packed or data
+    options = {
+        "group_size": batch_size * accumulation * world,
+        "seed": config.environment.seed,
+        "group_by_length": False,
+        "multiple_of": batch_size * world if world > 1 else 1,
+    }
+    order = EpochOrder(used.lengths, **options)
+    if used.sources is not None:
+        order = MixedOrder(used.lengths, used.sources, mix, ends_with="longest", **options)
     is_joined = packed is not None or takes_borders(model)
     trainer = SupervisedTrainer(
         model=model,
@@ -85,16 +103,11 @@ def make_trainer(
         train_dataset=used,
         data_collator=TrainingCollator(pack_collator(model, 0) if is_joined else PadCollator(0)),
         optimizers=(optimizer(model), None),
-        order=EpochOrder(
-            used.lengths,
-            group_size=batch_size * accumulation * world,
-            seed=config.environment.seed,
-            group_by_length=False,
-            multiple_of=batch_size * world if world > 1 else 1,
-        ),
+        order=order,
         save_checkpoint=lambda step, write, share: None,
         run_state=dict,
     )
+    trainer.by_source = SourceSums([f"s{n}" for n in range(len(mix))]) if mix else None
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -33,6 +33,8 @@ NUM_ROWS, BATCH_SIZE, ACCUMULATION, RATE = 22, 2, 2, 0.1
 """Steps of 8, 8 and 6 rows: the last micro-batches cannot be full on both ranks."""
 CAPACITY = 44
 """Ten packs: steps of eight and two, the last filled up with two blank ones."""
+MIX = (0.7, 0.3)
+"""Of 11 rows each: 26 and 11 in an epoch, five steps, the last one of five rows."""
 VARLEN = {"attn_implementation": "flash_attention_2"}
 
 
@@ -60,6 +62,7 @@ def trained(
     rows: AnyRows | None = None,
     capacity: int | None = None,
     optimizer: Any = sgd,
+    mix: tuple[float, ...] = (),
     **model_options: Any,
 ) -> dict[str, Any]:
     """Change of the weights, and the rows with something to train that this rank was given."""
@@ -74,6 +77,7 @@ def trained(
         accumulation=ACCUMULATION,
         world=2,
         capacity=capacity,
+        mix=mix,
         optimizer=optimizer,
     )
     torch.manual_seed(dist.get_rank())  # as dropout on batches of different shapes leaves it
@@ -164,6 +168,7 @@ def main(folder: Path) -> None:
     with flash.installed():
         found["joined"] = trained(weighted, CAPACITY, **VARLEN)
         found["joined_rows"] = trained(weighted, **VARLEN)
+    found["mixed"] = trained(weighted, mix=MIX)
     found["rounded"] = trained(optimizer=bf16_adamw)
     with rounded_by_rank():
         found["rounded_by_rank"] = trained(optimizer=bf16_adamw)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trainer import __version__
 from trainer.child import Child
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,7 @@ time.sleep(600)
 PARENT = """
 import sys
 print("the main script ran", file=sys.stderr, flush=True)
+from trainer import __version__
 from trainer.child import Child
 child = Child(["echo_child"])
 child.send(b"abc")
@@ -174,3 +176,14 @@ def test_a_signal_to_the_parents_group_reaches_a_child_without_its_own_session(
     assert (os.getpgid(child.pid) == os.getpgid(0)) is not is_own
     child.end(5)
     child.lines.close()
+
+
+def test_a_process_that_ends_looks_for_no_garbage() -> None:
+    code = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))  # after what comes later\n"
+        "from trainer.cli import main\n"
+        "main(['version'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ultimate-trainer", __version__, "True"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from trainer.errors import ConfigError, OutputError
 from trainer.files import require_folder
+from trainer.monitoring.events import Waits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -144,6 +147,13 @@ def choose(commands: Mapping[str, Command], argv: list[str], prog: str) -> Comma
     return commands[argv[0]]
 
 
+def words_while_loading(display: str = "plain") -> contextlib.AbstractContextManager[None]:
+    """Say that the libraries are loading, again and again; not for programs, and once of ranks."""
+    if display in ("quiet", "json") or os.environ.get("RANK", "0") != "0":
+        return contextlib.nullcontext()
+    return Waits.of("loading the libraries", lambda text: print(text, flush=True))
+
+
 def print_table(table: Table) -> None:
     """Print a table; off a terminal each row is one line, for grep and for people's logs."""
     from rich.console import Console  # a server needs no rich
@@ -173,4 +183,13 @@ def add_weights_flags(parser: argparse.ArgumentParser, *, is_run_optional: bool 
     )
     parser.add_argument(
         "--base", metavar="FOLDER", help="the adapter's base model, if it was moved"
+    )
+
+
+def add_allow_code_flag(parser: argparse.ArgumentParser) -> None:
+    """--allow-code, for the commands that may run what the record of a run names."""
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="run code that the run names: its own profile, and files of the model",
     )

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from trainer.commands.arguments import MAX_SEED, add_weights_flags, number, parse, whole_number
+from trainer.commands.arguments import (
+    MAX_SEED,
+    add_allow_code_flag,
+    add_weights_flags,
+    number,
+    parse,
+    whole_number,
+)
 from trainer.core.finished import FinishedRun, open_run
+from trainer.counts import counted
 from trainer.preview.base import PreviewRequest, PreviewResult
-from trainer.profiles import Message
+from trainer.profiles import DataProfile, Message
 
 if TYPE_CHECKING:
     from trainer.preview.local import LocalPreviewBackend
@@ -24,14 +32,19 @@ def run(argv: list[str]) -> int:
     """Read turns from standard input until it ends."""
     words = parse(_parser(), argv)
     console = Console(stderr=not sys.stdin.isatty())
-    finished = open_run(Path(words.run), step=words.step, base=words.base)
+    finished = open_run(
+        Path(words.run), step=words.step, base=words.base, allow_code=words.allow_code
+    )
+    profile = finished.profile()  # code that may not run is told before the seconds of loading
     with console.status(f"loading {finished.model_dir}"):
-        backend = _load(finished, words)
+        backend = _load(finished, profile, words)
     console.print(f"{finished.folder}: {finished.note}. {HELP}", highlight=False)
     return _talk(backend, sys.stdin.isatty())
 
 
-def _load(finished: FinishedRun, words: argparse.Namespace) -> LocalPreviewBackend:
+def _load(
+    finished: FinishedRun, profile: DataProfile, words: argparse.Namespace
+) -> LocalPreviewBackend:
     # torch takes seconds to load; mistakes on the command line are told before.
     from trainer.models.load import check_vocabulary, context_length
     from trainer.models.precision import resolve_device
@@ -47,7 +60,7 @@ def _load(finished: FinishedRun, words: argparse.Namespace) -> LocalPreviewBacke
     return LocalPreviewBackend(
         model=model,
         tokenizer=tokenizer,
-        profile=finished.profile(),
+        profile=profile,
         system_prompt=finished.system_prompt,
         max_new_tokens=words.max_new_tokens,
         temperature=words.temperature,
@@ -60,6 +73,7 @@ def _load(finished: FinishedRun, words: argparse.Namespace) -> LocalPreviewBacke
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer chat", description=__doc__)
     add_weights_flags(parser)
+    add_allow_code_flag(parser)
     parser.add_argument(
         "--max-new-tokens", type=whole_number(1), default=256, help="longest answer [256]"
     )
@@ -100,7 +114,10 @@ def _answer(backend: LocalPreviewBackend, turns: list[Message], text: str) -> Pr
     limit = backend.settings.max_length
     if limit is not None and len(ids) >= limit:
         request = PreviewRequest(prompt=text, prompt_token_ids=ids)
-        full = f"{len(ids)} tokens so far, and the model's context is {limit}; /reset clears them"
+        full = (
+            f"{counted(len(ids), 'token')} so far, and the model's context is {limit}; /reset "
+            "clears them"
+        )
         return PreviewResult.failed(request, 0, full, backend.backend_type)
     return backend.preview_batch([PreviewRequest(prompt=text, prompt_token_ids=ids)], 0)[0]
 

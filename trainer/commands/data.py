@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import choose, parse, parse_known, whole_number
+from trainer.commands.arguments import choose, parse, parse_known, whole_number, words_while_loading
 from trainer.commands.train import load_config
 from trainer.config import ConfigLoader, TrainerConfig, find_config_file
 from trainer.config.flags import parse_flags
-from trainer.config.loader import required_for_training
+from trainer.core.early_checks import check_early
+from trainer.counts import counted
 from trainer.errors import EXIT_COMPLETED
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _inspect(words: list[str]) -> int:
         rest = ["--dataset", *rest]
     flags = parse_flags(rest, prog="trainer data inspect")
     config = load_config(flags).config
-    required_for_training(config)
+    check_early(config)
     console = Console(highlight=False)
     _print_data(console, _prepare(config), known.rows)
     return EXIT_COMPLETED
@@ -72,7 +73,8 @@ def _inspect(words: list[str]) -> int:
 def _prepare(config: TrainerConfig) -> RunData:
     """The rows as a run with this config would have them; no run folder is made."""
     # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core.engine import TrainerEngine
+    with words_while_loading():
+        from trainer.core.engine import TrainerEngine
 
     return TrainerEngine().inspect_data(config)
 
@@ -108,7 +110,8 @@ def _print_row(
     stretches = marked_text(tokenizer, row["input_ids"].tolist(), labels)
     trained = sum(label >= 0 for label in labels)
     console.print(
-        f"\n{name} row {index + 1}: {len(labels):,} tokens, {trained:,} trained", style="bold"
+        f"\n{name} row {index + 1}: {counted(len(labels), 'token')}, {trained:,} trained",
+        style="bold",
     )
     line = Text()
     for text, is_trained in stretches:
@@ -148,11 +151,13 @@ def _cache(words: list[str]) -> int:
             about = ", ".join(f"{what} {value}" for what, value in about_entry(path).items())
             if about:
                 print(f"    {_plain(about)}")
-        print(f"{len(found)} entries, {size / 2**20:.1f} MiB in {folder}")
+        print(f"{counted(len(found), 'entry', 'entries')}, {size / 2**20:.1f} MiB in {folder}")
         return EXIT_COMPLETED
     for path in found:
         path.unlink(missing_ok=True)
-    print(f"removed {len(found)} entries, {size / 2**20:.1f} MiB, from {folder}")
+    print(
+        f"removed {counted(len(found), 'entry', 'entries')}, {size / 2**20:.1f} MiB, from {folder}"
+    )
     return EXIT_COMPLETED
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trainer.commands.arguments import MAX_SEED, parse, whole_number
+from trainer.commands.arguments import MAX_SEED, parse, whole_number, words_while_loading
 from trainer.config import TrainerConfig, create_default_config
+from trainer.counts import counted
 from trainer.errors import OutputError
 from trainer.views.report import RunRecords
 from trainer.views.terminal import create_display
@@ -42,14 +43,16 @@ def run(argv: list[str]) -> int:
     console = Console()
     folder = _make_folder(Path(words.output))
     console.print(
-        f"A model of 0.8M parameters learns {words.steps} steps of symbolic tasks such as "
-        "'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the current "
+        f"A model of 0.8M parameters learns {counted(words.steps, 'step')} of symbolic tasks "
+        "such as 'max of 42 and 17?'.\nGolden is the right answer; beside it stands what the "
+        "current "
         f"weights say. Folder: {folder}\nLive page: trainer monitor {shlex.quote(str(folder))}\n",
         highlight=False,
     )
     # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core import TrainerEngine
-    from trainer.models.tiny import write_demo_data
+    with words_while_loading(words.display):
+        import trainer.core.engine
+        from trainer.models.tiny import write_demo_data
 
     data = write_demo_data(
         folder / "data",
@@ -58,7 +61,7 @@ def run(argv: list[str]) -> int:
         seed=words.seed,
     )
     records = RunRecords({}, is_report=True)
-    engine = TrainerEngine(observers=[create_display(words.display), records])
+    engine = trainer.core.engine.TrainerEngine(observers=[create_display(words.display), records])
     config = demo_config(
         folder,
         data,

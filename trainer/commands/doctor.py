@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +34,8 @@ OPTIONAL = {
     "kernels": ("model.attn_implementation=owner/name", "'ultimate-trainer[kernels]'"),
     "flash-attn": ("model.attn_implementation=flash_attention_2", "flash-attn"),
     "gguf": ("model.model_path=FILE.gguf", "'ultimate-trainer[gguf]'"),
+    "s3fs": ("data.dataset_path=s3://...", "'ultimate-trainer[s3]'"),
+    "gcsfs": ("data.dataset_path=gs://...", "'ultimate-trainer[gcs]'"),
     "wandb": ("monitoring.report_to=wandb", "wandb"),
 }
 
@@ -45,14 +48,16 @@ def run(argv: list[str]) -> int:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in [
-        *_machine(),
-        *_devices(),
-        *_speed(),
-        ("versions", ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)),
-        *_optional(),
-        ("model hub", "not asked (--offline)" if words.offline else _hub()),
-    ]:
+    with Console(stderr=True).status("looking at this machine"):
+        rows = [
+            *_machine(),
+            *_devices(),
+            *_speed(),
+            ("versions", ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)),
+            *_optional(),
+            ("model hub", "not asked (--offline)" if words.offline else _hub()),
+        ]
+    for label, text in rows:
         table.add_row(label, Text(text))  # in plain text, [qlora] is markup
     print_table(table)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.commands.arguments import add_weights_flags, parse
+from trainer.commands.arguments import add_allow_code_flag, add_weights_flags, parse
 from trainer.core.checkpoint import MANIFEST, TRAINING_FILES
 from trainer.core.finished import FinishedRun, open_run
 from trainer.errors import ConfigError, OutputError
@@ -22,7 +22,9 @@ def run(argv: list[str]) -> int:
     """Copy the final model, or merge its adapter into its base."""
     words = parse(_parser(), argv)
     console = Console()
-    finished = open_run(Path(words.run), step=words.step, base=words.base)
+    finished = open_run(
+        Path(words.run), step=words.step, base=words.base, allow_code=words.allow_code
+    )
     if finished.base is not None and not (words.merge and finished.is_adapter):
         raise ConfigError(
             "--base applies only to an adapter that is merged; add --merge, or leave --base out."
@@ -32,10 +34,10 @@ def run(argv: list[str]) -> int:
     target = Path(words.output) if words.output else finished.folder / default
     if target.exists():
         raise OutputError(f"{target}: exists already; choose another --output, or remove it.")
-    # torch takes seconds to load; mistakes on the command line are told before.
-    from trainer.core.merging import export_merged
-
     with console.status(f"exporting the {finished.note}"):
+        # torch takes seconds to load; mistakes on the command line are told before.
+        from trainer.core.merging import export_merged
+
         if is_merged:
             words_of_check = export_merged(finished, target).words()
         else:
@@ -52,6 +54,7 @@ def run(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trainer export", description=__doc__)
     add_weights_flags(parser)
+    add_allow_code_flag(parser)
     parser.add_argument(
         "--merge", action="store_true", help="add a LoRA adapter to its base: a plain model folder"
     )

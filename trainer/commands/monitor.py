@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from trainer.commands.arguments import parse, port
+from trainer.counts import counted
 from trainer.errors import EXIT_SIGTERM
 from trainer.net import is_loopback, key_with_scope, keys_of_listener, listen, url_of
 from trainer.views.page.own_server import OwnServer
@@ -35,9 +36,10 @@ def run(argv: list[str]) -> int:
     )
     app = create_app(store, options, hosts=_names(words.host, words.allow_host), key=key)
     num_runs, url = len(store.readers), url_of(words.host, listener.getsockname()[1])
+    found = counted(num_runs, "run") if num_runs else "waiting for a run"
     print(
-        f"monitor: {url} ({num_runs} run{'' if num_runs == 1 else 's'} in "
-        f"{words.folder}; control {'on' if words.allow_control else 'off'}, "
+        f"monitor: {url} ({found} in {words.folder}; "
+        f"control {'on' if words.allow_control else 'off'}, "
         f"key {'asked for' if key else 'none'}). Ctrl-C ends it.",
         flush=True,
     )
@@ -85,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="trainer monitor",
         description="Show a run, or all runs of a folder, while they happen and afterwards.",
     )
-    parser.add_argument("folder", metavar="RUN_OR_FOLDER", help="folder of a run or of runs")
+    parser.add_argument(
+        "folder",
+        metavar="RUN_OR_FOLDER",
+        help="folder of a run or of runs; waited for if it is not there",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     parser.add_argument("--port", type=port, default=8080, help="0 picks a free one [8080]")
     parser.add_argument(

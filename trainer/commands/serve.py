@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -15,13 +16,16 @@ import uvicorn
 from trainer.commands.arguments import add_weights_flags, parse, port, whole_number
 from trainer.core.finished import open_run
 from trainer.core.run_folder import RunFolder
+from trainer.counts import counted
 from trainer.errors import EXIT_SIGTERM, ConfigError, ModelError
 from trainer.models import is_adapter_folder
+from trainer.monitoring.events import Waits
 from trainer.net import keys_of_listener, listen, remember_key_file, url_of
 from trainer.server.app import create_app
 from trainer.server.bounded_http import BoundedProtocol
 from trainer.server.inference_process import EngineProcess
 from trainer.server.job_queue import REQUEST_TIMEOUT_S
+from trainer.server.service import Origin
 from trainer.server.upload import PrivateFolder
 from trainer.server.weight_store import KEPT_SETS
 
@@ -31,7 +35,7 @@ MAX_TIMEOUT_S = 1_000_000
 def run(argv: list[str]) -> int:
     """Load the model, listen, serve until a signal."""
     words = parse(_parser(), argv)
-    date = _find_weights(words)
+    date, origin = _find_weights(words)
     keys = keys_of_listener(words.api_key_file, words.host, "--api-key-file")
     if words.api_key_file is not None:
         remember_key_file(words.api_key_file)
@@ -51,6 +55,7 @@ def run(argv: list[str]) -> int:
         base=words.base,
         date=date,
         quantize=words.quantize,
+        num_threads=words.threads,
     )
     # uvicorn raises the signal again once it is done; by default that would skip the cleaning up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
@@ -59,7 +64,9 @@ def run(argv: list[str]) -> int:
     store = _store()
     try:
         if words.model is not None:
-            _start(engine)
+            # Standard output is for whoever waits for `ready:`.
+            with Waits.of(f"loading {words.model}", partial(print, file=sys.stderr, flush=True)):
+                _start(engine)
         app = create_app(
             engine,
             keys=keys,
@@ -67,6 +74,7 @@ def run(argv: list[str]) -> int:
             store_dir=store.path,
             weights_dir=weights_dir,
             num_kept=words.keep_weights,
+            origin=origin,
             request_timeout_s=words.request_timeout,
         )
         print(
@@ -91,11 +99,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _find_weights(words: argparse.Namespace) -> str | None:
+def _find_weights(words: argparse.Namespace) -> tuple[str | None, Origin]:
     """Turn RUN and --step into the folder of the weights, as if --model had named it.
 
     Returns:
-        The date of the run (YYYY-MM-DD), where one is known.
+        The date of the run (YYYY-MM-DD), and its name and step, where they are known.
     Raises:
         ConfigError: two models, or a flag that needs a run without one.
         OutputError: the run has no such weights.
@@ -114,13 +122,15 @@ def _find_weights(words: argparse.Namespace) -> str | None:
             raise ConfigError(
                 "--step and --base need the folder of a run or adapter; give it as RUN."
             )
-        return None
+        return None, Origin()
     found = open_run(Path(asked), step=words.step, base=words.base)
     if found.base is not None and not found.is_adapter:
         raise ConfigError(f"--base: {found.model_dir} holds a whole model, not an adapter.")
     words.model = str(found.model_dir)
     print(f"the {found.note} of {asked}", file=sys.stderr, flush=True)
-    return None if found.date is None else found.date.isoformat()
+    is_run = (found.folder / RunFolder.RUN_JSON).is_file()
+    origin = Origin(found.folder.resolve().name if is_run else None, found.step)
+    return None if found.date is None else found.date.isoformat(), origin
 
 
 def _start(engine: EngineProcess) -> None:
@@ -147,6 +157,9 @@ def _describe(engine: EngineProcess) -> str:
         return "waiting for a model (POST /models/register)"
     weights = (engine.hello["weights_id"] or "awaited")[:12]
     where = f"{engine.hello['device']} in {engine.hello['dtype']}"
+    if engine.hello["device"] == "cpu":
+        threads = engine.hello["num_threads"]
+        where += f" with {counted(threads, 'thread')}"
     return f"model {engine.model_path} on {where}, weights {weights}"
 
 
@@ -171,6 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=port, default=8765, help="0 picks a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--threads",
+        type=whole_number(1),
+        metavar="N",
+        help="CPU threads [OMP_NUM_THREADS, else half of the cores: training may run beside it]",
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "bf16", "fp32"),

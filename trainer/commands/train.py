@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -12,14 +11,15 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import print_table
+from trainer.commands.arguments import print_table, words_while_loading
 from trainer.config import ConfigLoader, LoadedConfig, find_config_file
 from trainer.config.flags import ParsedFlags, parse_flags
-from trainer.config.loader import RESOLVED_NAME, is_of_run, required_for_training
+from trainer.config.loader import RESOLVED_NAME, is_of_run
+from trainer.core.early_checks import check_early, check_folder_early
+from trainer.counts import counted
 from trainer.errors import EXIT_COMPLETED, ConfigError, ResumeError
 from trainer.job import run_job
-from trainer.monitoring.events import Waits
-from trainer.scores.spec import is_function
+from trainer.monitoring.resuming import ALLOW_CODE, named_code
 from trainer.views.terminal import DisplayKind, create_display
 
 
@@ -27,14 +27,15 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     """Train as the command line says."""
     flags = parse_flags(argv, prog=prog)
     loaded = load_config(flags)
-    required_for_training(loaded.config)
     display_name = loaded.config.monitoring.display
     if loaded.file is not None and display_name not in ("quiet", "json"):
         print(f"config file: {loaded.file}")
+    check_early(loaded.config)
+    check_folder_early(loaded.config)
     if flags.dry_run:
         return _dry_run(loaded)
     # Everything from here on needs torch, which takes seconds to load; mistakes are told before.
-    with _words_while_loading(display_name):
+    with words_while_loading(display_name):
         import trainer.core.engine  # noqa: F401  (what run_job needs)
     from trainer.core.faults import leave, let_the_end_be_told, tell_failure
     from trainer.core.run import is_main_process
@@ -48,12 +49,6 @@ def run(argv: list[str], *, prog: str = "trainer train") -> int:
     if not is_main_process() and is_mine:
         tell_failure(result.error_message)
     return result.exit_code if result.success or not is_several else leave(result.exit_code)
-
-
-def _words_while_loading(display: str) -> contextlib.AbstractContextManager[None]:
-    if display in ("quiet", "json") or os.environ.get("RANK", "0") != "0":
-        return contextlib.nullcontext()
-    return Waits.of("loading the libraries", lambda text: print(text, flush=True))
 
 
 def load_config(flags: ParsedFlags) -> LoadedConfig:
@@ -86,32 +81,31 @@ def load_config(flags: ParsedFlags) -> LoadedConfig:
 
 
 def _refuse_code_of_runs(loaded: LoadedConfig) -> None:
-    """Score functions are code, and the record of a run may be somebody else's.
+    """The record of a run may be somebody else's.
 
     Raises:
-        ConfigError: the config in the folder of a run names one, and nobody said that it may.
+        ConfigError: the config in the folder of a run names code, and nobody said that it may.
     """
-    file, key = loaded.file, "monitoring.scores"
-    if file is None or not loaded.origins[key].startswith("file "):
+    file = loaded.file
+    if file is None or not is_of_run(file):
         return
-    functions = [entry for entry in loaded.config.monitoring.scores if is_function(entry)]
-    if functions and is_of_run(file):
-        raise ConfigError(
-            f"{file}: {key} names code ({', '.join(functions)}), and this file was written by a "
-            "run; give --allow-code if you know that code, or name the scores yourself "
-            f"(--{key})."
-        )
+    for key, code in named_code(loaded.config.model_dump()).items():
+        if loaded.origins[key].startswith("file "):
+            raise ConfigError(
+                f"{file}: {key} names code ({code}), and this file was written by a run; give "
+                f"{ALLOW_CODE} if you know that code, or give the value yourself (--{key})."
+            )
 
 
 def _dry_run(loaded: LoadedConfig) -> int:
-    from trainer.core.engine import TrainerEngine
-    from trainer.core.run import is_main_process
-    from trainer.models.bf16_speed import measure_bf16
+    display = loaded.config.monitoring.display
+    with words_while_loading(display):
+        from trainer.core.engine import TrainerEngine
+        from trainer.core.run import is_main_process
+        from trainer.models.bf16_speed import measure_bf16
 
     if not is_main_process():  # one process says it for all
         return EXIT_COMPLETED
-
-    display = loaded.config.monitoring.display
     kind: DisplayKind = display if display in ("json", "quiet") else "plain"
     found = TrainerEngine(observers=[create_display(kind)]).dry_run(loaded.config)
     hyper = found.config.hyperparams
@@ -135,8 +129,8 @@ def _dry_run(loaded: LoadedConfig) -> int:
         *([("shards", found.shard_words())] if found.shards else []),
         (
             "steps",
-            f"{found.num_steps:,} of {rows} rows ({hyper.batch_size} rows x "
-            f"{hyper.gradient_accumulation} forward passes{each})",
+            f"{found.num_steps:,} of {counted(rows, 'row')} ({counted(hyper.batch_size, 'row')} x "
+            f"{counted(hyper.gradient_accumulation, 'forward pass', 'forward passes')}{each})",
         ),
         ("config", str(resolved)),
     ]

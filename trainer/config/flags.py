@@ -79,6 +79,19 @@ def section_names() -> tuple[str, ...]:
     return tuple(TrainerConfig.model_fields)
 
 
+OTHER_NAMES = {
+    "bs": "batch_size",
+    "epochs": "num_epochs",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_seq_length": "max_length",
+    "model_name_or_path": "model_path",
+    "per_device_train_batch_size": "batch_size",
+}
+"""Words of other programs for fields of ours, for hints only."""
+
+
 def nearest_key(wrong: str) -> str | None:
     """The field that `wrong` was probably meant to be.
 
@@ -87,6 +100,7 @@ def nearest_key(wrong: str) -> str | None:
     fields = config_fields()
     plain = wrong.replace("-", "_").lower()
     leaf = plain.rsplit(".", 1)[-1]
+    leaf = OTHER_NAMES.get(leaf, leaf)
     for key, one in fields.items():
         if one.name == leaf:
             return key
@@ -293,8 +307,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     short.add_argument(
         "--allow-code",
         action="store_true",
-        help="run score functions that the config of a run names (--resume, or --config in its "
-        "folder)",
+        help="run code that the config of a run names: score functions, a profile, files of the "
+        "model (--resume, or --config in its folder)",
     )
     for key, names in SHORT_FLAGS.items():
         _add(short, fields[key], names)

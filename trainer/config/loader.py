@@ -25,7 +25,12 @@ from trainer.config.section import CombinationError
 from trainer.errors import ConfigError
 from trainer.net import CUT
 
-KEEPS_SECRETS = ("monitoring.notify", "monitoring.openai_base_url")
+KEEPS_SECRETS = (
+    "monitoring.notify",
+    "monitoring.openai_base_url",
+    "data.dataset_path",
+    "data.validation_path",
+)
 """Their values are not repeated in messages."""
 
 UNTRAINED_MODEL = "tiny"

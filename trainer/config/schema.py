@@ -37,33 +37,54 @@ from trainer.config.training_sections import (
     LoraSection,
     ModelSection,
 )
-from trainer.net import is_cut, without_secrets
+from trainer.net import is_cut, names_without_secrets, without_secrets
+
+MIX_ROUNDING = 0.01
+"""How far a sum of probabilities may be from 1: thirds are written as 0.333."""
 
 
 class DataSection(Section):
     """Which rows are trained on, and how they are read, split and batched."""
 
     dataset_path: str = ""
-    """File of rows (JSONL, JSON, CSV, TSV, Parquet; text kinds also as .gz), several of them with
-    commas between, or a hub id `owner/name` or `owner/name:split`. Flag: --dataset."""
+    """File of rows (JSONL, JSON, CSV, TSV, Parquet, Arrow; text kinds also packed as .gz, .bz2, .xz
+    or .zst), a folder of them, a pattern such as `rows/*.jsonl`, an address (`https://`, `s3://`, `gs://`,
+    `hf://`), or a hub id `owner/name` or `owner/name:split`; several with commas between. What is
+    secret of an address is written down nowhere. Flag: --dataset."""
     format: Literal[
-        "auto", "messages", "sharegpt", "question_answer", "prompt_completion", "alpaca", "text"
+        "auto",
+        "messages",
+        "sharegpt",
+        "question_answer",
+        "prompt_completion",
+        "alpaca",
+        "text",
+        "tokens",
     ] = "auto"
-    """The rows' layout; `auto` looks at the first row of each file and says what it found."""
+    """The rows' layout (`tokens`: ids that are trained as they are); `auto` looks at the first row
+    of each file and says what it found."""
     text_markers: Literal["turns", "tokens"] = "turns"
     """Rows of format `text` that hold the model's own control tokens: `turns` reads them back into
     the conversation they were made from and trains its answers; `tokens` trains every token."""
     columns: dict[str, str] = {}
     """Other names for the format's keys, such as `question=frage`: its key = the file's."""
     weights: tuple[Annotated[float, Field(gt=0.0)], ...] = ()
-    """How often the training rows of each file are used: 2 = twice, 0.5 = half of them, chosen by
-    content hash. Empty: once each."""
+    """How often the training rows of each name in `dataset_path` are used: 2 = twice, 0.5 = half of
+    them, chosen by content hash. Empty: once each."""
+    mix_probabilities: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = ()
+    """Share of each file in the rows of an epoch, one number a file, 1 in all; their rows are mixed
+    in an order drawn from the seed. With `enable_packing` shares are of packs, each of one file.
+    Empty: every file has all of its rows, as often as `weights` says."""
+    mix_epoch: Literal["first", "longest"] = "first"
+    """When an epoch of `mix_probabilities` ends: once the `first` file runs out, the next epoch
+    going on in the others where this one stopped; or once the `longest`, for its share, has been
+    seen, the others coming again in a new order."""
     validation_path: str | None = None
-    """File of held-out rows. Empty: `validation_split` of the rows."""
+    """Held-out rows, named as in `dataset_path`. Empty: `validation_split` of the rows."""
     validation_split: Share = 0.05
     """Share of the rows held out, chosen by a hash of their prompt; 0 = none."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows of each file."""
+    """Use only the first rows of each name in `dataset_path`."""
     on_bad_row: Literal["strict", "skip"] = "strict"
     """`strict` stops and names the lines; `skip` leaves bad rows out, counts and lists them."""
     max_bad_rows: Interval | None = None
@@ -78,12 +99,20 @@ class DataSection(Section):
     encode_processes: PositiveInt | None = None
     """Processes that encode rows. Empty: one for few rows, else as many as there are cores for each
     process of the run. The rows and their order are the same with any number."""
-    truncation: Literal["error", "drop", "keep_start", "keep_end"] = "keep_start"
+    truncation: Literal["error", "drop", "keep_start", "keep_end", "split"] = "keep_start"
     """Rows longer than hyperparams.max_length: an error, left out, or cut to their first or last
-    tokens. The data card counts them."""
+    tokens; `split`: plain text is cut into windows of which none loses a token, and a conversation
+    that is longer is an error. The data card counts them."""
     train_on_thinking: bool = True
     """Train the thoughts of answers (`reasoning_content`, or `<think>...</think>` in the content);
     `false` trains only what follows them. An error where no row has a thought."""
+    streaming: bool = False
+    """Train while the files are still being read and encoded, for more rows than the cache can
+    hold: rows that are read ahead lie in a file of at most `cache_max_gib`. Needs
+    `hyperparams.max_steps`; see docs/data.md for what is not exact then."""
+    shuffle_buffer: PositiveInt | None = None
+    """With `streaming`: rows within which the order is drawn, and that are read before the first
+    step. Empty: 10,000."""
     shuffle: bool = True
     """A new order of rows every epoch, drawn from the seed."""
     group_by_length: bool = True
@@ -93,6 +122,39 @@ class DataSection(Section):
     `batch_size` then counts packs, not rows, so that a step holds more rows and an epoch has fewer
     steps. Refused for models whose rows would see each other, as found at start in batches of the
     run's own size. Flash attention gets the packs of a batch as one long row."""
+
+    @field_serializer("dataset_path")
+    def _write_no_secret(self, value: str) -> str:
+        return names_without_secrets(value)
+
+    @field_serializer("validation_path")
+    def _write_no_secret_of_validation(self, value: str | None) -> str | None:
+        return None if value is None else names_without_secrets(value)
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> DataSection:
+        shares = self.mix_probabilities
+        if shares and self.weights:
+            raise CombinationError(
+                "mix_probabilities and weights both say how often the rows of each file are "
+                "trained; set one of them only",
+                "data.mix_probabilities",
+                "data.weights",
+            )
+        if shares and abs(sum(shares) - 1) > MIX_ROUNDING:
+            raise CombinationError(
+                f"mix_probabilities are shares of one epoch and must have 1 as their sum; these "
+                f"({', '.join(f'{one:g}' for one in shares)}) have {sum(shares):g}",
+                "data.mix_probabilities",
+            )
+        if self.mix_epoch != "first" and not shares:
+            raise CombinationError(
+                f"mix_epoch={self.mix_epoch} says when an epoch of mix_probabilities ends, which "
+                "is empty; set mix_probabilities, or leave mix_epoch as it is",
+                "data.mix_epoch",
+                "data.mix_probabilities",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_order(self) -> DataSection:
@@ -117,6 +179,29 @@ class DataSection(Section):
                 "data.enable_packing",
                 "data.shuffle",
             )
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise CombinationError(
+                "shuffle_buffer is for rows that are streamed; set streaming=true, or leave it "
+                "empty: all rows are shuffled together",
+                "data.shuffle_buffer",
+                "data.streaming",
+            )
+        if self.streaming and self.enable_packing:
+            raise CombinationError(
+                "enable_packing=true forms packs from the lengths of all rows, and streaming=true "
+                "does not know them before the end; set one of them only (rows of like length are "
+                "batched together in a stream too)",
+                "data.streaming",
+                "data.enable_packing",
+            )
+        mix = "weights" if self.weights else "mix_probabilities" if self.mix_probabilities else ""
+        if self.streaming and mix:
+            raise CombinationError(
+                f"{mix} decides by the number of rows of each file, and streaming=true does not "
+                "know it; leave it empty, or write the mix into one file",
+                "data.streaming",
+                f"data.{mix}",
+            )
         return self
 
 
@@ -128,7 +213,8 @@ class ProfileSection(Section):
     options: dict[str, JsonValue] = {}
     """Options of the profile itself; unknown ones are errors."""
     system_prompt: str | None = None
-    """System turn of rows that bring none. Empty: the profile's own. Flag: --system-prompt."""
+    """System turn of rows that bring none. Empty: the profile's own, which docs/profiles.md shows.
+    Flag: --system-prompt."""
 
 
 MIN_TEMPERATURE = 1e-5
@@ -168,7 +254,7 @@ class MonitoringConfig(Section):
     weights it has: unverified)."""
     preview_golden_logprobs: Literal["auto", "on", "off"] = "auto"
     """Also say how likely each token of the golden answer is: one forward pass a prompt. `auto`:
-    for up to 16 prompts, and never from `openai`."""
+    for up to 16 prompts, or where `golden_probability` decides; never from `openai`."""
     scores: tuple[str, ...] = ()
     """Scores of the answers: `exact`, `contains`, `f1`, `rouge_l`, `number` (the last number of
     both), `json` (parses), `json_schema:FILE`, `regex:PATTERN`, `tool_calls` (names and arguments),
@@ -461,7 +547,7 @@ class EnvironmentSection(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that collate batches; 0 = in the training process."""
     offline: bool = False
-    """Never ask the model hub; use what is cached."""
+    """Never ask the model hub, nor any other machine for rows; use what is cached."""
 
 
 class LockedSection(Section):
@@ -521,6 +607,25 @@ class TrainerConfig(Section):
             )
             return "model.add_tokens", f"model.add_tokens {words}"
         return None
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> TrainerConfig:
+        if self.data.streaming and self.hyperparams.max_steps is None:
+            raise CombinationError(
+                "data.streaming=true does not know how many rows an epoch has, so the length of "
+                "the run must be said: set hyperparams.max_steps",
+                "data.streaming",
+                "hyperparams.max_steps",
+            )
+        if self.data.streaming and self.environment.num_workers:
+            raise CombinationError(
+                f"environment.num_workers={self.environment.num_workers} has other processes take "
+                "the rows, and those of data.streaming=true are read by the training process; set "
+                "num_workers=0 (data.encode_processes encodes them in several)",
+                "data.streaming",
+                "environment.num_workers",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_shards(self) -> TrainerConfig:

@@ -13,9 +13,9 @@ from pathlib import Path
 from trainer.config.schema import TrainerConfig
 from trainer.config.section import VAL_LOSS
 from trainer.core.checkpoint import MARK, step_dir, verify_checkpoint
+from trainer.core.early_checks import option_of
 from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.run import Job, Prepared, is_main_process
-from trainer.core.scoring import GOLDEN_PROMPTS, measures_golden
 from trainer.data.dataset import RunData
 from trainer.errors import CheckpointError, ConfigError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, checkpoint_steps
@@ -34,36 +34,6 @@ from trainer.scores.statistics import MIN_PROMPTS
 # ---- what cannot decide
 
 
-def check_deciding(config: TrainerConfig) -> None:
-    """Refuse scores that decide and are not computed.
-
-    Raises:
-        ConfigError: says which there are, or what to set.
-    """
-    specs = {SCORE + one.name for one in parse_scores(config.monitoring.scores)}
-    known = [*sorted(specs), SCORE + GOLDEN_PROBABILITY]
-    for metric in config.deciding_scores:
-        where = _where(config, metric)
-        if metric not in known:
-            raise ConfigError(
-                f"{where}={metric} names no score of this run; there are {', '.join(known)}. Add "
-                "it to monitoring.scores, or name one of these."
-            )
-        is_golden = metric == SCORE + GOLDEN_PROBABILITY
-        if is_golden and metric in specs:
-            raise ConfigError(
-                f"{where}={metric} names two things: the probability of the golden answers, and a "
-                "score of monitoring.scores; write the score as ANOTHER_NAME=SCORE there."
-            )
-        num_prompts = config.monitoring.num_score_prompts
-        if is_golden and not measures_golden(config.monitoring, num_prompts):
-            raise ConfigError(
-                f"{where}={metric} needs the golden answers' probabilities, which are measured "
-                f"unasked for up to {GOLDEN_PROMPTS} prompts; set "
-                "monitoring.preview_golden_logprobs=on."
-            )
-
-
 def check_deciding_rows(config: TrainerConfig, data: RunData) -> None:
     """Refuse scores that decide and have too few prompts to do so.
 
@@ -72,7 +42,7 @@ def check_deciding_rows(config: TrainerConfig, data: RunData) -> None:
     """
     specs = {SCORE + one.name: one for one in parse_scores(config.monitoring.scores)}
     for metric in config.deciding_scores:
-        where, prompts = _where(config, metric), data.score_prompts
+        where, prompts = option_of(config, metric), data.score_prompts
         if len(prompts) < MIN_PROMPTS:
             raise ConfigError(
                 f"{where}={metric} decides by at least {MIN_PROMPTS} held-out prompts beside those "
@@ -95,11 +65,6 @@ def _has_score(spec: ScoreSpec | None, golden: str | None) -> bool:
         return bool(golden)
     plain = PLAIN.get(spec.kind)
     return plain is None or plain(golden or "", golden) is not None
-
-
-def _where(config: TrainerConfig, metric: str) -> str:
-    is_early = config.hyperparams.early_stopping_metric == metric
-    return "hyperparams.early_stopping_metric" if is_early else "output.best_by"
 
 
 # ---- what a run begins or goes on with
@@ -129,7 +94,7 @@ def build_deciding(job: Job, prepared: Prepared) -> DecidingScores | None:
         return None
     if is_main_process() and not config.monitoring.inference_interval:
         raise ConfigError(
-            f"{_where(config, config.deciding_scores[0])}={config.deciding_scores[0]} needs "
+            f"{option_of(config, config.deciding_scores[0])}={config.deciding_scores[0]} needs "
             "answers, and this run has no previews (told above); give "
             "monitoring.preview_backend=remote_3090 a server, or let val_loss decide."
         )

@@ -22,7 +22,7 @@ from trainer import files
 from trainer.config.section import VAL_LOSS
 from trainer.core.run_folder import RunFolder
 from trainer.errors import CheckpointError, OutputError, ResumeError
-from trainer.files import checkpoint_steps, is_alive, step_name
+from trainer.files import STAGING_NAME, checkpoint_steps, is_alive, step_name
 from trainer.monitoring.control import read_mark
 
 MANIFEST = "manifest.json"
@@ -30,8 +30,6 @@ MANIFEST = "manifest.json"
 RUN_STATE_FILE = "run_state.json"
 
 SCHEMA_VERSION = 1
-
-STAGING_NAME = re.compile(r"^\.tmp-step-\d{8}-(\d+)$")
 
 RETIRED_PREFIX = ".old-"
 

@@ -18,6 +18,7 @@ from trainer.core.loss import (
 )
 from trainer.core.optim import state_placeholders
 from trainer.core.tiles import Tiling
+from trainer.counts import counted
 from trainer.data.batches import LOSS_WEIGHTS, EncodedDataset, PadCollator, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
@@ -192,10 +193,10 @@ def try_longest(trainer: SupervisedTrainer, model: Any, count: int) -> str | Non
 
 
 def _refusal(trainer: SupervisedTrainer, rows: list[int], error: RuntimeError) -> str:
-    length = trainer.order.lengths[rows[0]]
+    length = len(trainer.train_dataset[rows[0]]["input_ids"])
     return (
-        f"the longest batch ({len(rows)} x {length} tokens) does not fit into the memory of "
-        f"{trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "
+        f"the longest batch ({len(rows)} x {counted(length, 'token')}) does not fit into the "
+        f"memory of {trainer.args.device} ({' '.join(str(error).split())[:160]}); lower "
         "hyperparams.batch_size (and raise gradient_accumulation as much; auto_batch_size=true "
         "does both), lower max_length, or set gradient_checkpointing=true."
     )

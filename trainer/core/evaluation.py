@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from trainer.core.checks import tiling_of
 from trainer.core.loss import loss_share, supervised_loss
 from trainer.core.run import Prepared
 from trainer.core.sharding import dealt
+from trainer.core.source_losses import SourceSums
 from trainer.core.tiles import Tiling
 from trainer.data.batches import EncodedDataset, on_device
 from trainer.data.rows import IGNORE_INDEX
+from trainer.data.source_shares import names_of
 from trainer.preview.neutral import undisturbed
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -30,6 +32,8 @@ class Evaluation:
     """Mean nats per supervised token over all rows, each token by its loss weight."""
     num_rows: int
     num_trained_tokens: int
+    source_losses: dict[str, float] = field(default_factory=dict)
+    """The same of the rows of each source, where there are several."""
 
 
 class Evaluator:
@@ -45,10 +49,12 @@ class Evaluator:
         autocast_dtype: torch.dtype | None,
         dtype: torch.dtype = torch.float32,
         is_shared: bool = False,
+        source_names: Sequence[str] = (),
     ) -> None:
         """Choose the first `max_rows` rows, and batch rows of like length together.
 
         Args:
+            source_names: of the sources that rows say they are of; none: rows do not say.
             is_shared: all processes call it at the same time, and each takes its share of the
                 batches; the result is the same on all.
         """
@@ -57,6 +63,7 @@ class Evaluator:
         self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
         self.autocast_dtype, self._dtype = autocast_dtype, dtype
         self._is_shared = is_shared
+        self._source_names = source_names
         self._tiling: Tiling | None = None
         self._is_proved = False
 
@@ -65,31 +72,38 @@ class Evaluator:
         device = next(model.parameters()).device
         total = share = torch.zeros((), dtype=torch.float64)
         tokens = rows = 0
+        by_source = SourceSums(self._source_names)
         with undisturbed(model), self._autocast(device):
             if not self._is_proved:
                 self._tiling = tiling_of(model, self.dataset, self._dtype)
                 self._is_proved = True
             for indices, is_mine in self._share_of_batches():
                 batch = self.collate([self.dataset[i] for i in indices])
-                found = self._sum(model, on_device(batch, device))
+                found = self._sum(model, on_device(batch, device), by_source if is_mine else None)
                 if is_mine:
                     tokens += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
                     rows += len(indices)
                     share = share + loss_share(batch)
                     total = total + found
         sums = torch.tensor([float(total), float(share), tokens, rows], dtype=torch.float64)
+        sums = torch.cat([sums, by_source.take(sums.device, sums.dtype).flatten()])
         if self._is_shared:
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
-        summed, weight, num_tokens, num_rows = sums.tolist()
-        return Evaluation(summed / (weight or 1.0), int(num_rows), int(num_tokens))
+        summed, weight, num_tokens, num_rows, *of_sources = sums.tolist()
+        return Evaluation(
+            summed / (weight or 1.0), int(num_rows), int(num_tokens), by_source.means(of_sources)
+        )
 
     def _share_of_batches(self) -> Iterator[tuple[list[int], bool]]:
         """Rows of each forward pass of this process, and whether its loss counts."""
         return dealt(self.batches) if self._is_shared else ((b, True) for b in self.batches)
 
-    def _sum(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return supervised_loss(model, model, batch, 1, tiling=self._tiling).double().cpu()
+    def _sum(
+        self, model: Any, batch: dict[str, torch.Tensor], by_source: SourceSums | None
+    ) -> torch.Tensor:
+        found = supervised_loss(model, model, batch, 1, tiling=self._tiling, by_source=by_source)
+        return found.double().cpu()
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -109,4 +123,5 @@ def build_evaluator(prepared: Prepared, collate: Collate) -> Evaluator | None:
         autocast_dtype=prepared.precision.autocast_dtype,
         dtype=prepared.precision.compute_dtype,
         is_shared=prepared.is_sharded,
+        source_names=names_of(prepared.data.validation_names),
     )

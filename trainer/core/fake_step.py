@@ -290,10 +290,10 @@ def _forward(model: Any, shape: StepShape, marks: _Marks) -> torch.Tensor:
     finally:
         hook.remove()
     if not is_tiled:
-        return summed_loss(logits[0], wanted, None)
+        return summed_loss(logits[0], wanted, None)[0]
     del logits
     with autocast:
-        return summed_in_tiles(kept.pop(), head, wanted, None, tiling)
+        return summed_in_tiles(kept.pop(), head, wanted, None, tiling)[0]
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def why_not(kernel: FusedSum, head: Any, post: PostHead, dtype: torch.dtype) -> 
     weigh = torch.rand(NUM_STATES, generator=generator).to(device)
 
     def tile(states: Any, head: Any, target: Any, weights: Any, post: PostHead) -> torch.Tensor:
-        return summed_loss(post(head(states[None])[0]), target, weights)
+        return summed_loss(post(head(states[None])[0]), target, weights)[0]
 
     for weights in (None, weigh):
         try:

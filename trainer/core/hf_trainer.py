@@ -12,6 +12,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from trainer.core.sharded_checkpoint import (
     load_weights,
 )
 from trainer.core.sharding import allow_sharding, offload_told, sharding_options
+from trainer.core.source_losses import SourceSums
 from trainer.core.tiles import Tiling
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
@@ -48,6 +50,7 @@ from trainer.models.adapter_files import save_adapter
 from trainer.models.devices import is_under_torchrun
 from trainer.models.precision import ResolvedPrecision
 from trainer.models.shard_files import has_shards
+from trainer.monitoring.loss_names import named_losses
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.step_report import StepRecord
 
@@ -220,6 +223,8 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self.neftune_alpha = neftune_alpha
         self.tiling: Tiling | None = None
         """How logits may be made in tiles, once that is proved."""
+        self.by_source: SourceSums | None = None
+        """Takes the losses of each source, where rows are of several and the loss tells."""
         self.router = 0.0
         """What the router loss of experts counts beside the cross-entropy, as in their own loss."""
         self._tokenizer = tokenizer
@@ -229,6 +234,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         self.save_with(save_checkpoint)
         self._run_state, self._note_step = run_state, note_step
         self._sums: torch.Tensor | None = None
+        self._since_log: list[float] = []
 
     def save_with(self, save: SaveCheckpoint) -> None:
         """Save checkpoints by `save`."""
@@ -305,6 +311,7 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
                     num_items_in_batch,
                     tiling=self.tiling,
                     router=self.router / (factor * num_passes),
+                    by_source=self.by_source,
                 )
         loss = loss * factor
         self._note(loss, inputs)
@@ -344,20 +351,39 @@ class SupervisedTrainer(Trainer):  # type: ignore[misc]
         assert self._sums is not None, "a step without a forward pass"
         sums, losses = self._sums, self._sums[:0]
         self._sums = None
+        if self.by_source is not None:
+            sums = torch.cat([sums, self.by_source.take(sums.device).flatten()])
         if self.accelerator.num_processes > 1:
             gathered = self.accelerator.gather(sums[None])
             losses = gathered[:, 0]
-            sums = torch.stack([gathered[:, 0].mean(), gathered[:, 1].sum(), gathered[:, 2].sum()])
+            sums = torch.cat([losses.mean().reshape(1), gathered[:, 1:].sum(0)])
+        num_sums = len(sums)
         # One wait for the device per optimizer step, for all numbers at once.
-        loss, tokens, trained, value, *of_ranks = torch.cat(
+        numbers = torch.cat(
             [sums, torch.as_tensor(norm, device=sums.device).detach().float().reshape(1), losses]
         ).tolist()
+        loss, tokens, trained, *of_sources = numbers[:num_sums]
+        value, *of_ranks = numbers[num_sums:]
+        self._since_log = [a + b for a, b in zip_longest(self._since_log, of_sources, fillvalue=0)]
         self.last_step = StepRecord(
-            loss, value, self._get_learning_rate(), int(tokens), int(trained)
+            loss,
+            value,
+            self._get_learning_rate(),
+            int(tokens),
+            int(trained),
+            self.by_source.means(of_sources) if self.by_source is not None else {},
         )
         self._guard(loss, value, of_ranks)
         self._note_step(self.last_step)
         return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
+        """As HF's, with the loss of each source over the steps since the last time."""
+        if "loss" in logs and self.by_source is not None:
+            losses = self.by_source.means(self._since_log)
+            logs = {**logs, **named_losses("StepDone", losses)}
+            self._since_log = []
+        super().log(logs, *args, **named)
 
     def _guard(self, loss: float, grad_norm: float, of_ranks: Sequence[float]) -> None:
         step = self.state.global_step + 1

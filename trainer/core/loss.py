@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from trainer.core.source_losses import SourceSums
 from trainer.core.tiles import PostHead, Tiling, summed_in_tiles, summed_loss
-from trainer.data.batches import LOSS_WEIGHTS
+from trainer.data.batches import LOSS_WEIGHTS, SOURCES
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 
@@ -54,7 +55,7 @@ def _next(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model's forward takes, without the labels."""
-    ours = ("labels", LOSS_WEIGHTS, SUPERVISED, NUM_TOKENS)
+    ours = ("labels", LOSS_WEIGHTS, SOURCES, SUPERVISED, NUM_TOKENS)
     return {key: value for key, value in batch.items() if key not in ours}
 
 
@@ -173,8 +174,10 @@ def _tiled_sum(
     target: torch.Tensor,
     weights: torch.Tensor | None,
     tiling: Tiling,
-) -> tuple[torch.Tensor, Any] | None:
-    """Summed cross-entropy, tile by tile, and the router loss of the forward, if it has one.
+) -> tuple[torch.Tensor, torch.Tensor | None, Any] | None:
+    """Summed cross-entropy, tile by tile, that of each position, and the router loss.
+
+    A kernel does not tell of each position, and most models have no router loss.
 
     Args:
         target: (N,) token ids that follow the positions.
@@ -206,8 +209,10 @@ def _tiled_sum(
     logits = output.logits if isinstance(unwrapped, FSDPModule) else None
     del output  # the graph of its logits keeps the head's weights in autocast's dtype
     with autocast:
-        total = summed_in_tiles(hidden.pop(), head, target, weights, tiling)
-    return total if logits is None else _through(total, logits), aux_loss
+        total, each = summed_in_tiles(hidden.pop(), head, target, weights, tiling)
+    if logits is not None:
+        total = _through(total, logits)
+    return total, each, aux_loss
 
 
 class _Through(torch.autograd.Function):
@@ -242,6 +247,7 @@ def supervised_loss(
     *,
     tiling: Tiling | None = None,
     router: float = 0.0,
+    by_source: SourceSums | None = None,
 ) -> torch.Tensor:
     """Cross-entropy summed over supervised tokens, each times its weight, over `num_items`.
 
@@ -256,6 +262,7 @@ def supervised_loss(
             result is its mean in nats per token.
         tiling: proved for this model. None: all logits at once.
         router: the forward's `aux_loss` is added times this; 0 leaves it out.
+        by_source: gets the loss of each position, where the batch says which source it is of.
     Returns:
         A scalar, float32 (float64 for a float64 model). Zero with zero gradient where the
         batch has no supervised token, and where all of the step have weight 0.
@@ -274,8 +281,11 @@ def supervised_loss(
         )
     if found is None:
         logits, output = _forward_on(model, unwrapped, inputs, positions)
-        found = summed_loss(logits, wanted, weights), getattr(output, "aux_loss", None)
-    total, aux_loss = found
+        aux_loss = getattr(output, "aux_loss", None)
+        found = *summed_loss(logits, wanted, weights), aux_loss
+    total, each, aux_loss = found
+    if by_source is not None and each is not None and SOURCES in batch:
+        by_source.add(each, weights, _next(batch[SOURCES], positions))
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()
     loss: torch.Tensor = total / _divisor(num_items)

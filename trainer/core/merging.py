@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from trainer.core.finished import FinishedRun
+from trainer.counts import counted
 from trainer.data.template import ChatTemplate
 from trainer.errors import ModelError, OutputError
 from trainer.files import staged
@@ -77,9 +78,10 @@ class MergeReport:
     def words(self) -> str:
         """For the terminal."""
         name = str(self.dtype).removeprefix("torch.")
+        rows = counted(self.num_rows, "row")
         rounding = f", rounding to {name} moves them by {self.rounded:.2g}" if self.rounded else ""
         return (
-            f"compared on {self.num_rows} rows, logits up to {self.largest:.3g}: merged and "
+            f"compared on {rows}, logits up to {self.largest:.3g}: merged and "
             f"adapter differ by {self.merged:.2g} in fp32{rounding}; loaded again it is the same"
             f"{self._words_of_quantization()}"
         )
@@ -255,7 +257,7 @@ def _check_rounding(merged: torch.Tensor, rounded: torch.Tensor, dtype: torch.dt
 def _check_reloaded(
     finished: FinishedRun, folder: Path, rows: Sequence[torch.Tensor], wanted: torch.Tensor
 ) -> None:
-    trust = finished.config.model.trust_remote_code
+    trust = finished.trusts_model()
     model = load_finished_model(folder, trust_remote_code=trust).eval()
     largest, relative = distance(wanted, logits_of(model, rows))
     if not relative <= EXACT or not has_true_tie(model):

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer import __version__
 from trainer.core.run import Job, Prepared
+from trainer.counts import counted
 from trainer.files import SAVED_BASE
 from trainer.models.train_on import base_section
 
@@ -82,8 +83,8 @@ def _results(job: Job, evaluation: dict[str, Any] | None) -> list[str]:
     if evaluation is not None:
         share = 100 * evaluation["exact_match"]
         lines.append(
-            f"- final evaluation: {evaluation['matched']} of {evaluation['num_prompts']} answers "
-            f"match ({share:.1f} %)"
+            f"- final evaluation: {evaluation['matched']} of "
+            f"{counted(evaluation['num_prompts'], 'answer')} match ({share:.1f} %)"
         )
         lines += [
             f"- {one['name']}: {one['mean']:.4f} (of {one['num_prompts']})"

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.training_sections import Hyperparams
 from trainer.core.bf16_masters import Bf16AdamW, make_bf16_adamw
+from trainer.counts import counted
 from trainer.errors import ConfigError
 from trainer.models.precision import computes_in_bf16, is_vector
 
@@ -491,8 +492,8 @@ def check_schedule(hyperparams: Hyperparams, total: int, *, start: int = 0) -> N
     """
     if hyperparams.warmup_steps >= total:
         raise ConfigError(
-            f"hyperparams.warmup_steps={hyperparams.warmup_steps:g} is not below the {total} steps "
-            "that these rows and epochs make; lower it or train longer."
+            f"hyperparams.warmup_steps={hyperparams.warmup_steps:g} is not below the "
+            f"{counted(total, 'step')} that these rows and epochs make; lower it or train longer."
         )
     peak = hyperparams.learning_rate or 0.0
     warmup = warmup_length(hyperparams.warmup_steps, total)

@@ -18,23 +18,35 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.config.loader import required_for_training, resolve
 from trainer.config.schema import TrainerConfig
 from trainer.config.training_sections import ModelSection
-from trainer.core.best_step import check_deciding, check_deciding_rows
+from trainer.core.best_step import check_deciding_rows
 from trainer.core.checkpoint import clean_staging
 from trainer.core.compiling import check_blocks, check_compiler
+from trainer.core.early_checks import check_early
 from trainer.core.fused_loss import check_loss_kernel
 from trainer.core.optim import check_optimizer, check_schedule
-from trainer.core.resume import ResumePoint, check_resumable, find_resume_point, flat
+from trainer.core.resume import (
+    LATEST,
+    STREAM,
+    ResumePoint,
+    check_resumable,
+    find_resume_point,
+    flat,
+)
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.core.run_folder import RunFolder, resolved_config
 from trainer.core.shared_files import blind_ranks, check_shared, hash_together, shared_tasks
 from trainer.core.together import Ask, is_alone, together
+from trainer.counts import counted
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data
 from trainer.data.encode import RowEncoder
-from trainer.data.sources import check_files
+from trainer.data.mixed_order import MixedOrder
+from trainer.data.source_shares import with_shares, with_sources
+from trainer.data.stream_order import StreamOrder
+from trainer.data.stream_rows import StreamedDataset
+from trainer.data.streaming import prepare_stream
 from trainer.errors import ConfigError, DataError, ModelError
 from trainer.files import staged
 from trainer.models import resolve_alias
@@ -70,12 +82,10 @@ from trainer.models.train_on import (
     train_on,
 )
 from trainer.monitoring.events import Observers
-from trainer.monitoring.notify import check_notify
 from trainer.monitoring.processes import num_processes
 from trainer.monitoring.trackers import NOT_HFS, Arguments, shown_config, start_trackers
 from trainer.monitoring.tracking import check_trackers
-from trainer.net import go_offline
-from trainer.preview.canary_set import read_canary_set
+from trainer.net import go_offline, names_without_secrets
 from trainer.profiles import DataProfile
 from trainer.scores.scorer import check_scores
 from trainer.scores.spec import is_function
@@ -95,17 +105,12 @@ def check_config(config: TrainerConfig) -> tuple[TrainerConfig, Numerics]:
     """Fill derived values, decide device and precision, set threads and hub mode of the process.
 
     Raises:
-        ConfigError: an option is missing or cannot take effect.
-        DataError: a file of rows is not there.
+        TrainerError: as `check_early`.
+        ConfigError: a package or device is not there.
     """
-    required_for_training(config)
+    config = check_early(config)
     check_trackers(config.monitoring.report_to)
     check_scores(config.monitoring)
-    check_deciding(config)
-    check_notify(config.monitoring.notify)
-    config = resolve(config)
-    check_files(config.data)
-    read_canary_set(config.monitoring.canary_set)
     environment, hyper = config.environment, config.hyperparams
     disable_progress_bar()  # transformers' own bars would tear the terminal view
     if environment.num_threads is not None:
@@ -229,7 +234,12 @@ def open_run_folder(job: Job, config: TrainerConfig) -> None:
                 observers.notice(text, "warning")
             removed = clean_staging(job.folder.checkpoints_dir)
             if removed:
-                observers.notice(f"removed {len(removed)} unfinished checkpoints of a killed run")
+                observers.notice(
+                    f"removed {counted(len(removed), 'unfinished checkpoint')} of a killed run"
+                )
+            if wanted == LATEST and job.folder.begin_anew():
+                observers.notice("no checkpoint was written: the run starts again from step 0")
+                return None
         if wanted is None:
             return None
         folder = Path(config.output.output_dir)
@@ -272,10 +282,15 @@ def encode_rows(
         ConfigError: an option that does not fit these rows.
     """
     hyper = config.hyperparams
-    job.observers.phase("loading", f"encoding {config.data.dataset_path}")
+    phase = f"encoding {names_without_secrets(config.data.dataset_path)}"
+    job.observers.phase("loading", phase)
     started = time.perf_counter()
     fix_date(tokenizer, job.date)
-    data = prepare_data(
+    prepare: Any = prepare_data
+    if config.data.streaming:
+        resume = job.resumed_from
+        prepare = partial(prepare_stream, resume=resume.run_state.get(STREAM) if resume else None)
+    data: RunData = prepare(
         config.data,
         profile=profile,
         encoder=RowEncoder(
@@ -292,9 +307,14 @@ def encode_rows(
         num_score=config.monitoring.num_score_prompts,
         with_columns=any(map(is_function, config.monitoring.scores)),
         offline=config.environment.offline,
+        progress=lambda words: job.observers.phase("loading", phase, words),
     )
+    if isinstance(data.train, StreamedDataset):
+        job.on_close("rows that are streamed", data.train.close)
+    data = with_sources(config.data, data)
     if config.data.enable_packing:
         data = pack_training_rows(data)
+    data = with_shares(config.data, data)
     job.durations_s["encoding"] = time.perf_counter() - started
     return data
 
@@ -337,15 +357,33 @@ def check_against_rows(
 
 
 def epoch_order(config: TrainerConfig, data: RunData) -> EpochOrder:
-    """The order of the training rows; a group is one optimizer step on all devices."""
-    world, hyper = num_processes(), config.hyperparams
-    return EpochOrder(
+    """The order of the training rows; a group is one optimizer step on all devices.
+
+    Raises:
+        DataError: `data.mix_probabilities` leave a source without a row.
+    """
+    world, hyper, section = num_processes(), config.hyperparams, config.data
+    options: dict[str, Any] = {
+        "group_size": hyper.batch_size * hyper.gradient_accumulation * world,
+        "seed": config.environment.seed,
+        "shuffle": section.shuffle,
+        "group_by_length": section.group_by_length,
+        "multiple_of": hyper.batch_size * world if world > 1 else 1,
+    }
+    if isinstance(data.train, StreamedDataset):
+        assert hyper.max_steps is not None, "a rule of the config"
+        options.pop("multiple_of")
+        return StreamOrder(data.train, num_steps=hyper.max_steps, **options)
+    sources = data.train.sources
+    if not section.mix_probabilities or sources is None:
+        return EpochOrder(data.train.lengths, **options)
+    return MixedOrder(
         data.train.lengths,
-        group_size=hyper.batch_size * hyper.gradient_accumulation * world,
-        seed=config.environment.seed,
-        shuffle=config.data.shuffle,
-        group_by_length=config.data.group_by_length,
-        multiple_of=hyper.batch_size * world if world > 1 else 1,
+        sources,
+        section.mix_probabilities,
+        ends_with=section.mix_epoch,
+        names=data.source_names,
+        **options,
     )
 
 
@@ -460,6 +498,9 @@ def _check_rows(data: RunData, model: Any, tokenizer: Any) -> None:
     if max(tokenizer.get_vocab().values()) < rows:
         return
     parts: list[Any] = [part for part in (data.train, data.validation) if part is not None]
+    if isinstance(data.train, StreamedDataset):
+        data.train.refuse_ids_from(rows)  # when they come
+        parts = parts[1:]
     for part in parts:
         for index in range(len(part)):
             largest = int(part[index]["input_ids"].max())

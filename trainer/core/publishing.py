@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.child import half_the_cores
 from trainer.config.schema import MonitoringConfig
 from trainer.core.canary import build_canary
 from trainer.core.drift_plan import DriftPlan
+from trainer.core.early_checks import measures_golden
 from trainer.core.run import Prepared, is_main_process
 from trainer.core.run_folder import RunFolder
-from trainer.core.scoring import measures_golden
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError
 from trainer.files import replace_file
@@ -364,8 +365,7 @@ def _sidecar(
     config.save_pretrained(model_dir)
     run.prepared.tokenizer.save_pretrained(model_dir)
     replace_file(key_file, key + "\n", mode=0o600)
-    cores = os.cpu_count() or 1
-    threads = 1 if run.prepared.device.type == "cpu" else max(1, cores // 2)
+    threads = 1 if run.prepared.device.type == "cpu" else half_the_cores()
     worker = SidecarWorker(
         model_dir=model_dir,
         weights_dir=weights_dir,
@@ -396,7 +396,7 @@ def _previews(
         "max_new_tokens": monitoring.preview_max_tokens,
         "temperature": monitoring.preview_temperature,
         "seed": run.prepared.config.environment.seed,
-        "golden_logprobs": measures_golden(monitoring, len(requests)),
+        "golden_logprobs": measures_golden(run.prepared.config, len(requests)),
         "canary": list(canary.rows) if canary is not None else None,
     }
 
@@ -405,7 +405,7 @@ def _evaluation_bodies(
     run: PublishingRun, previews: Mapping[str, Any], requests: Sequence[PreviewRequest]
 ) -> list[dict[str, Any]]:
     """The same for the prompts that are answered for scores only: greedily, and batch by batch."""
-    measures = measures_golden(run.prepared.config.monitoring, len(requests))
+    measures = measures_golden(run.prepared.config, len(requests))
     return [
         {
             **previews,

@@ -25,6 +25,7 @@ from trainer.core.checkpoint import (
     hash_files,
     load_named_checkpoint,
 )
+from trainer.counts import counted
 from trainer.errors import ResumeError
 from trainer.monitoring.processes import num_processes
 
@@ -213,6 +214,9 @@ def is_of_schedule(change: str) -> bool:
     return change.split(":")[0] in SCHEDULE_KEYS | LENGTH_KEYS
 
 
+STREAM = "stream"
+"""In the state of a run: where its stream of rows stands."""
+
 HISTORY = "changes"
 """In run.json and in a checkpoint's metadata: each resume that changed something."""
 
@@ -343,7 +347,8 @@ def check_resumable(
         )
     if num_steps < point.step:
         raise ResumeError(
-            f"--resume: {point.step} steps are done already, but this run is set to {num_steps} in "
+            f"--resume: {counted(point.step, 'step is', 'steps are')} done already, but this run "
+            f"is set to {num_steps} in "
             "total. "
             "Raise hyperparams.max_steps or num_epochs, or name an older checkpoint: --resume "
             "STEP_DIR."

@@ -304,7 +304,7 @@ class Job:
         """
         if self.folder is None:
             return
-        self.folder.clear_unstarted()
+        self.folder.clear_unsaved()
         monitoring = prepared.config.monitoring
         self._attach = partial(
             status_writer.attach,
@@ -425,7 +425,7 @@ class Job:
             return ""
         if self.ranks is not None:
             return TO_CONTINUE
-        command = resume_command(str(self.folder.path), self.config.monitoring.scores)
+        command = resume_command(str(self.folder.path), self.config.model_dump())
         return f"; continue with: {command}"
 
     def failed(self, error: BaseException) -> TrainingResult:

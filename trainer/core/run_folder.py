@@ -9,23 +9,51 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from trainer.config.loader import RESOLVED_NAME
 from trainer.config.schema import TrainerConfig
 from trainer.errors import OutputError, ResumeError
-from trainer.files import CHECKPOINTS_NAME, LOCK, SAVED_BASE, STATUS_NAME, replace_file
+from trainer.files import (
+    CHECKPOINTS_NAME,
+    LOCK,
+    SAVED_BASE,
+    STAGING_NAME,
+    STATUS_NAME,
+    read_json_object,
+    replace_file,
+)
+from trainer.monitoring.control import BEST_NAME
 from trainer.monitoring.events import plain_values
+from trainer.monitoring.resuming import resume_command
 from trainer.preview.drift import BASE_NAME
 
 OWN_FILES = (
     *("run.json", "status.json", "metrics.jsonl", "previews.jsonl", "evaluations.jsonl"),
-    *("worker.json", BASE_NAME),
+    *("worker.json", BASE_NAME, BEST_NAME),
 )
 
 SHARED_NAMES = (RESOLVED_NAME, "logs", SAVED_BASE)
 """What a run writes too, and a folder may have had before it: of a dry run, or of the user."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a folder holds of an earlier run."""
+
+    is_run: bool = False
+    """A run that has a checkpoint or a model, or whose record cannot be read."""
+    is_unsaved: bool = False
+    """A run that ended, however, before its first checkpoint."""
+    step: int = 0
+    """Of an unsaved one: steps that it made."""
+
+    @property
+    def is_without_checkpoint(self) -> bool:
+        """Whether steps were made, of which there are figures but no checkpoint."""
+        return self.is_unsaved and self.step > 0
 
 
 class RunFolder:
@@ -41,8 +69,8 @@ class RunFolder:
         """Use `create`, which checks."""
         self.path, self._lock, self._is_new = path, lock, is_new
         self._added: list[str] = []
-        self._is_over_unstarted = False
-        """An earlier run is in it that made no step."""
+        self._is_over_unsaved = False
+        """An earlier run is in it that has no checkpoint."""
         self.notices: list[str] = []
 
     @classmethod
@@ -56,67 +84,104 @@ class RunFolder:
             OutputError: it cannot be written, holds a run already, or another process runs in it.
             ResumeError: there is no run to resume.
         """
-        cls._check_content(path, resume=resume)
-        is_new = not path.exists()
-        folder = cls(path, None, is_new=is_new)
+        folder = cls(path, None, is_new=not path.exists())
+        folder._check(resume=resume)
         try:
             folder._take_lock()
             # Again, now that nobody else can: a run may have come and gone meanwhile.
-            cls._check_content(path, resume=resume)
+            folder._check(resume=resume)
         except BaseException:
             folder.close()
             raise
-        folder._is_over_unstarted = not resume and (path / cls.RUN_JSON).exists()
+        folder._is_over_unsaved = not resume and folder._content().is_unsaved
         folder._added = [name for name in SHARED_NAMES if not (path / name).exists()]
         return folder
 
     @classmethod
-    def _check_content(cls, path: Path, *, resume: bool) -> None:
-        holds_run = cls._holds_run(path)
-        if holds_run and not resume:
+    def check(cls, path: Path, *, resume: bool) -> None:
+        """As `create` refuses a folder, as far as it is seen without taking it.
+
+        Raises:
+            OutputError, ResumeError: as of `create`.
+        """
+        cls(path, None, is_new=False)._check(resume=resume)
+
+    def _check(self, *, resume: bool) -> None:
+        """Refuse what does not fit what is in the folder.
+
+        Without the lock, a run that has no checkpoint may be one that is at work.
+        """
+        path, found = self.path, self._content()
+        if found.is_run and not resume:
             raise OutputError(
-                f"{path}: this folder holds a run already. Continue it with --resume, or give "
-                "another --output."
+                f"{path}: this folder holds a run already. Continue it with "
+                f"`{self._resume_command()}`, or give another --output."
             )
-        if resume and not holds_run:
-            what = "a run that made no step" if cls._holds_unstarted(path) else "no run"
+        if found.is_without_checkpoint and not resume and self._lock is not None:
+            raise OutputError(
+                f"{path}: the run in this folder ended after step {found.step}, before its first "
+                f"checkpoint. Start it again from step 0, over what it wrote, with "
+                f"`{self._resume_command()}`, or give another --output."
+            )
+        if resume and not (found.is_run or found.is_unsaved):
             raise ResumeError(
-                f"--resume: {path} holds {what}, so there is nothing to resume. Give the --output "
+                f"--resume: {path} holds no run, so there is nothing to resume. Give the --output "
                 "of the run, or leave --resume out."
             )
 
-    @classmethod
-    def _holds_run(cls, path: Path) -> bool:
+    def _resume_command(self) -> str:
+        record = read_json_object(self.run_json) or {}
+        return resume_command(str(self.path), record.get("config"))
+
+    def _content(self) -> Content:
+        names = (self.RUN_JSON, self.STATUS, self.CHECKPOINTS)
         try:
-            return not cls._holds_unstarted(path) and any(
-                (path / name).exists() for name in (cls.RUN_JSON, cls.STATUS, cls.CHECKPOINTS)
-            )
+            if not any((self.path / name).exists() for name in names):
+                return Content()
+            step = self._step_without_checkpoint()
         except OSError:
-            return False  # not a folder we may look into: taking the lock will say why
+            return Content()  # not a folder we may look into: taking the lock will say why
+        return Content(is_run=step is None, is_unsaved=step is not None, step=step or 0)
 
-    @classmethod
-    def _holds_unstarted(cls, path: Path) -> bool:
-        """Whether a run was stopped here while it loaded: it said nothing and trained nothing."""
-        if (path / cls.CHECKPOINTS).exists() or (path / cls.FINAL_MODEL).exists():
-            return False
-        try:
-            state = json.loads((path / cls.RUN_JSON).read_text(encoding="utf-8"))["state"]
-            metrics = path / "metrics.jsonl"
-            if state != "stopped" or not metrics.exists():
-                return bool(state == "stopped")
-            with metrics.open("rb") as lines:
-                return not any(b'"StepDone"' in line for line in lines)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def _step_without_checkpoint(self) -> int | None:
+        """The last step of a run that has neither checkpoint nor model; None of every other run.
 
-    def clear_unstarted(self) -> None:
-        """Remove what a run left here that was stopped before its first step."""
-        if not self._is_over_unstarted:
+        Raises:
+            OSError: it cannot be read.
+        """
+        checkpoints = self.path / self.CHECKPOINTS
+        kept = checkpoints.iterdir() if checkpoints.is_dir() else ()
+        # A save that was killed left a folder that is no checkpoint.
+        if (self.path / self.FINAL_MODEL).exists() or any(
+            not STAGING_NAME.match(one.name) for one in kept
+        ):
+            return None
+        record = read_json_object(self.run_json if self.run_json.exists() else self.status_json)
+        state = (record or {}).get("state")
+        # Where there are no locks, one that did not say that it ended may be at work.
+        is_over = state in ("stopped", "failed") or (state != "completed" and not self.notices)
+        if not isinstance(state, str) or not is_over:
+            return None
+        metrics = self.path / "metrics.jsonl"
+        if not metrics.exists():
+            return 0
+        with metrics.open("rb") as lines:
+            return sum(b'"StepDone"' in line for line in lines)
+
+    def begin_anew(self) -> bool:
+        """With `--resume`: whether the run has no checkpoint, and will start again from step 0."""
+        found = self._content()
+        self._is_over_unsaved = self._is_over_unsaved or found.is_unsaved
+        return found.is_unsaved
+
+    def clear_unsaved(self) -> None:
+        """Remove what a run left here that ended before its first checkpoint."""
+        if not self._is_over_unsaved:
             return
-        for path in (self.path / name for name in (*OWN_FILES, SAVED_BASE)):
+        for path in (self.path / name for name in (*OWN_FILES, SAVED_BASE, self.CHECKPOINTS)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._added = [name for name in SHARED_NAMES if not (self.path / name).exists()]
-        self._is_over_unstarted = False
+        self._is_over_unsaved = False
 
     def _take_lock(self) -> None:
         """Make the folder and hold an exclusive lock in it as long as this process lives."""
@@ -161,6 +226,11 @@ class RunFolder:
     def run_json(self) -> Path:
         """The manifest of the run."""
         return self.path / self.RUN_JSON
+
+    @property
+    def status_json(self) -> Path:
+        """What it does now, for views."""
+        return self.path / self.STATUS
 
     @property
     def config_resolved(self) -> Path:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.config.schema import MonitoringConfig
+from trainer.core.early_checks import measures_golden
 from trainer.core.run import Job, Prepared, is_main_process
+from trainer.counts import counted
 from trainer.files import append_lines
 from trainer.models.load import context_length
 from trainer.monitoring.deciding import DecidingScores
@@ -29,15 +31,6 @@ from trainer.scores.spec import parse_scores
 
 TOLD_EVERY_S = 2.0
 """Seconds between words about a final evaluation that goes on."""
-
-GOLDEN_PROMPTS = 16
-"""Up to so many prompts have their golden answers scored without being asked."""
-
-
-def measures_golden(monitoring: MonitoringConfig, num_prompts: int) -> bool:
-    """Whether golden answers are scored (monitoring.preview_golden_logprobs)."""
-    wanted = monitoring.preview_golden_logprobs
-    return wanted == "on" or (wanted == "auto" and num_prompts <= GOLDEN_PROMPTS)
 
 
 def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPreviewBackend:
@@ -59,7 +52,7 @@ def local_backend(prepared: Prepared, model: Any, num_prompts: int) -> LocalPrev
         stop_ids=data.encoder.template.stop_ids,
         autocast_dtype=prepared.precision.autocast_dtype,
         max_length=context_length(model.config),
-        with_golden_logprobs=measures_golden(config.monitoring, num_prompts),
+        with_golden_logprobs=measures_golden(config, num_prompts),
     )
     assert isinstance(backend, LocalPreviewBackend), "asked for local"
     return backend
@@ -177,7 +170,7 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any, step: int) -> dic
                 results += answered
                 if time.monotonic() - told_at > TOLD_EVERY_S and len(results) < len(requests):
                     told_at = time.monotonic()
-                    words = f"{len(results)} of {len(requests)} prompts are answered"
+                    words = f"{len(results)} of {counted(len(requests), 'prompt')} answered"
                     job.observers.phase("training", f"final evaluation: {words}")
     finally:
         if scorer is not None:
@@ -187,8 +180,8 @@ def final_evaluation(job: Job, prepared: Prepared, model: Any, step: int) -> dic
     matched = sum(result.matches is True for result in results)
     share = 100 * matched / len(results)
     job.observers.notice(
-        f"final evaluation: {matched} of {len(results)} answers match ({share:.1f} %), all in "
-        f"{path}"
+        f"final evaluation: {matched} of {counted(len(results), 'answer')} match ({share:.1f} "
+        f"%), all in {path}"
     )
     history = ScoreHistory()
     history.add(results)

@@ -85,15 +85,23 @@ class Tiling:
         return cls(post, tile_length(vocabulary, device_type))
 
 
-def summed_loss(
-    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """Cross-entropy of (N, V) logits, each position times its weight."""
+Losses = tuple[torch.Tensor, torch.Tensor]
+"""The sum, with a gradient, and the losses of each position, (N,), before weights and without."""
+
+
+def summed_loss(logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None) -> Losses:
+    """Cross-entropy of (N, V) logits, each position times its weight.
+
+    In the two steps that `F.cross_entropy` takes, as what is between them has each position's loss.
+    """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()  # a softmax over many tokens loses digits in half precision
+    logs = F.log_softmax(logits, dim=-1)
     if weights is None:
-        return F.cross_entropy(logits, target, reduction="sum")
-    return (F.cross_entropy(logits, target, reduction="none") * weights).sum()
+        each = logs.detach().gather(1, target[:, None])[:, 0].neg()
+        return F.nll_loss(logs, target, reduction="sum"), each
+    each = F.nll_loss(logs, target, reduction="none")
+    return (each * weights).sum(), each.detach()
 
 
 def summed_in_tiles(
@@ -102,7 +110,7 @@ def summed_in_tiles(
     target: torch.Tensor,
     weights: torch.Tensor | None,
     tiling: Tiling,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed cross-entropy of the head on (N, D) states; the caller sets autocast.
 
     Args:
@@ -110,21 +118,26 @@ def summed_in_tiles(
             reduce their gradients, behind each tile.
         target: (N,) token ids.
         weights: (N,), or None.
+    Returns:
+        As `summed_loss`; a kernel does not tell of each position.
     """
     if tiling.fused is not None:
-        return tiling.fused(states, head, target, weights, tiling.post)
+        return tiling.fused(states, head, target, weights, tiling.post), None
     if torch.is_grad_enabled() and is_plain(head):
-        total: torch.Tensor = _SumWithGradients.apply(  # type: ignore[no-untyped-call]
+        found: Losses = _SumWithGradients.apply(  # type: ignore[no-untyped-call]
             states, head.weight, head.bias, target, weights, tiling
         )
-        return total
+        return found
 
-    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
+    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> Losses:
         return summed_loss(tiling.post(head.forward(states[None])[0]), wanted, by)
 
     parts = _split(tiling.length, states, target, weights)
-    sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum()
+    return _joined([checkpoint(tile, *part, use_reentrant=False) for part in parts])
+
+
+def _joined(tiles: list[Losses]) -> Losses:
+    return torch.stack([total for total, _ in tiles]).sum(), torch.cat([each for _, each in tiles])
 
 
 def is_plain(head: Any) -> bool:
@@ -155,7 +168,7 @@ class _SumWithGradients(torch.autograd.Function):
         target: torch.Tensor,
         weights: torch.Tensor | None,
         tiling: Tiling,
-    ) -> torch.Tensor:
+    ) -> Losses:
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -164,24 +177,26 @@ class _SumWithGradients(torch.autograd.Function):
             torch.zeros_like(weight) if for_weight else None,
             torch.zeros_like(bias) if bias is not None and for_bias else None,
         ]
-        sums = []
+        made = []
         with torch.autocast(device, enabled=False):
             inner, by = _as_autocast(states, dtype), _as_autocast(weight, dtype)
             shift = None if bias is None else _as_autocast(bias, dtype)
             parts = _split(tiling.length, inner, target, weights, grads[0])
             for part, wanted, factors, out in parts:
-                loss, logits_grad = _with_gradient(
+                losses, logits_grad = _with_gradient(
                     F.linear(part, by, shift), wanted, factors, tiling.post
                 )
-                sums.append(loss)
+                made.append(losses)
                 _add_gradients(logits_grad, part, by, (out, *grads[1:]))
                 del logits_grad  # before the next tile is made
         ctx.grads = grads
-        return torch.stack(sums).sum()
+        total, each = _joined(made)
+        ctx.mark_non_differentiable(each)
+        return total, each
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> Any:
         grads, ctx.grads = ctx.grads, None
         assert grads is not None, "the gradients of a loss in tiles are scaled in place, once"
         for grad in grads:
@@ -200,7 +215,7 @@ def _as_autocast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tenso
 
 def _with_gradient(
     output: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None, post: PostHead
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Losses, torch.Tensor]:
     """`summed_loss` of the head's output (N, V), and the gradient of that, in its dtype."""
     logits = post(output)
     precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -208,12 +223,13 @@ def _with_gradient(
     index = target[:, None]
     of_target = gradient.gather(1, index)  # (N, 1) log-probabilities
     gradient.exp_().scatter_(1, index, of_target.expm1())
+    each = of_target[:, 0].neg()
     if weights is None:
-        loss = -of_target.sum()
+        total = each.sum()
     else:
-        loss = -(of_target[:, 0] * weights).sum()
+        total = (each * weights).sum()
         gradient.mul_(weights[:, None])
-    return loss, post.backward(logits, gradient).to(output.dtype)
+    return (total, each), post.backward(logits, gradient).to(output.dtype)
 
 
 def _add_gradients(

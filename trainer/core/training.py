@@ -39,15 +39,26 @@ from trainer.core.preparation import epoch_order
 from trainer.core.previews import build_scheduler
 from trainer.core.proofs import BatchChoice, Collate, TrainingCollator, choose_batches, needs_mask
 from trainer.core.publishing import agree_on_previews
-from trainer.core.resume import HISTORY, SEMANTICS, ResumePoint, package_versions
+from trainer.core.resume import HISTORY, SEMANTICS, STREAM, ResumePoint, package_versions
 from trainer.core.run import Job, LoadedModel, Prepared, TrainingResult, is_main_process
 from trainer.core.run_folder import RunFolder
 from trainer.core.scoring import final_evaluation
 from trainer.core.sharded_checkpoint import is_adapted
 from trainer.core.sharding import mesh_words, shard, whole_adapter, whole_copy
 from trainer.core.shared_files import SharedWriting, shared_tasks
+from trainer.core.source_losses import SourceSums
 from trainer.core.together import Ask, together
-from trainer.data.batches import PackCollator, PackedDataset, PadCollator, length_buckets
+from trainer.counts import counted
+from trainer.data.batches import (
+    EncodedDataset,
+    PackCollator,
+    PackedDataset,
+    PadCollator,
+    length_buckets,
+)
+from trainer.data.source_shares import names_of
+from trainer.data.stream_order import StreamOrder
+from trainer.data.stream_rows import StreamedDataset
 from trainer.errors import NonFiniteError, OutputError, StoppedError
 from trainer.files import CHECKPOINTS_NAME, FAILED, staged
 from trainer.models.adapter_files import load_finished_model, save_adapter, write_model
@@ -176,7 +187,7 @@ def assemble_trainer(
         note_step=job.monitor.report.note,
         tokenizer=prepared.tokenizer,
         neftune_alpha=config.lora.neftune_alpha,
-        resume_flags=resume_flags(config.monitoring.scores),
+        resume_flags=resume_flags(config.model_dump()),
     )
     if trainer.is_fsdp_enabled:
         shard(trainer, prepared.precision)
@@ -196,8 +207,7 @@ def assemble_trainer(
     _prove_batches_and_loss(job, prepared, trainer, buckets=buckets)
     handler = trainer.accelerator.ddp_handler
     if prepared.strategy.name == "ddp" and handler is not None and handler.find_unused_parameters:
-        data = prepared.data.train
-        rows = data.rows if isinstance(data, PackedDataset) else data
+        rows = _plain_rows(prepared.data.train)
         [handler.find_unused_parameters] = any_process(has_unused_parameters(trainer, rows))
     forget_peak_memory(trainer.args.device)
     return trainer
@@ -222,7 +232,7 @@ def _prove_batches_and_loss(
         buckets=buckets,
     )
     _tell_attention(job, choice)
-    rows, dtype = packs.rows if packs else data.train, prepared.precision.compute_dtype
+    rows, dtype = _plain_rows(data.train), prepared.precision.compute_dtype
     choose_loss(trainer, rows, dtype=dtype, notice=job.observers.notice)
     with undisturbed(trainer.model), trainer.accelerator.autocast():
         trainer.tiling = tiling_of(trainer.model, rows, dtype)
@@ -234,6 +244,7 @@ def _prove_batches_and_loss(
                 dtype=dtype,
                 notice=job.observers.notice,
             )
+    _look_at_sources(job, prepared, trainer)
     with_mask = not isinstance(choice.collate, PadCollator) or needs_mask(trainer)
     if config.lora.neftune_alpha:
         with_mask = True  # its noise is by the length of each row
@@ -245,10 +256,34 @@ def _prove_batches_and_loss(
         )
 
 
+def _plain_rows(data: EncodedDataset) -> EncodedDataset:
+    """Rows to prove things on: not packed, and there at any time."""
+    if isinstance(data, StreamedDataset):
+        return data.samples
+    return data.rows if isinstance(data, PackedDataset) else data
+
+
+def _look_at_sources(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
+    """Have the loss of each source summed, where rows are of several and the loss tells."""
+    names = names_of(prepared.data.source_names)
+    if not names:
+        return
+    is_fused = trainer.tiling is not None and trainer.tiling.fused is not None
+    if is_fused or trainer.use_own_forward:
+        why = "Liger's kernel" if is_fused else "this model's own loss"
+        way = "; hyperparams.loss_kernel=tiles does" if is_fused else ""
+        job.observers.notice(
+            f"the training loss of each source is not measured, as {why} does not tell the loss of "
+            f"each token{way}; that of held-out rows is"
+        )
+        return
+    trainer.by_source = SourceSums(names)
+
+
 def _compiled_blocks(job: Job, prepared: Prepared, model: Any) -> CompiledBlocks | None:
     if prepared.config.hyperparams.compile == "off":
         return None
-    longest = max(prepared.data.train.lengths)
+    longest = prepared.data.train.longest
     is_packed = isinstance(prepared.data.train, PackedDataset)
     buckets = (longest,) if is_packed else length_buckets(longest)
     job.blocks = CompiledBlocks(model, buckets, job.observers.notice)
@@ -332,6 +367,9 @@ def _run_state(job: Job) -> dict[str, Any]:
     assert job.stopping is not None and job.monitor is not None, "built before training"
     deciding = job.monitor.deciding
     state = {"early_stopping": job.stopping.state()}
+    trainer = job.trainer
+    if trainer is not None and isinstance(trainer.order, StreamOrder):
+        state[STREAM] = trainer.order.state(trainer.state.global_step)
     return state if deciding is None else {**state, "deciding": deciding.state()}
 
 
@@ -356,11 +394,12 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         recover_evaluations(job, prepared, trainer)
         if resume is not None and _is_trained(job, resume, prepared.num_steps):
             trainer.restore(resume.path)
-            job.observers.notice(f"all {resume.step} steps are done; nothing is left to train")
+            job.observers.notice(f"all steps ({resume.step}) are done; nothing is left to train")
         else:
             with compiler_errors(job.stop) if job.blocks else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)
         job.durations_s["training"] = time.perf_counter() - started
+        _tell_stream(job, trainer)
         if is_main_process():
             take_the_rest(job)
         if scheduler is not None:
@@ -370,6 +409,15 @@ def execute_training(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -
         job.durations_s.setdefault("training", time.perf_counter() - started)
         if scheduler is not None:  # a run that fails says what became of its previews too
             scheduler.give_up("the run ended before the answer came")
+
+
+def _tell_stream(job: Job, trainer: SupervisedTrainer) -> None:
+    """What was read of the rows that were streamed, which the data card could not know."""
+    order, step = trainer.order, trainer.state.global_step
+    if isinstance(order, StreamOrder) and step > order.rows.start_step:
+        read = order.read_up_to(step)
+        job.observers.notice(f"streaming: {read.words()}")
+        _update_record(job, {STREAM: read.as_json()})
 
 
 def _leave_newer_behind(job: Job, resume: ResumePoint, folder: RunFolder) -> None:
@@ -395,7 +443,9 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
             model_name=config.model.model_path,
             total_steps=total,
             start_step=prepared.start_step,
-            num_epochs=total / trainer.order.steps_per_epoch,
+            num_epochs=0.0
+            if config.data.streaming  # not known
+            else total / trainer.order.steps_per_epoch,
             num_train_rows=data.card.num_train_rows,
             num_validation_rows=len(data.validation or ()),
             context_window=config.hyperparams.max_length or 0,
@@ -405,7 +455,7 @@ def _announce(job: Job, prepared: Prepared, trainer: SupervisedTrainer) -> None:
     )
     if config.deciding_scores or config.final_choice == "best":
         job.observers.notice(choice_words(prepared))
-    job.observers.phase("training", f"training {total} steps")
+    job.observers.phase("training", f"training {counted(total, 'step')}")
 
 
 def _is_trained(job: Job, resume: ResumePoint, total: int) -> bool:
@@ -474,7 +524,7 @@ def finish_training(
                 "warning",
             )
         observers.phase(
-            "training", f"final evaluation: answering {len(data.final_prompts)} prompts"
+            "training", f"final evaluation: answering {counted(len(data.final_prompts), 'prompt')}"
         )
     asked = model if prepared.is_sharded else loaded.model
     if adapter is not None and data.final_prompts:

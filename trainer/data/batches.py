@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,9 @@ BLANK = -1
 
 LOSS_WEIGHTS = "loss_weights"
 """Key of rows and batches: how much each label counts in the loss; absent: each counts 1."""
+
+SOURCES = "sources"
+"""Key of rows and batches: number of the source of each token; absent: all are of one source."""
 
 
 class EpochOrder(Sampler[int]):
@@ -65,9 +69,14 @@ class EpochOrder(Sampler[int]):
         self.epoch = epoch
 
     @property
+    def num_rows(self) -> int:
+        """Rows of one epoch, the same in each: here every row once."""
+        return len(self.lengths)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch; the last one may have fewer rows."""
-        return -(-len(self.lengths) // self.group_size)
+        return -(-self.num_rows // self.group_size)
 
     def longest_rows(self, count: int) -> list[int]:
         """The `count` longest rows: no forward pass over as many is padded to more tokens."""
@@ -79,21 +88,26 @@ class EpochOrder(Sampler[int]):
         return self.epoch_rows(epoch)[nth * self.group_size]
 
     def __len__(self) -> int:
-        """Every row once per epoch, and the blanks."""
-        return -(-len(self.lengths) // self.multiple_of) * self.multiple_of
+        """The rows of an epoch, and the blanks."""
+        return -(-self.num_rows // self.multiple_of) * self.multiple_of
 
     def __iter__(self) -> Iterator[int]:
         """Yield the rows of the chosen epoch, then the blanks."""
         yield from self.epoch_rows(self.epoch)
-        yield from [BLANK] * (len(self) - len(self.lengths))
+        yield from [BLANK] * (len(self) - self.num_rows)
 
     def epoch_rows(self, epoch: int) -> list[int]:
-        """All rows in the order of one epoch."""
+        """The rows of one epoch in their order."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = self._drawn(epoch, generator)
+        return self._grouped(order, generator) if self.shuffle and self.group_by_length else order
+
+    def _drawn(self, epoch: int, generator: torch.Generator) -> list[int]:
+        """The rows of one epoch before they are grouped by length."""
         if not self.shuffle:
             return list(range(len(self.lengths)))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        return self._grouped(order, generator) if self.group_by_length else order
+        return order
 
     def _grouped(self, order: list[int], generator: torch.Generator) -> list[int]:
         size = self.group_size
@@ -165,14 +179,19 @@ def stack_rows(
     return batch
 
 
-def blank_row(*, has_weights: bool = False) -> dict[str, Any]:
+def blank_row(*, has_weights: bool = False, has_sources: bool = False) -> dict[str, Any]:
     """What BLANK stands for: one token that nothing is trained on, so that attention has a key.
 
     Args:
         has_weights: the other rows have loss weights; all rows of a batch have the same keys.
+        has_sources: the other rows say which source they are of.
     """
     row = {"input_ids": torch.zeros(1, dtype=torch.int64), "labels": torch.tensor([IGNORE_INDEX])}
-    return {**row, LOSS_WEIGHTS: torch.zeros(1)} if has_weights else row
+    if has_weights:
+        row[LOSS_WEIGHTS] = torch.zeros(1)
+    if has_sources:
+        row[SOURCES] = torch.zeros(1, dtype=torch.int32)
+    return row
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -190,8 +209,14 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     """Examples in flat arrays; item i is {"input_ids", "labels"}, int64 tensors (T_i,).
 
     Where a trained token of any row has another loss weight than 1, every item has
-    "loss_weights" too, a float32 tensor (T_i,), 0 where nothing is trained.
+    "loss_weights" too, a float32 tensor (T_i,), 0 where nothing is trained. Where rows are of
+    several sources (`of_sources`), every item has "sources", int32 (T_i,).
     """
+
+    sources: np.ndarray[Any, Any] | None = None
+    """Number of the source of each row."""
+    is_mixed = False
+    """The order of rows depends on their sources."""
 
     def __init__(self, examples: list[Example]) -> None:
         """Copy ids, labels and weights of the examples, which may be dropped afterwards."""
@@ -220,12 +245,25 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         }
         return arrays if self._weights is None else {**arrays, "weights": self._weights}
 
+    @property
+    def longest(self) -> int:
+        """No row is longer, in tokens."""
+        return max(self.lengths)
+
+    def of_sources(self, sources: np.ndarray[Any, Any], *, is_mixed: bool) -> EncodedDataset:
+        """The same rows, each with the number of its source; (N,)."""
+        assert len(sources) == len(self), "one source for each row"
+        dataset = copy.copy(self)
+        dataset.sources, dataset.is_mixed = np.asarray(sources), is_mixed
+        return dataset
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        has_sources = self.sources is not None
         if index == BLANK:
-            return blank_row(has_weights=self._weights is not None)
+            return blank_row(has_weights=self._weights is not None, has_sources=has_sources)
         part = slice(self._starts[index], self._starts[index + 1])
         row = {
             "input_ids": torch.from_numpy(self._ids[part].astype(np.int64)),
@@ -233,14 +271,22 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         }
         if self._weights is not None:
             row[LOSS_WEIGHTS] = torch.from_numpy(self._weights[part].copy())
+        if self.sources is not None:
+            number = int(self.sources[index])
+            row[SOURCES] = torch.full((self.lengths[index],), number, dtype=torch.int32)
         return row
 
     def fingerprint(self) -> str:
-        """sha256 of all row borders, ids, labels and any loss weights, in order."""
+        """sha256 of all row borders, ids, labels and any loss weights, in order.
+
+        And of the sources of rows, where these decide the order.
+        """
         digest = hashlib.sha256()
         for array in self.as_arrays().values():
             for block in blocks_of(array):
                 digest.update(block.tobytes())
+        if self.is_mixed:
+            digest.update(np.asarray(self.sources, np.uint16).tobytes())
         return digest.hexdigest()
 
 
@@ -315,6 +361,18 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return packs
 
 
+def packs_by_source(
+    lengths: Sequence[int], sources: np.ndarray[Any, Any], capacity: int
+) -> list[list[int]]:
+    """`best_fit_decreasing` within each source, the packs of the first source first."""
+    packs = []
+    for source in np.unique(sources).tolist():
+        own = np.flatnonzero(sources == source).tolist()
+        found = best_fit_decreasing([lengths[index] for index in own], capacity)
+        packs += [[own[place] for place in pack] for pack in found]
+    return packs
+
+
 class PackedDataset(EncodedDataset):
     """Packs of documents; item i is {"input_ids", "labels", "position_ids"}, int64 (T_i,).
 
@@ -322,9 +380,17 @@ class PackedDataset(EncodedDataset):
     """
 
     def __init__(self, rows: EncodedDataset, capacity: int) -> None:
-        """Pack the rows into sequences of at most `capacity` tokens."""
+        """Pack the rows into sequences of at most `capacity` tokens.
+
+        Of rows that are mixed by their sources each pack is of one source.
+        """
         self.rows, self.document_lengths = rows, rows.lengths
-        self.packs = best_fit_decreasing(self.document_lengths, capacity)
+        self.is_mixed = rows.is_mixed
+        if rows.sources is not None and rows.is_mixed:
+            self.packs = packs_by_source(self.document_lengths, rows.sources, capacity)
+            self.sources = rows.sources[[pack[0] for pack in self.packs]]
+        else:
+            self.packs = best_fit_decreasing(self.document_lengths, capacity)
         self.lengths = [sum(self.document_lengths[i] for i in pack) for pack in self.packs]
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.cache_key import (
     NotCacheableError,
     canonical,
@@ -40,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 NO_EFFECT = {
     *("cache", "cache_dir", "cache_max_gib", "encode_processes"),
-    *("shuffle", "group_by_length", "enable_packing"),
+    *("shuffle", "group_by_length", "enable_packing", "mix_probabilities", "mix_epoch"),
+    *("streaming", "shuffle_buffer"),
 }
 """Options of section `data` that do not change the encoded rows."""
 
@@ -112,7 +114,7 @@ class CacheEntry:
                 "%s: cannot be written (%s); the next start encodes again", self.path, error
             )
             return False, f"not written: {error.strerror}"
-        more = f"; {removed} older entries removed" if removed else ""
+        more = f"; {counted(removed, 'older entry', 'older entries')} removed" if removed else ""
         return True, f"{note}written to {self.path}{more}"
 
     def load(self) -> FileArrays | None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import marked_text
 from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
+from trainer.data.mixing import SourceShare
 from trainer.data.pieces import BY_SHAPE, OPENED, STOPS, STRIPPED, TRUNCATED
 from trainer.data.rows import Dropped, RowErrors
-from trainer.data.sides import Sides, shared_prompts
+from trainer.data.sides import Sides, is_first, num_rows, shared_prompts
+from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile
 
 MAX_KEYS_SHOWN, MAX_KEY_CHARS = 30, 60
@@ -64,6 +67,10 @@ class DataCard:
     """What becomes of rows longer than max_length (data.truncation)."""
     num_dropped: int = 0
     """Rows left out because they are longer (data.truncation=drop)."""
+    num_split: int = 0
+    """Texts that are longer and cut into windows (data.truncation=split)."""
+    num_windows: int = 0
+    """Of these."""
     num_stripped: int = 0
     """Rows with text that the chat template leaves out of the tokens."""
     stripped_example: str = ""
@@ -84,8 +91,14 @@ class DataCard:
     """(rows, prompt) where too many rows share a prompt to be held out together; the first."""
     num_shared_prompts: int = 0
     """How many prompts that is."""
+    num_left_out: int = 0
+    """Files in folders that are of no known kind."""
+    left_out: tuple[str, ...] = ()
+    """The first of these."""
     mix: str = ""
     """How often the training rows of each file are used; empty: once each."""
+    streaming: str = ""
+    """What the figures are of, and what is not known, where rows are streamed."""
     cache: str = ""
     """Whether the encoded rows were read from the cache, or why not."""
     num_packs: int = 0
@@ -94,6 +107,10 @@ class DataCard:
     """Assistant turns of rows in use that are read and not trained, by flags or by their place."""
     num_weighted_turns: int = 0
     """Turns and texts that count with another weight than 0 and 1 in the loss."""
+    num_final_asked: int = 0
+    """Prompts of the final evaluation that previews or scores ask too."""
+    num_blank_questions: int = 0
+    """Rows with a user turn that says nothing."""
     num_openings: int = 0
     """Rows that begin with an assistant turn, which is read and not trained."""
     unused_keys: dict[str, int] = field(default_factory=dict)
@@ -106,6 +123,10 @@ class DataCard:
     """Rows whose turns were located by marks of their own, which takes several renderings."""
     profile_report: dict[str, int] = field(default_factory=dict)
     """What the profile counted while it rewrote the rows."""
+    sources: tuple[SourceShare, ...] = ()
+    """What each source has of the training rows, where there are several."""
+    mix_epoch: str = ""
+    """When an epoch ends, where data.mix_probabilities mixes the sources."""
     sample: tuple[tuple[str, bool], ...] = ()
     """The first training row as (text, is trained) stretches."""
 
@@ -118,6 +139,13 @@ class DataCard:
     def is_stop_trained(self) -> bool:
         """Whether answers that were not cut off end with a trained stop token."""
         return self.num_without_stop == 0
+
+    @property
+    def num_epoch_tokens(self) -> int:
+        """Tokens of an epoch; in the mean, where sources are mixed by shares."""
+        if not self.mix_epoch:
+            return self.num_tokens
+        return sum(source.num_epoch_tokens for source in self.sources)
 
     @property
     def num_unique_rows(self) -> int:
@@ -151,6 +179,7 @@ def draw_card(
     system_prompt: str | None,
     rejected: RowErrors,
     dropped: Dropped,
+    left_out: Sequence[str] = (),
 ) -> DataCard:
     """Count what is trained, held out, left out and changed.
 
@@ -167,6 +196,7 @@ def draw_card(
         system_prompt: system turn of rows that bring none.
         rejected: rows that could not be used.
         dropped: rows that data.truncation=drop left out.
+        left_out: files of folders that are not read.
     """
     first = int(sides.train[0])
     leaked = sides.validation[sides.is_trained_too]
@@ -175,10 +205,10 @@ def draw_card(
         (int(size), reader.prompt(int(number)))
         for size, number in zip(sizes[:MAX_NAMED], first_of[:MAX_NAMED], strict=True)
     ]
-    num_rows = int(rows.row[rows.num_of_training - 1]) + 1
+    num_of_training = int(rows.row[rows.num_of_training - 1]) + 1
     keys = rows.keys[: rows.num_of_training]
     return DataCard(
-        dataset_path=section.dataset_path,
+        dataset_path=names_without_secrets(section.dataset_path),
         format=formats,
         template=_trained_words(encoder, tally),
         profile=profile.name,
@@ -191,13 +221,15 @@ def draw_card(
         num_rejected=rejected.count,
         rejected=rejected.reasons,
         rejected_examples=tuple(rejected.errors[:MAX_REJECTED_SHOWN]),
-        num_duplicates=num_rows - len(np.unique(keys)),
-        num_leaked=len(leaked),
+        num_duplicates=num_of_training - len(np.unique(keys)),
+        num_leaked=num_rows(rows, leaked),
         leaked_prompts=_different_prompts(reader, leaked),
         shared_prompts=tuple(shared),
         num_shared_prompts=len(sizes),
         max_length=encoder.max_length,
         truncation=encoder.truncation,
+        num_left_out=len(left_out),
+        left_out=tuple(left_out[:MAX_NAMED]),
         num_dropped=dropped.num_rows,
         num_cut_tokens=dropped.num_tokens + int(rows.num_removed.sum(dtype=np.int64)),
         thoughts=encoder.template.thought_words(is_trained=section.train_on_thinking),
@@ -206,6 +238,7 @@ def draw_card(
         num_untrained_turns=tally.num_untrained_turns,
         num_weighted_turns=tally.num_weighted_turns,
         num_openings=tally.num_openings,
+        num_blank_questions=tally.num_blank_questions,
         unused_keys=dict(sorted(tally.unused.items())),
         num_as_text=tally.num_as_text,
         num_rendered=tally.num_rendered,
@@ -230,8 +263,9 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
     flags, lengths = rows.flags[both], rows.lengths
     stripped = both[flags & STRIPPED > 0]
     return {
-        "num_train_rows": len(sides.train),
-        "num_validation_rows": len(sides.validation),
+        "num_train_rows": num_rows(rows, sides.train),
+        "num_validation_rows": num_rows(rows, sides.validation),
+        **_window_counts(rows, sides),
         "num_tokens": int(lengths[sides.train].sum(dtype=np.int64)),
         "num_trained_tokens": int(rows.num_trained[sides.train].sum(dtype=np.int64)),
         "longest_row": int(lengths[both].max()),
@@ -244,12 +278,28 @@ def _token_counts(rows: EncodedRows, sides: Sides, reader: RowReader) -> dict[st
     }
 
 
+def _window_counts(rows: EncodedRows, sides: Sides) -> dict[str, int]:
+    """Rows in use that are several examples, and how many."""
+    if is_first(rows).all():
+        return {}
+    used = np.unique(np.concatenate([sides.train, sides.validation]))
+    sizes = np.bincount(rows.row[used])
+    return {"num_split": int((sizes > 1).sum()), "num_windows": int(sizes[sizes > 1].sum())}
+
+
 def _trained_words(encoder: RowEncoder, tally: Tally) -> str:
     """Which tokens are trained, and how they are located."""
-    texts = "every token of plain text and its end-of-text token"
-    if tally.num_text == tally.num_read:
-        return texts
-    return encoder.template.source + (f"; {texts}" if tally.num_text else "")
+    words = []
+    if tally.num_text + tally.num_tokens < tally.num_read:
+        words.append(encoder.template.source)
+    if tally.num_text:
+        words.append("every token of plain text and its end-of-text token")
+    if tally.num_tokens:
+        words.append(
+            f"{counted(tally.num_tokens, 'row is', 'rows are')} tokens already (input_ids), "
+            "trained as they are where their labels or masks say so, else every token"
+        )
+    return "; ".join(words)
 
 
 # ---- the card as people read it
@@ -279,44 +329,97 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         f"{card.num_unique_rows:,} training{mixed}, {card.num_validation_rows:,} validation, "
         f"of {card.num_rows:,} read",
     )
+    yield "streaming", card.streaming
+    if card.num_left_out:
+        unnamed = card.num_left_out - len(card.left_out)
+        yield (
+            "not read",
+            f"{counted(card.num_left_out, 'file')} of no known kind: {', '.join(card.left_out)}"
+            + (f" and {unnamed:,} more" if unnamed else ""),
+        )
     yield "file weights", card.mix
+    yield from _source_lines(card)
     yield "rejected", _rejected_text(card)
     yield "validation", card.validation
     if card.num_duplicates:
-        yield "duplicates", f"{card.num_duplicates:,} rows repeat an earlier one; all are kept"
+        yield (
+            "duplicates",
+            f"{counted(card.num_duplicates, 'row repeats', 'rows repeat')} an earlier one; all "
+            "are kept",
+        )
     if card.shared_prompts:
         count, prompt = card.shared_prompts[0]
         others = card.num_shared_prompts - 1
-        more = f" ({others:,} more prompts are as frequent)" if others else ""
+        more = (
+            f" ({counted(others, 'more prompt is', 'more prompts are')} as frequent)"
+            if others
+            else ""
+        )
         yield (
             "shared",
             f"{count:,} rows have the same prompt, {_short(prompt)}{more}: too many to hold out "
             "together, so training and validation rows may share it. To keep prompts apart, set "
             "data.validation_path or raise data.validation_split",
         )
+    if card.num_final_asked:
+        yield (
+            "final",
+            f"{card.num_final_asked:,} prompts of the final evaluation are asked during training "
+            "too: there are no others; hold out more rows (data.validation_split)",
+        )
     if card.num_leaked:
         prompts = ", ".join(map(_short, card.leaked_prompts))
         yield (
             "leak",
-            f"{card.num_leaked:,} validation rows have a prompt that training rows have too: "
-            f"{prompts}",
+            f"{counted(card.num_leaked, 'validation row has', 'validation rows have')} a prompt "
+            f"that training rows have too: {prompts}",
         )
+
+
+def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
+    """What each source has of an epoch, where there are several."""
+    num_rows = sum(source.num_epoch_rows for source in card.sources)
+    if card.mix_epoch:
+        end = (
+            "the first source that runs out ends it, the next one goes on in the others"
+            if card.mix_epoch == "first"
+            else "it has every row at least once, and sources that are shorter again"
+        )
+        yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+    of = "so far" if card.streaming else "of an epoch"
+    for source in card.sources:
+        rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
+        has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
+        if card.mix_epoch:
+            has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
+        share = (
+            f"{100 * rows / max(num_rows, 1):.1f} % of the rows {of}, "
+            f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
+        )
+        where = f" ({source.source})" if source.source != source.name else ""
+        yield f"source {source.name}", f"{has}: {share}{where}"
 
 
 def _length_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """Tokens, and what hyperparams.max_length does to the rows."""
+    epoch = f"; about {card.num_epoch_tokens:,} per epoch" if card.mix_epoch else ""
+    per = " so far" if card.streaming else "" if epoch else " per epoch"
     yield (
         "tokens",
-        f"{card.num_tokens:,} per epoch, {card.num_trained_tokens:,} of them trained "
-        f"({card.trained_pct:.1f} %)",
+        f"{card.num_tokens:,}{per}, {card.num_trained_tokens:,} of them trained "
+        f"({card.trained_pct:.1f} %){epoch}",
     )
-    yield "longest row", f"{card.longest_row:,} tokens; at most {card.max_length:,} (max_length)"
+    yield (
+        "longest row",
+        f"{counted(card.longest_row, 'token')}; at most {card.max_length:,} (max_length)",
+    )
     yield "too long", _too_long_text(card)
     if card.num_packs:
         fill = 100 * card.num_tokens / (card.num_packs * card.max_length)
         yield (
             "packing",
-            f"{card.num_packs:,} sequences of up to {card.max_length:,} tokens, {fill:.1f} % full",
+            f"{counted(card.num_packs, 'sequence')} of up to {card.max_length:,} tokens, "
+            f"{fill:.1f} % full",
         )
 
 
@@ -327,53 +430,75 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         "stop token",
         "trained at the end of every answer that is not cut off"
         if card.is_stop_trained
-        else f"NOT trained in {card.num_without_stop:,} rows: the model may not learn to stop",
+        else (
+            f"NOT trained in {counted(card.num_without_stop, 'row')}: the model may not learn "
+            "to stop"
+        ),
     )
     if card.num_thoughts:
-        yield "thoughts", f"{card.num_thoughts:,} answers have one: {card.thoughts}"
+        yield (
+            "thoughts",
+            f"{counted(card.num_thoughts, 'answer has', 'answers have')} one: {card.thoughts}",
+        )
     if card.num_opened:
         yield (
             "prompt",
             f"the chat template ends prompts with {card.opening!r}, which a server will add; "
-            f"{card.num_opened:,} rows lack it, and are trained and previewed without it",
+            f"{counted(card.num_opened, 'row')} without it: trained and previewed as they are",
         )
     if card.num_untrained_turns:
-        yield "untrained", f"{card.num_untrained_turns:,} assistant turns are context only, no loss"
+        yield (
+            "untrained",
+            f"{counted(card.num_untrained_turns, 'assistant turn is', 'assistant turns are')} "
+            "context only, no loss",
+        )
     if card.num_weighted_turns:
         yield (
             "loss weights",
-            f"{card.num_weighted_turns:,} turns or texts have a loss weight other than 0 and 1",
+            f"{counted(card.num_weighted_turns, 'turn or text has', 'turns or texts have')} a "
+            "loss weight other than 0 and 1",
         )
     if card.num_openings:
         yield (
             "openings",
-            f"{card.num_openings:,} rows begin with an assistant turn: context only, and left out "
-            "where the chat template refuses it",
+            f"{counted(card.num_openings, 'row begins', 'rows begin')} with an assistant turn: "
+            "context only, and left out where the chat template refuses it",
+        )
+    if card.num_blank_questions:
+        yield (
+            "blank",
+            f"{card.num_blank_questions:,} rows have a user turn without text; they are trained "
+            "as they are",
         )
     if card.num_one_by_one:
         yield (
             "one by one",
-            f"{card.num_one_by_one:,} rows (calls of tools, or texts that the chat template looks "
-            "into) are rendered several times to locate their answers: same tokens, more time",
+            f"{counted(card.num_one_by_one, 'row')} (calls of tools, or texts that the chat "
+            "template looks into) rendered several times to locate the answers: same tokens, "
+            "more time",
         )
     if card.num_rendered:
         yield (
             "rendered text",
-            f"{card.num_rendered:,} texts with the chat template's control tokens are parsed into "
-            "turns, of which only the answers are trained",
+            f"{counted(card.num_rendered, 'text')} with the chat template's control tokens "
+            "parsed into turns, of which only the answers are trained",
         )
 
 
 def _content_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     """What is added to the rows' contents, changed in them, left out of them or not used."""
-    own = f"; {card.num_own_system:,} rows keep their own" if card.num_own_system else ""
+    own = (
+        f"; {counted(card.num_own_system, 'row keeps its', 'rows keep their')} own"
+        if card.num_own_system
+        else ""
+    )
     yield "system prompt", (repr(card.system_prompt) if card.system_prompt else "none") + own
     for what, count in card.profile_report.items():
         yield "profile", f"{count:,} {what}"
     if card.num_stripped:
         yield (
             "stripped",
-            f"the chat template leaves out text of {card.num_stripped:,} rows, such as "
+            f"the chat template leaves out text of {counted(card.num_stripped, 'row')}, such as "
             f"{_short(card.stripped_example)}",
         )
     if card.num_as_text:
@@ -401,20 +526,27 @@ def _short(text: str) -> str:
 
 
 def _too_long_text(card: DataCard) -> str:
-    length, tokens = f"{card.max_length:,}", f"{card.num_cut_tokens:,} tokens"
+    length, tokens = f"{card.max_length:,}", counted(card.num_cut_tokens, "token")
     if card.num_dropped:
         return (
-            f"{card.num_dropped:,} rows of more than {length} tokens left out "
+            f"{counted(card.num_dropped, 'row')} of more than {length} tokens left out "
             f"({tokens}, data.truncation=drop)"
+        )
+    if card.num_split:
+        return (
+            f"{card.num_split:,} texts cut into {card.num_windows:,} windows of up to {length} "
+            "tokens; each token is trained once (data.truncation=split)"
         )
     if not card.num_truncated:
         return "none"
     end = "last" if card.truncation == "keep_end" else "first"
-    return f"{card.num_truncated:,} rows cut to their {end} {length} tokens ({tokens} removed)"
+    return (
+        f"{counted(card.num_truncated, 'row')} cut to the {end} {length} tokens ({tokens} removed)"
+    )
 
 
 def _rejected_text(card: DataCard) -> str:
     if not card.num_rejected:
         return "none"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
-    return f"{card.num_rejected:,} rows: {reasons}"
+    return f"{counted(card.num_rejected, 'row')}: {reasons}"

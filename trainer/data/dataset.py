@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.batches import EncodedDataset, PackedDataset
 from trainer.data.cache import entry_of
 from trainer.data.card import DataCard, draw_card
@@ -21,13 +22,16 @@ from trainer.data.encode import RowEncoder
 from trainer.data.encoded import EncodedRows, RowReader, Tally
 from trainer.data.file_arrays import Blocks, FileArray, blocks_of
 from trainer.data.preparer import Preparer
+from trainer.data.read_progress import ReadProgress
 from trainer.data.reading import Reading
 from trainer.data.rows import PreviewRequest
 from trainer.data.sides import Sides, first_prompts, part_rows
 from trainer.data.sources import Source, find_sources
 from trainer.data.spool import Spool, rows_in_blocks
+from trainer.data.stream_rows import StreamedTexts
 from trainer.data.train_texts import TrainTexts
 from trainer.errors import ConfigError, DataError
+from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile, get_profile
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +55,8 @@ class _Texts:
     """sha256 of each data file."""
     source_names: tuple[str, ...]
     """As `data.dataset_path` names them."""
+    validation_names: tuple[str, ...]
+    """The same of the sources of held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,12 @@ class RunData(_Texts):
 
     train: EncodedDataset
     validation: EncodedDataset | None
-    train_texts: TrainTexts
+    train_texts: TrainTexts | StreamedTexts
     """(prompt, golden answer) of each training row."""
     train_sources: Array
     """Of each row in `train`, before any packing: which of `source_names` it is from."""
+    validation_sources: Array
+    """The same of each row in `validation`, and `validation_names`."""
     encoder: RowEncoder
 
 
@@ -82,6 +90,7 @@ def prepare_data(
     num_score: int = 0,
     with_columns: bool = False,
     offline: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> RunData:
     """Read, split and encode the rows of section `data`, or take them from the cache.
 
@@ -96,11 +105,14 @@ def prepare_data(
         num_final: held-out prompts for the final evaluation.
         num_score: held-out prompts for scores, others than those of previews.
         with_columns: prompts keep all that the file says of their row.
-        offline: never ask the hub for a dataset.
+        offline: never ask another machine for a file, nor the hub for a dataset.
+        progress: told in words how far a file is that takes longer than two seconds.
     Raises:
         DataError: missing file, bad rows under `strict`, or nothing to train.
         ConfigError: an option that would have no effect on these rows.
     """
+    if section.streaming:
+        raise ConfigError("data.streaming=true: rows are streamed by `prepare_stream`.")
     sources = find_sources(section.dataset_path, section.weights, offline=offline)
     held_out: list[Source] = []
     if section.validation_path is not None:
@@ -122,7 +134,7 @@ def prepare_data(
         arrays, note = entry.read()
         if arrays is not None:
             return _with_note(_from_arrays(arrays, encoder), note)
-    texts, arrays_of_rows = encode_rows(section, sources, held_out, **options)
+    texts, arrays_of_rows = encode_rows(section, sources, held_out, **options, progress=progress)
     if entry is not None:
         # A file that was written to meanwhile must not be kept under its earlier content.
         is_same = texts.file_hashes == hashes
@@ -136,7 +148,7 @@ def prepare_data(
                 arrays = entry.arrays()
                 del arrays_of_rows  # and with it what was kept of the rows while they were read
                 return _with_note(_from_arrays(arrays, encoder), note)
-    return _with_note(_from_arrays(_kept(arrays_of_rows), encoder), note)
+    return _with_note(_from_arrays(kept_arrays(arrays_of_rows), encoder), note)
 
 
 def _with_note(data: RunData, note: str) -> RunData:
@@ -146,6 +158,7 @@ def _with_note(data: RunData, note: str) -> RunData:
 
 def pack_training_rows(data: RunData) -> RunData:
     """The same data with its training rows packed; a pack goes by its first row's text."""
+    assert isinstance(data.train_texts, TrainTexts), "streamed rows are not packed"
     packed = PackedDataset(data.train, data.encoder.max_length)
     first = [pack[0] for pack in packed.packs]
     return replace(
@@ -173,6 +186,7 @@ def encode_rows(
     num_final: int = 0,
     num_score: int = 0,
     with_columns: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> tuple[_Texts, dict[str, Array | Blocks]]:
     """Read the sources and encode every row; the rest is as in `prepare_data`.
 
@@ -184,20 +198,24 @@ def encode_rows(
     """
     preparer = Preparer(profile, encoder, system_prompt, seed)
     reading = Reading(section, preparer, with_columns=with_columns)
-    reading.read(sources, validation_sources)
-    _check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
+    shown = names_without_secrets(section.dataset_path)
+    reading.read(
+        sources, validation_sources, None if progress is None else ReadProgress(progress, shown)
+    )
+    check_fit(section, reading.tally, profile, is_prompt_configured=is_prompt_configured)
     errors = reading.errors()
     errors.raise_if_strict()
     rows = reading.store.finish()
     sides = part_rows(section, sources, rows, seed)
     if sides is None:
         raise DataError(
-            f"{section.dataset_path}: nothing to train: {errors.count} rows were rejected "
-            f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} are longer than "
+            f"{shown}: nothing to train: {counted(errors.count, 'row')} rejected "
+            f"({'; '.join(errors.errors[:3])}), {reading.dropped.num_rows} longer than "
             f"hyperparams.max_length={encoder.max_length} and dropped."
         )
     _check_thoughts(section, rows)
     reader = RowReader(rows)
+    files = [*sources, *validation_sources]
     card = draw_card(
         section,
         rows,
@@ -211,20 +229,25 @@ def encode_rows(
         system_prompt=system_prompt,
         rejected=errors,
         dropped=reading.dropped,
+        left_out=[name for source in files for name in source.found.left_out],
     )
 
-    def prompts(count: int) -> tuple[PreviewRequest, ...]:
-        return first_prompts(rows, sides, reader, count, encoder.sayer)
-
-    files = [*sources, *validation_sources]
+    most = num_preview + num_score + num_final
+    asked = first_prompts(rows, sides, reader, most, encoder.sayer)
+    # The final evaluation asks what nobody has looked at yet, as far as there are rows for that.
+    by_scores = asked[num_preview : num_preview + num_score]
+    left = asked[num_preview + num_score :]
+    final = (*left, *asked[: num_preview + num_score])[:num_final]
+    card = replace(card, num_final_asked=max(len(final) - len(left), 0))
     texts = _Texts(
-        preview_prompts=prompts(num_preview),
-        final_prompts=prompts(num_final),
-        score_prompts=prompts(num_preview + num_score)[num_preview:] if num_score else (),
+        preview_prompts=asked[:num_preview],
+        final_prompts=final,
+        score_prompts=by_scores,
         card=card,
         system_prompt=system_prompt,
         file_hashes={source.name: source.content_hash() for source in files},
         source_names=tuple(source.name for source in sources),
+        validation_names=tuple(source.name for source in validation_sources or sources),
     )
     return texts, _as_arrays(texts, rows, sides)
 
@@ -233,26 +256,39 @@ def _check_thoughts(section: DataSection, rows: EncodedRows) -> None:
     """Refuse data.train_on_thinking=false where no row has a thought."""
     if not section.train_on_thinking and not rows.num_thoughts.any():
         raise ConfigError(
-            f"data.train_on_thinking=false, but no row of {section.dataset_path} has a thought "
+            "data.train_on_thinking=false, but no row of "
+            f"{names_without_secrets(section.dataset_path)} has a thought "
             "in its tokens; remove the option."
         )
 
 
-def _check_fit(
+def check_fit(
     section: DataSection, tally: Tally, profile: DataProfile, *, is_prompt_configured: bool
 ) -> None:
-    """Refuse a system prompt or a profile that these rows would ignore."""
-    path, num_text = section.dataset_path, tally.num_text
+    """Refuse a system prompt or a profile that these rows would ignore.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    path = names_without_secrets(section.dataset_path)
+    num_text = tally.num_text + tally.num_tokens
+    what = "plain text" if not tally.num_tokens else "tokens" if not tally.num_text else "no turns"
+    if section.truncation == "split" and tally.num_read and not num_text:
+        raise ConfigError(
+            f"data.truncation=split cuts plain text, and every row of {path} is a conversation, "
+            "of which a part is none; use keep_start, keep_end, drop or error, or raise "
+            "hyperparams.max_length."
+        )
     if is_prompt_configured and 0 < tally.num_read == tally.num_own_system + num_text:
         raise ConfigError(
             f"profile.system_prompt is set, but every row of {path} brings its own system turn, "
-            "which is kept, or is plain text, which has none; remove the system turns or the "
-            "option."
+            f"which is kept, or is {what}, which has none; remove the system turns or the option."
         )
     if num_text and type(profile).transform is not DataProfile.transform:
         raise ConfigError(
-            f"profile.name={profile.name!r} rewrites turns, and {num_text} rows of {path} are "
-            "plain text, which has none; use the profile plain, or another data.format."
+            f"profile.name={profile.name!r} rewrites turns, and in {path} "
+            f"{counted(num_text, 'row is', 'rows are')} "
+            f"{what}, which has none; use the profile plain, or another data.format."
         )
 
 
@@ -284,15 +320,22 @@ def _as_arrays(texts: _Texts, rows: EncodedRows, sides: Sides) -> dict[str, Arra
         "text_prompt_lengths": rows.prompt_lengths[train],
         "text_is_plain_text": rows.is_plain_text()[train],
         "sources": rows.source[train],
-        **_dataset_arrays("train", rows, train),
+        "sources_held_out": rows.source[sides.validation],
+        **dataset_arrays("train", rows, train),
     }
     if len(sides.validation):
-        arrays |= _dataset_arrays("validation", rows, sides.validation)
+        arrays |= dataset_arrays("validation", rows, sides.validation)
     return arrays
 
 
-def _dataset_arrays(name: str, rows: EncodedRows, order: Array) -> dict[str, Array | Blocks]:
-    """What `EncodedDataset.from_arrays` takes, of some rows, under names of its own."""
+def dataset_arrays(
+    name: str, rows: EncodedRows, order: Array, *, with_weights: bool = False
+) -> dict[str, Array | Blocks]:
+    """What `EncodedDataset.from_arrays` takes, of some rows, under names of its own.
+
+    Args:
+        with_weights: have loss weights, also where none differs from 1.
+    """
     lengths = rows.lengths[order]
     starts, size = rows.starts("lengths"), int(lengths.sum(dtype=np.int64))
     arrays: dict[str, Array | Blocks] = {
@@ -302,12 +345,12 @@ def _dataset_arrays(name: str, rows: EncodedRows, order: Array) -> dict[str, Arr
             "<i4", size, partial(rows_in_blocks, rows.labels(), starts, order)
         ),
     }
-    if rows.num_weights[order].any():
+    if with_weights or rows.num_weights[order].any():
         arrays[f"{name}_weights"] = Blocks("<f4", size, partial(rows.weights_in_blocks, order))
     return arrays
 
 
-def _kept(arrays: Mapping[str, Array | Blocks]) -> dict[str, AnyArray]:
+def kept_arrays(arrays: Mapping[str, Array | Blocks]) -> dict[str, AnyArray]:
     """The arrays without a cache: in memory, or in nameless files where they are large."""
     spool = Spool(Path(tempfile.gettempdir()))
     for name, array in arrays.items():
@@ -338,7 +381,8 @@ def _from_arrays(arrays: Mapping[str, AnyArray], encoder: RowEncoder) -> RunData
             train,
             encoder,
         ),
-        train_sources=np.asarray(arrays["sources"]),
+        train_sources=np.asarray(arrays["sources"][:]),
+        validation_sources=np.asarray(arrays["sources_held_out"][:]),
         validation=dataset("validation") if "validation_ids" in arrays else None,
         encoder=encoder,
     )

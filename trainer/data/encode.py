@@ -8,20 +8,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from trainer.data.plain_text import TextEncoder
 from trainer.data.rendered import Rendered, render_row
 from trainer.data.rows import (
     IGNORE_INDEX,
-    MARKED_ROLE,
     BadRowError,
     Example,
     cut,
     golden_text,
     is_text,
+    is_tokens,
     kept_weights,
 )
 from trainer.data.shapes import Ahead, Shapes
 from trainer.data.spans import SpanFinder, Spans
 from trainer.data.template import PROBE, ChatTemplate
+from trainer.data.token_rows import TokenEncoder
 from trainer.data.tools import refuse_lost_tools, tools_of
 from trainer.data.turns import assistant_turns, num_openings
 from trainer.errors import TemplateError
@@ -64,7 +66,8 @@ class RowEncoder:
             # The longest first, and no two alike: the pattern is part of the cache's key.
             key=lambda text: (-len(text), text),
         )
-        self.texts = TextEncoder(tokenizer, max_length, truncation)
+        self.texts = TextEncoder(tokenizer, max_length, truncation, self.template.end_ids)
+        self.tokens = TokenEncoder(tokenizer, max_length, truncation)
         self._prove_template()
         self.control_tokens = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
@@ -107,10 +110,15 @@ class RowEncoder:
 
     def _encode_mixed(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
         texts = [row[0] for row in chunk if is_text(row)]
-        turns = [row for row in chunk if not is_text(row)]
+        turns = [row for row in chunk if not is_text(row) and not is_tokens(row)]
         from_texts = iter(self.texts.encode_chunk(texts, self._refuse_control) if texts else ())
         from_turns = iter(self._encode_chunk(turns) if turns else ())
-        return [next(from_texts if is_text(row) else from_turns) for row in chunk]
+        return [
+            self.tokens.encode(row[0], self.texts.say, self.texts.end_ids)
+            if is_tokens(row)
+            else next(from_texts if is_text(row) else from_turns)
+            for row in chunk
+        ]
 
     def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
         ahead = self.shapes.render_ahead(chunk)
@@ -236,8 +244,12 @@ class RowEncoder:
         )
 
     def sayer(self, *, is_plain_text: bool) -> Callable[[list[int]], str]:
-        """What gives the text of an answer's ids, as `Example.say`."""
-        return self.texts._say if is_plain_text else self._say
+        """What gives the text of an answer's ids, as `Example.say`.
+
+        Args:
+            is_plain_text: the row has no turns: it is a text, or tokens.
+        """
+        return self.texts.say if is_plain_text else self._say
 
     def _say(self, ids: list[int]) -> str:
         return golden_text(self.tokenizer, ids, self.template.end_ids)
@@ -294,105 +306,3 @@ def _first_whole_answer(
             return turn, begin - removed
     first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
     return trained[-1][0], first
-
-
-# ---- rows of plain text: every token is trained, an end-of-text token stands behind, no template
-#
-# A preview needs a prompt, and such rows have none: it is the first half of the text, at most
-# MAX_PROMPT_CHARS of it, up to a border between two words where there is one.
-
-
-MAX_PROMPT_CHARS = 300
-
-
-class TextEncoder:
-    """Turns texts into examples with one tokenizer and one length."""
-
-    def __init__(self, tokenizer: Any, max_length: int, truncation: str) -> None:
-        """The arguments are those of `RowEncoder`."""
-        self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
-
-    def encode_chunk(
-        self, turns: list[Message], refuse: Callable[[str], None]
-    ) -> list[Example | BadRowError]:
-        """Encode texts, in order; what cannot be encoded comes back as its error.
-
-        Args:
-            turns: the only turn of each row.
-            refuse: raises BadRowError for text that holds a control token.
-        """
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
-            error = BadRowError(
-                "the tokenizer has no end-of-text token, so a model trained on plain text could "
-                "never stop; set eos_token in its tokenizer_config.json",
-                "no end-of-text token",
-            )
-            return [error for _ in turns]
-        texts = [turn["content"] for turn in turns]
-        # With the tokenizer's own special tokens: one that begins texts with BOS does so here.
-        tokens = self.tokenizer(texts, return_offsets_mapping=True)
-        results: list[Example | BadRowError] = []
-        for turn, ids, offsets in zip(
-            turns, tokens["input_ids"], tokens["offset_mapping"], strict=True
-        ):
-            try:
-                if turn["role"] != MARKED_ROLE:
-                    refuse(turn["content"])
-                results.append(self._example(turn, ids, offsets, eos))
-            except BadRowError as error:
-                results.append(error)
-        return results
-
-    def _example(
-        self, turn: Message, ids: list[int], offsets: list[tuple[int, int]], eos: int
-    ) -> Example:
-        text, weights = turn["content"], [turn.get("weight", 1.0)] * (len(ids) + 1)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:  # the text brings its own
-            ids, offsets = ids[1:], offsets[1:]
-        if ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        kept_ids, kept_labels = cut(ids, list(ids), self.max_length, self.truncation)
-        removed = len(ids) - len(kept_ids)
-        shown = offsets[removed:] if self.truncation == "keep_end" else offsets
-        length, border = prompt_border(text, shown[: len(kept_ids) - 1])
-        begin = shown[0][0] if removed and self.truncation == "keep_end" else 0
-        return Example(
-            input_ids=kept_ids,
-            labels=kept_labels,
-            prompt=text[begin:border],
-            say=self._say,
-            prompt_length=length,
-            is_truncated=removed > 0,
-            ends_with_stop=kept_ids[-1] == eos or removed > 0,
-            num_removed=removed,
-            weights=kept_weights(weights, kept_labels),
-        )
-
-    def _say(self, ids: list[int]) -> str:
-        return golden_text(self.tokenizer, ids, {self.tokenizer.eos_token_id})
-
-
-def prompt_border(text: str, offsets: list[tuple[int, int]]) -> tuple[int, int]:
-    """How many leading tokens a preview continues, at least one, and the character they end at.
-
-    Args:
-        offsets: (begin, end) in characters of each token; (0, 0) for a BOS.
-    """
-    begin, end = offsets[0][0], offsets[-1][1] if offsets else 0
-    limit = begin + min((end - begin) // 2, MAX_PROMPT_CHARS)
-    clean = [
-        count
-        for count in range(1, len(offsets))
-        # Bytes of one character can be several tokens with the same place: no border there.
-        if offsets[count - 1][1] <= limit and offsets[count][0] >= offsets[count - 1][1]
-    ]
-    words = [
-        count
-        for count in clean
-        if text[offsets[count][0] : offsets[count][0] + 1].isspace()
-        or text[offsets[count - 1][1] - 1 : offsets[count - 1][1]].isspace()
-    ]
-    count = (words or clean or [1])[-1]
-    return count, offsets[count - 1][1]

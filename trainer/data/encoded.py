@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.data.file_arrays import FileArray
 from trainer.data.pieces import PLAIN_TEXT, Piece, piece_of, read_notes
-from trainer.data.rows import IGNORE_INDEX, Row, is_text
+from trainer.data.rows import IGNORE_INDEX, Row, is_text, is_tokens
 from trainer.data.spool import Spool, rows_in_blocks
 from trainer.data.turns import num_openings
 from trainer.profiles import Message
@@ -42,6 +42,8 @@ class Tally:
     """Rows of the training files, those that could not be encoded included."""
     num_text: int = 0
     """Of these: plain text."""
+    num_tokens: int = 0
+    """Of num_read: rows whose tokens are given."""
     first_text: str = ""
     """Where the first of them stands."""
     num_own_system: int = 0
@@ -54,12 +56,14 @@ class Tally:
     num_untrained_turns: int = 0
     num_weighted_turns: int = 0
     num_openings: int = 0
+    num_blank_questions: int = 0
     num_as_text: int = 0
     num_rendered: int = 0
 
     def add_read(self, row: Row) -> None:
         """Count a row of a training file."""
         self.num_read += 1
+        self.num_tokens += is_tokens(row.messages)
         if is_text(row.messages):
             self.num_text += 1
             self.first_text = self.first_text or row.where
@@ -73,6 +77,9 @@ class Tally:
             weight = turn.get("weight", 1.0)
             self.num_untrained_turns += weight == 0
             self.num_weighted_turns += weight not in (0, 1)
+        self.num_blank_questions += any(
+            turn["role"] == "user" and not turn["content"].strip() for turn in row.messages
+        )
         self.num_openings += num_openings(row.messages) > 0
         self.num_as_text += row.notes.num_as_text
         self.num_rendered += row.is_rendered

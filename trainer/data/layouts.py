@@ -13,7 +13,9 @@ from trainer.data.rows import (
     BadRowError,
     RowNotes,
     is_text,
+    is_tokens,
 )
+from trainer.data.token_rows import TOKEN_KEYS, turns_of_tokens
 from trainer.data.tools import tool_names, tools_of, with_tools
 from trainer.data.turn_flags import ROW_FLAGS, apply_row_flags, is_given, settle, speaks_of_training
 from trainer.data.turns import (
@@ -91,6 +93,8 @@ def messages_of(row: dict[str, Any], name: str, notes: RowNotes) -> list[Message
     row = known.under_own_keys(row)
     _check_keys(row, known, notes)
     messages = known.convert(row, notes)
+    if is_tokens(messages):
+        return settle(messages)
     if is_text(messages):
         return _check_text(row, settle(messages), notes)
     messages = with_tools(row.get("tools"), _with_system(row, messages, notes))
@@ -297,6 +301,13 @@ PAIRS = {"history", "reasoning_content", "thinking"}
 SAME = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
 
 FORMATS: dict[str, Format] = {
+    # First: who has tokenized the rows may have left their text beside the ids.
+    "tokens": Format(
+        frozenset({"input_ids"}),
+        frozenset(TOKEN_KEYS | ALL_ROWS),
+        lambda row, notes: turns_of_tokens(row),
+        same=SAME,
+    ),
     "messages": Format(
         frozenset({"messages"}),
         frozenset(ALL_ROWS),

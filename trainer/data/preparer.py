@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from trainer.data.encode import RowEncoder
 from trainer.data.layouts import check_text_row
-from trainer.data.rows import BadRowError, Example, is_text
+from trainer.data.rows import (
+    IGNORE_INDEX,
+    TOKENS_ROLE,
+    BadRowError,
+    Example,
+    is_text,
+    is_tokens,
+)
 from trainer.data.tools import tool_names, tools_of
 from trainer.data.turns import assistant_turns, check_messages
 from trainer.profiles import DataProfile, Message
@@ -72,7 +79,7 @@ class Preparer:
             if isinstance(result, BadRowError):
                 outcomes.append(Outcome(error=result))
             else:
-                outcomes.append(Outcome((result,), *self._keys(messages)))
+                outcomes.append(Outcome((result, *result.rest), *self._keys(messages)))
         return outcomes
 
     def report(self) -> dict[str, int]:
@@ -94,6 +101,8 @@ class Preparer:
         Rows that are trained alike go to one side, and so do rows that ask the same: in the second
         key flags and greetings make no difference. Of a plain text both are of the text.
         """
+        if is_tokens(messages):
+            return self._token_keys(messages[0])
         turns = self._words(messages)
         key = content_key(turns, self.seed)
         for turn in turns:
@@ -105,6 +114,16 @@ class Preparer:
             prompt = prompt[1:]
         return key, content_key(prompt, self.seed)
 
+    def _token_keys(self, turn: Message) -> tuple[str, str]:
+        """The same of a row of tokens, whose prompt are those before the first trained one."""
+        key = content_key([turn], self.seed)
+        labels = turn["labels"]
+        length = next(n for n, label in enumerate(labels) if label != IGNORE_INDEX)
+        if length <= 1 and IGNORE_INDEX not in labels[1:]:  # no prompt: like a plain text
+            length = len(labels)
+        asked = Message(role=TOKENS_ROLE, content="", input_ids=turn["input_ids"][:length])
+        return key, content_key([asked], self.seed)
+
     def _words(self, messages: list[Message]) -> list[Message]:
         turns = [turn.copy() for turn in messages]
         for turn in turns:
@@ -112,6 +131,8 @@ class Preparer:
         return turns
 
     def _conversation(self, index: int, messages: list[Message]) -> list[Message]:
+        if is_tokens(messages):
+            return messages
         clean = [turn.copy() for turn in messages]
         for turn in clean:
             turn["content"] = self.profile.clean(turn["content"])

@@ -12,6 +12,7 @@ from trainer.data.encode_processes import PIECE, Batch, encode_batches
 from trainer.data.encoded import RowStore, Tally
 from trainer.data.pieces import Problem
 from trainer.data.preparer import Preparer
+from trainer.data.read_progress import ReadProgress
 from trainer.data.rendered import check_markers_used, read_back
 from trainer.data.rows import MARKED_ROLE, Dropped, Row, RowErrors, RowTooLongError
 from trainer.data.sources import Source, read_rows
@@ -39,6 +40,7 @@ class Reading:
         self.dropped = Dropped()
         self.formats = ""
         """The layouts that the training files have."""
+        self._progress: ReadProgress | None = None
         self._errors: dict[int, RowErrors] = {}
 
     @property
@@ -46,8 +48,18 @@ class Reading:
         """What was counted while rows passed."""
         return self.store.tally
 
-    def read(self, sources: list[Source], validation_sources: list[Source]) -> None:
+    def read(
+        self,
+        sources: list[Source],
+        validation_sources: list[Source],
+        progress: ReadProgress | None = None,
+    ) -> None:
         """Read and encode the training files, then the validation files.
+
+        Args:
+            sources: of the training rows.
+            validation_sources: of `data.validation_path`.
+            progress: told of each row.
 
         Raises:
             DataError: a file is missing, empty or damaged, or there is no room on the disk.
@@ -58,6 +70,7 @@ class Reading:
             for files, max_rows in ((sources, self.section.max_rows), (validation_sources, None))
             for source in files
         )
+        self._progress = progress
         batches = self._batches(sources, validation_sources)
         for batch, piece in encode_batches(
             self.preparer, batches, self.section.encode_processes, num_bytes
@@ -101,6 +114,7 @@ class Reading:
                 self._errors_of(READ + (not is_training)),
                 max_rows=section.max_rows if is_training else None,
                 with_columns=self.with_columns,
+                progress=self._progress,
             )
             self.formats = self.formats or formats
 

@@ -1,4 +1,4 @@
-"""Files -> rows: JSONL, JSON, CSV, TSV, Parquet, any of the text kinds also as .gz.
+"""Files -> rows: JSONL, JSON, CSV, TSV, any of these also packed, and the tables Parquet and Arrow.
 
 A row that cannot be read is noted with its place and reason, so that all of them are told at once;
 a file that cannot be read at all, or is no file of rows, is one DataError. What the keys of a row
@@ -7,24 +7,21 @@ mean is in `layouts.py`.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from trainer.data.data_files import DataFile, LocalFile, as_data_error
 from trainer.data.layouts import NO_FORMAT, messages_of, under_format
 from trainer.data.rows import BadRowError, Row, RowErrors, RowNotes
-from trainer.data.tables import parquet_rows, table_rows
+from trainer.data.tables import arrow_rows, parquet_rows, table_rows
 from trainer.data.text_files import explain, open_text, parse, refuse_single_byte, values
 from trainer.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
 """No row worth training is longer; a file without line ends must not fill the memory."""
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 
 WRAPPERS = frozenset({"data", "dataset", "examples", "instances", "items", "records", "rows"})
 """Keys under which programs write a list of rows beside what else they know of it."""
@@ -44,6 +41,7 @@ def to_rows(
     first_index: int = 0,
     source: int = 0,
     with_columns: bool = False,
+    may_be_empty: bool = False,
 ) -> Generator[Row, None, str]:
     """Turn the raw rows of one file into messages.
 
@@ -57,10 +55,11 @@ def to_rows(
         first_index: index of the first row.
         source: which of the run's files this is.
         with_columns: keep all that the file says of a row.
+        may_be_empty: it is one of several, of which others have rows.
     Yields:
         The rows in file order.
     Returns:
-        The name of their format.
+        The name of their format; nothing where there is no row.
     Raises:
         DataError: the file has no row, or none of a known format.
     """
@@ -85,6 +84,8 @@ def to_rows(
             continue
         kept = parsed if with_columns else {}
         yield Row(where, index, messages, source, notes, columns=kept)
+    if count == 0 and may_be_empty:
+        return ""
     if count == 0:
         raise DataError(f"{name}: the file is empty. Give a file with at least one row.")
     if known is None and count == num_strange > 1:
@@ -109,29 +110,33 @@ def _as_object(parsed: Any) -> dict[str, Any]:
 # A row that cannot be read comes as a BadRowError value.
 
 
-def raw_rows(path: Path) -> Iterator[RawRow]:
+def raw_rows(path: Path | DataFile) -> Iterator[RawRow]:
     """Yield the rows of a file in order; blank lines are no rows.
 
     Raises:
         DataError: the file is missing, cannot be opened, or is damaged as a whole.
     """
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise DataError(f"{path}: {what}. Give a JSONL, JSON, CSV or Parquet file with --dataset.")
+    file = path if isinstance(path, DataFile) else LocalFile(path)
+    file.check()
     try:
-        yield from _rows_of_kind(path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: the gzip file is damaged or cut off ({error}); make or fetch it again."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        yield from _rows_of_kind(file)
+    except DataError:
+        raise
+    except Exception as error:
+        told = as_data_error(file, error)
+        if told is None:
+            raise
+        raise told from error
 
 
-def _rows_of_kind(path: Path) -> Iterator[RawRow]:
-    kind = kind_of(path)
+def _rows_of_kind(path: DataFile) -> Iterator[RawRow]:
+    kind = path.kind
+    if kind in (".parquet", ".arrow") and path.packing:
+        raise DataError(f"{path}: such a table is packed within; unpack the file.")
     if kind == ".parquet":
         yield from parquet_rows(path)
+    elif kind == ".arrow":
+        yield from arrow_rows(path)
     elif kind in (".csv", ".tsv"):
         yield from table_rows(path, kind, MAX_LINE_BYTES)
     elif _is_one_text(path, kind):
@@ -140,16 +145,10 @@ def _rows_of_kind(path: Path) -> Iterator[RawRow]:
         yield from _json_lines_only(path, _line_rows(path))
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that says how the file is read, `.gz` taken off; lower case."""
-    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return plain.suffix.lower()
-
-
 # ---- one row a line
 
 
-def _line_rows(path: Path) -> Iterator[RawRow]:
+def _line_rows(path: DataFile) -> Iterator[RawRow]:
     is_checked = False
     with open_text(path) as file:
         for number, line in enumerate(_lines(file), start=1):
@@ -181,7 +180,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | BadRowError]:
         )
 
 
-def _json_lines_only(path: Path, rows: Iterator[RawRow]) -> Iterator[RawRow]:
+def _json_lines_only(path: DataFile, rows: Iterator[RawRow]) -> Iterator[RawRow]:
     """The rows; a file of which no line is JSON is named once, with what to do.
 
     Raises:
@@ -206,7 +205,7 @@ def _json_lines_only(path: Path, rows: Iterator[RawRow]) -> Iterator[RawRow]:
     yield where, BadRowError(f"{error}. {_advice(path)}", error.reason)
 
 
-def _advice(path: Path) -> str:
+def _advice(path: DataFile) -> str:
     """What to do with a text that is no JSONL."""
     first, second = [*_first_lines(path, 2), b"", b""][:2]
     for mark in (b",", b";", b"\t"):
@@ -222,7 +221,7 @@ def _advice(path: Path) -> str:
 # ---- one text: an array, or objects over several lines
 
 
-def _first_lines(path: Path, count: int) -> list[bytes]:
+def _first_lines(path: DataFile, count: int) -> list[bytes]:
     """The first lines that are not blank, stripped; b"" for one that is too long."""
     found: list[bytes] = []
     with open_text(path) as file:
@@ -235,7 +234,7 @@ def _first_lines(path: Path, count: int) -> list[bytes]:
     return found
 
 
-def _is_one_text(path: Path, kind: str) -> bool:
+def _is_one_text(path: DataFile, kind: str) -> bool:
     """Whether the file's rows are read from its whole text, not line by line."""
     first, *others = _first_lines(path, 2) or [b""]
     if first[:1] == b"[":
@@ -263,26 +262,26 @@ def _is_unfinished(line: bytes) -> bool:
     return False
 
 
-def _is_json(path: Path) -> bool:
+def _is_json(path: DataFile) -> bool:
     try:
         return sum(1 for _ in values(_text(path))) > 0
     except (json.JSONDecodeError, RecursionError, UnicodeDecodeError):
         return False
 
 
-def _has_rows_in_lines(path: Path) -> bool:
+def _has_rows_in_lines(path: DataFile) -> bool:
     """Whether any line that begins an object, not indented, is one: JSONL with a damaged start."""
     with open_text(path) as file:
         lines = (line for line in _lines(file) if not isinstance(line, BadRowError))
         return any(line[:1] == b"{" and isinstance(parse(line.strip()), dict) for line in lines)
 
 
-def _text(path: Path) -> str:
+def _text(path: DataFile) -> str:
     with open_text(path) as file:
         return file.read().decode("utf-8")
 
 
-def _whole_rows(path: Path) -> Iterator[RawRow]:
+def _whole_rows(path: DataFile) -> Iterator[RawRow]:
     """Rows of an array, or of objects that follow one another.
 
     Raises:
@@ -310,7 +309,7 @@ def _whole_rows(path: Path) -> Iterator[RawRow]:
         raise DataError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8.") from error
 
 
-def _objects(path: Path, text: str, found: list[tuple[int, Any]]) -> Iterator[RawRow]:
+def _objects(path: DataFile, text: str, found: list[tuple[int, Any]]) -> Iterator[RawRow]:
     if len(found) == 1 and isinstance(found[0][1], dict):
         inner = _inner_rows(path, found[0][1])
         if inner is not None:
@@ -324,7 +323,7 @@ def _objects(path: Path, text: str, found: list[tuple[int, Any]]) -> Iterator[Ra
         yield f"{path}:{line}", row
 
 
-def _inner_rows(path: Path, whole: dict[str, Any]) -> list[Any] | None:
+def _inner_rows(path: DataFile, whole: dict[str, Any]) -> list[Any] | None:
     """The rows that the file's only object holds; None where it is a row itself.
 
     Raises:
@@ -365,8 +364,11 @@ def _is_rows(value: Any) -> bool:
 def _is_columns(whole: dict[str, Any]) -> bool:
     """Whether every value is as many cells as the others: lists, or objects {"0": ..., "1": ...}.
 
-    The turns of conversations are objects, so lists of objects are none.
+    The turns of conversations are objects, so lists of objects are none; nor is a row of tokens.
     """
+    ids = whole.get("input_ids")
+    if isinstance(ids, list) and all(isinstance(one, int) for one in ids):
+        return False
     if all(isinstance(value, list) and value for value in whole.values()):
         cells = [cell for value in whole.values() for cell in value]
         is_even = len({len(value) for value in whole.values()}) == 1

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from trainer.counts import counted
 from trainer.errors import DataError
 from trainer.profiles import Message
 
@@ -59,6 +60,15 @@ TEXT_ROLE = "text"
 
 MARKED_ROLE = "text with markers"
 """The same where control tokens in the text are meant (`data.text_markers=tokens`)."""
+
+
+TOKENS_ROLE = "tokens"
+"""Role of the only turn of a row whose tokens are given."""
+
+
+def is_tokens(messages: list[Message]) -> bool:
+    """Whether a row is tokens, which are trained as they are."""
+    return bool(messages) and messages[0]["role"] == TOKENS_ROLE
 
 
 def is_text(messages: list[Message]) -> bool:
@@ -118,6 +128,10 @@ class RowErrors:
                 self._add(reason, found.count, found.first)
             self.errors = [*self.errors, *other.errors][:MAX_ERRORS_SHOWN]
 
+    def add_known(self, reason: str, count: int) -> None:
+        """Count bad rows that were told before."""
+        self._add(reason, count, [])
+
     def _add(self, reason: str, count: int, first: list[str]) -> None:
         found = self.by_reason.setdefault(reason, _Reason())
         found.count += count
@@ -133,8 +147,8 @@ class RowErrors:
         if self.policy == "strict":
             if self.count:
                 num_long = self.count - self.num_bad
-                kinds = [f"{self.num_bad} bad rows"] if self.num_bad else []
-                kinds += [f"{num_long} rows too long for training"] if num_long else []
+                kinds = [counted(self.num_bad, "bad row")] if self.num_bad else []
+                kinds += [f"{counted(num_long, 'row')} too long for training"] if num_long else []
                 advice = []
                 if num_long:
                     advice.append(
@@ -149,7 +163,7 @@ class RowErrors:
                 raise DataError(f"{' and '.join(kinds)}:{self._shown()}\n{' '.join(advice)}")
         elif self.max_bad_rows is not None and self.num_bad > self.max_bad_rows:
             raise DataError(
-                f"{self.num_bad} bad rows, data.max_bad_rows={self.max_bad_rows}:"
+                f"{counted(self.num_bad, 'bad row')}, data.max_bad_rows={self.max_bad_rows}:"
                 f"{self._shown()}\nFix them, or raise data.max_bad_rows."
             )
 
@@ -159,7 +173,7 @@ class RowErrors:
         most = max(MAX_ERRORS_SHOWN // max(len(self.by_reason), 1), 1)
         for reason, found in self.by_reason.items():
             is_group = found.count > 1
-            shown += f"\n  {found.count} rows: {reason}" if is_group else ""
+            shown += f"\n  {counted(found.count, 'row')}: {reason}" if is_group else ""
             indent = "    " if is_group else "  "
             shown += "".join(f"\n{indent}{error}" for error in found.first[:most])
             more = found.count - min(most, len(found.first))
@@ -196,7 +210,7 @@ class RowTooLongError(BadRowError):
     """A row is left out because data.truncation=drop says so; counted, never an error."""
 
     def __init__(self, num_tokens: int) -> None:
-        super().__init__(f"{num_tokens} tokens, dropped", "longer than max_length")
+        super().__init__(f"{counted(num_tokens, 'token')}, dropped", "longer than max_length")
         self.num_tokens = num_tokens
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -209,7 +223,8 @@ def cut(
     """Shorten one row to `max_length` tokens.
 
     Args:
-        how: `keep_start`, `keep_end`, `drop` or `error`.
+        how: `keep_start`, `keep_end`, `drop` or `error`; `split` is an error too, as it is
+            of plain text alone, which is cut elsewhere.
     Returns:
         ids and labels, both at most `max_length` long, with at least one trained token.
     Raises:
@@ -219,9 +234,18 @@ def cut(
     if len(ids) > max_length:
         if how == "drop":
             raise RowTooLongError(len(ids))
+        if how == "split":
+            raise BadRowError(
+                f"the conversation has {len(ids)} tokens and hyperparams.max_length is "
+                f"{max_length}; data.truncation=split cuts plain text only, as the part of a "
+                "conversation is none: raise max_length, or let data.truncation be drop, "
+                "keep_start or keep_end",
+                "longer than max_length",
+            )
         if how == "error":
             raise BadRowError(
-                f"the row has {len(ids)} tokens and hyperparams.max_length is {max_length}; raise "
+                f"the row has {counted(len(ids), 'token')} and hyperparams.max_length is "
+                f"{max_length}; raise "
                 "it, or let data.truncation drop or cut such rows",
                 "longer than max_length",
             )
@@ -232,8 +256,8 @@ def cut(
     if kept.count(IGNORE_INDEX) == len(kept):
         first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
         raise BadRowError(
-            f"nothing to train is left: the row has {len(ids)} tokens, its answer begins at "
-            f"token {first + 1}, and hyperparams.max_length is {max_length}",
+            f"nothing to train is left: the row has {counted(len(ids), 'token')}, its answer "
+            f"begins at token {first + 1}, and hyperparams.max_length is {max_length}",
             "no trained token within max_length",
         )
     return ids[begin : begin + max_length], kept
@@ -288,6 +312,9 @@ class Example:
     weights: list[float] | None = None
     """How much each token of `labels` counts in the loss, as long as input_ids; None: each trained
     token counts 1. A token with label IGNORE_INDEX has weight 0, every other one more than 0."""
+
+    rest: tuple[Example, ...] = ()
+    """The further windows of a plain text that data.truncation=split cuts."""
 
     is_by_shape: bool = True
     """Its turns were located by what rows of its shape have in common, not by marks of its own."""

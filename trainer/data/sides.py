@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import DataSection
+from trainer.counts import counted
 from trainer.data.encoded import EncodedRows, RowReader
 from trainer.data.rows import PreviewRequest, golden_ids
 from trainer.data.sources import Source
 from trainer.errors import DataError
+from trainer.net import names_without_secrets
 
 Array = np.ndarray[Any, Any]
 
@@ -62,25 +64,39 @@ def is_in(values: Array, wanted: Array) -> Array:
     return found
 
 
+def is_first(rows: EncodedRows) -> Array:
+    """Whether each example is the first one of its row: a text can be several (windows)."""
+    found = np.ones(len(rows), bool)
+    np.not_equal(rows.row[1:], rows.row[:-1], out=found[1:])
+    return found
+
+
+def num_rows(rows: EncodedRows, examples: Array) -> int:
+    """How many rows some examples are of, each as often as its first one is there."""
+    return int(is_first(rows)[examples].sum())
+
+
 def split_rows(section: DataSection, rows: EncodedRows, seed: int) -> tuple[Array, Array, str]:
     """Training examples, validation examples, and how they were parted, in words."""
     of_training = np.arange(rows.num_of_training)
     none = of_training[:0]
     if section.validation_path is not None:
+        name = names_without_secrets(section.validation_path)
         held_out = np.arange(rows.num_of_training, len(rows))
         if not len(held_out):
-            raise DataError(f"{section.validation_path}: no usable row to validate on.")
-        return of_training, held_out, f"all rows of {section.validation_path}"
+            raise DataError(f"{name}: no usable row to validate on.")
+        return of_training, held_out, f"all rows of {name}"
     if not section.validation_split:
         return of_training, none, "none (data.validation_split=0); previews use training prompts"
     is_held = _is_held(section, rows)
     train, validation = of_training[~is_held], of_training[is_held]
     share = f"{section.validation_split:.1%}"
-    if len(train) < 2 or len(validation) < 2:
+    if min(num_rows(rows, train), num_rows(rows, validation)) < 2:
+        count = num_rows(rows, of_training)
         why = (
-            f"none: {share} of {len(of_training)} rows would leave fewer than two for training or "
-            "for validation; previews use training prompts (set data.validation_path, or raise "
-            "data.validation_split)"
+            f"none: {share} of {counted(count, 'row')} would leave fewer than two for "
+            "training or for validation; previews use training prompts (set "
+            "data.validation_path, or raise data.validation_split)"
         )
         return of_training, none, why
     return (
@@ -96,7 +112,7 @@ def _wanted(section: DataSection, count: int) -> float:
     return round(section.validation_split * count, 6)
 
 
-def _largest(section: DataSection, count: int) -> float:
+def largest_unit(section: DataSection, count: int) -> float:
     """Rows that may move to one side together: more would decide the share by chance."""
     return max(_wanted(section, count) / 2, 1)
 
@@ -108,9 +124,13 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     unit is what goes to one side together: rows of one prompt, or, where too many share one, of
     one content.
     """
-    count = rows.num_of_training
-    keys, groups = rows.keys[:count], rows.groups[:count]
-    wanted, largest = _wanted(section, count), _largest(section, count)
+    keys, groups = rows.keys[: rows.num_of_training], rows.groups[: rows.num_of_training]
+    starts = is_first(rows)[: rows.num_of_training]
+    has_windows = not starts.all()
+    if has_windows:  # rows are parted, and their windows stay with them
+        keys, groups = keys[starts], groups[starts]
+    count = len(keys)
+    wanted, largest = _wanted(section, count), largest_unit(section, count)
     different, sizes = np.unique(groups, return_counts=True)
     units = np.where(is_in(groups, different[sizes > largest]), keys, groups)
     different, sizes = np.unique(units, return_counts=True)
@@ -119,7 +139,8 @@ def _is_held(section: DataSection, rows: EncodedRows) -> Array:
     taken = np.cumsum(sizes) - sizes  # before each
     is_enough = taken + sizes / 2 >= wanted
     num_held = int(np.argmax(is_enough)) if is_enough.any() else len(different)
-    return is_in(units, different[:num_held])
+    is_held = is_in(units, different[:num_held])
+    return is_held[np.cumsum(starts) - 1] if has_windows else is_held
 
 
 def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Array]:
@@ -128,11 +149,16 @@ def shared_prompts(section: DataSection, rows: EncodedRows) -> tuple[Array, Arra
     Returns:
         How many rows each has, and its first example.
     """
-    count = rows.num_of_training
     if section.validation_path is not None or not section.validation_split:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    _, first, sizes = np.unique(rows.groups[:count], return_index=True, return_counts=True)
-    large = np.flatnonzero(sizes > _largest(section, count))
+    groups, starts = rows.groups[: rows.num_of_training], is_first(rows)[: rows.num_of_training]
+    has_windows = not starts.all()
+    if has_windows:
+        groups = groups[starts]
+    _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
+    large = np.flatnonzero(sizes > largest_unit(section, len(groups)))
+    if has_windows:
+        first = np.flatnonzero(starts)[first]
     order = large[np.lexsort((first[large], -sizes[large]))]
     return sizes[order], first[order]
 
@@ -151,16 +177,19 @@ def weigh_rows(sources: list[Source], rows: EncodedRows, train: Array) -> tuple[
     """The training examples as often as data.weights says, and that in words."""
     if all(source.weight == 1 for source in sources):
         return train, ""
+    starts = is_first(rows)
     chosen, words = [], []
     for number, source in enumerate(sources):
         own = train[rows.source[train] == number]
         times, share = divmod(source.weight, 1)
         # Which rows are in the part: by content, so that the order of the file does not matter.
-        by_key = np.argsort(rows.keys[own], kind="stable")
-        part = own[np.sort(by_key[: round(share * len(own))])]
+        first = own[starts[own]]
+        by_key = first[np.argsort(rows.keys[first], kind="stable")]
+        part = own[is_in(rows.row[own], rows.row[by_key[: round(share * len(first))]])]
         used = [*[own] * int(times), part]
-        count = sum(map(len, used))
-        words.append(f"{source.name} x {source.weight:g} ({len(own):,} -> {count:,} rows)")
+        count = sum(int(starts[each].sum()) for each in used)
+        rows_words = counted(count, "row")
+        words.append(f"{source.name} x {source.weight:g} ({len(first):,} -> {rows_words})")
         chosen += used
     if not sum(map(len, chosen)):
         raise DataError(

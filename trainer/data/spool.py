@@ -76,7 +76,7 @@ class Spool:
             return
         try:
             if name not in self._files:
-                self._files[name] = _nameless_file(self.folder)
+                self._files[name] = nameless_file(self.folder)
             self._files[name].writelines(part.data for part in map(np.ascontiguousarray, parts))
         except OSError as error:
             used = sum(size * self._kinds[each].itemsize for each, size in self._sizes.items())
@@ -93,7 +93,8 @@ def _close(files: dict[str, IO[bytes]]) -> None:
         file.close()
 
 
-def _nameless_file(folder: Path) -> IO[bytes]:
+def nameless_file(folder: Path) -> IO[bytes]:
+    """A file that is gone once it is closed; elsewhere where the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return tempfile.TemporaryFile(dir=folder)

@@ -1,15 +1,18 @@
-"""Tables -> rows: CSV and TSV files, Parquet files and Arrow tables of the hub."""
+"""Tables -> rows: CSV and TSV files, Parquet and Arrow files, and Arrow tables of the hub."""
 
 from __future__ import annotations
 
 import csv
 import datetime as dt
+import io
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
+from trainer.data.data_files import DataFile
 from trainer.data.rows import BadRowError
 from trainer.data.text_files import as_windows_1252, open_text, parse, refuse_single_byte
 from trainer.errors import DataError
@@ -21,7 +24,7 @@ MISSING = frozenset({"NaN", "nan", "<NA>", "#N/A"})
 """What pandas and Excel write into a cell that has no value."""
 
 
-def table_rows(path: Path, kind: str, max_cell: int) -> Iterator[tuple[str, Any]]:
+def table_rows(path: DataFile, kind: str, max_cell: int) -> Iterator[tuple[str, Any]]:
     """Yield (`file:line`, row) of a CSV or TSV file with a header.
 
     Rows without a cell of text are no rows, and columns without a name and without text are none.
@@ -84,7 +87,7 @@ class _Lines:
         self.held, self.count = line, self.count - 1
 
 
-def _begin(path: Path, lines: _Lines, kind: str) -> tuple[Any, list[str] | None]:
+def _begin(path: DataFile, lines: _Lines, kind: str) -> tuple[Any, list[str] | None]:
     """The reader behind the header, and the columns' names (None: there are no lines)."""
     first = next((line for line in lines if line.strip(' \t\r\n,;|"')), None)
     if first is None:
@@ -166,7 +169,7 @@ def _hint(error: str) -> str:
     return ""
 
 
-# ---- rows of Arrow tables: Parquet files and hub datasets, without the nulls that Arrow added
+# ---- rows of Arrow tables (Parquet, Arrow, hub datasets) without the nulls that Arrow added
 #
 # A column has one type. Where it holds objects, Arrow gives each of them the members of all, and a
 # null for those that a row does not have; a template would print them. They are taken out again.
@@ -174,29 +177,87 @@ def _hint(error: str) -> str:
 # column of text avoids.
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+ARROW_FILE = b"ARROW1"
+"""Begins an Arrow file with an index of its batches; without one it is a stream of them."""
+
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+TABLE_ROWS = 1024
+"""Read from a table at once."""
+
+
+def parquet_rows(path: DataFile) -> Iterator[tuple[str, Any]]:
     """Yield (`file[index]`, row) of a Parquet file.
 
     Raises:
         DataError: it cannot be read.
     """
     # pyarrow is large and most files are text.
-    import pyarrow
     from pyarrow import parquet
+
+    def batches() -> Iterator[Any]:
+        with _sought(path) as stored, parquet.ParquetFile(path.local_path or stored) as file:
+            path.position.num_rows = file.metadata.num_rows
+            yield from file.iter_batches(batch_size=TABLE_ROWS)
+
+    yield from _table_rows(path, "Parquet", batches())
+
+
+def arrow_rows(path: DataFile) -> Iterator[tuple[str, Any]]:
+    """Yield (`file[index]`, row) of an Arrow file, as a stream of batches or with their index.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with _sought(path) as stored:
+            if stored.read(len(ARROW_FILE)) == ARROW_FILE:
+                stored.seek(0)
+                with pyarrow.ipc.open_file(stored) as reader:
+                    yield from map(reader.get_batch, range(reader.num_record_batches))
+                return
+            stored.seek(-min(len(STREAM_END), stored.seek(0, io.SEEK_END)), io.SEEK_END)
+            if stored.read() != STREAM_END:  # else pyarrow takes a cut between two batches for it
+                raise pyarrow.ArrowInvalid("it is cut off, or no Arrow file")
+            stored.seek(0)
+            with pyarrow.ipc.open_stream(stored) as reader:
+                yield from reader
+
+    yield from _table_rows(path, "Arrow", batches())
+
+
+def _sought(path: DataFile) -> IO[bytes]:
+    """The file's bytes, of which any can be read: those of a web server by way of the disk."""
+    stored = path.open()
+    if stored.seekable():
+        return stored
+    with stored:
+        copied: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - the caller's
+        shutil.copyfileobj(stored, copied, 2**20)
+    copied.seek(0)
+    return copied
+
+
+def _table_rows(path: DataFile, kind: str, batches: Iterator[Any]) -> Iterator[tuple[str, Any]]:
+    import pyarrow
 
     index = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+        for whole in batches:
+            for start in range(0, whole.num_rows, TABLE_ROWS):
+                batch = whole.slice(start, TABLE_ROWS)
                 schema = batch.schema
                 # A map keeps its keys apart per row, so its nulls are the row's own.
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     yield f"{path}[{index}]", own_values(row, schema, is_json_text=True)
                     index += 1
+                path.position.row = index
     # The others: cells that are no UTF-8, and dates that Python does not have.
     except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:
         raise DataError(
-            f"{path}: not a readable Parquet file ({' '.join(str(error).split())})."
+            f"{path}: not a readable {kind} file ({' '.join(str(error).split())})."
         ) from error
 
 

@@ -20,7 +20,7 @@ from trainer.data.tools import (
     tools_of,
 )
 from trainer.errors import TemplateError
-from trainer.models.chat_template import date_options
+from trainer.models.chat_template import ONE_RENDERING, date_options
 from trainer.profiles import Message
 
 # ---- marks in the texts of a row, so that they can be found again once a template rendered them
@@ -208,12 +208,13 @@ class ChatTemplate:
         if tools is not None:
             options["tools"] = tools
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=ask,
-                **{**options, **date_options(self.tokenizer)},
-            )
+            with ONE_RENDERING:
+                text: str = self.tokenizer.apply_chat_template(
+                    turns,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    **{**options, **date_options(self.tokenizer)},
+                )
         except Exception as error:  # jinja2 errors, and whatever a template raises itself
             raise _refusal(error) from error
         return text
@@ -255,18 +256,19 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, found = render_jinja_template(
-                rows,
-                tools=tools_of(rows[0]),
-                return_assistant_tokens_mask=self.has_markers,
-                **{
-                    "chat_template": self.tokenizer.chat_template,
-                    **self.tokenizer.special_tokens_map,
-                    **TEMPLATE_OPTIONS,
-                    "enable_thinking": thinking,
-                    **date_options(self.tokenizer),
-                },
-            )
+            with ONE_RENDERING:
+                texts, found = render_jinja_template(
+                    rows,
+                    tools=tools_of(rows[0]),
+                    return_assistant_tokens_mask=self.has_markers,
+                    **{
+                        "chat_template": self.tokenizer.chat_template,
+                        **self.tokenizer.special_tokens_map,
+                        **TEMPLATE_OPTIONS,
+                        "enable_thinking": thinking,
+                        **date_options(self.tokenizer),
+                    },
+                )
         except Exception as error:  # as in _render
             raise _refusal(error) from error
         return list(zip(texts, found if self.has_markers else [None] * len(texts), strict=True))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any, cast
 
+from trainer.counts import counted
+from trainer.data.data_files import DataFile, open_bytes
 from trainer.data.rows import BadRowError
 from trainer.errors import DataError
 
@@ -32,13 +32,13 @@ WIDE = (  # the marks of UTF-32 first: one of them begins like UTF-16's
 
 MAGIC = (
     (b"PAR1", "a Parquet file; its name must end in .parquet"),
-    (b"ARROW1", "an Arrow file; save the table as .parquet"),
+    (b"ARROW1", "an Arrow file; its name must end in .arrow"),
     (b"PK\x03\x04", "a zip archive, as Excel and LibreOffice write; save the sheet as CSV (UTF-8)"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file; save the sheet as CSV (UTF-8)"),
     (b"\x1f\x8b", "packed by gzip; its name must end in .gz"),
-    (b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it, or pack it by gzip"),
-    (b"BZh", "packed by bzip2; unpack it, or pack it by gzip"),
-    (b"\xfd7zXZ", "packed by xz; unpack it, or pack it by gzip"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd; its name must end in .zst"),
+    (b"BZh", "packed by bzip2; its name must end in .bz2"),
+    (b"\xfd7zXZ", "packed by xz; its name must end in .xz"),
     (b"%PDF", "a PDF; its text must be put into rows"),
     (b"SQLite format 3", "a SQLite database; export its rows as CSV or JSONL"),
 )
@@ -50,14 +50,7 @@ NO_SINGLE_BYTE = re.compile(rb"\xff\xfe|\xfe\xff")
 """Marks of UTF-16 in the middle of a file: pieces of another encoding, not a text of its own."""
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked where its name ends in .gz."""
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def open_text(path: Path) -> IO[bytes]:
+def open_text(path: DataFile) -> IO[bytes]:
     """The file's text as UTF-8 without a byte order mark, its lines ending in LF or CR LF.
 
     Bytes that are no UTF-8 pass: the row that holds them is named where it is read.
@@ -69,7 +62,7 @@ def open_text(path: Path) -> IO[bytes]:
     try:
         head = file.read(SNIFFED)
         start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-        file.seek(start)
+        file = _from(file, head, start)
         wide = next((name for mark, name in WIDE if head.startswith(mark)), None)
         if wide is not None:
             with file:
@@ -84,7 +77,36 @@ def open_text(path: Path) -> IO[bytes]:
     return file
 
 
-def _recoded(path: Path, content: bytes, encoding: str) -> bytes:
+def _from(file: IO[bytes], head: bytes, start: int) -> IO[bytes]:
+    """The file from byte `start` on, of which `head` was read."""
+    if file.seekable():
+        file.seek(start)
+        return file
+    return cast(IO[bytes], io.BufferedReader(_Joined(head[start:], file), SNIFFED))
+
+
+class _Joined(io.RawIOBase):
+    """Bytes, then the rest of a file that cannot be sought in."""
+
+    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+        self._head, self._rest = memoryview(head), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        self._head = self._head[len(found) :]
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._rest.close()
+        super().close()
+
+
+def _recoded(path: DataFile, content: bytes, encoding: str) -> bytes:
     try:
         return content.decode(encoding).encode("utf-8")
     except UnicodeError as error:
@@ -98,7 +120,7 @@ def _with_lf(content: bytes) -> bytes:
     return content if b"\n" in content else content.replace(b"\r", b"\n")
 
 
-def _refuse_binary(path: Path, head: bytes) -> None:
+def _refuse_binary(path: DataFile, head: bytes) -> None:
     what = next((text for magic, text in MAGIC if head.startswith(magic)), None)
     if what is not None:
         raise DataError(f"{path}: this is {what}.")
@@ -125,7 +147,7 @@ def as_windows_1252(line: bytes) -> str:
     return ""
 
 
-def refuse_single_byte(path: Path, *, at_least: int = 2) -> None:
+def refuse_single_byte(path: DataFile, *, at_least: int = 2) -> None:
     """Refuse a file that is no UTF-8 at all, once; called when one line of it is none.
 
     Several lines are no UTF-8, and no character outside ASCII is written in UTF-8: not a damaged
@@ -155,8 +177,8 @@ def refuse_single_byte(path: Path, *, at_least: int = 2) -> None:
     if count >= at_least:
         number, line = bad[0]
         raise DataError(
-            f"{path}: not UTF-8 text ({count:,} lines, the first is line {number}). It looks like "
-            "a single-byte encoding; as Windows-1252 (cp1252) that line says "
+            f"{path}: not UTF-8 text ({counted(count, 'line')}, the first is line {number}). It "
+            "looks like a single-byte encoding; as Windows-1252 (cp1252) that line says "
             f"{as_windows_1252(line)!r}. Save it as UTF-8 (Excel: 'CSV UTF-8'; else "
             "iconv -f CP1252 -t UTF-8 FILE > NEW)."
         )

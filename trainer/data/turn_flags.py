@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.counts import counted
 from trainer.data.rows import BadRowError
 from trainer.profiles import Message
 
@@ -92,7 +93,8 @@ def _apply_list(key: str, values: list[Any], messages: list[Message]) -> None:
     answers = [turn for turn in messages if is_trainable(turn)]
     if len(values) not in (len(messages), len(answers)):
         raise BadRowError(
-            f"{key!r} has {len(values)} values; it must have one for each of the {len(messages)} "
+            f"{key!r} has {counted(len(values), 'value')}; it must have one for each of the "
+            f"{len(messages)} "
             f"turns, or one for each of the {len(answers)} assistant turns",
             f"{key} of wrong length",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import lazy_names
+from trainer.errors import ModelError
 
 if TYPE_CHECKING:
     from trainer.models.adapter_files import load_finished_model
@@ -81,6 +82,36 @@ def nearest_alias(name: str) -> str | None:
     """The alias that `name` was probably meant to be."""
     near = difflib.get_close_matches(name.lower(), ALIASES, n=1)
     return near[0] if near else None
+
+
+GGUF_SUFFIX = ".gguf"
+
+
+def looks_like_path(path: str) -> bool:
+    """Whether a model name is written as a path; hub ids are `owner/name`."""
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or "\\" in path
+
+
+def check_path(name: str) -> None:
+    """Refuse a model name that is written as a path and leads nowhere, or to no model.
+
+    Raises:
+        ModelError: says what a model may be called.
+    """
+    path = resolve_alias(name)
+    if Path(path).suffix.lower() == GGUF_SUFFIX:
+        if not Path(path).is_file():
+            raise ModelError(f"model.model_path={name}: there is no such .gguf file.")
+    elif Path(path).is_file():
+        raise ModelError(
+            f"model.model_path={name}: this is a file; give the folder of a model, a .gguf file, "
+            "an alias (`trainer models`) or a hub id."
+        )
+    elif looks_like_path(path) and not Path(path).is_dir():
+        raise ModelError(
+            f"model.model_path={name}: there is no such folder. Give an alias "
+            f"({', '.join(ALIASES)}), a hub id such as Qwen/Qwen3-0.6B, or a model folder."
+        )
 
 
 ADAPTER_CONFIG = "adapter_config.json"

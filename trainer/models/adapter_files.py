@@ -18,12 +18,11 @@ from trainer.config.training_sections import ModelSection
 from trainer.errors import ModelError
 from trainer.files import SAVED_BASE as SAVED_BASE
 from trainer.files import library_errors
-from trainer.models import is_adapter_folder
+from trainer.models import is_adapter_folder, looks_like_path
 from trainer.models.adapters import merge_adapter
 from trainer.models.load import (
     grow_embeddings,
     load_model,
-    looks_like_path,
     read_model_config,
 )
 from trainer.models.precision import DTYPES, save_full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 
 from trainer.errors import ConfigError
 from trainer.files import canonical_hash
+
+ONE_RENDERING = threading.Lock()
+"""Held while a template is rendered: transformers keeps one compiled template for all threads, and
+what notes its generation markers cannot be used by two. Streamed rows are rendered by a thread."""
 
 # ---- the date that a chat template prints: the run's own, not that of the day on which it renders
 #
@@ -182,7 +187,10 @@ def takes_parts(tokenizer: Any) -> bool:
 
     def shows(spelled: list[dict[str, Any]]) -> bool:
         try:
-            text = tokenizer.apply_chat_template(spelled, tokenize=False, **date_options(tokenizer))
+            with ONE_RENDERING:
+                text = tokenizer.apply_chat_template(
+                    spelled, tokenize=False, **date_options(tokenizer)
+                )
         except Exception:  # whatever a template raises says that it does not take this
             return False
         return all(turn["content"] in text for turn in turns)

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import LockedSection
 from trainer.config.training_sections import ModelSection
 from trainer.errors import ConfigError, ModelError
-from trainer.models import ALIASES, TINY, is_adapter_folder, nearest_alias, resolve_alias
+from trainer.models import (
+    GGUF_SUFFIX,
+    TINY,
+    check_path,
+    is_adapter_folder,
+    nearest_alias,
+    resolve_alias,
+)
 from trainer.models.attention import attention_error
 from trainer.models.chat_template import set_chat_template
 from trainer.models.quantized import check_loadable, keep_layout, nf4, place, quantization_of
@@ -124,9 +131,6 @@ def grow_embeddings(model: Any, ids: Sequence[int]) -> None:
 #
 # transformers and torch are imported inside the functions: `trainer models` and error paths need
 # neither.
-
-
-GGUF_SUFFIX = ".gguf"
 
 
 def is_gguf(model_path: str) -> bool:
@@ -279,11 +283,7 @@ def _from_pretrained(
     if Path(path).suffix.lower() == GGUF_SUFFIX:
         folder, extra = _gguf_source(section, Path(path), extra)
         is_folder = True
-    elif not is_folder and looks_like_path(path):
-        raise ModelError(
-            f"model.model_path={section.model_path}: there is no such folder. Give an alias "
-            f"({', '.join(ALIASES)}), a hub id such as Qwen/Qwen3-0.6B, or a model folder."
-        )
+    check_path(section.model_path)
     try:
         return loader(
             folder,
@@ -304,19 +304,13 @@ def _gguf_source(
     Raises:
         ModelError: there is no such file, or the package that reads it is missing.
     """
-    if not path.is_file():
-        raise ModelError(f"model.model_path={section.model_path}: there is no such .gguf file.")
+    check_path(section.model_path)
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"model.model_path={section.model_path}: reading .gguf files needs the package gguf; "
             "`pip install 'ultimate-trainer[gguf]'`."
         )
     return str(path.parent), {**extra, "gguf_file": path.name}
-
-
-def looks_like_path(path: str) -> bool:
-    """Whether a model name is written as a path; hub ids are `owner/name`."""
-    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or "\\" in path
 
 
 def _load_error(

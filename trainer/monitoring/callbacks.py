@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 
+from trainer.counts import counted
 from trainer.monitoring.control import ControlFile
 from trainer.monitoring.deciding import DecidingScores
 from trainer.monitoring.events import (
@@ -155,6 +156,11 @@ class Measured(Protocol):
         """Tokens whose loss was taken."""
         ...
 
+    @property
+    def source_losses(self) -> Mapping[str, float]:
+        """The same mean of the rows of each source, where there are several."""
+        ...
+
 
 class MicroEvaluation:
     """Measures the loss on held-out rows on the main process, and stops early by it."""
@@ -206,6 +212,7 @@ class MicroEvaluation:
                 num_rows=found.num_rows,
                 num_trained_tokens=found.num_trained_tokens,
                 duration_s=time.perf_counter() - started,
+                source_losses=found.source_losses,
             )
         )
         if not self.stopping.update(found.loss, step):
@@ -214,7 +221,7 @@ class MicroEvaluation:
         lowest = "infinity" if best.best_loss is None else f"{best.best_loss:.4f}"
         self.stop_reason = (
             f"early stopping: no validation loss below {lowest} (step {best.best_step}) in "
-            f"{best.num_without} evaluations; the checkpoint of the lowest one (step "
+            f"{counted(best.num_without, 'evaluation')}; the checkpoint of the lowest one (step "
             f"{best.lowest_step}) is kept"
         )
         self._observers.notice(self.stop_reason)
@@ -246,7 +253,8 @@ class Previews:
             return
         count = self.scheduler.num_prompts(step, is_last=is_last)
         self._observers.pause(
-            f"making the previews of step {step} ({count} prompts, {self._max_tokens} tokens)"
+            f"making the previews of step {step} ({counted(count, 'prompt')}, "
+            f"{counted(self._max_tokens, 'token')})"
         )
         self.scheduler.ask(step, is_last=is_last, is_wanted=is_wanted)
         self._observers.pause(TRAINING)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trainer.counts import counted
 from trainer.monitoring.events import TRAINING, Observers, ScoreDecided
 from trainer.preview.base import PreviewResult
 from trainer.publish.lane import PublishedPreviews
@@ -137,7 +138,7 @@ class DecidingScores:
         kept = f"; its checkpoint is kept (best step {rule.best_step})" if rule.best_step else ""
         self.stop_reason = (
             f"early stopping: stopped at step {step}: {rule.metric} has not clearly risen since "
-            f"step {rule.reference_step} ({rule.num_without} evaluations){kept}"
+            f"step {rule.reference_step} ({counted(rule.num_without, 'evaluation')}){kept}"
         )
         self._observers.notice(self.stop_reason)
 

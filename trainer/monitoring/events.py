@@ -44,7 +44,12 @@ def plain_values(value: Any, odd: dict[str, str] | None = None, where: str = "")
     if isinstance(value, str):
         return encodable(value)
     if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
+        # As pydantic's own dumps: a field says where it is left out.
+        value = {
+            name: getattr(value, name)
+            for name, field in type(value).model_fields.items()
+            if field.exclude_if is None or not field.exclude_if(getattr(value, name))
+        }
     elif is_dataclass(value) and not isinstance(value, type):
         value = {item.name: getattr(value, item.name) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -102,6 +107,9 @@ class PhaseChanged:
     """In words, such as `loading Qwen/Qwen3-0.6B`."""
     is_pause: bool = False
     """Between two steps, as previews and evaluations are, or the end of such a pause."""
+    progress: str = ""
+    """How far it is. Where this is given, the phase goes on and only that is new; told at most once
+    a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +143,8 @@ class StepDone:
     """Until the last step, at the pace of the steps and pauses so far."""
     memory_gib: float
     """Peak device memory, or the resident memory of the process on CPU."""
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """train_loss of the tokens of each source of the step, where rows are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +158,8 @@ class EvaluationDone:
     num_rows: int
     num_trained_tokens: int
     duration_s: float
+    source_losses: Mapping[str, float] = field(default_factory=dict)
+    """val_loss of the rows of each source, where they are of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,9 +341,9 @@ class Observers:
         if isinstance(event, PhaseChanged) and any(hasattr(o, "on_wait") for o in self._observers):
             self._waits.start()
 
-    def phase(self, state: RunState, text: str) -> None:
-        """Tell everybody what happens now."""
-        self.emit(PhaseChanged(state=state, text=text))
+    def phase(self, state: RunState, text: str, progress: str = "") -> None:
+        """Tell everybody what happens now, or how far it is."""
+        self.emit(PhaseChanged(state=state, text=text, progress=progress))
 
     def pause(self, text: str) -> None:
         """Tell everybody what keeps training from the next step, or that it goes on."""
@@ -385,12 +397,12 @@ def _nothing(*_: object) -> None: ...
 
 
 class Waits:
-    """Says again what is being done, while nothing else is told: after 2 s, and ever more rarely.
+    """Says again what is being done, while nothing else is told: within 2 s, and ever more rarely.
 
     A thread of its own, because what is waited for holds the one that trains.
     """
 
-    FIRST_S = 2.0
+    FIRST_S = 1.5
     SHARE = 0.1
     """Later words come when a tenth of the time so far has passed."""
 
@@ -404,6 +416,9 @@ class Waits:
 
     def note(self, event: Event) -> None:
         """Something was told: a new phase, the end of one, or anything else."""
+        if isinstance(event, PhaseChanged) and event.progress and self._phase is not None:
+            self._phase = event  # told with the next words of the wait
+            return
         self._told_at = self._clock()
         if isinstance(event, PhaseChanged):
             self._began = self._told_at
@@ -418,6 +433,8 @@ class Waits:
         if phase is None or now - self._told_at < max(self.FIRST_S, self.SHARE * elapsed):
             return None
         self._told_at = now
+        if phase.progress:
+            return f"{phase.text}, {elapsed:.0f} s: {phase.progress}"
         return f"{phase.text}: {elapsed:.0f} s"
 
     def start(self) -> None:

@@ -247,6 +247,8 @@ class TrainingStatus(StatusPart):
     """`loading`, `training`, `saving`, `completed`, `stopped` or `failed`."""
     phase: str = ""
     """What is being done now, in words."""
+    phase_progress: str = ""
+    """How far that is, such as `120,000 rows, 9,300 rows/s, 40 s left`; empty where it is quick."""
     step: int = 0
     """Optimizer steps done."""
     total_steps: int | None = None
@@ -265,6 +267,11 @@ class TrainingStatus(StatusPart):
     """The step of that evaluation."""
     val_gap: float | None = None
     """val_loss minus the training loss of the same step."""
+    source_losses: dict[str, float | None] = {}
+    """The newest train_loss of each source of the data, by its name on the data card; empty where
+    there is only one, or the loss does not tell."""
+    val_source_losses: dict[str, float | None] = {}
+    """The same of val_loss."""
     learning_rate: float | None = None
     """Learning rate of the last step."""
     grad_norm: float | None = None
@@ -287,6 +294,10 @@ class TrainingStatus(StatusPart):
     """Rows held out."""
     effective_batch_size: int | None = None
     """Sequences per optimizer step, over all devices."""
+    began_at: float | None = None
+    """When the first process of the run began to report, in unix seconds; null in old files."""
+    earlier_s: float = 0.0
+    """Seconds that the processes before this one were at work; 0 unless the run was resumed."""
     started_at: float
     """When this process began to report, in unix seconds."""
     updated_at: float
@@ -300,7 +311,8 @@ class TrainingStatus(StatusPart):
     accuracy_last_50: AccuracyStatus | None = None
     """The same over the last 50."""
     accuracy_trend: Trend | None = None
-    """Last 20 against the 20 before, flat within 0.1; null with fewer than 40 previews."""
+    """The same prompts over preview steps, newest third against the third before; null where a
+    test cannot tell."""
     drift: DriftStatus | None = None
     """Drift from the weights before training; null where it is not measured."""
     preview_scores: tuple[ScoreFigure, ...] = ()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import OutputError
 from trainer.files import STATUS_NAME, append_lines, remove_stale, replace_file
 from trainer.monitoring.events import (
     CheckpointSaved,
@@ -32,6 +33,7 @@ from trainer.monitoring.events import (
     json_line,
     plain_values,
 )
+from trainer.monitoring.loss_names import FIELD, PREFIXES, flat_losses, losses_of_line
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
@@ -54,6 +56,8 @@ from trainer.preview.base import PreviewResult
 CHARS_PER_TOKEN = 4
 """Texts are cut by characters, as many as this for each token allowed: no tokenizer here."""
 
+_TRAINING = {"state": "training", "phase": "training", "phase_progress": ""}
+
 _OF_STEP = (
     "step",
     "total_steps",
@@ -67,6 +71,9 @@ _OF_STEP = (
 )
 
 
+_OF_THE_PAST = [name for name in _OF_STEP if name not in ("total_steps", "eta_s")]
+"""Those that hold at a resume; how many steps are left, and for how long, is another matter."""
+
 _OF_METRICS = StepDone | EvaluationDone | DriftMeasured | ScoresDone | ScoreDecided
 """Events that are lines of metrics.jsonl."""
 
@@ -77,7 +84,8 @@ class StatusBuilder:
     def __init__(self, max_output_tokens: int) -> None:
         """Take the longest text, in tokens of about four characters."""
         self.set_limit(max_output_tokens)
-        self.fields: dict[str, Any] = {"started_at": time.time(), "pid": os.getpid()}
+        now = time.time()
+        self.fields: dict[str, Any] = {"began_at": now, "started_at": now, "pid": os.getpid()}
         self._history = MatchHistory()
         self._odd_reported: set[str] = set()
 
@@ -96,19 +104,31 @@ class StatusBuilder:
         }
         return TrainingStatus.model_validate(values)
 
+    def set_earlier(self, before: TrainingStatus | None) -> None:
+        """Take over the time of the processes before this one; None: there are none."""
+        began, earlier_s = self.fields["started_at"], 0.0
+        if before is not None and before.started_at == began:
+            return  # written by this process
+        if before is not None:
+            began = before.started_at if before.began_at is None else before.began_at
+            earlier_s = before.earlier_s + max(0.0, before.updated_at - before.started_at)
+        self.fields.update(began_at=began, earlier_s=earlier_s)
+
     def apply(self, event: Event) -> None:
         """Take over what an event says."""
         odd: dict[str, str] = {}
         values = plain_values(event, odd)
         match event:
             case RunStarted():
-                self.fields.update(values, state="training", phase="training")
+                self.fields.update(values, **_TRAINING)
                 self.fields.update(step=event.start_step)
             case PhaseChanged():
-                self.fields.update(state=event.state, phase=self._cut(values["text"])[0])
+                phase, progress = (self._cut(values[name])[0] for name in ("text", "progress"))
+                self.fields.update(state=event.state, phase=phase, phase_progress=progress)
             case StepDone():
                 self.fields.update({name: values[name] for name in _OF_STEP})
-                self.fields.update(state="training", phase="training")
+                self._keep_losses("source_losses", values[FIELD])
+                self.fields.update(_TRAINING)
             case EvaluationDone():
                 self.set_evaluation(values)
             case PreviewsDone():
@@ -143,7 +163,9 @@ class StatusBuilder:
             newest = max(result.step for result in known)
             self.set_previews([result for result in known if result.step == newest])
         for line in metrics:
-            if line.get("type") == "EvaluationDone":
+            if line.get("type") == "StepDone":
+                self.fields.update({name: line.get(name) for name in _OF_THE_PAST})
+            elif line.get("type") == "EvaluationDone":
                 self.set_evaluation(line)
             elif line.get("type") == "ScoresDone":
                 self.set_scores(line)
@@ -159,6 +181,11 @@ class StatusBuilder:
         is_known = val_loss is not None and train_loss is not None
         gap = val_loss - train_loss if is_known else None
         self.fields.update(val_loss=val_loss, val_step=values["step"], val_gap=gap)
+        self._keep_losses("val_source_losses", values.get(FIELD) or losses_of_line(values))
+
+    def _keep_losses(self, name: str, losses: Mapping[str, Any]) -> None:
+        """The newest loss of each source: a step need not have tokens of all."""
+        self.fields[name] = {**self.fields.get(name, {}), **losses}
 
     def set_scores(self, values: Mapping[str, Any]) -> None:
         """Take over a ScoresDone, as plain values."""
@@ -184,7 +211,8 @@ class StatusBuilder:
     def _end(self, values: dict[str, Any]) -> None:
         state = values["state"]
         message, _ = self._cut(values["error_message"] or state)
-        self.fields.update(state=state, phase=state, step=values["step"], eta_s=None)
+        self.fields.update(state=state, phase=state, phase_progress="", step=values["step"])
+        self.fields["eta_s"] = None
         self.fields["summary"] = values["summary"]
         if state == "failed":
             self.fields["error"] = {"type": values["error_type"] or "Error", "message": message}
@@ -295,6 +323,9 @@ class TrainingStatusWriter:
             self._builder.fields["output_dir"] = str(self.run_dir)
             for name in (METRICS_NAME, PREVIEWS_NAME):
                 self._has_old_lines[name] = _has_content(self.run_dir / name)
+            # Before it is replaced. Whether this process goes on with that run is not known yet,
+            # and a process that is killed while it loads must not lose the time of those before.
+            self._builder.set_earlier(_status_before(self.run_dir))
         if self._has_events:
             self._write_status()
 
@@ -357,7 +388,9 @@ class TrainingStatusWriter:
             if has_lines:
                 marker = {"type": RESUMED, "step": start_step, "created_at": time.time()}
                 self._append(name, json_line(marker))
-        if self.run_dir is not None and start_step > 0:
+        if start_step == 0:
+            self._builder.set_earlier(None)
+        elif self.run_dir is not None:
             self._try(self.run_dir, self._restore, "earlier previews are not counted in accuracy")
 
     def _restore(self) -> None:
@@ -382,6 +415,17 @@ class TrainingStatusWriter:
             self._has_unwritten = True
 
 
+def _status_before(run_dir: Path) -> TrainingStatus | None:
+    """The status that an earlier process left; None where there is none."""
+    if not (run_dir / STATUS_NAME).exists():
+        return None
+    try:
+        return TrainingStatusReader(run_dir).read()
+    except OutputError as error:
+        logger.warning("%s; the time of earlier processes is not counted", error)
+        return None
+
+
 def _has_content(path: Path) -> bool:
     try:
         return path.stat().st_size > 0
@@ -393,7 +437,12 @@ def _metrics_line(
     event: StepDone | EvaluationDone | DriftMeasured | ScoresDone | ScoreDecided,
 ) -> str:
     odd: dict[str, str] = {}
-    line = {"type": type(event).__name__, "created_at": time.time(), **plain_values(event, odd)}
+    kind, values = type(event).__name__, plain_values(event, odd)
+    if FIELD in values:
+        values = flat_losses(kind, values)
+        prefix = PREFIXES[kind]
+        odd = {key.replace(f"{FIELD}.", prefix, 1): text for key, text in odd.items()}
+    line = {"type": kind, "created_at": time.time(), **values}
     return json_line({**line, "non_finite": odd} if odd else line)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class StepRecord:
     learning_rate: float = 0.0
     num_tokens: int = 0
     num_trained_tokens: int = 0
+    source_losses: dict[str, float] = field(default_factory=dict)
+    """Loss of the tokens of each source, by its name; those of the step."""
 
 
 @dataclass
@@ -125,6 +127,7 @@ class StepReport:
                 step_time_s=seconds,
                 eta_s=self._clock.seconds_per_step * (state.max_steps - step),
                 memory_gib=memory_gib(),
+                source_losses=record.source_losses,
             )
         )
 

@@ -29,6 +29,7 @@ from trainer.monitoring.events import (
     RunEnded,
     ScoresDone,
 )
+from trainer.monitoring.loss_names import named_losses
 from trainer.monitoring.tracker_texts import keep_console_out
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
 def figures_of(event: Event) -> dict[str, float]:
     """Numbers of an event by the names that transformers shows under `eval/`."""
     if isinstance(event, EvaluationDone):
-        return {"eval_loss": event.val_loss}
+        more = named_losses("StepDone", event.source_losses)
+        return {"eval_loss": event.val_loss, **{f"eval_{name}": one for name, one in more.items()}}
     if isinstance(event, DriftMeasured):
         return {"eval_drift/kl": event.kl, "eval_drift/changed_answers": event.num_changed}
     if isinstance(event, PreviewsDone) and not event.is_superseded:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     printable,
 )
+from trainer.monitoring.loss_names import named_losses
 from trainer.preview.base import PreviewResult
 
 logger = logging.getLogger(__name__)
@@ -37,33 +39,60 @@ TEXT_CHARS = 8192
 """Longest text sent to TensorBoard, in characters; previews.jsonl has all of it."""
 
 
+TRACKERS = (
+    *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow"),
+    *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+)
+"""Names that transformers knows, which takes seconds to load."""
+
+PACKAGES = {"clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "swanlab", "trackio", "wandb"}
+"""Those that are called as their packages are."""
+
+
+def check_tracker_names(names: tuple[str, ...]) -> None:
+    """Refuse trackers that nobody knows, or that are not installed as far as names tell it.
+
+    Raises:
+        ConfigError: a name is unknown, or there is no package of that name.
+    """
+    for name in names:
+        if name in TRACKERS:
+            # Of the others the package has another name: `check_trackers` finds them.
+            if name in PACKAGES and importlib.util.find_spec(name) is None:
+                raise _not_installed(name)
+            continue
+        if names == (NO_TRACKER,):
+            continue
+        near = difflib.get_close_matches(name, TRACKERS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"monitoring.report_to names {name!r}, which is not a known tracker.{hint} "
+            f"Known: {', '.join(TRACKERS)}; {NO_TRACKER!r} "
+            "alone turns them off. On the command line, give the flag once per tracker."
+        )
+
+
 def check_trackers(names: tuple[str, ...]) -> None:
     """Refuse trackers that this machine does not have, before anything is loaded.
 
     Raises:
         ConfigError: a name is unknown, or its package is not installed.
     """
+    check_tracker_names(names)
     # transformers loads torch.
     from transformers.integrations import integration_utils as hf
 
-    known, installed = sorted(hf.INTEGRATION_TO_CALLBACK), hf.get_available_reporting_integrations()
+    installed = hf.get_available_reporting_integrations()
     for name in names:
-        if name == NO_TRACKER and len(names) == 1:
-            continue
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"monitoring.report_to names {name!r}, which is not a known tracker.{hint} "
-                f"Installed here: {', '.join(installed) or 'none'}; known: "
-                f"{', '.join(known)}; {NO_TRACKER!r} "
-                "alone turns them off. On the command line, give the flag once per tracker."
-            )
-        if name not in installed:
-            raise ConfigError(
-                f"monitoring.report_to names {name}, which is not installed; `pip install "
-                f"{name.replace('_', '-')}`, or take it out of monitoring.report_to."
-            )
+        if name not in installed and name != NO_TRACKER:
+            raise _not_installed(name)
+
+
+def _not_installed(name: str) -> ConfigError:
+    return ConfigError(
+        f"monitoring.report_to names {name}, which is not installed; `pip install "
+        f"{name.replace('_', '-')}`, or take it out of monitoring.report_to."
+    )
 
 
 def guard_trackers(trainer: Any) -> None:
@@ -126,7 +155,9 @@ def summary_writer(log_dir: str | Path, *, start_step: int = 0) -> Any:
         # An optional dependency, and most of a second to import.
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = start_step + 1 if start_step > 0 else None
+        # A run that ended before its first checkpoint has figures of steps that are made again.
+        is_again = start_step > 0 or any(Path(log_dir).glob("events.out.tfevents.*"))
+        purge_step = start_step + 1 if is_again else None
         return SummaryWriter(str(log_dir), purge_step=purge_step)
     except ImportError as error:
         raise ConfigError(
@@ -159,6 +190,8 @@ class TensorBoardPreviews:
         """Send what an event brings, if it is a preview or an evaluation."""
         if isinstance(event, EvaluationDone):
             self.writer.add_scalar("val_loss", event.val_loss, event.step)
+            for name, loss in named_losses("EvaluationDone", event.source_losses).items():
+                self.writer.add_scalar(name, loss, event.step)
         elif isinstance(event, DriftMeasured):
             self.writer.add_scalar("drift/kl", event.kl, event.step)
             self.writer.add_scalar("drift/changed_answers", event.num_changed, event.step)

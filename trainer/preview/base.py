@@ -104,7 +104,8 @@ class PreviewResult(BaseModel):
     """Nats of each golden token under these weights, given the prompt and the golden tokens
     before it; None where not asked for."""
     golden_probability: float | None = None
-    """Mean probability of the golden tokens, from 0 to 1; None where not asked for."""
+    """Mean probability of the golden tokens that are no frame, from 0 to 1; None where not asked
+    for."""
     scores: dict[str, float | None] = {}
     """By the names of `monitoring.scores`; None: the score says nothing of this answer."""
     samples: tuple[PreviewSample, ...] = Field(default=(), exclude_if=lambda found: not found)
@@ -176,12 +177,26 @@ class PreviewBackend(Protocol):
         ...
 
 
-def golden_figures(nats: Sequence[float]) -> dict[str, Any]:
-    """What a result says of its golden tokens' log-probabilities."""
-    probabilities = [math.exp(min(one, 0.0)) for one in nats]
+def golden_figures(nats: Sequence[float], is_frame: Sequence[bool] | None = None) -> dict[str, Any]:
+    """What a result says of its golden tokens' log-probabilities.
+
+    Args:
+        nats: of each token.
+        is_frame: of each token: `golden_is_frame`. The mean is over the others, so that a profile
+            that frames answers is comparable with one that does not; over all where there are none.
+    """
+    told = said_nats(nats, is_frame)
+    probabilities = [math.exp(min(one, 0.0)) for one in told]
     mean = sum(probabilities) / len(probabilities) if probabilities else None
     # Files hold a number for each token of each prompt and step: no more digits than anybody reads.
     return {"golden_logprobs": tuple(round(one, 5) for one in nats), "golden_probability": mean}
+
+
+def said_nats(nats: Sequence[float], is_frame: Sequence[bool] | None) -> list[float]:
+    """The log-probabilities of what a golden answer says, without its frame."""
+    if is_frame is None or len(is_frame) != len(nats) or all(is_frame):
+        return list(nats)
+    return [one for one, framed in zip(nats, is_frame, strict=True) if not framed]
 
 
 def is_match(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.counts import counted
 from trainer.data.row_files import raw_rows
 from trainer.data.rows import BadRowError
 from trainer.errors import ConfigError, DataError
@@ -65,7 +66,8 @@ def read_canary_set(name: str) -> list[list[Message]]:
         raise ConfigError(f"monitoring.canary_set: {error}") from error
     if not 0 < len(found) <= MAX_PROMPTS:
         raise ConfigError(
-            f"monitoring.canary_set={name}: has {len(found)} prompts; give 1 to {MAX_PROMPTS}."
+            f"monitoring.canary_set={name}: has {counted(len(found), 'prompt')}; give 1 to "
+            f"{MAX_PROMPTS}."
         )
     return found
 

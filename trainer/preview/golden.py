@@ -48,14 +48,25 @@ def _byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, 
 def _is_frame(
     ids: Sequence[int], pieces: Sequence[bytes], special: set[int], frame: list[tuple[int, int]]
 ) -> list[bool]:
-    """A token is frame where all of its bytes but spaces are in one of the spans."""
+    """A token is frame where all of its bytes but spaces are in one of the spans.
+
+    A token of spaces is where it touches one: what stands between a marker and the answer.
+    """
+    text = b"".join(b"" if i in special else one for i, one in zip(ids, pieces, strict=True))
+    touched = [
+        (len(text[:low].rstrip()), high + len(text[high:]) - len(text[high:].lstrip()))
+        for low, high in frame
+    ]
     found, at = [], 0
     for token, piece in zip(ids, pieces, strict=True):
         if token in special:
             found.append(True)
             continue
         start, end = at + len(piece) - len(piece.lstrip()), at + len(piece.rstrip())
-        found.append(any(low <= start < end <= high for low, high in frame))
+        spans = frame
+        if start >= end:
+            start, end, spans = at, at + len(piece), touched
+        found.append(any(low <= start < end <= high for low, high in spans))
         at += len(piece)
     return found
 

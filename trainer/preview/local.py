@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer.models.chat_template import as_taken, date_options
+from trainer.models.chat_template import ONE_RENDERING, as_taken, date_options
 from trainer.models.load import embedding_rows, harmless_pad_id
 from trainer.preview.base import (
     PreviewRequest,
@@ -133,13 +133,15 @@ class LocalPreviewBackend:
 
     def render_turns(self, turns: list[Message]) -> list[int]:
         """Token ids of a conversation with the generation prompt behind it."""
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            as_taken(self.tokenizer, turns),
-            add_generation_prompt=True,
-            enable_thinking=False,
-            return_dict=True,
-            **date_options(self.tokenizer),
-        )["input_ids"]
+        taken = as_taken(self.tokenizer, turns)
+        with ONE_RENDERING:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                taken,
+                add_generation_prompt=True,
+                enable_thinking=False,
+                return_dict=True,
+                **date_options(self.tokenizer),
+            )["input_ids"]
         return ids
 
     def _answer_less(
@@ -202,10 +204,9 @@ class LocalPreviewBackend:
         prompt, golden = request.prompt_token_ids, request.golden_token_ids
         if not (self.with_golden_logprobs and prompt and golden) or request.sample:
             return {}  # one sample has said it
-        return {
-            **golden_parts(self.tokenizer, self.profile, golden),
-            **golden_figures(golden_logprobs(self.model, prompt, golden).tolist()),
-        }
+        parts = golden_parts(self.tokenizer, self.profile, golden)
+        nats = golden_logprobs(self.model, prompt, golden).tolist()
+        return {**parts, **golden_figures(nats, parts["golden_is_frame"])}
 
     def _result(
         self,

@@ -32,6 +32,10 @@ class Message(TypedDict):
     weight: NotRequired[float]
     """How much each token of an assistant turn counts in the loss, >= 0; absent means 1, and 0
     that the turn is read but not trained."""
+    input_ids: NotRequired[list[int]]
+    """Of a row of tokens (`data.format` tokens), which no profile gets to see."""
+    labels: NotRequired[list[int]]
+    """The same, with -100 where nothing is trained."""
 
 
 class DataProfile:

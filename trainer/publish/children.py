@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.child import Child
+from trainer.child import Child, thread_variables
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +139,7 @@ class SidecarWorker:
             log=self.log or os.devnull,
             environment={
                 **{n: v for n, v in os.environ.items() if not n.startswith("TRAINER_")},
-                "OMP_NUM_THREADS": str(self.num_threads),
-                "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits leaves its core to training
+                **thread_variables(self.num_threads),
             },
         )
         with contextlib.suppress(OSError):  # training comes first where cores are scarce

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.counts import counted
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError, BoundedClient, KeyRefusedError, RefusedError
 from trainer.publish.weight_file import WeightFile
@@ -292,7 +293,9 @@ def check_identity(request: PreviewsRequest, result: PreviewsResult) -> None:
         if getattr(result, name) != getattr(request, name)
     ]
     if len(result.results) != len(request.prompts):
-        wrong.append(f"{len(result.results)} answers to {len(request.prompts)} prompts")
+        wrong.append(
+            f"{counted(len(result.results), 'answer')} to {counted(len(request.prompts), 'prompt')}"
+        )
     for asked, answer in zip(request.prompts, result.results, strict=False):
         if answer.prompt_id != asked.prompt_id:
             wrong.append(f"prompt {answer.prompt_id!r} instead of {asked.prompt_id!r}")

@@ -301,7 +301,10 @@ def _result(
     theirs = _plausible(PreviewResult.model_validate(found))
     golden, ids = request.golden_answer, request.golden_token_ids
     is_scored = score is not None and ids is not None and len(score) == len(ids)
-    measured = golden_figures(score) if score is not None and is_scored else NOT_MEASURED
+    parts, measured = NO_PARTS, NOT_MEASURED
+    if score is not None and ids is not None and is_scored:
+        parts = parts_of(ids)
+        measured = golden_figures(score, parts.get("golden_is_frame"))
     return theirs.model_copy(
         update={
             "prompt": request.prompt,
@@ -309,7 +312,7 @@ def _result(
             "held_out": request.held_out,
             "golden_answer": golden,
             "matches": is_match(request, theirs.text, matches) if theirs.ok else None,
-            **(parts_of(ids) if ids is not None and is_scored else NO_PARTS),
+            **parts,
             **measured,
             "scores": {},
             "samples": (),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from trainer.preview.base import PreviewResult
+from trainer.preview.base import PreviewResult, said_nats
 from trainer.scores.statistics import difference_of, interval_of, is_binary, pass_at
 
 GOLDEN_PROBABILITY = "golden_probability"
@@ -83,7 +83,9 @@ def values_of(result: PreviewResult) -> dict[str, float]:
     if result.golden_probability is not None:
         found[GOLDEN_PROBABILITY] = result.golden_probability
     if result.golden_logprobs:
-        found[GOLDEN_LOGPROB] = statistics.fmean(result.golden_logprobs)
+        found[GOLDEN_LOGPROB] = statistics.fmean(
+            said_nats(result.golden_logprobs, result.golden_is_frame)
+        )
     scores = {SCORE + name: value for name, value in result.scores.items() if value is not None}
     return {name: v for name, v in (found | scores).items() if math.isfinite(v)}
 

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trainer.counts import counted
 from trainer.errors import ConfigError
 
 OWN = ("completion", "golden_answer", "prompt", "messages", "row", "step")
@@ -87,8 +88,12 @@ class ScoreFunction:
         """
         found = self.call(answers, step)
         if not isinstance(found, list | tuple) or len(found) != len(answers):
-            what = f"{len(found)} values" if isinstance(found, list | tuple) else repr(found)[:80]
-            raise ValueError(f"it returned {what} for {len(answers)} answers")
+            what = (
+                f"{counted(len(found), 'value')}"
+                if isinstance(found, list | tuple)
+                else repr(found)[:80]
+            )
+            raise ValueError(f"it returned {what} for {counted(len(answers), 'answer')}")
         return [_number(value) for value in found]
 
     # ---- one answer at a time

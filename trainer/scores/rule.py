@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trainer.counts import counted
 from trainer.preview.base import PreviewResult
 from trainer.scores.figures import GOLDEN_PROBABILITY, SCORE, values_of
 from trainer.scores.statistics import MIN_PROMPTS, difference_of
@@ -27,14 +28,18 @@ def values_by_prompt(
     """
     silent = [one for one in results if not one.ok]
     if silent:
-        return {}, f"{len(silent)} of {len(results)} prompts have no answer: " + str(
+        return {}, f"{len(silent)} of {counted(len(results), 'prompt')} without an answer: " + str(
             silent[0].error_message
         )
     found = {one.prompt_id or one.prompt: values_of(one) for one in results}
     name = figure_name(metric)
     values = {prompt: figures[name] for prompt, figures in found.items() if name in figures}
     if len(values) < MIN_PROMPTS:
-        return {}, f"{len(values)} of {len(results)} prompts have a value, {MIN_PROMPTS} are needed"
+        return (
+            {},
+            f"{len(values)} of {counted(len(results), 'prompt')} with a value, {MIN_PROMPTS} are "
+            "needed",
+        )
     return values, None
 
 
@@ -100,7 +105,8 @@ class ScoreRule:
         common = [prompt for prompt in values if prompt in self.reference]
         if missing is None and against is not None and len(common) < MIN_PROMPTS:
             missing = (
-                f"{len(common)} prompts have a value here and at step {against}, "
+                f"{counted(len(common), 'prompt has', 'prompts have')} a value here and at step "
+                f"{against}, "
                 f"{MIN_PROMPTS} are needed"
             )
         if missing is not None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from trainer.child import KILL_TIMEOUT_S, Child
 from trainer.config.schema import MonitoringConfig
+from trainer.counts import counted
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewRequest, PreviewResult
 from trainer.scores.spec import ScoreSpec, parse_scores
@@ -202,7 +203,7 @@ def _checked(found: Any, count: int) -> list[float | None] | str:
         return found
     values = [None if value is None else float(value) for value in found]
     if len(values) != count:
-        raise ValueError(f"{len(values)} values")
+        raise ValueError(counted(len(values), "value"))
     return values
 
 

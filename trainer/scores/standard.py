@@ -1,7 +1,8 @@
 """Standard scores of an answer against its golden answer: each a number from 0 to 1, or None.
 
 None says that the score does not apply, such as `number` where golden has no number. Words are
-letters and digits of any script, without regard to case.
+letters and digits of any script, without regard to case; each character of scripts that put no
+spaces between words (Chinese, Japanese, Thai and the like), and each emoji, is a word.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from trainer.errors import ConfigError
 Score = Callable[[str, str | None], float | None]
 """(answer, golden answer) -> its score."""
 
-_WORDS = re.compile(r"\w+")
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+"""Thai, Lao, Burmese, Khmer, kana and ideographs."""
+
+_WORDS = re.compile(
+    rf"[{_UNSPACED}\U00020000-\U0003ffff]|[^\W{_UNSPACED}\U00020000-\U0003ffff]+|[^\w\s]"
+)
 
 _NUMBER = re.compile(
     r"(?<![\w.])-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII
@@ -67,7 +75,13 @@ def rouge_l(answer: str, golden: str | None) -> float | None:
 
 def words_of(text: str) -> list[str]:
     """The words of a text, for `f1` and `rouge_l`."""
-    return _WORDS.findall(unicodedata.normalize("NFC", text).casefold().replace("_", " "))
+    found = _WORDS.findall(unicodedata.normalize("NFC", text).casefold().replace("_", " "))
+    return [word for word in found if _is_word(word)]
+
+
+def _is_word(text: str) -> bool:
+    """Whether a match is one: of what is no letter or digit, symbols such as emoji only."""
+    return len(text) > 1 or text.isalnum() or unicodedata.category(text) == "So"
 
 
 def _common_subsequence(one: list[str], other: list[str]) -> int:

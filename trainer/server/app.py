@@ -30,7 +30,7 @@ from trainer.server.preview_routes import (
     add_weight_routes,
 )
 from trainer.server.problems import add_problem_handlers, documented
-from trainer.server.service import RETRY_AFTER, IdempotencyKey, Service, client_of
+from trainer.server.service import RETRY_AFTER, IdempotencyKey, Origin, Service, client_of
 from trainer.server.weight_store import KEPT_SETS, WeightStore
 
 
@@ -132,6 +132,7 @@ def create_app(
     host: str = "127.0.0.1",
     weights_dir: Path | None = None,
     num_kept: int = KEPT_SETS,
+    origin: Origin | None = None,
     request_timeout_s: float = REQUEST_TIMEOUT_S,
 ) -> Guard:
     """Build the ASGI app round an engine that is started, or has no model yet.
@@ -141,10 +142,11 @@ def create_app(
         store_dir: private folder for uploads.
         weights_dir: folder of transport `dir`; None: refused.
         num_kept: weight sets that can be made active again.
+        origin: of the weights that the server begins with.
         request_timeout_s: longest time that the engine spends on one request.
     """
     store = WeightStore(store_dir, weights_dir, num_kept=num_kept)
-    service = Service(engine, store, request_timeout_s=request_timeout_s)
+    service = Service(engine, store, origin=origin, request_timeout_s=request_timeout_s)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -201,7 +203,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
             device=hello.get("device"),
             dtype=hello.get("dtype"),
             dtype_option=queue.engine.dtype,
-            active=Active(**queue.active),
+            active=Active(**service.active()),
             queued=queue.waiting,
             profiles=known_profiles(),
             engine_restarts=queue.restarts,

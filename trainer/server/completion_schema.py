@@ -44,14 +44,16 @@ class TextPart(Body):
 class ChatMessage(Body):
     """One turn."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is OpenAI's newer word for `system`."""
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=100)]
 
     def turn(self) -> dict[str, str]:
         """Role and whole text."""
+        role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": "".join(part.text for part in self.content)}
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 class StreamOptions(Body):

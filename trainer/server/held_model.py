@@ -21,11 +21,10 @@ from torch import nn
 
 from trainer.config.training_sections import ModelSection
 from trainer.errors import ConfigError, TrainerError
-from trainer.models import is_adapter_folder, resolve_alias
+from trainer.models import GGUF_SUFFIX, is_adapter_folder, resolve_alias
 from trainer.models.adapter_files import load_merged, tokenizer_section
 from trainer.models.chat_template import chat_template_hash, fix_date, tokenizer_hash
 from trainer.models.load import (
-    GGUF_SUFFIX,
     check_vocabulary,
     load_model,
     load_tokenizer,

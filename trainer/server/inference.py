@@ -16,6 +16,8 @@ import sys
 import time
 from typing import IO, Any
 
+import torch
+
 from trainer.child import own_lines
 from trainer.errors import TrainerError
 from trainer.models.chat_template import fix_date
@@ -55,6 +57,7 @@ class Engine:
         return {
             "device": str(self.held.device),
             "dtype": self.held.dtype_name,
+            "num_threads": torch.get_num_threads(),
             "weights_id": self.held.weights_id,
             "manifest": self.held.manifest.model_dump(mode="json"),
         }

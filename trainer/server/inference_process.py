@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from trainer.child import Child
+from trainer.child import Child, half_the_cores, thread_variables
 from trainer.errors import ModelError
 
 START_TIMEOUT_S = 600.0
@@ -65,6 +65,7 @@ class EngineProcess:
         base: str | None = None,
         date: str | None = None,
         quantize: str | None = None,
+        num_threads: int | None = None,
     ) -> None:
         """Take what the engine will load; nothing is started.
 
@@ -74,8 +75,10 @@ class EngineProcess:
             base: where the base is, of a `model_path` that is an adapter.
             date: of the run that made the weights (YYYY-MM-DD); its template prints this one.
             quantize: `nf4`: quantize the model while it is loaded.
+            num_threads: CPU threads; None: as OMP_NUM_THREADS says, else half of the cores, for
+                a server often runs beside training.
         """
-        self.quantize = quantize
+        self.quantize, self.num_threads = quantize, num_threads
         self.model_path, self.device, self.base, self.date = model_path, device, base, date
         self.wait_for_weights, self.dtype = wait_for_weights, dtype
         self.hello: dict[str, Any] = {}
@@ -97,6 +100,7 @@ class EngineProcess:
             self._numbers = SharedNumbers(descriptor)
             self._process = Child(
                 ["trainer.server.inference", str(descriptor)],
+                environment={**os.environ, **self._thread_variables()},
                 shared=[descriptor],
                 has_own_session=False,  # a signal to the server's group is for both
             )
@@ -113,6 +117,11 @@ class EngineProcess:
         }
         self.starts += 1
         self.hello = self._wait_for_hello(self._process, setup)
+
+    def _thread_variables(self) -> dict[str, str]:
+        if self.num_threads is None and os.environ.get("OMP_NUM_THREADS"):
+            return {}
+        return thread_variables(self.num_threads or half_the_cores())
 
     def _wait_for_hello(self, process: Child, setup: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -40,6 +40,41 @@ SAMPLING = {
 ONLY_SAMPLING = "this server samples by temperature and seed from the whole distribution"
 
 
+NO_TOOLS = "no tool is called, answers are text"
+
+NO_PROBABILITIES = "probabilities of tokens are not returned"
+
+ONLY_TEXT = "answers are plain text, of whatever form the model gives them"
+
+NOT_SUPPORTED = {
+    **dict.fromkeys(
+        ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"), NO_TOOLS
+    ),
+    **dict.fromkeys(("logprobs", "top_logprobs"), NO_PROBABILITIES),
+    **dict.fromkeys(
+        ("response_format", "guided_json", "guided_regex", "guided_choice", "grammar"), ONLY_TEXT
+    ),
+    **dict.fromkeys(("modalities", "audio"), "turns and answers are text"),
+    "prediction": "every token is generated",
+    "reasoning_effort": "a model thinks as it was trained to",
+    "verbosity": "a model says as much as it was trained to; max_tokens limits it",
+    "web_search_options": "nothing is searched",
+    "store": "nothing is stored",
+    "best_of": "one answer is made for each that is returned; n asks for several",
+    "echo": "an answer does not repeat its prompt",
+    "suffix": "an answer goes on from the prompt's end",
+    "chat_template_kwargs": "prompts are rendered as in training",
+}
+"""Fields of other servers, by what they ask for that this one does not do."""
+
+FORMS = {
+    "content": "give text, or a list of {type: text, text: ...}",
+    "stop": "give a string, or a list of at most 16",
+    "prompt": "give one text, or the ids of its tokens as one list",
+}
+"""Fields that are taken in two forms: what pydantic says of each form says nothing to a client."""
+
+
 class Problem(BaseModel):
     """Body of an error."""
 
@@ -126,7 +161,7 @@ def add_problem_handlers(app: FastAPI) -> None:
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # The input is left out: it may be large, and it is the client's own anyway.
         items = error.errors()[:20]
-        problems = [_said(item) for item in items]
+        problems = list(dict.fromkeys(map(_said, items)))
         place = items[0]["loc"][1:2] if items else ()
         param = str(place[0])[:100] if place and isinstance(place[0], str) else None
         return answer(request, 422, "; ".join(problems)[:2000], param=param)
@@ -143,8 +178,18 @@ def add_problem_handlers(app: FastAPI) -> None:
 def _said(item: dict[str, Any]) -> str:
     """One thing that is wrong with a body: which field, what is wrong, what to do."""
     place = ".".join(map(str, item["loc"][1:]))[:300] or "body"
+    name = str(item["loc"][1]) if len(item["loc"]) > 1 else ""
+    if name in NOT_SUPPORTED:
+        return f"{name} is not supported: {NOT_SUPPORTED[name]}; leave {name} out"
+    is_of_form = any(str(part).startswith(("constrained-", "list[")) for part in item["loc"])
+    for form, words in FORMS.items():
+        if is_of_form and form in item["loc"] and not item["type"].endswith(("_long", "_short")):
+            found = ".".join(map(str, item["loc"][1 : item["loc"].index(form, 1) + 1]))
+            return f"{found}: {words}"
     if item["type"] != "extra_forbidden":
         return f"{place}: {item['msg'].removeprefix('Value error, ')}"
     if str(item["loc"][-1]) in SAMPLING:
         return f"{place} is not supported: {ONLY_SAMPLING}; leave it out"
+    if name == "messages":
+        return f"{place}: a turn has role and content only; leave it out"
     return f"{place}: this request has no such field; leave it out (GET /openapi.json lists all)"

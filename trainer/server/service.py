@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,14 @@ RETRY_AFTER = {"Retry-After": "2"}
 SWEEP_S = 30.0
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Of which run and step the weights are that a server begins with; None: not known."""
+
+    run: str | None = None
+    step: int | None = None
+
+
 class Service:
     """What the routes share: the queue, the weight store, and the model's name."""
 
@@ -41,15 +50,17 @@ class Service:
         engine: EngineProcess,
         store: WeightStore,
         *,
+        origin: Origin | None = None,
         request_timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> None:
         """Take the parts; the queue runs with the app's lifespan.
 
         Args:
             engine: started, or without a model: then it waits to be told which.
+            origin: of the weights that the engine loads by itself.
             request_timeout_s: longest time that the engine spends on one request.
         """
-        self.engine, self.store = engine, store
+        self.engine, self.store, self.origin = engine, store, origin or Origin()
         self.queue = JobQueue(engine, store.loads.get, request_timeout_s=request_timeout_s)
         self.model_id: str | None = None
         self.is_loading = False
@@ -122,7 +133,15 @@ class Service:
 
     def state(self) -> ModelState:
         """The model and its active weights."""
-        return ModelState(model_id=self.model_id, **self.queue.active)
+        return ModelState(model_id=self.model_id, **self.active())
+
+    def active(self) -> dict[str, Any]:
+        """Active weights, and of which run and step they are: as published, else as served."""
+        found = dict(self.queue.active)
+        own = self.engine.hello.get("weights_id")
+        if found["run"] is None and own is not None and found["weights_id"] == own:
+            found |= {"run": self.origin.run, "step": self.origin.step}
+        return found
 
     def find_weights(self, name: str | None) -> dict[str, Any] | None:
         """The weights that a model name asks for; None: the active ones.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from typing import Literal
+
+from trainer.counts import counted
 
 MAX_PAIRS = 200_000
 """Equal word pairs up to which the middle is compared word by word: very repetitive texts would
@@ -127,6 +128,10 @@ _NO_SPACES = (
 """Scripts that put no spaces between words: there a word is a character."""
 
 
+_WITH_MARKS = ((0, 0x1F000), (0xE0000, 0xE0200))
+"""Beyond these there are no marks."""
+
+
 @cache
 def _pattern() -> re.Pattern[str]:
     """Words, characters of scripts without spaces, signs, white space.
@@ -134,13 +139,13 @@ def _pattern() -> re.Pattern[str]:
     Marks (accents, vowel signs, variation selectors, skin tones) and what a joiner joins belong
     to the character before them: `\\w` knows nothing of them and would cut Hindi words in two.
     """
-    marks = "".join(
-        f"\\U{one:08x}"
-        for one in range(sys.maxunicode + 1)
-        if (one < 0x1F000 or 0xE0000 <= one < 0xE0200)
-        and unicodedata.category(chr(one)) in ("Mn", "Mc", "Me")
-    )
-    mark = f"[{marks}\U0001f3fb-\U0001f3ff]"
+    marks = []
+    for start, end in _WITH_MARKS:
+        # In ranges, and by one call each: the first visitor of a page waits for it.
+        kinds = "".join(map(unicodedata.category, map(chr, range(start, end))))[::2]
+        spans = (one.span() for one in re.finditer("M+", kinds))
+        marks += [f"\\U{start + a:08x}-\\U{start + b - 1:08x}" for a, b in spans]
+    mark = f"[{''.join(marks)}\U0001f3fb-\U0001f3ff]"
     tail = f"(?:{mark}|\u200d[^\\s])*"
     return re.compile(
         rf"\s+|[{_NO_SPACES}]{tail}|(?:(?![{_NO_SPACES}])\w{tail})+"
@@ -300,5 +305,5 @@ def _white_words(pieces: Sequence[Piece]) -> str:
         more = abs(counts["extra"] - counts["missing"])
         if more:
             which = "more" if counts["extra"] > counts["missing"] else "fewer"
-            parts.append(f"{more:,} {which} {name}{'s' if more > 1 else ''}")
+            parts.append(counted(more, f"{which} {name}"))
     return ", ".join(parts) or "in other places"

@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.counts import counted
+from trainer.monitoring.events import TRAINING, printable
 from trainer.monitoring.status_schema import DecidingStatus
 from trainer.scores.statistics import SIGNIFICANCE, sign_test
 from trainer.views.run_reader import RunReader
 from trainer.views.score_words import figure_rows
-from trainer.views.words import drift_summary_words, duration_words
+from trainer.views.source_curves import loss_words
+from trainer.views.words import STATE_REASON_CHARS, drift_summary_words, duration_words
 
 
 def bar_figures(reader: RunReader) -> list[str]:
@@ -27,7 +30,7 @@ def bar_figures(reader: RunReader) -> list[str]:
     rate = metrics.newest("learning_rate")
     found = [
         status.model_name or "",
-        duration_words(max(0.0, status.updated_at - status.started_at)),
+        duration_words(reader.duration_s()),
         f"{float(np.median(speed)):,.0f} tokens/s" if len(speed) else "",
         f"{memory:.1f} GiB" if memory == memory else "",
         f"lr {rate:.2e}" if rate == rate and not reader.is_over else "",
@@ -43,7 +46,8 @@ def deciding_words(found: DecidingStatus) -> str:
     """Such as `best step 60, 1 of 3 evaluations without a clear rise, waited 2 s`."""
     parts = [f"best step {found.best_step}" if found.best_step else "no best step yet"]
     if found.patience:
-        parts.append(f"{found.num_without} of {found.patience} evaluations without a clear rise")
+        patience = counted(found.patience, "evaluation")
+        parts.append(f"{found.num_without} of {patience} without a clear rise")
     if found.num_missing:
         parts.append(f"{found.num_missing} missing")
     if found.waited_s:
@@ -70,9 +74,10 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
     rows = [
         ("model", status.model_name or ""),
         ("folder", status.output_dir or ""),
-        ("began", moment(status.started_at)),
+        ("began", moment(reader.began_at())),
+        ("resumed", f"at step {status.start_step}" if status.start_step else ""),
         ("last update", moment(status.updated_at)),
-        ("duration", duration_words(max(0.0, status.updated_at - status.started_at))),
+        ("duration", duration_words(reader.duration_s())),
         ("steps", f"{reader.step} of {status.total_steps}" if status.total_steps else ""),
         ("epochs", f"{status.epoch:.2f} of {status.num_epochs:g}" if status.num_epochs else ""),
         ("rows", f"{status.num_train_rows:,} trained on" if status.num_train_rows else ""),
@@ -84,6 +89,9 @@ def report_figures(reader: RunReader) -> list[tuple[str, str]]:
         best = min(known, key=lambda one: one.val_loss)
         rows.append(("last validation loss", f"{known[-1].val_loss:.4f} (step {known[-1].step})"))
         rows.append(("lowest validation loss", f"{best.val_loss:.4f} (step {best.step})"))
+    rows.append(("last loss of each source", loss_words(metrics.source_losses.newest())))
+    held_out = loss_words(metrics.source_val_losses.newest())
+    rows.append(("last validation loss of each source", held_out))
     speed = metrics.last("tokens_per_s", len(metrics))
     if len(speed):
         rows.append(("tokens/s, median", f"{float(np.median(speed)):,.0f}"))
@@ -199,6 +207,7 @@ def alerts_of(reader: RunReader) -> list[Alert]:
     """The alerts of a run, errors first."""
     found = [
         *_ending_alerts(reader),
+        *_silence_alerts(reader),
         *_loss_alerts(reader),
         *_speed_alerts(reader),
         *_preview_alerts(reader),
@@ -217,6 +226,24 @@ def _ending_alerts(reader: RunReader) -> list[Alert]:
         found.append(Alert("error", status.error.message))
     going_on = reader.going_on()
     return [*found, Alert("info", going_on)] if going_on else found
+
+
+def _silence_alerts(reader: RunReader) -> list[Alert]:
+    """A run that says nothing for longer than its pace explains.
+
+    With the time of day of its last word: a count of seconds would be read aloud at each of them.
+    """
+    found = reader.silence()
+    if found is None:
+        return []
+    since = moment(found.since)
+    if found.phase == TRAINING:
+        pace = duration_words(found.step_time_s)
+        usual = f"; a step takes {pace}" if found.step_time_s > 0 else ""
+        words = f"the run hangs, or waits for its machine: no update since {since}{usual}"
+        return [Alert("warning", words)]
+    phase = printable(found.phase, STATE_REASON_CHARS)
+    return [Alert("info", f"no update since {since}: {phase}")]
 
 
 def _loss_alerts(reader: RunReader) -> list[Alert]:
@@ -270,8 +297,8 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
         found.append(
             Alert(
                 "warning",
-                f"{len(failed)} of {len(newest)} previews of step {step} have no answer: "
-                f"{failed[0].error_message}",
+                f"{len(failed)} of {counted(len(newest), 'preview')} of step {step} without an "
+                f"answer: {failed[0].error_message}",
                 prompt=failed[0].prompt_id or failed[0].prompt,
                 step=step,
             )
@@ -281,7 +308,7 @@ def _preview_alerts(reader: RunReader) -> list[Alert]:
         found.append(
             Alert(
                 "warning",
-                f"{len(endless)} of {len(newest)} previews of step {step} never stop",
+                f"{len(endless)} of {counted(len(newest), 'preview')} of step {step} never stopped",
                 prompt=endless[0].prompt_id or endless[0].prompt,
                 step=step,
             )
@@ -305,7 +332,7 @@ def _accuracy_alerts(reader: RunReader) -> list[Alert]:
     lost = [key for key in common if before[key] and not now[key]]
     names = ", ".join(repr(reader.previews.timelines[key].prompt[:60]) for key in lost[:3])
     words = (
-        f"accuracy falls: {right} of {len(common)} previews match at step {recent[-1]}, "
+        f"accuracy falls: {right} of {counted(len(common), 'preview')} match at step {recent[-1]}, "
         f"{were_right} did at step {best}",
         f"answered correctly at step {best}, wrong now: {names}",
     )
@@ -348,7 +375,8 @@ def _drift_alerts(reader: RunReader) -> list[Alert]:
             "warning",
             f"drift of {newest.kl:.2f} nats per token from the answers before training, at step "
             f"{newest.step} on prompts that are not trained: {newest.num_changed} of "
-            f"{newest.num_prompts} greedy answers changed, most {newest.worst_prompt[:60]!r}",
+            f"{counted(newest.num_prompts, 'greedy answer')} changed, most "
+            f"{newest.worst_prompt[:60]!r}",
         )
     ]
 
@@ -358,9 +386,8 @@ def _file_alerts(reader: RunReader) -> list[Alert]:
     if reader.problem is not None:
         found.append(Alert("warning", reader.problem))
     if reader.num_bad_lines:
-        found.append(
-            Alert("warning", f"{reader.num_bad_lines} unreadable lines in the run's files left out")
-        )
+        bad = counted(reader.num_bad_lines, "unreadable line")
+        found.append(Alert("warning", f"{bad} in the run's files left out"))
     return found
 
 

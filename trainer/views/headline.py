@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from trainer.counts import counted
 from trainer.preview.base import PreviewResult
 from trainer.scores.statistics import (
     MIN_PROMPTS,
@@ -268,6 +269,5 @@ def _nothing_words(previews: PreviewBook, counts: Counts) -> str:
     if not len(previews):
         return "no answers yet"
     if counts.no_golden == counts.all:
-        count = f"{counts.all} prompt{'s' if counts.all > 1 else ''}"
-        return f"{count} without golden answers: read what the model says"
+        return f"{counted(counts.all, 'prompt')} without golden answers: read what the model says"
     return "no answer could be compared yet"

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from trainer.monitoring.events import ScoresDone
 from trainer.scores.figures import ScoreFigure
 from trainer.views.score_words import curve_name, shown_figures
+from trainer.views.source_curves import SourceCurves
 
 WIDTH, HEIGHT = 760, 260
 
@@ -249,6 +250,8 @@ class MetricsTable:
         self.columns: dict[str, array[float]] = {name: array("d") for name in COLUMNS}
         self.evaluations: list[EvaluationPoint] = []
         self.drifts: list[DriftPoint] = []
+        self.source_losses = SourceCurves("StepDone")
+        self.source_val_losses = SourceCurves("EvaluationDone")
         self.scores: dict[str, dict[int, ScoresDone]] = {}
         """Source -> step -> means of what its prompts were answered."""
         self.non_finite: dict[int, str] = {}
@@ -268,10 +271,12 @@ class MetricsTable:
             for name, column in self.columns.items():
                 value = row.get(name)
                 column.append(value if isinstance(value, float | int) else NAN)
+            self.source_losses.add(row)
             self._note_non_finite(row)
         elif kind == "EvaluationDone":
             losses = (_number(row.get("val_loss")), _number(row.get("train_loss")))
             self.evaluations.append(EvaluationPoint(step, *losses))
+            self.source_val_losses.add(row)
         elif kind == "DriftMeasured":
             counts = (row.get("num_changed"), row.get("num_prompts"))
             changed, of = (one if isinstance(one, int) else 0 for one in counts)
@@ -291,6 +296,7 @@ class MetricsTable:
             for row in rows:
                 self.add(row)
             return
+        self.source_losses.add_all(rows)
         for row in rows:
             if "non_finite" in row:
                 self._note_non_finite(row)
@@ -310,6 +316,8 @@ class MetricsTable:
         """Forget the steps above `step`: a resumed run makes them again."""
         self.evaluations = [one for one in self.evaluations if one.step <= step]
         self.drifts = [one for one in self.drifts if one.step <= step]
+        for curves in (self.source_losses, self.source_val_losses):
+            curves.drop_after(step)
         self.non_finite = {at: text for at, text in self.non_finite.items() if at <= step}
         self.scores = {
             source: {at: one for at, one in found.items() if at <= step}

@@ -182,8 +182,8 @@ class Teller:
         if how == "died" or "SIGKILL" in how:
             reason += "; the system kills processes where memory is short"
         checkpoint = self.reader.last_checkpoint_step()
-        scores = self.reader.config_value("monitoring", "scores")
-        reason += f"; {going_on_words(self.settings.folder, checkpoint, scores)}"
+        config = self.reader.manifest.get("config")
+        reason += f"; {going_on_words(self.settings.folder, checkpoint, config)}"
         self._say("killed", state="lost", reason=reason)
 
     # ---- what is told

@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer import __version__
+from trainer.counts import counted
 from trainer.files import replace_file
 from trainer.monitoring.events import Event, RunStarted
 from trainer.views.facts import (
@@ -32,6 +35,7 @@ from trainer.views.metrics import (
     Points,
     is_spread_wide,
     make_chart,
+    pick_points,
 )
 from trainer.views.report_prompts import HEIGHT, NUM_OPEN, compared_of, prompt_cards
 from trainer.views.run_reader import MANIFEST_NAME, ORIGINS_NAME, RunReader, config_rows
@@ -103,6 +107,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     return environment.get_template("report.html.j2")
 
 
@@ -120,6 +125,7 @@ def charts_of(reader: RunReader) -> list[Chart]:
     accuracy = [(step, 100 * r / of) for step, (r, of) in reader.previews.accuracy().items()]
     found = [
         make_chart("loss", "nats per trained token", loss, can_be_log=True),
+        *source_charts(metrics),
         make_chart("previews that match", "%", [("matches", "extra", accuracy)]),
         make_chart(
             "drift from the answers before training",
@@ -142,6 +148,25 @@ def charts_of(reader: RunReader) -> list[Chart]:
             make_chart(title, unit, [(title, "train", points)], can_be_log=name == "grad_norm")
         )
     return [chart for chart in found if chart is not None]
+
+
+def source_charts(metrics: MetricsTable) -> list[Chart | None]:
+    """A chart for each source of the rows: its training loss and that of its held-out rows."""
+    trained = metrics.source_losses.smoothed(SMOOTHING_SHARE)
+    held_out = metrics.source_val_losses.points()
+    charts = []
+    for name in sorted({*trained, *held_out}):
+        points = trained.get(name, [])
+        picked = pick_points(np.array([loss for _, loss in points]), CHART_POINTS)
+        shown = [points[index] for index in picked.tolist()]
+        curves = [
+            ("training, smoothed", "smooth", shown),
+            ("validation", "val", held_out.get(name, [])),
+        ]
+        charts.append(
+            make_chart(f"loss of {name}", "nats per trained token", curves, can_be_log=True)
+        )
+    return charts
 
 
 def _scores(metrics: MetricsTable) -> list[tuple[int, str, str, str, int]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from trainer.counts import counted
 from trainer.errors import OutputError
 from trainer.files import (
     CHECKPOINTS_NAME,
@@ -62,6 +63,18 @@ PIECE = 5_000
 
 LONG_PHASE_S = 600.0
 """A phase other than training that says nothing for so long gets its time beside it."""
+
+
+@dataclass(frozen=True)
+class Silence:
+    """That a run says nothing for longer than can be explained."""
+
+    since: float
+    """When it said something last, in unix seconds."""
+    phase: str
+    """What it did then, in words."""
+    step_time_s: float
+    """Seconds that a step takes; 0 where nothing tells."""
 
 
 @dataclass
@@ -182,7 +195,11 @@ class RunReader:
                     self._take_previews(results, is_reset=is_reset)
             is_reset = False
         if num_bad:
-            self._report(name, f"{num_bad} lines of it are not what a run writes; left out")
+            self._report(
+                name,
+                f"{counted(num_bad, 'line of it is', 'lines of it are')} not what a run writes; "
+                "left out",
+            )
             with self.lock:
                 self.num_bad_lines += num_bad
 
@@ -283,8 +300,9 @@ class RunReader:
         if self.is_lost():
             return lost_words(self.step, status.total_steps, silent_s)
         waited_s = self._waited_s(status, now)
+        progress = f": {status.phase_progress}" if status.phase_progress else ""
         words = working_words(
-            status.phase,
+            status.phase + progress,
             self.step,
             status.total_steps,
             status.eta_s,
@@ -297,11 +315,35 @@ class RunReader:
 
     def is_silent(self, now: float | None = None) -> bool:
         """Whether the run trains and says nothing for longer than its pace explains."""
+        found = self.silence(now)
+        return found is not None and found.phase == TRAINING
+
+    def silence(self, now: float | None = None) -> Silence | None:
+        """Since when the run says nothing for too long; None where it does not.
+
+        While it trains its pace tells what is too long, in every other phase LONG_PHASE_S.
+        """
         status = self.status
         if status is None or self.is_over or self.is_lost():
-            return False
-        waited_s = self._waited_s(status, time.time() if now is None else now)
-        return is_silent(status.phase, waited_s, self._step_time_s(status))
+            return None
+        now = time.time() if now is None else now
+        waited_s, step_time_s = self._waited_s(status, now), self._step_time_s(status)
+        is_long = status.phase != TRAINING and waited_s > LONG_PHASE_S
+        if not (is_long or is_silent(status.phase, waited_s, step_time_s)):
+            return None
+        return Silence(now - waited_s, status.phase, step_time_s)
+
+    def began_at(self) -> float:
+        """When the first process of the run began to report, in unix seconds; 0 if not known."""
+        if self.status is None:
+            return 0.0
+        return self.status.started_at if self.status.began_at is None else self.status.began_at
+
+    def duration_s(self) -> float:
+        """Seconds that the processes of the run were at work, those before a resume too."""
+        if self.status is None:
+            return 0.0
+        return self.status.earlier_s + max(0.0, self.status.updated_at - self.status.started_at)
 
     def _waited_s(self, status: TrainingStatus, now: float) -> float:
         """Seconds since the run said something: status.json is not written at every step."""
@@ -343,8 +385,7 @@ class RunReader:
         said = self.status.error.message if self.status and self.status.error else ""
         # A run that was stopped says it itself, and so do some errors.
         if state == "lost" or (state == "failed" and newest and "--resume" not in said):
-            scores = self.config_value("monitoring", "scores")
-            return going_on_words(str(self.folder), newest, scores)
+            return going_on_words(str(self.folder), newest, self.manifest.get("config"))
         return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainer.counts import counted
 from trainer.monitoring.events import ScoresDone
 from trainer.scores.figures import (
     GOLDEN_LOGPROB,
@@ -19,7 +20,15 @@ BAR_CHARS = 10
 
 TOO_FEW = "too few prompts"
 
+LINE_CHARS = 150
+"""Longer than that, the means of a step are lines of their own."""
+
 SOURCES = {"previews": "previews", "evaluation": "evaluation prompts"}
+
+_ASKED = {
+    "previews": ("preview", "previews"),
+    "evaluation": ("evaluation prompt", "evaluation prompts"),
+}
 
 _LABELS = {
     GOLDEN_PROBABILITY: "golden token probability",
@@ -99,7 +108,7 @@ def score_lines(event: ScoresDone) -> list[str]:
 
 
 def scores_words(event: ScoresDone) -> str:
-    """The means of a step in one line.
+    """The means of a step: one line where that is short, else one line each below a first one.
 
     Such as `scores at step 40, 4 previews: golden token probability [##--------] 0.4 -> 16.6 %,
     number [###-------] 0.0 -> 25.0 % (too few prompts)`.
@@ -112,9 +121,10 @@ def scores_words(event: ScoresDone) -> str:
         parts.append(f"{label_of(figure.name)} {sign}{change_words(figure)}{told}")
     few = f" ({TOO_FEW})" if all(one.num_prompts < MIN_PROMPTS for one in shown) else ""
     count = max((one.num_prompts for one in shown), default=0)
-    return (
-        f"scores at step {event.step}, {count} {SOURCES[event.source]}: " + ", ".join(parts) + few
-    )
+    asked = counted(count, *_ASKED[event.source])
+    title = f"scores at step {event.step}, {asked}"
+    line = f"{title}: {', '.join(parts)}{few}"
+    return line if len(line) <= LINE_CHARS else "\n  ".join([f"{title}{few}:", *parts])
 
 
 def figure_rows(events: Sequence[ScoresDone]) -> list[tuple[str, str]]:

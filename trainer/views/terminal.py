@@ -34,8 +34,8 @@ from trainer.views.running_headline import RunningHeadline
 from trainer.views.score_words import scores_words
 from trainer.views.words import (
     ANSWER_CHARS,
+    LINE_CHARS,
     NOTICE_CHARS,
-    PROMPT_CHARS,
     card_words,
     checkpoint_words,
     closing_words,
@@ -174,7 +174,9 @@ class PlainDisplay(_Display):
         match event:
             case PhaseChanged():
                 # In a log the pauses between steps would be a line each; people wait for the first.
-                if not event.is_pause or (self.step is None and event.text != TRAINING):
+                # How far it is says `on_wait`, ever more rarely.
+                is_first = self.step is None and event.text != TRAINING
+                if not event.progress and (not event.is_pause or is_first):
                     line(printable(event.text, NOTICE_CHARS))
             case CardShown():
                 line(card_words(event))
@@ -228,7 +230,6 @@ class PlainDisplay(_Display):
             return
         lines = [f"previews at step {event.step}: {match_words(event.results)}"]
         for result in event.results:
-            prompt = printable(result.prompt, PROMPT_CHARS)
             golden, said = "-", result.text if result.ok else str(result.error_message)
             if result.golden_answer is not None and result.ok:
                 sides = cut_pair(result.golden_answer, said, ANSWER_CHARS)
@@ -236,6 +237,8 @@ class PlainDisplay(_Display):
             elif result.golden_answer is not None:
                 golden = fit(result.golden_answer, ANSWER_CHARS)
             said = printable(said, ANSWER_CHARS)
+            # A prompt has the room that its answers leave.
+            prompt = printable(result.prompt, LINE_CHARS - len(golden) - len(said))
             label = "generated" if result.ok else "failed"
             text = f"  {mark_of(result)} {prompt}  golden: {golden} | {label}: {said}"
             lines.append(f"{text}  {remarks_of(result)}".rstrip())
@@ -250,7 +253,12 @@ class JsonDisplay:
         self.stream = stream
 
     def on_event(self, event: Event) -> None:
-        """Write the event with its name and the time; numbers JSON cannot hold are null."""
+        """Write the event with its name and the time; numbers JSON cannot hold are null.
+
+        How far a phase is stands in status.json: here it would be a line every second.
+        """
+        if isinstance(event, PhaseChanged) and event.progress:
+            return
         odd: dict[str, str] = {}
         values = plain_values(event, odd)
         line = {"event": type(event).__name__, "created_at": time.time(), **values}

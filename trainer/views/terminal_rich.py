@@ -21,6 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from trainer.counts import counted
 from trainer.files import SafeStream
 from trainer.monitoring.events import (
     TRAINING,
@@ -86,7 +87,7 @@ STATE_STYLES = {
 DIFFERENCE_STYLES = {"missing": "bold green", "extra": "bold red"}
 """Of words that only golden has, and of those that only the answer has."""
 
-_MATCH_STYLES = {"=": "green", "x": "red", ".": "yellow", "!": "bold red"}
+_MATCH_STYLES = {"=": "green", "x": "red", ".": "", "!": "bold red"}
 
 
 class LiveView:
@@ -108,6 +109,9 @@ class LiveView:
 
     def set_phase(self, event: PhaseChanged) -> None:
         """A phase begins; training itself is the absence of any other."""
+        if event.progress and self.phase is not None:
+            self.phase = event
+            return
         self._phase_at = self._clock()
         if event.text == TRAINING:
             self._step_at, self.phase = self._phase_at, None
@@ -184,7 +188,8 @@ class LiveView:
         if self.phase is not None:
             elapsed = self.phase_elapsed_s()
             waited = f", {duration_words(elapsed)}" if elapsed >= LONG_PHASE_S else ""
-            return printable(self.phase.text, 200) + waited
+            progress = f": {self.phase.progress}" if self.phase.progress else ""
+            return printable(self.phase.text, 200) + waited + printable(progress, 200)
         if step is None:
             return state
         if self.end is not None:
@@ -241,7 +246,7 @@ def preview_lines(results: tuple[PreviewResult, ...], width: int, rows: int) -> 
     shown = 0
     while shown < len(blocks) and sum(map(len, blocks[: shown + 1])) <= rows - 1:
         shown += 1
-    more = Text(f"and {len(blocks) - shown} more prompts in previews.jsonl", style="dim")
+    more = Text(f"and {counted(len(blocks) - shown, 'more prompt')} in previews.jsonl", style="dim")
     lines = [line for block in blocks[:shown] for line in block]
     return [*heading, *lines, _one_line(more)] if rows > 0 else []
 
@@ -249,7 +254,7 @@ def preview_lines(results: tuple[PreviewResult, ...], width: int, rows: int) -> 
 def _block(result: PreviewResult, width: int, text_rows: int, is_wide: bool) -> list[Text]:
     """One prompt: mark and prompt on a line, then golden and generated."""
     mark, remarks = mark_of(result), remarks_of(result)
-    title = Text.assemble((f"{mark} ", "bold " + _MATCH_STYLES[mark]))
+    title = Text.assemble((f"{mark} ", f"bold {_MATCH_STYLES[mark]}".strip()))
     title.append(printable(result.prompt, max(10, width - 4 - len(remarks))), style="dim")
     title.append(f"  {remarks}" if remarks else "", style="yellow")
     column = max(8, (width - 5) // 2 if is_wide else width - 13)
@@ -362,7 +367,8 @@ class RichDisplay:
         view.verdict.note(event)
         match event:
             case PhaseChanged():
-                self._print_long_phase()
+                if not event.progress:
+                    self._print_long_phase()
                 view.set_phase(event)
                 self._show()
             case CardShown():

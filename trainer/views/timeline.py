@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainer.counts import counted
 from trainer.files import read_regular_file
 from trainer.monitoring.status_schema import LONG_WINDOW, SHORT_WINDOW, MatchHistory
-from trainer.preview.base import PreviewResult, golden_figures
+from trainer.preview.base import PreviewResult, golden_figures, said_nats
 from trainer.scores.figures import ScoreFigure
 from trainer.views.score_words import change_words, interval_words, label_of, shown_figures
 from trainer.views.verdicts import Verdict, verdict_of
@@ -108,9 +109,9 @@ def golden_tokens(result: PreviewResult) -> list[GoldenToken]:
 
 def golden_words(result: PreviewResult) -> str | None:
     """Whether the model knows the golden answer; None where that was not measured."""
-    nats = result.golden_logprobs
-    if not nats:
+    if not result.golden_logprobs:
         return None
+    nats = said_nats(result.golden_logprobs, result.golden_is_frame)
     mean = math.exp(min(sum(nats) / len(nats), 0.0))
     # The number that stands everywhere else; the verdict is stricter, as one unlikely token is
     # enough for another answer.
@@ -130,7 +131,9 @@ def facts_of(result: PreviewResult) -> list[str]:
     if result.samples:
         facts.append(samples_words(result))
     if result.ok:
-        facts.append(f"{result.tokens_generated} tokens, {result.tokens_per_sec:,.0f} tokens/s")
+        facts.append(
+            f"{counted(result.tokens_generated, 'token')}, {result.tokens_per_sec:,.0f} tokens/s"
+        )
     if result.weights != "in_process":  # of the training process there is nothing to prove
         proof = {
             "verified": "weights verified",
@@ -139,7 +142,7 @@ def facts_of(result: PreviewResult) -> list[str]:
         }
         facts.append(f"by {result.backend_type}, {proof[result.weights]}")
     if result.received_step is not None and result.received_step > result.step:
-        facts.append(f"{result.received_step - result.step} steps behind training")
+        facts.append(f"{counted(result.received_step - result.step, 'step')} behind training")
     if result.visible_s is not None:
         facts.append(f"seen after {result.visible_s:.1f} s")
     return facts

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.counts import counted
 from trainer.preview.base import PreviewResult
 
 State = Literal["lost", "never right", "right", "no golden", "no answer"]
@@ -98,8 +99,7 @@ def _words(turns: Sequence[tuple[int, bool]], num_compared: int, *, has_golden: 
         return "no answer yet" if has_golden else "no golden answer to compare with"
     gains = [step for step, is_right in turns if is_right]
     if not gains:
-        times = f"{num_compared} previews" if num_compared > 1 else "1 preview"
-        return f"not right yet, after {times}"
+        return f"not right yet, after {counted(num_compared, 'preview')}"
     # A wrong beginning is no loss, so right and wrong alternate from the first gain on.
     losses = [step for step, is_right in turns if not is_right and step > gains[0]]
     words = f"first right at step {gains[0]}"

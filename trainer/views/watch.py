@@ -24,6 +24,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     StepDone,
 )
+from trainer.monitoring.loss_names import FIELD, losses_of_line
 from trainer.monitoring.status_reader import (
     METRICS_NAME,
     PREVIEWS_NAME,
@@ -65,7 +66,7 @@ class Follower:
         self._previews = LineTail(folder / PREVIEWS_NAME)
         self._is_attached = self._is_started = self._is_ended = False
         self._notices: set[tuple[float, str]] = set()
-        self._phase = ""
+        self._phase = self._progress = ""
         self._checkpoint: str | None = None
         self._pid: int | None = None
 
@@ -144,6 +145,12 @@ class Follower:
         if is_phase_new and status.phase and (self._is_attached or status.phase != TRAINING):
             is_pause = status.state == "training"
             yield PhaseChanged(state=status.state, text=status.phase, is_pause=is_pause)
+        is_progress_new = status.phase_progress != self._progress and not self.reader.is_over
+        self._progress = status.phase_progress
+        if is_progress_new and status.phase_progress:
+            yield PhaseChanged(
+                state=status.state, text=status.phase, progress=status.phase_progress
+            )
 
 
 def watch_run(
@@ -213,8 +220,12 @@ def _metric(row: Mapping[str, Any]) -> Event | None:
     if kind is None:
         return None
     values = {item.name: row.get(item.name) for item in fields(kind)}
+    if FIELD in values:
+        numbers = losses_of_line(row).items()
+        values[FIELD] = {name: float("nan") if one is None else one for name, one in numbers}
     for name, value in values.items():
-        if not isinstance(value, int | float) and f"{kind.__name__}.{name}" not in NO_NUMBERS:
+        is_number = isinstance(value, int | float) or name == FIELD
+        if not is_number and f"{kind.__name__}.{name}" not in NO_NUMBERS:
             values[name] = float("nan")
     event: Event = kind(**values)
     return event

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.counts import counted
 from trainer.monitoring.events import (
     TRAINING,
     CardShown,
@@ -20,6 +21,7 @@ from trainer.monitoring.events import (
 )
 from trainer.monitoring.resuming import resume_command
 from trainer.preview.base import PreviewResult, PreviewSample
+from trainer.views.source_curves import loss_words
 
 MARKS = {True: "=", False: "x", None: "."}
 """Sign before a preview: matches its golden answer, does not, or cannot be compared."""
@@ -47,7 +49,7 @@ def samples_words(result: PreviewResult) -> str:
         return ""
     compared = [one.matches for one in result.answers if one.matches is not None]
     if compared:
-        return f"{sum(compared)} of {len(compared)} samples match"
+        return f"{sum(compared)} of {counted(len(compared), 'sample')} match"
     return f"{1 + len(result.samples)} samples"
 
 
@@ -134,11 +136,11 @@ def preview_failure_words(summary: Mapping[str, Any]) -> str | None:
     parts = []
     reason = printable(str(counts.get("last_error") or ""), REASON_CHARS)
     if counts.get("all_failed"):
-        parts.append(f"all {counts['failed']} previews failed: {reason}")
+        parts.append(f"all {counted(counts['failed'], 'preview')} failed: {reason}")
     elif counts.get("last_step_failed"):
         parts.append(f"all previews of the last step failed: {reason}")
     if final.get("failed") and final["failed"] == final.get("num_prompts"):
-        parts.append(f"all {final['failed']} answers of the final evaluation failed")
+        parts.append(f"all {counted(final['failed'], 'answer')} of the final evaluation failed")
     return "; ".join(parts) or None
 
 
@@ -190,8 +192,8 @@ def final_model_words(summary: Mapping[str, Any], last: int) -> list[str]:
         parts.append(f"waited {duration_words(deciding['waited_s'])} for scores")
         num_missing = sum(len(rule["missing_steps"]) for rule in deciding["rules"])
         if num_missing:
-            plural = "evaluation that decides" if num_missing == 1 else "evaluations that decide"
-            parts.append(f"{num_missing} {plural} missing")
+            decides = ("evaluation that decides", "evaluations that decide")
+            parts.append(f"{counted(num_missing, *decides)} missing")
     return parts
 
 
@@ -286,20 +288,23 @@ def lost_words(step: int, total_steps: int | None, silent_s: float) -> str:
     )
 
 
-def going_on_words(folder: str, checkpoint_step: int | None, scores: Any) -> str:
+def going_on_words(folder: str, checkpoint_step: int | None, config: Any) -> str:
     """How to go on with a run that did not complete, with the command to copy.
 
     Args:
         checkpoint_step: step of the newest checkpoint in the folder; None: there is none.
-        scores: `monitoring.scores` of the run; None: not known.
+        config: of the run, as read from its record; None: not known.
     """
+    command = resume_command(folder, config)
     if checkpoint_step is None:
-        return "no checkpoint was written, so there is nothing to resume: start the run again"
-    command = resume_command(folder, scores)
+        return f"no checkpoint was written; start it again from step 0 with: {command}"
     return f"the last checkpoint is of step {checkpoint_step}; continue with: {command}"
 
 
-PROMPT_CHARS, ANSWER_CHARS, NOTICE_CHARS = 80, 120, 2000
+ANSWER_CHARS, NOTICE_CHARS = 120, 2000
+
+LINE_CHARS = 80 + 2 * ANSWER_CHARS
+"""A prompt and both its answers on one line: at least 80 characters of the prompt are shown."""
 
 
 def card_words(card: CardShown) -> str:
@@ -317,8 +322,8 @@ def start_words(event: RunStarted) -> str:
     """What is about to be trained, in one line."""
     resumed = f", from step {event.start_step}" if event.start_step else ""
     return (
-        f"training {printable(event.model_name, 200)}: {event.total_steps} steps of "
-        f"{event.effective_batch_size} rows, {event.num_train_rows} rows and "
+        f"training {printable(event.model_name, 200)}: {counted(event.total_steps, 'step')} of "
+        f"{counted(event.effective_batch_size, 'row')}, {counted(event.num_train_rows, 'row')} and "
         f"{event.num_validation_rows} held out{resumed}; folder {printable(event.output_dir, 200)}"
     )
 
@@ -327,9 +332,11 @@ def evaluation_words(event: EvaluationDone) -> str:
     gap = ""
     if event.train_loss is not None:
         gap = f" (training {event.train_loss:.4f}, gap {event.val_loss - event.train_loss:+.4f})"
+    by_source = printable(loss_words(event.source_losses), 200)
+    sources = f"of sources {by_source}, " if by_source else ""
     return (
-        f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, "
-        f"{event.num_rows} rows, {duration_words(event.duration_s)}"
+        f"validation at step {event.step}: loss {event.val_loss:.4f}{gap}, {sources}"
+        f"{counted(event.num_rows, 'row')}, {duration_words(event.duration_s)}"
     )
 
 
@@ -337,7 +344,8 @@ def drift_words(event: DriftMeasured) -> str:
     """How far the weights are from those before training, in one line."""
     return (
         f"drift at step {event.step}: {event.kl:.4f} nats per token from the answers before "
-        f"training, {event.num_changed} of {event.num_prompts} greedy answers changed, "
+        f"training, {event.num_changed} of "
+        f"{counted(event.num_prompts, 'greedy answer')} changed, "
         f"{duration_words(event.duration_s)}"
     )
 
@@ -354,7 +362,7 @@ def drift_summary_words(summary: Mapping[str, Any]) -> str | None:
         return None
     words = (
         f"drift {drift['kl']:.4f} nats per token ({drift['num_changed']} of "
-        f"{drift['num_prompts']} answers changed"
+        f"{counted(drift['num_prompts'], 'answer')} changed"
     )
     seconds = drift.get("s_per_preview_step")
     return f"{words}; {seconds:.2f} s per preview step)" if seconds is not None else f"{words})"

@@ -46,6 +46,7 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("serve", "--keep-weights"): COUNT,
     ("serve", "--port"): PORT,
     ("serve", "--request-timeout"): COUNT,
+    ("serve", "--threads"): COUNT,
     ("serve", ".", "--step"): COUNT,
 }
 

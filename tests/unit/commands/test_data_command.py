@@ -66,9 +66,9 @@ def test_cache_show_and_clear_count_entries_and_leave_other_files(
     (tmp_path / "cache" / "mine.txt").write_text("keep")
     capsys.readouterr()
     assert main(["data", "cache", "show"]) == 0
-    assert "1 entries" in capsys.readouterr().out
+    assert "1 entry," in capsys.readouterr().out
     assert main(["data", "cache", "clear"]) == 0
-    assert "removed 1 entries" in capsys.readouterr().out
+    assert "removed 1 entry" in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["mine.txt"]
 
 

@@ -121,11 +121,36 @@ CROSS_FIELD_MISTAKES: list[tuple[dict[str, Any], set[str]]] = [
         {"data.shuffle": False, "data.group_by_length": True},
         {"data.shuffle", "data.group_by_length"},
     ),
+    (
+        {"data.mix_probabilities": (0.5, 0.5), "data.weights": (1.0, 2.0)},
+        {"data.mix_probabilities", "data.weights"},
+    ),
+    ({"data.mix_probabilities": (0.5, 0.4)}, {"data.mix_probabilities"}),
+    ({"data.mix_epoch": "longest"}, {"data.mix_epoch", "data.mix_probabilities"}),
     ({"output.allow_changes": True}, {"output.allow_changes", "output.resume"}),
     ({"data.max_bad_rows": 3}, {"data.max_bad_rows", "data.on_bad_row"}),
     (
         {"data.enable_packing": True, "data.shuffle": False, "data.group_by_length": False},
         {"data.enable_packing", "data.shuffle"},
+    ),
+    ({"data.shuffle_buffer": 9}, {"data.shuffle_buffer", "data.streaming"}),
+    (
+        {"data.streaming": True, "data.enable_packing": True, "hyperparams.max_steps": 9},
+        {"data.streaming", "data.enable_packing"},
+    ),
+    (
+        {"data.streaming": True, "data.weights": [1.0], "hyperparams.max_steps": 9},
+        {"data.streaming", "data.weights"},
+    ),
+    ({"data.streaming": True}, {"data.streaming", "hyperparams.max_steps"}),
+    (
+        {
+            "data.streaming": True,
+            "environment.num_workers": 2,
+            "hyperparams.max_steps": 9,
+            "hyperparams.warmup_steps": 0,
+        },
+        {"data.streaming", "environment.num_workers"},
     ),
     (
         {"monitoring.preview_backend": "remote_3090"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -88,24 +89,53 @@ def test_the_environment_names_versions_and_no_variables(monkeypatch: pytest.Mon
     assert "secret-canary" not in json.dumps(found)
 
 
+@pytest.mark.parametrize("state", ["stopped", "training", "failed", None])
 @pytest.mark.parametrize("is_trained", [False, True])
-def test_a_run_that_was_stopped_while_it_loaded_gives_its_folder_to_the_next(
-    tmp_path: Path, is_trained: bool
+def test_a_run_that_ended_before_its_first_step_gives_its_folder_to_the_next(
+    tmp_path: Path, is_trained: bool, state: str | None
 ) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"state": "stopped"}))
-    (tmp_path / "status.json").write_text("{}")
+    if state is not None:  # a run that was killed has no run.json, or one that says nothing
+        (tmp_path / "run.json").write_text(json.dumps({"state": state}))
+    (tmp_path / "status.json").write_text('{"state": "loading"}')
     (tmp_path / "base_model").mkdir()
+    (tmp_path / "checkpoints" / ".tmp-step-00000001-77").mkdir(parents=True)
     (tmp_path / "mine.txt").write_text("mine")
     kind = "StepDone" if is_trained else "Notice"
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"type": kind, "step": 0}) + "\n")
     if is_trained:
-        with pytest.raises(OutputError, match="holds a run already"):
+        with pytest.raises(OutputError, match=r"after step 1, .*trainer train --resume --output"):
             RunFolder.create(tmp_path, resume=False)
-        return
-    with pytest.raises(ResumeError, match="a run that made no step"):
-        RunFolder.create(tmp_path, resume=True)
-    folder = RunFolder.create(tmp_path, resume=False)
-    assert (tmp_path / "run.json").exists()  # a start may still be refused
-    folder.clear_unstarted()
-    folder.close()
+    again = RunFolder.create(tmp_path, resume=is_trained)
+    if is_trained:
+        assert again.begin_anew()
+    assert (tmp_path / "metrics.jsonl").exists()  # a start may still be refused
+    again.clear_unsaved()
+    again.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["final_model", "checkpoints/step-00000004"])
+def test_a_run_that_left_weights_is_never_begun_anew(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.json").write_text('{"state": "training"}')
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(OutputError, match="holds a run already"):
+        RunFolder.create(tmp_path, resume=False)
+    folder = RunFolder.create(tmp_path, resume=True)
+    assert not folder.begin_anew()
+    folder.clear_unsaved()
+    folder.close()
+    assert (tmp_path / name).is_dir()
+
+
+def test_without_locks_a_run_that_may_be_at_work_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("trainer.core.run_folder.fcntl.flock", refuse)
+    (tmp_path / "run.json").write_text('{"state": "training"}')
+    with pytest.raises(OutputError, match="holds a run already"):
+        RunFolder.create(tmp_path, resume=False)
+    (tmp_path / "run.json").write_text('{"state": "stopped"}')
+    RunFolder.create(tmp_path, resume=False).close()

@@ -337,7 +337,7 @@ def test_a_weight_in_half_precision_gets_a_gradient_that_is_rounded_once_behind_
         head = nn.Linear(16, 64, bias=False).to(dtype)
         with torch.no_grad():
             head.weight.copy_(torch.linspace(-1, 1, 64 * 16).view(64, 16))
-        total = tiles.summed_in_tiles(
+        total, _ = tiles.summed_in_tiles(
             (1e-3 * states).to(dtype), head, target, None, Tiling(PostHead(), 7)
         )
         (total * (2**20 / 3)).backward()

@@ -53,8 +53,8 @@ def test_the_card_counts_untrained_turns_weights_greetings_numbers_and_unused_ke
     assert card.unused_keys == {"source": 2, "lang": 1, "messages[].id": 1}
     lines = dict(card_lines(card))
     assert lines["untrained"] == "2 assistant turns are context only, no loss"
-    assert lines["loss weights"].startswith("1 turns or texts")
-    assert lines["openings"].startswith("1 rows begin with an assistant turn")
+    assert lines["loss weights"].startswith("1 turn or text has")
+    assert lines["openings"].startswith("1 row begins with an assistant turn")
     assert lines["unused keys"] == "source (2), lang (1), messages[].id (1)"
     assert lines["as text"].startswith("1 numbers, booleans or JSON values")
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainer.config.schema import DataSection
+from trainer.data.card import card_lines
 from trainer.data.dataset import RunData, prepare_data
-from trainer.data.encode import RowEncoder, prompt_border
+from trainer.data.encode import RowEncoder
+from trainer.data.plain_text import prompt_border
 from trainer.data.rows import IGNORE_INDEX, TEXT_ROLE, BadRowError
 from trainer.errors import ConfigError, DataError
 from trainer.profiles import Message, get_profile
@@ -155,7 +159,9 @@ def test_options_for_turns_are_refused(write_rows: Callable[..., Path], tokenize
     path = write_rows([{"text": FOX}])
     with pytest.raises(ConfigError, match="or is plain text, which has none"):
         prepared(path, tokenizer, system_prompt="Be brief.")
-    with pytest.raises(ConfigError, match="'regime3' rewrites turns, and 1 rows"):
+    with pytest.raises(
+        ConfigError, match=r"'regime3' rewrites turns, and in .* 1 row is plain text"
+    ):
         prepared(path, tokenizer, profile="regime3")
 
 
@@ -167,3 +173,117 @@ def test_without_an_end_of_text_token_the_row_is_refused(tokenizer: Any) -> None
             encoder.encode(row(FOX))
     finally:
         encoder.tokenizer.eos_token = before
+
+
+# ---- data.truncation=split
+
+
+def windows_of(tokenizer: Any, text: str, max_length: int) -> list[Any]:
+    example = RowEncoder(tokenizer, max_length, truncation="split").encode(row(text))
+    return [example, *example.rest]
+
+
+@pytest.mark.parametrize("max_length", [8, 9, 64])
+@pytest.mark.parametrize("count", [*range(1, 30), 63, 64, 65, 127, 128, 500])
+def test_windows_of_a_text_lose_no_token_and_train_each_once(
+    tokenizer: Any, count: int, max_length: int
+) -> None:
+    text = " ".join(f"{n}" for n in range(count))
+    [whole] = windows_of(tokenizer, text, 10_000)
+    windows = windows_of(tokenizer, text, max_length)
+    assert all(len(one.input_ids) <= max_length for one in windows)
+    ids = [*windows[0].input_ids, *(i for one in windows[1:] for i in one.input_ids[1:])]
+    assert ids == whole.input_ids
+    trained = [label for one in windows for label in one.labels if label != IGNORE_INDEX]
+    assert trained == [label for label in whole.labels if label != IGNORE_INDEX]
+    for before, after in pairwise(windows):
+        assert len(before.input_ids) == max_length
+        assert after.input_ids[0] == before.input_ids[-1]
+    assert all(one.labels[0] == IGNORE_INDEX for one in windows)
+    assert not any(one.is_truncated or one.num_removed for one in windows)
+
+
+def test_a_preview_of_a_window_continues_its_own_beginning(tokenizer: Any) -> None:
+    text = " ".join(f"{FOX} {n}" for n in range(20))
+    for window in windows_of(tokenizer, text, 32):
+        assert window.prompt in text
+        assert window.prompt.strip() == tokenizer.decode(window.prompt_ids).strip()
+        assert 1 <= window.prompt_length < len(window.input_ids)
+        assert window.golden_answer.strip() in text
+
+
+def texts(write_rows: Callable[..., Path], count: int = 40) -> Path:
+    rows = [{"text": " ".join(f"{FOX} {n}" for _ in range(n % 7 + 1))} for n in range(count)]
+    return write_rows([*rows, rows[3]])
+
+
+def test_all_windows_of_a_text_are_on_one_side_and_rows_are_counted(
+    tokenizer: Any, write_rows: Callable[..., Path]
+) -> None:
+    options: dict[str, Any] = {"truncation": "split", "validation_split": 0.2, "cache": False}
+    path = texts(write_rows)
+
+    def data_of(max_length: int) -> RunData:
+        encoder = RowEncoder(tokenizer, max_length, truncation="split")
+        section = DataSection(dataset_path=str(path), **options)
+        return prepare_data(section, encoder=encoder, seed=1, num_preview=50)
+
+    split, whole = data_of(24), data_of(4096)
+    assert (whole.card.num_split, whole.card.num_windows) == (0, 0)
+    names = ("num_rows", "num_train_rows", "num_validation_rows", "num_duplicates")
+    for name in (*names, "num_trained_tokens", "num_cut_tokens", "num_truncated"):
+        assert getattr(split.card, name) == getattr(whole.card, name), name
+    assert split.card.num_duplicates == 1
+    assert len(split.train) > len(whole.train)
+    assert split.validation is not None
+    assert whole.validation is not None
+
+    def documents(dataset: Any) -> list[list[int]]:
+        """Windows end to end, cut where a text has ended."""
+        found: list[list[int]] = [[]]
+        for index in range(len(dataset)):
+            ids = dataset[index]["input_ids"].tolist()
+            found[-1] += ids[1:] if found[-1] else ids
+            if ids[-1] == tokenizer.eos_token_id:
+                found.append([])
+        assert not found.pop()
+        return found
+
+    assert documents(split.validation) == documents(whole.validation)
+    assert documents(split.train) == documents(whole.train)
+    assert [one.prompt_id for one in split.preview_prompts] == [
+        one.prompt_id for one in whole.preview_prompts
+    ]
+    told = dict(card_lines(split.card))["too long"]
+    assert told.startswith(f"{split.card.num_split} texts cut into {split.card.num_windows}")
+    sizes = [len(windows_of(tokenizer, one["text"], 24)) for one in map(json.loads, path.open())]
+    assert split.card.num_windows == sum(size for size in sizes if size > 1)
+    assert split.card.num_split == sum(size > 1 for size in sizes)
+
+
+def test_a_weight_takes_whole_texts(tokenizer: Any, write_rows: Callable[..., Path]) -> None:
+    path = texts(write_rows)
+    encoder = RowEncoder(tokenizer, 24, truncation="split")
+    section = {"truncation": "split", "validation_split": 0.0, "cache": False}
+    for weight, ends in ((0.5, 20), (1.5, 61)):
+        options = DataSection(dataset_path=str(path), weights=(weight,), **section)
+        data = prepare_data(options, encoder=encoder, seed=1)
+        rows = [data.train[index]["input_ids"].tolist() for index in range(len(data.train))]
+        assert sum(ids[-1] == tokenizer.eos_token_id for ids in rows) == ends
+        assert data.card.num_train_rows == ends
+
+
+def test_split_refuses_conversations_that_it_would_part(
+    tokenizer: Any, write_rows: Callable[..., Path]
+) -> None:
+    encoder = RowEncoder(tokenizer, 24, truncation="split")
+    options: dict[str, Any] = {"truncation": "split", "validation_split": 0.0, "cache": False}
+    talk = write_rows(
+        [{"question": f"{n}?", "answer": FOX * (n // 2 + 1)} for n in range(4)], "t.jsonl"
+    )
+    with pytest.raises(ConfigError, match=r"truncation=split cuts plain text, and every row of"):
+        prepare_data(DataSection(dataset_path=str(talk), **options), encoder=encoder)
+    both = DataSection(dataset_path=f"{talk},{texts(write_rows)}", **options)
+    with pytest.raises(DataError, match=r"split cuts plain text only, .*raise max_length") as told:
+        prepare_data(both, encoder=encoder)
+    assert "data.truncation=drop" in str(told.value)

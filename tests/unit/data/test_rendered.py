@@ -56,7 +56,7 @@ def test_text_with_the_templates_markers_is_trained_as_its_conversation(
     assert trained(data) == "brown fox<|im_end|>"
     assert data.train_texts == (("the quick", "brown fox"),)
     assert data.card.num_rendered == 1
-    assert dict(card_lines(data.card))["rendered text"].startswith("1 texts")
+    assert dict(card_lines(data.card))["rendered text"].startswith("1 text ")
 
 
 def test_turns_from_text_are_turns_in_every_way(
@@ -69,7 +69,7 @@ def test_turns_from_text_are_turns_in_every_way(
     assert trained(data) == "brown fox<|im_end|>over<|im_end|>"
     assert data.card.num_weighted_turns == 2
     assert trained(data, 1).endswith("<|im_end|>")  # plain text stays plain text
-    with pytest.raises(ConfigError, match="and 1 rows"):
+    with pytest.raises(ConfigError, match="1 row is plain text"):
         prepared(path, tokenizer, profile="regime3")
     wrapped = prepared(write_rows([{"text": ONE}]), tokenizer, profile="regime3")
     assert trained(wrapped) == "<<ANS_START>> brown fox <<ANS_END>><|im_end|>"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,27 @@ class Told:
     prompt: str
     source: int
     is_text: bool
+    num_windows: int = 1
 
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def windows_of(told: list[Told], numbers: list[int]) -> list[int]:
+    """The examples of some rows."""
+    ends = list(itertools.accumulate(row.num_windows for row in told))
+    return [
+        example
+        for number in numbers
+        for example in range(ends[number] - told[number].num_windows, ends[number])
+    ]
+
+
 def rows_of(told: list[Told], num_held_out: int) -> EncodedRows:
+    times = [row.num_windows for row in told]
+    told = [row for row in told for _ in range(row.num_windows)]
+
     def hashes(name: str) -> Any:
         return np.asarray([int(digest(getattr(row, name))[:16], 16) for row in told], np.uint64)
 
@@ -43,6 +58,7 @@ def rows_of(told: list[Told], num_held_out: int) -> EncodedRows:
         "lengths": np.ones(len(told), np.int32),
         "keys": hashes("key"),
         "groups": hashes("group"),
+        "row": np.repeat(np.arange(len(times), dtype=np.uint32), times),
         "asked": hashes("prompt"),
         "source": np.asarray([row.source for row in told], np.uint16),
         "flags": np.asarray([PLAIN_TEXT * row.is_text for row in told], np.uint8),
@@ -58,10 +74,16 @@ ROWS = st.lists(
         prompt=st.sampled_from("uvwxyz"),
         source=st.integers(0, 1),
         is_text=st.booleans(),
+        num_windows=st.just(1),
     ),
     min_size=1,
     max_size=60,
 )
+
+IN_WINDOWS = st.tuples(ROWS, st.lists(st.integers(1, 4), min_size=60, max_size=60)).map(
+    lambda both: [replace(row, num_windows=n) for row, n in zip(*both, strict=False)]
+)
+"""The same, where texts can be several examples."""
 
 
 def plain_split(told: list[Told], share: float) -> tuple[list[int], list[int]]:
@@ -85,11 +107,13 @@ def plain_split(told: list[Told], share: float) -> tuple[list[int], list[int]]:
     )
 
 
-@given(ROWS, st.sampled_from([0.05, 0.2, 0.5, 0.9]))
+@given(ROWS | IN_WINDOWS, st.sampled_from([0.05, 0.2, 0.5, 0.9]))
 def test_the_split_is_that_of_its_rules(told: list[Told], share: float) -> None:
     rows = rows_of(told, 0)
     train, validation, _ = sides.split_rows(DataSection(validation_split=share), rows, 1)
-    assert (train.tolist(), validation.tolist()) == plain_split(told, share)
+    expected = tuple(windows_of(told, side) for side in plain_split(told, share))
+    assert (train.tolist(), validation.tolist()) == expected
+    assert sides.num_rows(rows, train) == len(plain_split(told, share)[0])
 
 
 @given(ROWS, st.data())
@@ -112,7 +136,7 @@ def test_a_held_out_row_is_told_as_trained_where_its_turns_or_tokens_are(
     assert found.tolist() == [told[n].group in groups | by_tokens for n in validation]
 
 
-@given(ROWS, st.sampled_from([(1.0, 0.5), (2.5, 0.25), (0.3, 1.0)]))
+@given(ROWS | IN_WINDOWS, st.sampled_from([(1.0, 0.5), (2.5, 0.25), (0.3, 1.0)]))
 def test_weights_repeat_rows_and_take_a_part_by_content(
     told: list[Told], weights: tuple[float, float]
 ) -> None:
@@ -120,18 +144,19 @@ def test_weights_repeat_rows_and_take_a_part_by_content(
     for source, weight in enumerate(weights):
         own = [number for number, row in enumerate(told) if row.source == source]
         part = sorted(own, key=lambda number: (digest(told[number].key), number))
-        expected += own * int(weight) + sorted(part[: round(weight % 1 * len(own))])
+        used = own * int(weight) + sorted(part[: round(weight % 1 * len(own))])
+        expected += windows_of(told, used)
     sources = [Source("a", weights[0]), Source("b", weights[1])]
     rows = rows_of(told, 0)
     if not expected:
         with pytest.raises(Exception, match="leaves no training row"):
-            sides.weigh_rows(sources, rows, np.arange(len(told)))
+            sides.weigh_rows(sources, rows, np.arange(len(rows)))
         return
-    found, _ = sides.weigh_rows(sources, rows, np.arange(len(told)))
+    found, _ = sides.weigh_rows(sources, rows, np.arange(len(rows)))
     assert found.tolist() == expected
 
 
-@given(ROWS)
+@given(ROWS | IN_WINDOWS)
 def test_the_prompts_that_many_rows_share_come_first_by_rows_then_by_place(
     told: list[Told],
 ) -> None:
@@ -141,4 +166,5 @@ def test_the_prompts_that_many_rows_share_come_first_by_rows_then_by_place(
     sizes, first = sides.shared_prompts(section, rows_of(told, 0))
     expected = [(group, size) for group, size in common if size > largest]
     assert sizes.tolist() == [size for _, size in expected]
-    assert [told[number].group for number in first] == [group for group, _ in expected]
+    where = [next(n for n, row in enumerate(told) if row.group == group) for group, _ in expected]
+    assert first.tolist() == [windows_of(told, [number])[0] for number in where]

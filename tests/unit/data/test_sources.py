@@ -134,8 +134,12 @@ def test_a_hub_dataset_offline_is_one_clear_error(prepare: Callable[..., RunData
     assert "offline" in str(caught.value)
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
 def test_rows_of_the_datasets_library_are_read_like_those_of_a_file(
-    write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_streamed: bool,
 ) -> None:
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
@@ -149,8 +153,10 @@ def test_rows_of_the_datasets_library_are_read_like_those_of_a_file(
         "load_dataset",
         lambda path, **options: load(str(tmp_path / path), cache_dir=str(tmp_path), **options),
     )
-    source = Source("owner/name")
+    source = Source("owner/name", is_streamed=is_streamed)
     rows, found = collected(read_rows([source], DataSection(), RowErrors("strict"), max_rows=None))
     assert found == "question_answer"
     assert [row.where for row in rows] == [f"owner/name[{n}]" for n in range(3)]
-    assert source.content_hash().startswith("hub:")
+    assert isinstance(source._hub_dataset, datasets.IterableDataset) == is_streamed
+    if not is_streamed:
+        assert source.content_hash().startswith("hub:")

@@ -67,7 +67,7 @@ def test_a_template_without_a_place_for_thoughts_has_them_in_the_answer(
     encoder = RowEncoder(tokenizer, 512)
     assert encoder.encode(THINKS).input_ids == encoder.encode(THINKS_INSIDE).input_ids
     words = lines_of(prepare(tokenizer, [THINKS]))["thoughts"]
-    assert words.startswith("1 answers have one: trained; written as <think>...</think>")
+    assert words.startswith("1 answer has one: trained; written as <think>...</think>")
 
 
 @pytest.mark.parametrize("row", [THINKS, THINKS_INSIDE])
@@ -105,8 +105,8 @@ def test_thoughts_of_earlier_turns_are_named_on_the_card(
     tokenizer = make_tokenizer(shipped("qwen3"))
     later = [{**THINKS[1], "content": "done", "reasoning_content": "a last thought"}]
     lines = lines_of(prepare(tokenizer, [[*THINKS, THINKS[0], *later]]))
-    assert "leaves out text of 1 rows, such as 'five and seven'" in lines["stripped"]
-    assert lines["thoughts"] == "1 answers have one: trained"
+    assert "leaves out text of 1 row, such as 'five and seven'" in lines["stripped"]
+    assert lines["thoughts"] == "1 answer has one: trained"
 
 
 def test_the_card_says_what_a_server_will_add_to_the_prompt(

@@ -31,7 +31,7 @@ def test_equal_reasons_are_grouped_and_every_reason_is_shown() -> None:
     with pytest.raises(DataError) as caught:
         errors.raise_if_strict()
     text = str(caught.value)
-    assert text.startswith("51 bad rows and 1 rows too long for training:")
+    assert text.startswith("51 bad rows and 1 row too long for training:")
     assert "\n  50 rows: no answer\n    data.jsonl:1: no answer" in text
     assert "\n  data.jsonl:99: is not JSON" in text
     assert "on_bad_row=skip" in text

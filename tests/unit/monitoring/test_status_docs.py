@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer.monitoring.events import (
     ScoresDone,
     StepDone,
 )
+from trainer.monitoring.loss_names import FIELD, PREFIXES
 from trainer.monitoring.status_schema import (
     AccuracyStatus,
     CheckpointStatus,
@@ -26,6 +28,8 @@ from trainer.monitoring.status_schema import (
     RowStatus,
     TrainingStatus,
 )
+from trainer.monitoring.status_writer import TrainingStatusWriter
+from trainer.preview.base import PreviewResult, PreviewSample
 from trainer.scores.figures import ScoreDifference, ScoreFigure
 
 EVENTS = [StepDone, EvaluationDone, DriftMeasured, ScoresDone, ScoreDecided]
@@ -43,20 +47,45 @@ HEADINGS = {
     "### An entry of `notices`": NoticeStatus,
     "### `error`": ErrorStatus,
 }
+PREVIEW_LINES = {"## previews.jsonl": PreviewResult, "### An entry of `samples`": PreviewSample}
+
+
+def rows_below(heading):
+    section = re.split(r"\n#{2,3} ", TEXT.split(f"\n{heading}\n")[1])[0]
+    return re.findall(r"^\| `(\w+)` \| ", section, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("heading", HEADINGS)
 def test_every_field_has_its_row_in_order(heading):
-    section = re.split(r"\n#{2,3} ", TEXT.split(f"\n{heading}\n")[1])[0]
-    rows = re.findall(r"^\| `(\w+)` \| ", section, flags=re.MULTILINE)
-    assert rows == list(HEADINGS[heading].model_fields)
+    assert rows_below(heading) == list(HEADINGS[heading].model_fields)
+
+
+@pytest.mark.parametrize("heading", PREVIEW_LINES)
+def test_every_field_of_a_line_of_previews_has_its_row_in_order(heading):
+    assert rows_below(heading) == list(PREVIEW_LINES[heading].model_fields)
+
+
+def test_a_written_line_of_previews_has_the_fields_that_are_described(tmp_path, previews):
+    """All of them, and left out are only those whose row says so."""
+    writer = TrainingStatusWriter(None, run_dir=tmp_path)
+    known = {"golden_token_ids": (1,), "golden_token_bytes": ("34",), "golden_is_frame": (False,)}
+    sample = PreviewSample(text="5")
+    for event in (previews(1, [True], **known, samples=(sample,)), previews(2, [True])):
+        writer.on_event(event)
+    full, short = map(json.loads, (tmp_path / "previews.jsonl").read_text().splitlines())
+    assert list(full) == rows_below("## previews.jsonl")
+    assert list(full["samples"][0]) == rows_below("### An entry of `samples`")
+    left_out = [name for name in full if name not in short]
+    assert left_out == re.findall(r"^\| `(\w+)` \| .*left out where", TEXT, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_metrics_lines_are_described(event):
     row = re.search(rf"^\| `{event.__name__}` \| (.*) \|$", TEXT, flags=re.MULTILINE)
     assert row is not None
-    assert re.findall(r"`(\w+)`", row[1]) == [field.name for field in fields(event)]
+    names = {FIELD: f"{PREFIXES.get(event.__name__)}NAME"}
+    written = [names.get(field.name, field.name) for field in fields(event)]
+    assert re.findall(r"`([\w/]+)`", row[1]) == written
 
 
 @pytest.mark.parametrize("model", HEADINGS.values())

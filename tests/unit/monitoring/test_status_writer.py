@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from trainer.monitoring.events import CheckpointSaved, Notice, PhaseChanged, RowShown, RunEnded
@@ -251,3 +252,40 @@ def test_superseded_previews_are_recorded_and_leave_the_newest_answers_in_place(
     assert [one.step for one in reader.read().last_previews] == [5, 5]
     assert [one.step for one in reader.previews()] == [5, 5, 10, 10]
     assert reader.read().accuracy_last_20.num_previews == 2
+
+
+def test_a_resumed_run_counts_the_time_of_all_its_processes_and_knows_where_it_stands(
+    tmp_path, monkeypatch, started, step_done
+):
+    """Killed while it loads in between: its time counts too, and nothing of before is lost."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+
+    def process(seconds, *events):
+        writer = TrainingStatusWriter(None, run_dir=tmp_path)
+        clock[0] += seconds
+        for event in events:
+            writer.on_event(event)
+        writer.close()
+        return TrainingStatusReader(tmp_path).read()
+
+    loading = PhaseChanged(state="loading", text="loading")
+    process(100.0, loading, started(), *map(step_done, (1, 2, 3, 4)))
+    clock[0] += 5000.0  # nobody trains
+    process(7.0, loading)
+    clock[0] += 300.0
+    status = process(20.0, started(start_step=2))
+    assert (status.began_at, status.started_at) == (1000.0, 6407.0)
+    assert (status.earlier_s, status.updated_at - status.started_at) == (107.0, 20.0)
+    assert (status.step, status.epoch, status.train_loss) == (2, 0.02, 2.5)
+    assert (status.total_steps, status.eta_s) == (100, None)
+    status = process(1.0, started(), step_done(1))  # from the beginning: another run
+    assert (status.earlier_s, status.began_at) == (0.0, status.started_at)
+
+
+def test_a_status_that_cannot_be_read_is_no_time_before_and_is_said(tmp_path, caplog, started):
+    (tmp_path / "status.json").write_text("{}")
+    writer = TrainingStatusWriter(None, run_dir=tmp_path)
+    writer.on_event(started(start_step=2))
+    assert TrainingStatusReader(tmp_path).read().earlier_s == 0.0
+    assert "the time of earlier processes is not counted" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSection
-from trainer.data.dataset import prepare_data
+from trainer.data.card import card_lines
+from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
+from trainer.preview.base import golden_figures
 from trainer.preview.golden import golden_parts
 from trainer.profiles import DataProfile, get_profile
 
@@ -30,7 +33,7 @@ def test_golden_tokens_carry_ids_bytes_and_which_of_them_are_the_frame(tokenizer
         for piece, is_frame in zip(inner, found["golden_is_frame"], strict=True)
         if not is_frame
     )
-    assert said.strip().decode() == "caf\u00e9 \u2705"
+    assert said.decode() == "caf\u00e9 \u2705", "spaces beside markers are of the frame"
     assert found["golden_is_frame"][-1] is True
     plain = golden_parts(tokenizer, get_profile("plain"), ids)
     assert sum(plain["golden_is_frame"]) == 1  # the end of the turn
@@ -94,5 +97,48 @@ def test_profiles_compared_on_one_file_are_asked_the_same_rows(
 
     expected = asked(get_profile("plain"))
     assert [len(part) for part in expected] == [6, 6, 20]
+    assert len({one for part in expected for one in part}) >= 30, "nothing is asked twice"
     assert asked(get_profile("regime3")) == expected
     assert asked(OnePrompt()) == expected
+
+
+def test_the_golden_probability_is_that_of_what_the_answer_says() -> None:
+    nats = [-0.0, -1.0, -2.0, -0.0]
+    framed = golden_figures(nats, [True, False, False, True])
+    assert framed["golden_probability"] == pytest.approx((math.exp(-1) + math.exp(-2)) / 2)
+    assert framed["golden_logprobs"] == tuple(nats)
+    assert golden_figures(nats, [True] * 4) == golden_figures(nats)
+
+
+def test_the_final_evaluation_asks_what_nothing_else_asked_and_says_where_it_cannot(
+    write_rows: Callable[..., Path], tokenizer: Any
+) -> None:
+    rows = [{"question": f"what is {n}?", "answer": f"it is {n}"} for n in range(60)]
+    section = DataSection(dataset_path=str(write_rows(rows)), validation_split=0.5, cache=False)
+
+    def prepared(num_final: int) -> RunData:
+        encoder = RowEncoder(tokenizer, 256)
+        return prepare_data(
+            section, encoder=encoder, num_preview=6, num_score=6, num_final=num_final
+        )
+
+    few, many = prepared(10), prepared(25)
+    asked = {one.prompt_id for one in (*few.preview_prompts, *few.score_prompts)}
+    assert not asked & {one.prompt_id for one in few.final_prompts}
+    assert few.card.num_final_asked == 0
+    assert len(many.final_prompts) == 25
+    assert many.card.num_final_asked == len(asked & {one.prompt_id for one in many.final_prompts})
+    assert many.card.num_final_asked == 25 - (30 - 12)
+    assert any(label == "final" for label, _ in card_lines(many.card))
+
+
+def test_rows_whose_question_is_blank_are_counted_on_the_card(
+    write_rows: Callable[..., Path], tokenizer: Any
+) -> None:
+    rows = [
+        {"question": "" if n < 3 else f"what is {n}?", "answer": f"it is {n}"} for n in range(9)
+    ]
+    section = DataSection(dataset_path=str(write_rows(rows)), cache=False)
+    card = prepare_data(section, encoder=RowEncoder(tokenizer, 256)).card
+    assert card.num_blank_questions == 3
+    assert dict(card_lines(card))["blank"].startswith("3 rows have a user turn without text")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+from pathlib import Path
 
 import pytest
 
 from trainer.errors import ProfileError
-from trainer.profiles import DataProfile, get_profile, known_profiles
+from trainer.profiles import BUILT_IN, DataProfile, get_profile, known_profiles
 from trainer.profiles.profile import wrap_answer
 
 S, E = "<<ANS_START>>", "<<ANS_END>>"
@@ -88,3 +89,10 @@ def test_regime3_compares_what_stands_between_the_markers(answer: str, is_right:
     profile = get_profile("regime3")
     assert profile.matches(answer, f"{S} (max 1 2) = 2 {E}") is is_right
     assert profile.matches(answer, "(max 1 2) = 2") is is_right
+
+
+def test_the_docs_show_each_profiles_system_turn() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "profiles.md").read_text(encoding="utf-8")
+    shown = [line.removeprefix("> ") for line in text.splitlines() if line.startswith("> ")]
+    own = [cls.system_prompt_template for cls in BUILT_IN.values() if cls.system_prompt_template]
+    assert shown == own

@@ -130,7 +130,7 @@ def test_values_are_by_prompt_and_a_silent_prompt_makes_the_evaluation_missing()
     silent = [*rows, result(99, None, error_message="the server is away")]
     assert values_by_prompt(silent, "score.exact") == (
         {},
-        f"1 of {MIN_PROMPTS + 1} prompts have no answer: the server is away",
+        f"1 of {MIN_PROMPTS + 1} prompts without an answer: the server is away",
     )
 
 
@@ -139,7 +139,7 @@ def test_too_few_values_decide_nothing() -> None:
     values, missing = values_by_prompt(rows, "score.exact")
     assert values == {}
     assert missing is not None
-    assert missing.startswith(f"{MIN_PROMPTS - 1} of {MIN_PROMPTS} prompts have a value")
+    assert missing.startswith(f"{MIN_PROMPTS - 1} of {MIN_PROMPTS} prompts with a value")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 from trainer.scores.spec import is_function, parse_scores
 from trainer.scores.standard import (
     PLAIN,
+    f1,
     last_number,
     regex_score,
     rouge_l,
@@ -170,3 +171,20 @@ def test_scores_are_named_after_what_they_are() -> None:
 def test_what_names_no_score_is_an_error(entries: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_scores(entries)
+
+
+@pytest.mark.parametrize(
+    ("answer", "golden", "expected"),
+    [
+        ("\U0001f600", "\U0001f600", 1.0),
+        ("\U0001f600 yes", "\U0001f622 yes", 0.5),
+        ("\u5317\u4eac\u5e02", "\u5317\u4eac", 0.8),
+        ("\u0623\u0647\u0644\u0627 \u0628\u0643", "\u0623\u0647\u0644\u0627", 2 / 3),
+        ("yes!", "yes", 1.0),
+        ("a_b", "a b", 1.0),
+    ],
+)
+def test_emoji_and_characters_of_unspaced_scripts_are_words(
+    answer: str, golden: str, expected: float
+) -> None:
+    assert f1(answer, golden) == pytest.approx(expected)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from trainer.monitoring.events import PhaseChanged
 from trainer.views.facts import DRIFT_KL, alerts_of, bar_figures
 from trainer.views.timeline import mark_of
 
@@ -102,7 +107,7 @@ def test_previews_that_never_stop(made_up_run: MakeRun) -> None:
     run.preview(0, [False, False], health=("never_stopped",))
     assert texts_of(run) == []  # an untrained model may
     run.preview(50, [False, False], health=("never_stopped",))
-    assert texts_of(run) == ["2 of 2 previews of step 50 never stop"]
+    assert texts_of(run) == ["2 of 2 previews of step 50 never stopped"]
 
 
 def test_errors_of_previews_and_runs_and_non_finite_numbers(made_up_run: MakeRun) -> None:
@@ -113,7 +118,7 @@ def test_errors_of_previews_and_runs_and_non_finite_numbers(made_up_run: MakeRun
     assert texts_of(run) == [
         "step 81: the loss is nan;",
         "not finite at step 81: train_loss nan",
-        "1 of 1 previews of step 50 have no answer: nobody is there",
+        "1 of 1 preview of step 50 without an answer: nobody is there",
     ]
 
 
@@ -137,3 +142,34 @@ def test_prompts_without_an_answer_before_are_no_loss(made_up_run: MakeRun) -> N
         run.preview(step, [False] * 12)
     warning, _ = texts_of(run)
     assert warning == "accuracy falls: 0 of 6 previews match at step 50, 6 did at step 10"
+
+
+def test_a_run_that_says_nothing_is_an_alert_in_words_that_stand_still(
+    made_up_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = made_up_run(), time.time()
+    run.steps(1, 4)
+    assert texts_of(run) == []
+    monkeypatch.setattr(time, "time", lambda: now + 60)
+    [text] = texts_of(run)
+    assert re.fullmatch(
+        r"the run hangs, or waits for its machine: no update since \S+ \d\d:\d\d:\d\d \S+; "
+        "a step takes 0.1 s",
+        text,
+    )
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    assert texts_of(run) == [text]  # it is not read aloud again at every second
+    run.step(5)
+    assert texts_of(run) == []
+
+
+def test_a_phase_that_says_nothing_for_ten_minutes_is_named(
+    made_up_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = made_up_run(), time.time()
+    run.writer.on_event(PhaseChanged(state="saving", text="saving the final model"))
+    monkeypatch.setattr(time, "time", lambda: now + 500)
+    assert texts_of(run) == []
+    monkeypatch.setattr(time, "time", lambda: now + 700)
+    [alert] = alerts_of(run.read())
+    assert (alert.level, alert.text.endswith(": saving the final model")) == ("info", True)

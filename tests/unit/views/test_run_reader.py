@@ -15,7 +15,8 @@ import pytest
 from trainer.errors import OutputError
 from trainer.monitoring.events import PhaseChanged
 from trainer.monitoring.status_reader import TrainingStatusReader
-from trainer.views.facts import alerts_of
+from trainer.views.facts import alerts_of, bar_figures, moment, report_figures
+from trainer.views.page.list_page import _cells
 from trainer.views.run_reader import RunReader, find_runs
 
 MakeRun = Callable[..., Any]
@@ -285,3 +286,26 @@ def test_every_reader_counts_the_same_lines_of_a_run_that_was_resumed(tmp_path: 
     assert [(one.step, one.text) for one in own.previews()] == [(0, "again")]
     of_page = [one for at in page.previews.steps for one in page.previews.of_step(at)]
     assert [(one.step, one.text) for one in of_page] == [(0, "again")]
+
+
+def test_the_duration_of_a_resumed_run_is_that_of_all_its_parts(
+    made_up_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    began = now[0]
+    run = made_up_run()
+    now[0] += 3000
+    run.step(40)
+    now[0] += 9000  # stopped over lunch
+    run = made_up_run(start_step=40)
+    now[0] += 600
+    run.end("stopped", 40)
+    reader = run.read()
+    assert (reader.began_at(), reader.duration_s()) == (began, 3600)
+    assert "1 h 00 min" in bar_figures(reader)
+    assert "1 h 00 min" in _cells(reader, None)
+    figures = dict(report_figures(reader))
+    assert (figures["duration"], figures["resumed"]) == ("1 h 00 min", "at step 40")
+    assert figures["epochs"] == "0.04 of 1"
+    assert figures["began"] == moment(began)

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,20 @@ def test_plain_shows_golden_beside_generated_with_a_sign(previews):
     failed = shown("plain", previews(50, [None], error_message="timed out", text=""))
     assert "  ! max of 4 and 2?  golden: 4 | failed: timed out" in failed
     assert "1 without an answer" in failed
+
+
+def test_plain_gives_a_prompt_the_room_that_its_answers_leave(previews):
+    event = previews(50, [True])
+    [one] = event.results
+
+    def line(prompt: str, answer: str) -> str:
+        update = {"prompt": prompt, "text": answer, "golden_answer": answer}
+        again = replace(event, results=(one.model_copy(update=update),))
+        return shown("plain", again).splitlines()[1]
+
+    assert "p" * 300 in line("p" * 300, "4")
+    assert len(line("p" * 900, "w" * 900)) < 360
+    assert line("p" * 900, "w" * 900).count("p") > 70
 
 
 def test_plain_tells_the_whole_story(started, step_done, evaluated):

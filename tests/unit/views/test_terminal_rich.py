@@ -16,7 +16,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from trainer.monitoring.events import EvaluationDone, PhaseChanged, RunEnded
+from trainer.monitoring.events import EvaluationDone, PhaseChanged, RunEnded, ScoresDone
+from trainer.scores.figures import GOLDEN_PROBABILITY, ScoreDifference, ScoreFigure
+from trainer.views.score_words import scores_words
 from trainer.views.terminal import create_display
 from trainer.views.terminal_rich import LiveView, preview_lines
 
@@ -158,6 +160,56 @@ def sides_that_look_alike(lines, *, is_wide):
     return [golden for golden, text in blocks if golden == text]
 
 
+def scores(count, num_prompts=16):
+    """The golden token probability, and means of as many scores, with all there is to say."""
+    first = ScoreDifference(
+        step=0, mean=0.004, difference=0.16, low=0.1, high=0.2, is_clear=True, num_prompts=16
+    )
+    names = [GOLDEN_PROBABILITY, *(f"score.{'long' * 4}-{n}" for n in range(count))]
+    figures = [
+        ScoreFigure(
+            name=name,
+            step=40,
+            mean=0.166,
+            is_share=True,
+            low=0.121,
+            high=0.22,
+            num_prompts=num_prompts,
+            first=first,
+            best=first.model_copy(update={"step": 20, "is_clear": False}),
+        )
+        for name in names
+    ]
+    return ScoresDone(step=40, source="previews", figures=tuple(figures))
+
+
+@pytest.mark.parametrize("size", [(80, 24), (140, 40)])
+def test_means_have_a_bar_and_where_they_came_from_on_any_terminal(view, size):
+    view.set_scores(scores(2))
+    lines = [line for line in drawn(view, *size) if "[##--------] 0.4 -> 16.6 %" in line]
+    assert [line.split(" [")[0] for line in lines] == [
+        "golden token probability",
+        "longlonglonglong-0",
+        "longlonglonglong-1",
+    ]
+    assert all(cell_len(line) <= size[0] for line in lines)
+
+
+def test_means_in_a_log_are_a_line_each_where_one_line_would_be_too_long():
+    told = scores_words(scores(10)).split("\n")
+    assert told[0] == "scores at step 40, 16 previews:"
+    assert len(told) == 12
+    assert told[1] == (
+        "  golden token probability [##--------] 0.4 -> 16.6 % (12.1 to 22.0 % at 95 %, "
+        "clearly above step 0, no clear difference from step 20)"
+    )
+    assert max(map(len, told)) <= 160
+    assert scores_words(scores(1, num_prompts=1)) == (
+        "scores at step 40, 1 preview: golden token probability [##--------] 0.4 -> 16.6 %, "
+        "longlonglonglong-0 [##--------] 0.4 -> 16.6 % (too few prompts)"
+    )
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_wide_characters_do_not_push_out_the_end_of_an_answer(previews, width):
     text = "\u4f60" * 2000 + " #### 72"
@@ -230,6 +282,7 @@ import logging, sys
 handler = logging.StreamHandler()  # holds the real standard error, as early handlers do
 logging.getLogger("early").addHandler(handler)
 from trainer.monitoring.events import Notice, PhaseChanged, RunEnded
+from trainer.views.score_words import scores_words
 from trainer.views.terminal import create_display
 
 out, err = sys.stdout, sys.stderr

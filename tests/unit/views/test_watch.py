@@ -15,6 +15,7 @@ from trainer.monitoring.events import (
     EvaluationDone,
     Event,
     Notice,
+    PhaseChanged,
     PreviewsDone,
     RunEnded,
     RunStarted,
@@ -70,6 +71,22 @@ def test_attaching_tells_the_newest_and_then_every_event_once(made_up_run: MakeR
     [previews] = of_kind(seen, PreviewsDone)
     assert previews.results == of_kind(told.events, PreviewsDone)[0].results
     assert follower.is_ended
+
+
+def test_how_far_a_phase_is_is_told_as_that_and_not_as_a_new_phase(made_up_run: MakeRun) -> None:
+    run = made_up_run()
+    follower = Follower(run.folder, num_before=2)
+    seen: list[Event] = []
+    for progress in ("", "5 rows", "9 rows"):
+        phase = PhaseChanged(state="loading", text="encoding a", progress=progress)
+        run.writer.on_event(phase)
+        seen += follower.poll()
+    assert [(e.text, e.progress) for e in of_kind(seen, PhaseChanged)] == [
+        ("encoding a", ""),
+        ("encoding a", "5 rows"),
+        ("encoding a", "9 rows"),
+    ]
+    assert not any(event.is_pause for event in of_kind(seen, PhaseChanged)[1:])
 
 
 class _Both:

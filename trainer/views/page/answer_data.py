@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from trainer.counts import counted
 from trainer.preview.base import PreviewResult
 from trainer.views.differences import Fold, Piece, compare, folded
 from trainer.views.run_reader import RunReader
@@ -95,7 +96,7 @@ def _cut(text: str) -> str:
     if len(text) <= SHOWN_CHARS:
         return text
     more = len(text) - SHOWN_CHARS
-    return f"{text[:SHOWN_CHARS]}\n... and {more:,} more characters in the run's files"
+    return f"{text[:SHOWN_CHARS]}\n... and {counted(more, 'more character')} in the run's files"
 
 
 def answers_of_step(reader: RunReader, step: int) -> list[dict[str, Any]]:

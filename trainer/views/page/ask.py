@@ -11,6 +11,7 @@ from typing import Any
 
 from nicegui import background_tasks, ui
 
+from trainer.counts import counted
 from trainer.errors import PreviewError
 from trainer.monitoring.events import printable
 from trainer.preview.base import ServerAnswer
@@ -259,7 +260,7 @@ class AskBox:
             answer(words)
             if len(pin.answers) > 1:
                 with box("details", "more"):
-                    text("summary", f"{len(pin.answers) - 1} answers before")
+                    text("summary", f"{counted(len(pin.answers) - 1, 'answer')} before")
                     for step, words in reversed(pin.answers[:-1]):
                         text("p", f"step {'not known' if step is None else step}", "dim")
                         answer(words)

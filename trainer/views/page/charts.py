@@ -149,6 +149,34 @@ def metric_chart(reader: RunReader, name: str, *, is_dark: bool) -> dict[str, An
     return chart([line(name, points, COLOURS[is_dark]["train"])], is_dark=is_dark)
 
 
+SOURCE_COLOURS = ("train", "val", "extra", "other", "fifth", "sixth")
+
+
+def source_chart(reader: RunReader, *, smoothing: float, is_dark: bool) -> dict[str, Any]:
+    """Loss of each source: training, smoothed, and of held-out rows.
+
+    Args:
+        smoothing: as of `loss_chart`.
+    """
+    metrics, series = reader.metrics, []
+    names = sorted({*metrics.source_losses.steps, *metrics.source_val_losses.steps})
+    trained, held = metrics.source_losses.smoothed(smoothing), metrics.source_val_losses.points()
+    for number, name in enumerate(names):
+        colour = COLOURS[is_dark][SOURCE_COLOURS[number % len(SOURCE_COLOURS)]]
+        if name in trained:
+            series.append(line(name, _picked(trained[name]), colour))
+        if name in held:
+            points, style = _picked(held[name]), {"type": "dashed"}
+            series.append(line(f"{name}, validation", points, colour, dots=True, style=style))
+    return chart(series, is_dark=is_dark)
+
+
+def _picked(points: Points) -> Points:
+    """As many as a small chart shows."""
+    picked = pick_points(np.array([value for _, value in points]), SMALL_POINTS)
+    return [points[index] for index in picked.tolist()]
+
+
 def drift_chart(reader: RunReader, *, is_dark: bool) -> dict[str, Any]:
     """How far the weights are from those before training."""
     points = [(float(step), kl) for step, kl in reader.metrics.drift_points()]

@@ -7,6 +7,7 @@ from typing import Any
 
 from nicegui import ui
 
+from trainer.counts import counted
 from trainer.monitoring.events import printable
 from trainer.preview.base import PreviewResult
 from trainer.views.differences import compare
@@ -19,6 +20,7 @@ from trainer.views.page.elements import (
     box,
     dark_button,
     diff,
+    empty_chart,
     mark,
     open_page,
     section,
@@ -73,10 +75,10 @@ class ComparePage:
             with section("Curves", "curves"), box("div", "charts"):
                 with box("div", "chart-big"):
                     text("h3", "loss, nats per trained token (validation dashed)")
-                    self._loss = ui.echart({"series": []})
+                    self._loss = empty_chart("loss, nats per trained token")
                 with box("div", "chart-big"):
                     text("h3", "previews that match, %")
-                    self._matches = ui.echart({"series": []})
+                    self._matches = empty_chart("previews that match, %")
             with section("Where they disagree", "previews"):
                 self._answers = box("div")
             with section("Figures", "figures"):
@@ -178,7 +180,11 @@ class ComparePage:
             if not common:
                 text("p", "These runs have no prompt in common.", "dim")
                 return
-            text("p", f"{len(apart)} of {len(common)} prompts that all of them answered.", "dim")
+            text(
+                "p",
+                f"{len(apart)} of {counted(len(common), 'prompt')} that all of them answered.",
+                "dim",
+            )
             for answers in apart[:MAX_PROMPTS]:
                 with box("div", "said apart"):
                     text("h3", printable(answers[0].prompt, 200), dir="auto")

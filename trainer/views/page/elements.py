@@ -10,6 +10,7 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
+from trainer.counts import counted
 from trainer.views.differences import Piece
 from trainer.views.timeline import MARK_WORDS
 
@@ -85,7 +86,9 @@ def text(tag: str, content: str, classes: str = "", **props: Any) -> Any:
     """An element of any kind that holds text."""
     if len(content) > SHOWN_CHARS:
         more = len(content) - SHOWN_CHARS
-        content = f"{content[:SHOWN_CHARS]}\n... and {more:,} more characters in the run's files"
+        content = (
+            f"{content[:SHOWN_CHARS]}\n... and {counted(more, 'more character')} in the run's files"
+        )
     element = TextElement(tag=tag, text=content).classes(classes)
     element.props.update(props)
     return element
@@ -165,6 +168,13 @@ def section(title: str, anchor: str) -> Any:
     with outer:
         text("h2", title, id=f"{anchor}-title")
     return outer
+
+
+def empty_chart(title: str) -> Any:
+    """A chart to be drawn by `set_options`, with its name for those who do not see it."""
+    chart = ui.echart({"series": []})
+    chart.props.update({"role": "img", "aria-label": title})
+    return chart
 
 
 def set_options(chart: Any, options: dict[str, Any]) -> None:

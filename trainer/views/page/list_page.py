@@ -96,7 +96,7 @@ class ListPage:
         self._hint.set_text(
             f"Choose two to {len(LETTERS)} runs to compare them."
             if self.store.readers
-            else "No runs yet; this page looks again."
+            else f"Waiting for a run in {self.store.root}."
         )
         self._cells.clear()
         self._table.clear()
@@ -183,14 +183,13 @@ def _cells(reader: RunReader, judged: Judged | None) -> list[str]:
     if status is None:
         return [reader.words(), *[""] * (len(COLUMNS) - 1)]
     losses = [f"{v:.4f}" if v is not None else "" for v in (status.train_loss, status.val_loss)]
-    duration = duration_words(max(0.0, status.updated_at - status.started_at))
     return [
         reader.words(),
         judged.headline.sentence if judged is not None else "",
         _right(reader, judged),
         _spark(judged),
         *losses,
-        duration,
+        duration_words(reader.duration_s()),
         _ago(status.updated_at),
         status.model_name or "",
     ]

@@ -6,9 +6,13 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
+from nicegui import __version__, ui
+from nicegui.dependencies import esm_modules
 from nicegui.element import Element
 from nicegui.elements.markdown import prepare_content
 
@@ -26,6 +30,9 @@ from trainer.views.verdicts import WRONG
 CURVES_GAP_S = 1.0
 """Least seconds between two sendings of curve points."""
 
+MODULE = "trainer-panel"
+"""What `panel.js` imports `client/index.js` as."""
+
 MARKDOWN = "fenced-code-blocks tables"
 
 FINAL = "final"
@@ -34,15 +41,25 @@ FINAL = "final"
 class PanelElement(  # type: ignore[call-arg]  # NiceGUI has no types here
     Element,  # type: ignore[misc]
     component="panel.js",
-    esm={"trainer-panel": "client"},
+    esm={MODULE: "client"},
 ):
     """`client/index.js` in the page; told everything at first, later what is new."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         """Put it here, with what it shows at first."""
         super().__init__()
+        ui.add_head_html(_module_links())
         # One string: Vue would watch every member of a list, and that takes seconds.
         self._props["data"] = json.dumps(data)
+
+
+@cache
+def _module_links() -> str:
+    """Asks for all files of `client` at once: they would be found one behind the other."""
+    [key] = [key for key, one in esm_modules.items() if one.name == MODULE]
+    names = sorted(one.name for one in (files("trainer.views.page") / "client").iterdir())
+    urls = [f"/_nicegui/{__version__}/esm/{key}/{name}" for name in names if name.endswith(".js")]
+    return "".join(f'<link rel="modulepreload" href="{url}">' for url in urls)
 
 
 class PreviewPanel:

@@ -148,7 +148,10 @@ class RowsData:
         self._clock = book.clock
 
     def _planned(self) -> int:
-        """Preview steps of the whole run, so that the width of a cell is known from the start."""
+        """Preview steps of the whole run, so that the width of a cell is known from the start.
+
+        0 where nothing tells.
+        """
         steps = self.reader.previews.steps
         status = self.reader.status
         total = status.total_steps if status is not None else None
@@ -156,8 +159,7 @@ class RowsData:
         if not isinstance(every, int) or every <= 0:
             gaps = np.diff(steps[-50:])
             every = int(np.median(gaps)) if len(gaps) else 0
-        planned = math.ceil(total / every) + 1 if total and every > 0 else 0
-        return max(planned, len(steps))
+        return max(math.ceil(total / every) + 1, len(steps)) if total and every > 0 else 0
 
 
 def _column(lines: list[Timeline], step: int) -> list[Any]:

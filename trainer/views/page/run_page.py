@@ -9,6 +9,7 @@ from typing import Any
 
 from nicegui import ui
 
+from trainer.counts import counted
 from trainer.views.facts import (
     Alert,
     card_rows,
@@ -19,12 +20,19 @@ from trainer.views.facts import (
 from trainer.views.metrics import SMOOTHING_SHARE, is_spread_wide
 from trainer.views.page.actions import ActBox
 from trainer.views.page.ask import AskBox
-from trainer.views.page.charts import drift_chart, loss_chart, match_chart, metric_chart
+from trainer.views.page.charts import (
+    drift_chart,
+    loss_chart,
+    match_chart,
+    metric_chart,
+    source_chart,
+)
 from trainer.views.page.elements import (
     Colours,
     answer,
     box,
     dark_button,
+    empty_chart,
     mark,
     open_page,
     pairs,
@@ -42,6 +50,8 @@ TICK_S = 0.5
 
 CHART_GAP_S = 1.0
 """Least seconds between two drawings of the charts."""
+
+NO_ALERTS = "no alerts"
 
 SMALL_CHARTS = {
     "tokens_per_s": "throughput, tokens/s",
@@ -81,7 +91,7 @@ class RunPage:
         self._alerts_shown: list[Alert] | None = None
         self._announced, self._is_told, self._label = "", False, label
         self._state_shown: tuple[int, int, str, bool] | None = None
-        self._charts_at = 0.0
+        self._charts_at, self._has_charts = 0.0, False
         self._dark = open_page(label)
         self._colours = Colours(self._dark, self._draw_charts)
         with box("div", "page run-page"):
@@ -112,7 +122,9 @@ class RunPage:
             box("span", "grow")
             self._alerts = box("details", "alerts")
             with self._alerts:
-                self._alerts_count = text("summary", "no alerts")
+                with box("summary"):
+                    self._alerts_count = text("span", NO_ALERTS)
+                    self._alerts_first = text("span", "", "alert-first")
                 with box("div", "alerts-list"):
                     self._alerts_list = box("div").props("aria-live=polite")
                     self._bell = ui.button("notify me in this browser when it ends or hangs")
@@ -141,20 +153,24 @@ class RunPage:
                         on_change=self._draw_charts,
                     )
                     self._smoothing.props('label aria-label="smoothing, % of the run"')
-                self._loss = ui.echart({"series": []})
+                self._loss = empty_chart("loss, nats per trained token")
+            self._source_box = box("div").props("id=source-losses")
+            with self._source_box:
+                text("h3", "loss of each source, smoothed; dashed: validation")
+                self._sources = empty_chart("loss of each source, nats per trained token")
             self._match_box = box("div")
             with self._match_box:
                 text("h3", "previews that match, golden tokens and scores, %")
-                self._matches = ui.echart({"series": []})
+                self._matches = empty_chart("previews that match, golden tokens and scores, %")
             self._drift_box = box("div")
             with self._drift_box:
                 text("h3", "drift from the answers before training, nats per token")
-                self._drift = ui.echart({"series": []})
+                self._drift = empty_chart("drift, nats per token")
             self._small: dict[str, tuple[Any, Any]] = {}
             for name, title in SMALL_CHARTS.items():
                 with box("div") as frame:
                     text("h3", title)
-                    self._small[name] = (frame, ui.echart({"series": []}))
+                    self._small[name] = (frame, empty_chart(title))
 
     def _build_background(self) -> None:
         with section("Data, config and more curves", "about"):
@@ -162,10 +178,9 @@ class RunPage:
             self._card = ui.expansion("before training: data card and first answers")
             self._facts = ui.expansion("figures, config, environment")
             self._notices = ui.expansion("notices")
-        with self._curves:
-            self._build_charts()
-        # Filled and drawn when they are opened: hundreds of cells and points that few look at.
-        self._curves.on_value_change(self._draw_charts)
+        # Filled and drawn when they are opened: hundreds of cells and points that few look at, and
+        # a library of a megabyte that draws them.
+        self._curves.on_value_change(self._open_curves)
         self._card.on_value_change(self._show_background)
         self._facts.on_value_change(self._show_background)
 
@@ -237,10 +252,9 @@ class RunPage:
         if alerts == self._alerts_shown:  # what is drawn again is read out again
             return
         self._alerts_shown = alerts
-        count = f"{len(alerts)} alert{'' if len(alerts) == 1 else 's'}" if alerts else "no alerts"
-        # The first one in full where there is place: nothing on the page moves for it.
-        first = f": {alerts[0].text}" if alerts else ""
-        self._alerts_count.set_text(count + first)
+        self._alerts_count.set_text(counted(len(alerts), "alert") if alerts else NO_ALERTS)
+        # The first one where there is place: nothing on the page moves for it.
+        self._alerts_first.set_text(f": {alerts[0].text}" if alerts else "")
         level = alerts[0].level if alerts else "none"
         self._alerts.classes(replace=f"alerts alerts-{level}")
         self._alerts_list.clear()
@@ -264,8 +278,15 @@ class RunPage:
         keys = list(self.reader.previews.timelines)
         return (keys.index(alert.prompt), alert.step) if alert.prompt in keys else None
 
+    def _open_curves(self) -> None:
+        if self._curves.value and not self._has_charts:
+            with self._curves, self.reader.lock:
+                self._build_charts()
+            self._has_charts = True
+        self._draw_charts()
+
     def _draw_charts(self) -> None:
-        if not self._curves.value:
+        if not (self._curves.value and self._has_charts):
             return
         self._charts_at = time.monotonic()
         reader, is_dark = self.reader, self._colours.is_dark
@@ -279,6 +300,12 @@ class RunPage:
                     is_dark=is_dark,
                 ),
             )
+            metrics = reader.metrics
+            self._source_box.set_visibility(
+                bool(metrics.source_losses or metrics.source_val_losses)
+            )
+            smoothing = float(self._smoothing.value or 0.0) / 100
+            set_options(self._sources, source_chart(reader, smoothing=smoothing, is_dark=is_dark))
             # A frame without data only asks what is wrong with it.
             has_any = bool(reader.previews.accuracy() or reader.metrics.scores)
             self._match_box.set_visibility(has_any)

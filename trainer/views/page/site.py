@@ -23,6 +23,10 @@ FAVICON = (
     'stroke-width="3.5" stroke-linecap="round"/></svg>'
 )
 
+PATIENCE_S = 600.0
+"""A page may take so long: a long run is read first, maybe on a machine that trains meanwhile.
+NiceGUI's own limit is 3 s, after which a visitor gets its error page."""
+
 RECONNECT_S = 20.0
 """How long a page that lost its connection is kept on the server."""
 
@@ -95,9 +99,9 @@ def _add_pages(store: RunStore, options: PageOptions) -> None:
             _watch(client, store, key)
         ComparePage(store, found)
 
-    ui.page("/")(home)
-    ui.page("/run/{name:path}")(run)
-    ui.page("/compare/{keys:path}")(compare)
+    ui.page("/", response_timeout=PATIENCE_S)(home)
+    ui.page("/run/{name:path}", response_timeout=PATIENCE_S)(run)
+    ui.page("/compare/{keys:path}", response_timeout=PATIENCE_S)(compare)
 
 
 def _watch(client: Client, store: RunStore, key: str) -> None:

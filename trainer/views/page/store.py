@@ -10,9 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.errors import OutputError
+from trainer.files import require_folder
 from trainer.monitoring.status_reader import METRICS_NAME, PREVIEWS_NAME
 from trainer.views.headline import Headline
+from trainer.views.page.answer_data import answer_of
 from trainer.views.page.own_server import OwnServer
 from trainer.views.page.panel_data import RowsData, rows_of
 from trainer.views.run_reader import RunReader, find_runs
@@ -53,6 +54,16 @@ def _stamp_of(reader: RunReader) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def _work_ahead(reader: RunReader) -> None:
+    """What the first page of a run would wait for."""
+    with reader.lock:
+        rows = rows_of(reader)
+        rows.headline()
+        found = rows.since(0)
+        if found is not None and found["order"]:
+            answer_of(reader, found["order"][0], None)
+
+
 # ---- RunStore: all runs of a folder, read by one task however many pages are open
 
 
@@ -76,12 +87,15 @@ class RunStore:
     """Knows the runs below a folder; pages say which ones they look at."""
 
     def __init__(self, root: Path) -> None:
-        """Find the runs.
+        """Find the runs; a folder that is not there yet is waited for.
 
         Raises:
-            OutputError: there is no such folder.
+            OutputError: it is something else than a folder.
         """
+        if root.exists() or root.is_symlink():
+            require_folder(root, "give the folder of a run, or of runs.")
         self.root = root
+        self._is_missing = not root.is_dir()
         self.readers: dict[str, RunReader] = {}
         self.watched: Counter[str] = Counter()
         """Id -> pages that look at it."""
@@ -94,12 +108,17 @@ class RunStore:
 
     def find(self) -> None:
         """Look for new runs."""
+        self._found_at = time.monotonic()
+        was_missing, self._is_missing = self._is_missing, not self.root.is_dir()
+        if self._is_missing:
+            if not was_missing:
+                logger.warning("%s: this folder went away; it may come back", self.root)
+            return
         for folder in find_runs(self.root):
             key = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:12]
             if key not in self.readers:
                 self.readers[key] = RunReader(folder)
                 self.readers[key].poll_summary()
-        self._found_at = time.monotonic()
 
     async def load(self, key: str) -> RunReader | None:
         """The run of an id with all that is in its files; None when there is none."""
@@ -112,7 +131,9 @@ class RunStore:
     async def refresh_forever(self) -> None:
         """Read what is new, until cancelled; first the newest runs, as they will be looked at."""
         for key, _ in self.by_age()[:NUM_AHEAD]:
-            await self.load(key)
+            reader = await self.load(key)
+            if reader is not None:
+                await asyncio.to_thread(_work_ahead, reader)
         while True:
             try:
                 async with self._loading:
@@ -124,11 +145,7 @@ class RunStore:
     def _refresh(self) -> None:
         now = time.monotonic()
         if now - self._found_at >= FIND_S:
-            try:
-                self.find()
-            except OutputError as error:  # the folder went away; it may come back
-                logger.warning("%s", error)
-                self._found_at = now
+            self.find()
         is_summary_due = now - self._summary_at >= SUMMARY_S
         for key, reader in list(self.readers.items()):
             if self.watched[key] > 0:

@@ -43,8 +43,10 @@ export class Answer {
     this.body = el("div", { class: "answer-body" });
     this.element = el("section", { class: "answer-pane", "aria-label": "answer" },
       this.title, el("div", { class: "verdict-line" }, this.verdict, this.keys), this.strip,
-      el("div", { class: "tools" }, this.back, this.place, this.forth, this.views,
-        button("copy", { class: "plain-button", "data-act": "copy", "aria-label": "copy as Markdown" }, () => this.on.copy()), this.copied, this.facts),
+      el("div", { class: "tools" }, el("span", { class: "steps" }, this.back, this.place, this.forth),
+        el("span", { class: "ways" }, this.views,
+          button("copy", { class: "plain-button", "data-act": "copy", "aria-label": "copy as Markdown" }, () => this.on.copy()), this.copied),
+        this.facts),
       this.body);
     this.nothing = el("p", { class: "dim" }, "No answers yet.");
     this.show(null);
@@ -75,6 +77,7 @@ export class Answer {
     this.place.replaceChildren("step ", el("b", {}, number(answer.step)), ` (${at + 1} of ${steps.length})`);
     this.back.disabled = at <= 0;
     this.forth.disabled = at >= steps.length - 1;
+    this.element.dataset.shows = this.view;
     for (const one of this.views.children) one.setAttribute("aria-pressed", String(one.dataset.view === this.view));
     const scores = Object.entries(answer.scores).map(([name, value]) => `${name} ${value.toPrecision(3)}`);
     this.facts.replaceChildren(...[...scores, ...answer.facts, ...(answer.is_same_as_before ? ["the same as the preview before"] : [])].map((fact) => el("span", { class: "fact" }, fact)));

@@ -98,8 +98,10 @@ export class List {
   }
 
   layOut() {
-    const width = this.stripWidth = Math.max(40, Math.round(this.element.clientWidth * 0.36));
-    this.cell = cellWidth(width, this.rows.planned, 6);
+    const most = Math.max(40, Math.round(this.element.clientWidth * 0.36));
+    this.cell = cellWidth(most, this.rows.planned, 6);
+    // Where the number of steps is known from the start, names get what strips will never need.
+    const width = this.stripWidth = this.rows.isPlanned ? Math.min(most, Math.max(24, this.rows.planned * this.cell)) : most;
     const all = this.rows.steps.length * this.cell;
     const isWide = this.rows.planned * this.cell > width;
     this.bar.hidden = !isWide;
@@ -111,13 +113,13 @@ export class List {
     if (isAtEnd && all > this.scroll + width)
       this.scroll = this.lastAll === undefined ? Math.max(0, all - width) : all - Math.round(width / 2);
     this.lastAll = all;
-    const most = Math.max(0, all - width);
+    const end = Math.max(0, all - width);
     if (this.step !== this.seenStep && this.step !== null && this.step !== this.rows.newest) {
       const x = this.rows.at(this.step) * this.cell;
-      if (x < this.scroll || x + this.cell > this.scroll + width) this.scroll = Math.min(most, Math.max(0, x - width / 2));
+      if (x < this.scroll || x + this.cell > this.scroll + width) this.scroll = Math.min(end, Math.max(0, x - width / 2));
     }
     this.seenStep = this.step;
-    if (this.bar.scrollLeft !== Math.min(this.scroll, most)) this.bar.scrollLeft = Math.min(this.scroll, most);
+    if (this.bar.scrollLeft !== Math.min(this.scroll, end)) this.bar.scrollLeft = Math.min(this.scroll, end);
   }
 
   drawNow() {

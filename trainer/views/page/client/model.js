@@ -26,6 +26,7 @@ export class Rows {
     this.verdicts = [];
     this.order = [];
     this.planned = 1;
+    this.isPlanned = false; // whether it is the number of preview steps of the whole run
   }
 
   // Take what the server says is new; gives whether the newest step is another one now.
@@ -39,6 +40,7 @@ export class Rows {
     for (const [row, state, short, words] of data.verdicts) this.verdicts[row] = { state, short, words };
     this.order = data.order;
     this.planned = Math.max(data.planned, this.steps.length, 1);
+    this.isPlanned = data.planned > 0;
     return before !== this.newest;
   }
 
