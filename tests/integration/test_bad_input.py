@@ -92,7 +92,8 @@ def test_all_bad_rows_are_named_at_once(
     ("words", "expected"),
     [
         (["--dataset", "absent.jsonl"], "absent.jsonl: does not exist"),
-        (["--dataset", "."], "is a folder"),
+        (["--dataset", "."], ".: holds no file of rows"),
+        (["--dataset", "*.jsonl"], "*.jsonl: matches no file"),
         ([], "--dataset"),
         (["--dataset", "DATA", "--model", "./absent"], "there is no such folder"),
         (["--dataset", "DATA", "--model", "qwen33"], "Did you mean --model qwen3?"),

@@ -22,15 +22,6 @@ AFTER = re.compile(rf" (?!of |on |in |by |per )(?:[a-z-]+ )?(?:{NOUNS})\b(?!/s)"
 
 NEVER_ONE = {
     # (file, what is counted): why it is never 1
-    ("data/card.py", "count"): "rows that share a prompt",
-    ("data/card.py", "card.max_length"): "no row fits into 1 token",
-    ("data/card.py", "length"): "the same",
-    ("data/dataset.py", "profile.name"): "no count",
-    ("data/sources.py", "len(names)"): "files that have weights",
-    ("data/turn_flags.py", "len(messages)"): "each of them",
-    ("data/turn_flags.py", "len(answers)"): "each of them",
-    ("data/row_files.py", "count"): "asked for only above 1",
-    ("data/row_files.py", "len(bad)"): "asked for only above 1",
     ("views/verdicts.py", "len(losses)"): "one loss has words of its own",
     ("views/page/list_page.py", "len(LETTERS)"): "a constant",
     ("views/words.py", "1 + len(result.samples)"): "there are further samples",
@@ -85,7 +76,7 @@ def plural_whatever_the_count(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("room", ["views", "monitoring", "data", "commands", "scores"])
+@pytest.mark.parametrize("room", ["views", "monitoring", "commands", "scores"])
 def test_what_people_read_takes_its_plurals_from_one_place(room: str) -> None:
     package = ROOT / "trainer"
     wrong = [

@@ -364,8 +364,8 @@ def _row_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     if card.num_final_asked:
         yield (
             "final",
-            f"{card.num_final_asked:,} prompts of the final evaluation are asked during training "
-            "too: there are no others; hold out more rows (data.validation_split)",
+            f"{counted(card.num_final_asked, 'prompt')} of the final evaluation asked during "
+            "training too: there are no others; hold out more rows (data.validation_split)",
         )
     if card.num_leaked:
         prompts = ", ".join(map(_short, card.leaked_prompts))
@@ -385,13 +385,13 @@ def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
             if card.mix_epoch == "first"
             else "it has every row at least once, and sources that are shorter again"
         )
-        yield "epoch", f"{num_rows:,} rows, mixed by data.mix_probabilities: {end}"
+        yield "epoch", f"{counted(num_rows, 'row')}, mixed by data.mix_probabilities: {end}"
     of = "so far" if card.streaming else "of an epoch"
     for source in card.sources:
         rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
-        has = f"{source.num_rows:,} rows, {source.num_tokens:,} tokens"
+        has = f"{counted(source.num_rows, 'row')}, {counted(source.num_tokens, 'token')}"
         if card.mix_epoch:
-            has += f"; {rows:,} rows an epoch, {rows / source.num_rows:.3g} times each"
+            has += f"; {counted(rows, 'row')} an epoch, {rows / source.num_rows:.3g} times each"
         share = (
             f"{100 * rows / max(num_rows, 1):.1f} % of the rows {of}, "
             f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"
@@ -467,7 +467,7 @@ def _trained_lines(card: DataCard) -> Iterator[tuple[str, str]]:
     if card.num_blank_questions:
         yield (
             "blank",
-            f"{card.num_blank_questions:,} rows have a user turn without text; they are trained "
+            f"{counted(card.num_blank_questions, 'row')} with a user turn without text: trained "
             "as they are",
         )
     if card.num_one_by_one:
@@ -534,7 +534,8 @@ def _too_long_text(card: DataCard) -> str:
         )
     if card.num_split:
         return (
-            f"{card.num_split:,} texts cut into {card.num_windows:,} windows of up to {length} "
+            f"{counted(card.num_split, 'text')} cut into {card.num_windows:,} windows of up to "
+            f"{length} "
             "tokens; each token is trained once (data.truncation=split)"
         )
     if not card.num_truncated:

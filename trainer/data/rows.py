@@ -236,7 +236,7 @@ def cut(
             raise RowTooLongError(len(ids))
         if how == "split":
             raise BadRowError(
-                f"the conversation has {len(ids)} tokens and hyperparams.max_length is "
+                f"the conversation has {counted(len(ids), 'token')} and hyperparams.max_length is "
                 f"{max_length}; data.truncation=split cuts plain text only, as the part of a "
                 "conversation is none: raise max_length, or let data.truncation be drop, "
                 "keep_start or keep_end",

@@ -21,10 +21,11 @@ from trainer.data.encode_processes import PIECE, Batch, encode_batches
 from trainer.data.pieces import Piece
 from trainer.data.preparer import Preparer
 from trainer.data.rendered import read_back
-from trainer.data.rows import Dropped, Row, RowErrors, RowTooLongError, is_text
+from trainer.data.rows import Dropped, Row, RowErrors, RowTooLongError, is_text, is_tokens
 from trainer.data.sides import is_in, largest_unit
 from trainer.data.sources import Source, read_rows
 from trainer.errors import ConfigError, DataError, ResumeError
+from trainer.net import names_without_secrets
 from trainer.profiles import DataProfile
 
 Array = np.ndarray[Any, Any]
@@ -270,17 +271,19 @@ class StreamReader:
         if type(profile).transform is DataProfile.transform:
             return
         for row in chunk.rows:
-            if is_text(row.messages):
+            if is_text(row.messages) or is_tokens(row.messages):
+                what = "plain text" if is_text(row.messages) else "tokens"
                 raise ConfigError(
-                    f"profile.name={profile.name!r} rewrites turns, and {row.where} is plain text, "
+                    f"profile.name={profile.name!r} rewrites turns, and {row.where} is {what}, "
                     "which has none; use the profile plain, or another data.format."
                 )
 
     def nothing_to_train(self) -> DataError:
         """That no row is left, and what became of all."""
         return DataError(
-            f"{self.section.dataset_path}: nothing to train: {self.errors.count} rows were "
-            f"rejected ({'; '.join(self.errors.errors[:3])}), {self.dropped.num_rows} are longer "
+            f"{names_without_secrets(self.section.dataset_path)}: nothing to train: "
+            f"{self.errors.count} rows were rejected ({'; '.join(self.errors.errors[:3])}), "
+            f"{self.dropped.num_rows} are longer "
             f"than hyperparams.max_length={self.preparer.encoder.max_length} and dropped, and the "
             f"prompts of the others are held out (data.validation_split="
             f"{self.section.validation_split})."
@@ -327,8 +330,9 @@ class StreamReader:
         if num_rows and found != expected:
             raise ResumeError(
                 "--resume: the training rows are not those of the checkpoint (the first "
-                f"{num_rows:,} rows of {self.section.dataset_path}, which it had read, are others "
-                "now). Restore the data file, or start a new run in another --output."
+                f"{num_rows:,} rows of {names_without_secrets(self.section.dataset_path)}, which "
+                "it had read, are others now). Restore the data file, or start a new run in "
+                "another --output."
             )
 
     def _rows(self, errors: RowErrors) -> Generator[Row, None, None]:

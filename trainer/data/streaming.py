@@ -227,6 +227,7 @@ class _Start:
             system_prompt=preparer.system_prompt,
             rejected=errors,
             dropped=self.reader.dropped,
+            left_out=[name for source in self.reader.sources for name in source.found.left_out],
         )
         num_preview, num_final, num_score = counts
 

@@ -12,6 +12,7 @@ import difflib
 import functools
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,22 @@ def check_tracker_names(names: tuple[str, ...]) -> None:
     Raises:
         ConfigError: a name is unknown, or there is no package of that name.
     """
+    # A script may have given transformers another one.
+    loaded = sys.modules.get("transformers.integrations.integration_utils")
+    known = [*dict.fromkeys((*TRACKERS, *getattr(loaded, "INTEGRATION_TO_CALLBACK", ())))]
     for name in names:
-        if name in TRACKERS:
+        if name in known:
             # Of the others the package has another name: `check_trackers` finds them.
             if name in PACKAGES and importlib.util.find_spec(name) is None:
                 raise _not_installed(name)
             continue
         if names == (NO_TRACKER,):
             continue
-        near = difflib.get_close_matches(name, TRACKERS, n=1)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"monitoring.report_to names {name!r}, which is not a known tracker.{hint} "
-            f"Known: {', '.join(TRACKERS)}; {NO_TRACKER!r} "
+            f"Known: {', '.join(known)}; {NO_TRACKER!r} "
             "alone turns them off. On the command line, give the flag once per tracker."
         )
 

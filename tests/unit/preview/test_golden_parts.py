@@ -141,4 +141,4 @@ def test_rows_whose_question_is_blank_are_counted_on_the_card(
     section = DataSection(dataset_path=str(write_rows(rows)), cache=False)
     card = prepare_data(section, encoder=RowEncoder(tokenizer, 256)).card
     assert card.num_blank_questions == 3
-    assert dict(card_lines(card))["blank"].startswith("3 rows have a user turn without text")
+    assert dict(card_lines(card))["blank"].startswith("3 rows with a user turn without text")
