@@ -38,7 +38,8 @@ def measure(arm: str, options: argparse.Namespace) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from trainer.core.loss import PostHead, Tiling, supervised_loss
+    from trainer.core.loss import supervised_loss
+    from trainer.core.tiles import PostHead, Tiling
 
     vocabulary = options.vocabulary
     torch.manual_seed(0)
@@ -134,7 +135,7 @@ def main() -> None:
 
 def usual_tile(vocabulary: int) -> int:
     """Positions of a tile in training on a CPU."""
-    from trainer.core.loss import tile_length
+    from trainer.core.tiles import tile_length
 
     return tile_length(vocabulary, "cpu")
 

@@ -24,6 +24,10 @@ from trainer.core.checkpoint import verify_checkpoint
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 WAIT_S, LIMIT_S = 120, 60
+"""Until something begins, and until a fault has ended all."""
+
+WHOLE_S = 400
+"""For a run without a fault, on a machine that does other work."""
 
 
 class Launched:
@@ -50,9 +54,9 @@ class Launched:
         [found] = [one for one in children if "trainer.monitoring.beats" in one.cmdline()]
         return found
 
-    def ends(self) -> list[int]:
+    def ends(self, limit_s: float = LIMIT_S) -> list[int]:
         """Exit codes of torchrun; nothing that it started is alive."""
-        codes = [agent.wait(LIMIT_S) for agent in self.agents]
+        codes = [agent.wait(limit_s) for agent in self.agents]
         _, alive = psutil.wait_procs(self.family, timeout=20)
         assert not alive, self.text()
         return codes
@@ -85,14 +89,27 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
     """A function that starts a run of two processes, on one machine or on two."""
     with contextlib.ExitStack() as stack:
 
-        def begin(*words: str, machines: int = 1, previews: str = "0") -> Launched:
+        def begin(
+            *words: str, machines: int = 1, previews: str = "0", meeting_at: int = 0
+        ) -> Launched:
+            """`meeting_at`: the number of the machine that holds torchrun's rendezvous."""
             out = tmp_path / "out"
             with socket.create_server(("127.0.0.1", 0)) as server:
                 port = server.getsockname()[1]
             launch = ["--nnodes", machines, "--nproc-per-node", 2 // machines, "--rdzv-id", "x"]
             launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-            launch += ["--local-addr", "127.0.0.1", "-m", "trainer", "train"]
-            usual = ["--dataset", qa_file, "--model", "tiny", "--fp32", "--quiet"]
+            launch += ["--local-addr", "127.0.0.1"]
+            usual = [
+                "-m",
+                "trainer",
+                "train",
+                "--dataset",
+                qa_file,
+                "--model",
+                "tiny",
+                "--fp32",
+                "--quiet",
+            ]
             usual += [] if "--output" in words else ["--output", out]
             usual += ["--environment.device", "cpu", "--batch-size", "2", "--max-length", "64"]
             usual += ["--monitoring.inference_interval", previews]
@@ -100,13 +117,15 @@ def start(qa_file: Path, tmp_path: Path) -> Iterator[Start]:
             usual += ["--monitoring.micro_eval_interval", "0", "--monitoring.report_to", "none"]
             texts = [tmp_path / f"machine-{number}.txt" for number in range(machines)]
             agents = []
-            for path in texts:
+            for number, path in enumerate(texts):
+                # Both are on one machine here, and either could be first to hold it.
+                holds = ["--rdzv-conf", f"is_host={str(number == meeting_at).lower()}"]
                 with path.open("wb") as file:
                     agents.append(
                         subprocess.Popen(
                             [
                                 *(sys.executable, "-m", "torch.distributed.run"),
-                                *map(str, [*launch, *usual, *words]),
+                                *map(str, [*launch, *holds, *usual, *words]),
                             ],
                             env={**os.environ, "PYTHONPATH": str(ROOT)},
                             cwd=tmp_path,
@@ -190,10 +209,10 @@ def test_shards_that_torchrun_stopped_go_on_as_if_they_had_not_been(
     stopped_at = run.status()["step"]
     assert 3 <= stopped_at < 60
     again = start(*words, "--resume")
-    assert again.ends() == [0], again.text()
+    assert again.ends(WHOLE_S) == [0], again.text()
     assert json.loads((again.out / "run.json").read_text())["resumed_from_step"] == stopped_at
     undisturbed = start(*words, "--output", str(tmp_path / "undisturbed"))
-    assert undisturbed.ends() == [0], undisturbed.text()
+    assert undisturbed.ends(WHOLE_S) == [0], undisturbed.text()
     runs = (again.out, tmp_path / "undisturbed")
     found = [load_file(out / "final_model" / "model.safetensors") for out in runs]
     assert found[0].keys() == found[1].keys()
@@ -236,15 +255,36 @@ def test_a_machine_that_is_gone_ends_all(start: Start) -> None:
     assert f"[rank 1] error: {words}" in run.text()
 
 
-@pytest.mark.long
-def test_a_machine_that_is_frozen_ends_all(start: Start) -> None:
-    run = start("--distributed.heartbeat_timeout_s", "4", machines=2)
-    run.wait_for_step(3)
+def freeze_second(run: Launched) -> subprocess.Popen[bytes]:
+    """Stop all of the machine that has rank 1; returns torchrun of the other one."""
     [second] = [agent for agent in run.agents if agent.pid == run.ranks[1].ppid()]
     frozen = [psutil.Process(second.pid), run.watcher_of(1), run.ranks[1]]
     for one in frozen:
         one.suspend()
     [first] = [agent for agent in run.agents if agent is not second]
-    assert first.wait(LIMIT_S) == 1
-    words = "rank 1 did not answer for 4 s (nothing comes from its machine)"
-    assert run.status()["error"]["message"] == words
+    return first
+
+
+FROZEN = "rank 1 did not answer for 4 s (nothing comes from its machine)"
+
+
+@pytest.mark.long
+def test_a_machine_that_is_frozen_ends_all(start: Start) -> None:
+    run = start("--distributed.heartbeat_timeout_s", "4", machines=2)
+    run.wait_for_step(3)
+    assert freeze_second(run).wait(LIMIT_S) == 1
+    assert run.status()["error"]["message"] == FROZEN
+
+
+@pytest.mark.long
+def test_a_frozen_machine_with_the_rendezvous_ends_the_ranks_of_the_other(start: Start) -> None:
+    """Its torchrun then waits for the rendezvous, which is beyond a run's reach."""
+    run = start("--distributed.heartbeat_timeout_s", "4", machines=2, meeting_at=1)
+    run.wait_for_step(3)
+    freeze_second(run)
+    ended, deadline = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD), time.monotonic() + LIMIT_S
+    while run.ranks[0].is_running() and run.ranks[0].status() not in ended:
+        assert time.monotonic() < deadline, run.text()
+        time.sleep(0.1)
+    assert run.status()["error"]["message"] == FROZEN
+    assert f"[rank 0] error: {FROZEN}" in run.text()

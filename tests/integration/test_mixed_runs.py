@@ -15,7 +15,7 @@ import torch
 from tests.integration.test_resume_exact import KEEP, QUIET, check_same_state, resumed
 from trainer.core import TrainerEngine, preparation, training
 from trainer.core.hf_trainer import SupervisedTrainer
-from trainer.core.loss import Tiling, summed_loss
+from trainer.core.tiles import Tiling, summed_loss
 from trainer.monitoring import TrainingStatusReader
 
 MIX = {"mix_probabilities": (0.6, 0.4), "validation_split": 0.2}

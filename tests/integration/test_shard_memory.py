@@ -103,7 +103,8 @@ def measure(case: Case) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile
 
     from tests.unit.core.test_memory import BATCH_SIZE, LENGTH, SETUP, real_model
-    from trainer.core.loss import PostHead, Tiling, supervised_loss
+    from trainer.core.loss import supervised_loss
+    from trainer.core.tiles import PostHead, Tiling
 
     torch.set_num_threads(1)
     accelerator = accelerator_of(case)
@@ -189,7 +190,11 @@ def test_the_card_of_shards_has_room_for_what_a_real_step_allocates(
 ) -> None:
     card, real = card_of(CASES[name]), measured[name]
     assert card.weights == pytest.approx(real["weights"], rel=1e-3)
-    assert 0.95 <= card.step / real["step"] <= 1.6
+    ratios = card.step / real["step"], card.step / real["highest"]
+    print(f"{name}: {ratios[0]:.2f} times the least, {ratios[1]:.2f} times the highest")
+    # Between the two is how long gloo held its buffers, which goes by the load of the machine.
+    assert ratios[0] >= 0.95
+    assert ratios[1] <= 1.45
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from tests.trust.two_processes import per_rank_mean
 from trainer.child import quiet_libraries
 from trainer.config.training_sections import LoraSection
 from trainer.core.evaluation import Evaluator
-from trainer.core.loss import PostHead, Tiling
 from trainer.core.sharding import gathered, shard
+from trainer.core.tiles import PostHead, Tiling
 from trainer.data.batches import PadCollator
 from trainer.models.adapters import add_lora
 from trainer.models.precision import resolve_precision

@@ -25,8 +25,8 @@ from tests.trust import flash
 from tests.trust.reference import decoder, llama, ragged_rows, weighted_rows
 from tests.trust.trainers import make_trainer
 from trainer.core import hf_trainer, loss
-from trainer.core.loss import PostHead, Tiling
 from trainer.core.proofs import TrainingCollator
+from trainer.core.tiles import PostHead, Tiling
 from trainer.data.batches import PadCollator, count_tokens
 
 OURS = str(Path(trainer.__file__).parent)

@@ -29,7 +29,7 @@ from tests.trust.reference import (
 from tests.trust.trainers import dataset, make_trainer
 from trainer.core import checks, hf_trainer, loss, training
 from trainer.core.checks import NUM_SUPERVISED, choose_loss, telling_part
-from trainer.core.loss import PostHead, Tiling
+from trainer.core.tiles import PostHead, Tiling
 from trainer.data.batches import PadCollator, blank_row
 from trainer.errors import ConfigError
 

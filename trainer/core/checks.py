@@ -11,13 +11,13 @@ from transformers import TrainerCallback
 
 from trainer.core.hf_trainer import SupervisedTrainer, is_out_of_memory
 from trainer.core.loss import (
-    Tiling,
     compare_with_own_loss,
     full_loss,
     prove_tiling,
     supervised_loss,
 )
 from trainer.core.optim import state_placeholders
+from trainer.core.tiles import Tiling
 from trainer.counts import counted
 from trainer.data.batches import LOSS_WEIGHTS, EncodedDataset, PadCollator, on_device
 from trainer.data.rows import IGNORE_INDEX

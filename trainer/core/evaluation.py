@@ -12,10 +12,11 @@ import torch
 
 from trainer.config.schema import TrainerConfig
 from trainer.core.checks import tiling_of
-from trainer.core.loss import Tiling, loss_share, supervised_loss
+from trainer.core.loss import loss_share, supervised_loss
 from trainer.core.run import Prepared
 from trainer.core.sharding import dealt
 from trainer.core.source_losses import SourceSums
+from trainer.core.tiles import Tiling
 from trainer.data.batches import EncodedDataset, on_device
 from trainer.data.rows import IGNORE_INDEX
 from trainer.data.source_shares import names_of

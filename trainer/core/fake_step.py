@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers.integrations import moe
 
-from trainer.core.loss import PostHead, head_of, tile_length
+from trainer.core.loss import head_of
+from trainer.core.tiles import PostHead, Tiling, summed_in_tiles, summed_loss
 
 NUM_RUN = 3
 """Equal blocks that are run: the first and the last may keep more than those between them."""
@@ -265,9 +264,10 @@ def _forward(model: Any, shape: StepShape, marks: _Marks) -> torch.Tensor:
         mask = torch.ones((size[0], 1, size[1], size[1]), dtype=torch.bool)
         inputs["attention_mask"] = mask
     text = _base(model).config.get_text_config()
-    length = tile_length(text.vocab_size, shape.device_type)
+    post = PostHead(cap=getattr(text, "final_logit_softcapping", None))
+    tiling = Tiling.of(post, text.vocab_size, shape.device_type)
     wanted = torch.zeros(size[0] * size[1], dtype=torch.int64)
-    is_tiled = len(wanted) > length
+    is_tiled = len(wanted) > tiling.length
     head, kept = head_of(model), []
 
     def take(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -290,21 +290,10 @@ def _forward(model: Any, shape: StepShape, marks: _Marks) -> torch.Tensor:
     finally:
         hook.remove()
     if not is_tiled:
-        return _cross_entropy(logits[0], wanted)
+        return summed_loss(logits[0], wanted, None)[0]
     del logits
-    post = PostHead(cap=getattr(text, "final_logit_softcapping", None))
-
-    def tile(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return _cross_entropy(post(head(states[None])[0]), wanted)
-
-    parts = zip(torch.split(kept.pop(), length), torch.split(wanted, length), strict=True)
     with autocast:
-        sums = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-    return torch.stack(sums).sum()
-
-
-def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), wanted, reduction="sum")
+        return summed_in_tiles(kept.pop(), head, wanted, None, tiling)[0]
 
 
 @contextlib.contextmanager

@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.core.loss import (
-    RELATIVE_TOLERANCE,
-    FusedSum,
-    PostHead,
-    Tiling,
-    head_of,
-    summed_loss,
-)
+from trainer.core.loss import RELATIVE_TOLERANCE, head_of
+from trainer.core.tiles import FusedSum, PostHead, Tiling, summed_loss
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 

@@ -27,7 +27,6 @@ from trainer.core.checkpoint import RUN_STATE_FILE, Hashes
 from trainer.core.loss import (
     NUM_TOKENS,
     SUPERVISED,
-    Tiling,
     full_loss,
     loss_share,
     supervised_loss,
@@ -42,6 +41,7 @@ from trainer.core.sharded_checkpoint import (
 )
 from trainer.core.sharding import allow_sharding, offload_told, sharding_options
 from trainer.core.source_losses import SourceSums
+from trainer.core.tiles import Tiling
 from trainer.data.batches import LOSS_WEIGHTS, EpochOrder, count_tokens
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import MemoryFullError, NonFiniteError

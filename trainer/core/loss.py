@@ -5,14 +5,13 @@ without loss weights, which makes it the token mean.
 
 A forward pre-hook on the LM head keeps the supervised hidden states; the model's own forward
 does the rest, so that logit scaling, soft-capping, adapters and DDP wrappers keep working. Where
-the logits of a batch would be large, the head is applied to tiles of the kept states, whose logits
-are computed again in the backward pass: memory for one tile in place of memory for all.
+the logits of a batch would be large, the head is applied to tiles of the kept states (tiles.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from trainer.core.source_losses import SourceSums
+from trainer.core.tiles import PostHead, Tiling, summed_in_tiles, summed_loss
 from trainer.data.batches import LOSS_WEIGHTS, SOURCES
 from trainer.data.rows import IGNORE_INDEX
 from trainer.errors import ConfigError
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 """How far our loss may be from the model's own on one batch, by compute dtype."""
-
-
-TILE_LOGITS = 2**26
-"""Logits that one tile may have: 256 MiB in fp32, and about three times that with gradients."""
-
-CPU_TILE_LOGITS, CPU_TILE_POSITIONS = 2**22, 192
-"""On a CPU a tile has no more logits, or no more positions, than that, whichever is longer. Each
-tile adds to the gradient of the whole head. A GPU, whose products are far faster than its memory,
-would wait for that as long as for the products of so few positions."""
 
 SUPERVISED = "supervised"
 """Key of batches: `supervised_positions` of the labels, made on the CPU beside the batch."""
@@ -47,48 +37,6 @@ NUM_TOKENS = "num_tokens"
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Config fields by which models multiply or divide their logits, or what goes into the head."""
-
-
-@dataclass(frozen=True)
-class PostHead:
-    """What a model's forward does to the output of its LM head: cap * tanh(scale * x / cap)."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) from the head's output."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-
-FusedSum = Callable[[torch.Tensor, Any, torch.Tensor, torch.Tensor | None, PostHead], torch.Tensor]
-"""(N, D) states, head, (N,) targets, (N,) weights or None -> summed cross-entropy."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the head is applied to parts of a batch's kept positions."""
-
-    post: PostHead
-    length: int
-    """Positions in one tile; fewer than that are not tiled."""
-    fused: FusedSum | None = None
-    """A kernel that does all tiles at once, once it is proved."""
-
-    @classmethod
-    def of(cls, post: PostHead, vocabulary: int, device_type: str) -> Tiling:
-        """Tiles for a head of so many tokens on a kind of device."""
-        return cls(post, tile_length(vocabulary, device_type))
-
-
-def tile_length(vocabulary: int, device_type: str) -> int:
-    """Positions of one tile."""
-    most = TILE_LOGITS // vocabulary
-    if device_type == "cpu":
-        most = min(most, max(CPU_TILE_LOGITS // vocabulary, CPU_TILE_POSITIONS))
-    return max(1, most)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -227,9 +175,9 @@ def _tiled_sum(
     weights: torch.Tensor | None,
     tiling: Tiling,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Any] | None:
-    """Summed cross-entropy, tile by tile, that of each position, and the output of the forward.
+    """Summed cross-entropy, tile by tile, that of each position, and the router loss.
 
-    The logits of that output are not it, and a kernel does not tell of each position.
+    A kernel does not tell of each position, and most models have no router loss.
 
     Args:
         target: (N,) token ids that follow the positions.
@@ -257,26 +205,14 @@ def _tiled_sum(
         hook.remove()
     if len(hidden) != 1 or any(isinstance(one, DTensor) for one in head.parameters()):
         return None
-
-    def tile(states: torch.Tensor, wanted: torch.Tensor, by: torch.Tensor | None) -> Losses:
-        # Past the hooks of the module: those of FSDP would give its weights back, and reduce their
-        # gradients, behind each tile. The forward above has gathered them.
-        return summed_loss(tiling.post(head.forward(states[None])[0]), wanted, by)
-
-    length = tiling.length
-    weighed = itertools.repeat(None) if weights is None else torch.split(weights, length)
-    parts = zip(torch.split(hidden[0], length), torch.split(target, length), weighed, strict=False)
-    each: torch.Tensor | None = None
+    aux_loss = getattr(output, "aux_loss", None)
+    logits = output.logits if isinstance(unwrapped, FSDPModule) else None
+    del output  # the graph of its logits keeps the head's weights in autocast's dtype
     with autocast:
-        if tiling.fused is not None:
-            total = tiling.fused(hidden[0], head, target, weights, tiling.post)
-        else:
-            tiles = [checkpoint(tile, *part, use_reentrant=False) for part in parts]
-            total = torch.stack([summed for summed, _ in tiles]).sum()
-            each = torch.cat([one for _, one in tiles])
-    if isinstance(unwrapped, FSDPModule):
-        total = _through(total, output.logits)
-    return total, each, output
+        total, each = summed_in_tiles(hidden.pop(), head, target, weights, tiling)
+    if logits is not None:
+        total = _through(total, logits)
+    return total, each, aux_loss
 
 
 class _Through(torch.autograd.Function):
@@ -301,25 +237,6 @@ def _through(total: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """
     found: torch.Tensor = _Through.apply(total, logits)  # type: ignore[no-untyped-call]
     return found
-
-
-Losses = tuple[torch.Tensor, torch.Tensor]
-"""The sum, with a gradient, and the losses of each position, (N,), before weights and without."""
-
-
-def summed_loss(logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None) -> Losses:
-    """Cross-entropy of (N, V) logits, each position times its weight.
-
-    In the two steps that `F.cross_entropy` takes, as what is between them has each position's loss.
-    """
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()  # a softmax over many tokens loses digits in half precision
-    logs = F.log_softmax(logits, dim=-1)
-    if weights is None:
-        each = logs.detach().gather(1, target[:, None])[:, 0].neg()
-        return F.nll_loss(logs, target, reduction="sum"), each
-    each = F.nll_loss(logs, target, reduction="none")
-    return (each * weights).sum(), each.detach()
 
 
 def supervised_loss(
@@ -364,15 +281,16 @@ def supervised_loss(
         )
     if found is None:
         logits, output = _forward_on(model, unwrapped, inputs, positions)
-        found = *summed_loss(logits, wanted, weights), output
-    total, each, output = found
+        aux_loss = getattr(output, "aux_loss", None)
+        found = *summed_loss(logits, wanted, weights), aux_loss
+    total, each, aux_loss = found
     if by_source is not None and each is not None and SOURCES in batch:
         by_source.add(each, weights, _next(batch[SOURCES], positions))
     if num_items is None:
         num_items = len(wanted) if weights is None else weights.sum()
     loss: torch.Tensor = total / _divisor(num_items)
     if router and len(wanted):  # blank rows have no router loss either
-        loss = loss + router * output.aux_loss.to(loss.device)
+        loss = loss + router * aux_loss.to(loss.device)
     return loss
 
 

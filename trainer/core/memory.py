@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config.training_sections import LoraSection
 from trainer.core.fake_step import StepBytes, StepShape, count_step, gradients_of
-from trainer.core.loss import tile_length
 from trainer.core.sharding import gathered_bytes
+from trainer.core.tiles import tile_length
 from trainer.models.adapters import add_lora
 from trainer.models.quantized import quantization_of
 from trainer.publish.snapshot import memory_left

@@ -13,7 +13,8 @@ from torch import nn
 from tests.trust import reference
 from trainer.core import fused_loss
 from trainer.core.fused_loss import check_loss_kernel, liger_sum, why_not, with_kernel
-from trainer.core.loss import PostHead, Tiling, supervised_loss
+from trainer.core.loss import supervised_loss
+from trainer.core.tiles import PostHead, Tiling
 from trainer.errors import ConfigError
 
 POSTS = [PostHead(), PostHead(0.25), PostHead(cap=3.0), PostHead(2.0, 5.0)]

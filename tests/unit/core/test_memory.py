@@ -28,12 +28,13 @@ from transformers import (
 
 from benchmarks import memory_card
 from trainer.config.training_sections import Hyperparams, LoraSection
-from trainer.core import dry_run, fake_step, memory
+from trainer.core import dry_run, fake_step, memory, tiles
 from trainer.core.dry_run import find_fit, mode_needs
-from trainer.core.loss import PostHead, Tiling, supervised_loss
+from trainer.core.loss import supervised_loss
 from trainer.core.memory import MemorySetup, device_memory, estimate_memory, fits
 from trainer.core.optim import build_optimizer
 from trainer.core.sharding import gathered_bytes
+from trainer.core.tiles import PostHead, Tiling
 from trainer.models.adapters import add_lora
 from trainer.publish import snapshot
 
@@ -144,6 +145,17 @@ def check_step(family: str, mode: str, dtype: torch.dtype, is_on: bool, num: int
 
 @pytest.mark.parametrize("case", SHORT, ids=lambda case: "-".join(map(str, case)))
 def test_the_step_of_the_card_is_what_a_real_step_allocates(case: Any) -> None:
+    check_step(*case)
+
+
+@pytest.mark.parametrize(
+    "case", [SHORT[0], SHORT[2], SHORT[4]], ids=lambda case: "-".join(map(str, case))
+)
+def test_the_card_knows_the_loss_in_tiles(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_estimate_of", memory._estimate_of.__wrapped__)
+    whole = estimate_memory(FAMILIES[case[0]], SETUP)
+    monkeypatch.setattr(tiles, "TILE_LOGITS", 13 * VOCABULARY)
+    assert estimate_memory(FAMILIES[case[0]], SETUP).loss < 0.6 * whole.loss
     check_step(*case)
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from tests.trust.reference import IGNORED, llama, token_losses, weighted_rows
 from tests.trust.trainers import dataset
-from trainer.core.loss import PostHead, Tiling, summed_loss, supervised_loss
+from trainer.core.loss import supervised_loss
 from trainer.core.source_losses import SourceSums
+from trainer.core.tiles import PostHead, Tiling, summed_loss
 from trainer.data.batches import (
     BLANK,
     LOSS_WEIGHTS,

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from benchmarks import bench_loss
 from tests.trust import reference
 from tests.unit.core.test_loss import gradients, ragged_batch
-from trainer.core import loss
-from trainer.core.loss import PostHead, Tiling, find_post_head, prove_tiling, supervised_loss
+from trainer.core import loss, tiles
+from trainer.core.loss import find_post_head, prove_tiling, supervised_loss
+from trainer.core.tiles import PostHead, Tiling
 from trainer.data.batches import LOSS_WEIGHTS
 
 SIZES: dict[str, Any] = {
@@ -40,6 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], PostHead]] = {
     "Granite": ({"logits_scaling": 8.0}, PostHead(1 / 8)),
     "HyperCLOVAX": ({"logits_scaling": 4.0}, PostHead(4.0)),
     "MiniCPM3": ({"dim_model_base": 16, **MINI}, PostHead()),
+    "Phi": ({}, PostHead()),  # its head has a bias
 }
 
 
@@ -64,7 +69,20 @@ def test_what_a_family_does_behind_its_head_is_found(family: str) -> None:
     assert found.cap == expected.cap
 
 
-def check_tiles(model: Any, post: PostHead | None, *, weighted: bool = False) -> None:
+WAYS = ("beside the sum", "autograd")
+"""How gradients are made: of a plain head in the forward pass, of all others by autograd."""
+
+
+def check_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+    model: Any,
+    post: PostHead | None,
+    *,
+    way: str = WAYS[0],
+    weighted: bool = False,
+    tolerance: tuple[float, float] = (1e-6, 1e-5),
+) -> None:
+    """Loss and gradients in tiles of 7 positions are those of all logits, made in the given way."""
     batch = ragged_batch()
     if weighted:
         drawn = torch.Generator().manual_seed(3)
@@ -72,37 +90,53 @@ def check_tiles(model: Any, post: PostHead | None, *, weighted: bool = False) ->
     assert post is not None
     plain = supervised_loss(model, model, batch)
     plain_grad = gradients(model, plain)
-    calls: list[int] = []
+    calls: dict[str, list[int]] = {name: [] for name in WAYS}
     head = loss.head_of(model)
-    forward = head.forward
+    forward, with_gradient = head.forward, tiles._with_gradient
 
     def noting(states: torch.Tensor) -> torch.Tensor:
-        calls.append(states.shape[1])
+        calls["autograd"].append(states.shape[1])
         return forward(states)
 
-    head.forward = noting
+    def noting_gradients(output: torch.Tensor, *rest: Any) -> Any:
+        calls["beside the sum"].append(len(output))
+        return with_gradient(output, *rest)
+
+    monkeypatch.setattr(tiles, "_with_gradient", noting_gradients)
+    if way == "autograd":
+        head.forward = noting
     tiled = supervised_loss(model, model, batch, tiling=Tiling(post, 7))
-    assert max(calls[1:]) == 7
-    assert len(calls) > 5
+    assert max(calls[way][1:]) == 7
+    assert len(calls[way]) > 5
     tiled_grad = gradients(model, tiled)
-    assert tiled.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert (tiled_grad - plain_grad).norm() <= 1e-5 * plain_grad.norm()
+    assert tiled.item() == pytest.approx(plain.item(), rel=tolerance[0])
+    assert (tiled_grad - plain_grad).norm() <= tolerance[1] * plain_grad.norm()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["tokens", "weights"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_in_tiles_are_those_of_all_logits(family: str, weighted: bool) -> None:
-    check_tiles(model_of(family), FAMILIES[family][1], weighted=weighted)
+def test_loss_and_gradients_in_tiles_are_those_of_all_logits(
+    family: str, weighted: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, post = model_of(family), FAMILIES[family][1]
+    check_tiles(monkeypatch, model, post, way=way, weighted=weighted)
+    exact = model.double()
+    check_tiles(monkeypatch, exact, post, way=way, weighted=weighted, tolerance=(1e-12, 1e-10))
 
 
-def test_mutant_a_cap_that_is_left_out_is_killed() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_mutant_a_cap_that_is_left_out_is_killed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
-        check_tiles(model_of("Gemma2"), PostHead())
+        check_tiles(monkeypatch, model_of("Gemma2"), PostHead(), way=way)
 
 
-def test_mutant_a_scale_the_wrong_way_round_is_killed() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_mutant_a_scale_the_wrong_way_round_is_killed(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AssertionError):
-        check_tiles(model_of("Granite"), PostHead(8.0))
+        check_tiles(monkeypatch, model_of("Granite"), PostHead(8.0), way=way)
 
 
 @torch.no_grad()
@@ -134,7 +168,7 @@ def test_a_model_that_does_something_else_behind_its_head_is_not_tiled() -> None
 def test_a_tile_is_shorter_on_a_cpu_than_on_a_gpu(
     vocabulary: int, device_type: str, positions: int
 ) -> None:
-    assert loss.tile_length(vocabulary, device_type) == positions
+    assert tiles.tile_length(vocabulary, device_type) == positions
 
 
 @pytest.mark.long
@@ -151,14 +185,14 @@ def test_a_loss_of_1536_tokens_and_32000_words_holds_100_mib_of_tensors() -> Non
 PEAK = """
 import sys, torch
 from pathlib import Path
-from trainer.core import loss
+from trainer.core import loss, tiles
 from transformers import Qwen3Config, Qwen3ForCausalLM
 torch.set_num_threads(1)
 config = Qwen3Config(vocab_size=32768, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                      num_attention_heads=1, num_key_value_heads=1, head_dim=32)
 model = Qwen3ForCausalLM(config)
 ids = torch.randint(3, 32768, (1, 1024))
-tiling = loss.Tiling(loss.PostHead(), 64) if sys.argv[1] == "tiled" else None
+tiling = tiles.Tiling(tiles.PostHead(), 64) if sys.argv[1] == "tiled" else None
 def high_water():
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmHWM:")[1].split()[0])
@@ -199,7 +233,7 @@ def test_tiles_are_proved_in_the_dtype_of_the_run(family: str, dtype: torch.dtyp
     assert found is not None
     assert found.post.scale == pytest.approx(FAMILIES[family][1].scale)
     assert found.post.cap == FAMILIES[family][1].cap
-    assert found.length == loss.CPU_TILE_LOGITS // 128
+    assert found.length == tiles.CPU_TILE_LOGITS // 128
 
 
 @torch.no_grad()
@@ -212,7 +246,9 @@ def test_a_cap_is_found_by_logits_that_are_too_small_to_show_it() -> None:
     assert found.cap == 3.0
 
 
-def test_tiles_are_made_in_the_autocast_of_the_forward_that_they_belong_to() -> None:
+def test_tiles_are_made_in_the_autocast_of_the_forward_that_they_belong_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Accelerate puts autocast around the model's forward, and nothing around the loss."""
     model = reference.llama()
     forward, seen = model.forward, []
@@ -222,11 +258,90 @@ def test_tiles_are_made_in_the_autocast_of_the_forward_that_they_belong_to() -> 
             return forward(*args, **options)
 
     model.forward = with_autocast
-    hook = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    with_gradient = tiles._with_gradient
+
+    def noting(output: torch.Tensor, *rest: Any) -> Any:
+        seen.append(output.dtype)
+        return with_gradient(output, *rest)
+
+    monkeypatch.setattr(tiles, "_with_gradient", noting)
     batch = {"input_ids": torch.arange(40)[None], "labels": torch.arange(40)[None]}
     whole = supervised_loss(model, model, batch)
+    plain_grad = gradients(model, whole)
     tiled = supervised_loss(model, model, batch, tiling=Tiling(PostHead(), 7))
-    tiled.backward()
-    hook.remove()
+    tiled_grad = gradients(model, tiled)
     assert set(seen) == {torch.bfloat16}
-    assert float(tiled) == pytest.approx(float(whole), rel=1e-6)
+    assert len(seen) == 6
+    assert tiled.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert model.lm_head.weight.grad.dtype == torch.float32
+    assert 0 < (tiled_grad - plain_grad).norm() <= 5e-3 * plain_grad.norm()
+
+
+class OwnHead(nn.Linear):
+    """A head with a forward of its own."""
+
+
+def heads() -> dict[str, Any]:
+    """Models whose head is not F.linear of its own dense weights alone."""
+    plain, hooked, other = (reference.llama() for _ in range(3))
+    adapters = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    add_hook_to_module(hooked.lm_head, ModelHook())
+    size = other.lm_head.in_features, other.lm_head.out_features
+    other.lm_head = OwnHead(*size, bias=False)
+    found = {"adapted": get_peft_model(plain, adapters), "hooked": hooked, "of a class": other}
+    return {name: model.double() for name, model in found.items()}
+
+
+def test_other_heads_are_left_to_autograd_and_get_the_same_gradients() -> None:
+    batch = ragged_batch()
+    for name, model in heads().items():
+        assert not tiles.is_plain(loss.head_of(model)), name
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = supervised_loss(model, inner, batch)
+        plain_grad = gradients(model, plain)
+        tiled = supervised_loss(model, inner, batch, tiling=Tiling(PostHead(), 7))
+        assert tiled.item() == pytest.approx(plain.item(), rel=1e-12), name
+        apart = (gradients(model, tiled) - plain_grad).norm()
+        assert apart <= 1e-10 * plain_grad.norm(), name
+    assert tiles.is_plain(reference.llama().lm_head)
+
+
+@pytest.mark.parametrize("frozen", ["head", "body"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(frozen: str) -> None:
+    model = model_of("Qwen3").double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("lm_head") == (frozen == "body"))
+    batch = ragged_batch()
+    plain_grad = gradients(model, supervised_loss(model, model, batch))
+    tiled = supervised_loss(model, model, batch, tiling=Tiling(PostHead(), 7))
+    assert (gradients(model, tiled) - plain_grad).norm() <= 1e-10 * plain_grad.norm()
+    assert (model.lm_head.weight.grad is None) == (frozen == "head")
+
+
+def test_gradients_that_were_given_are_not_given_again() -> None:
+    model = reference.llama()
+    tiled = supervised_loss(model, model, ragged_batch(), tiling=Tiling(PostHead(), 7))
+    tiled.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="once"):
+        tiled.backward()
+
+
+def test_a_weight_in_half_precision_gets_a_gradient_that_is_rounded_once_behind_its_factor() -> (
+    None
+):
+    """A factor of 2^20 over 3 is more than fp16 has."""
+    torch.manual_seed(0)
+    states, target = torch.randn(21, 16).half(), torch.randint(64, (21,))
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        head = nn.Linear(16, 64, bias=False).to(dtype)
+        with torch.no_grad():
+            head.weight.copy_(torch.linspace(-1, 1, 64 * 16).view(64, 16))
+        total, _ = tiles.summed_in_tiles(
+            (1e-3 * states).to(dtype), head, target, None, Tiling(PostHead(), 7)
+        )
+        (total * (2**20 / 3)).backward()
+        found.append(head.weight.grad.float())
+    assert found[0].isfinite().all()
+    assert found[1].abs().max() > 0
+    assert (found[0] - found[1]).norm() <= 2e-3 * found[1].norm()
