@@ -226,12 +226,13 @@ def test_a_rank_that_runs_out_of_memory_says_so_to_all(start: Start) -> None:
 MISSING = """
 from trainer.core import preparation
 from trainer.errors import DataError
-check_files = preparation.check_files
-def check(*args):
-    check_files(*args)
+check_early = preparation.check_early
+def check(*args, **options):
+    found = check_early(*args, **options)
     if rank == 1:
         raise DataError("rows.jsonl: no such file")
-preparation.check_files = check
+    return found
+preparation.check_early = check
 """
 
 

@@ -48,7 +48,8 @@ def test_n1_the_loss_is_the_token_mean(tied: bool) -> None:
 
 def test_mutant_n1_shift_off_by_one_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_next", lambda values, positions: values.flatten()[positions])
-    with pytest.raises(AssertionError):
+    # A position whose own label is not trained has no target, which is an error by itself.
+    with pytest.raises((AssertionError, RuntimeError)):
         check_loss(False)
 
 
