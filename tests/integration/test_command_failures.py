@@ -38,6 +38,8 @@ FAILURES: list[tuple[str, str]] = [
     ("chat OTHER", "other: the record of the run cannot be used"),
     (f"chat {TOO_LONG}", "File name too long"),
     ("config", "give a command: show"),
+    ("compare RUN --nope", "unknown flag --nope"),
+    ("compare EMPTY", "give the folders of two to 6"),
     ("config --nope", "unknown flag --nope"),
     ("config nope", "unknown command nope"),
     ("config explain --nope", "unknown flag --nope"),

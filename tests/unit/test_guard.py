@@ -129,12 +129,13 @@ def test_other_machines_need_a_key(tmp_path: Path, capsys: pytest.CaptureFixture
     assert keys_of_listener(short, "0.0.0.0", "--key-file") == {KEY: "publish"}
 
 
-def test_a_folder_that_is_not_there_and_a_taken_port_are_one_line(
+def test_a_file_for_a_folder_and_a_taken_port_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import socket
 
-    assert main(["monitor", str(tmp_path / "nowhere")]) == 2
+    (tmp_path / "file").write_text("no folder")
+    assert main(["monitor", str(tmp_path / "file"), "--port", "0"]) == 2
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["monitor", str(tmp_path), "--port", port]) == 2
