@@ -236,7 +236,7 @@ def plain_arm(task: Task, *, precision: str, supervised: bool) -> Clock:
 
 def encoded(task: Task) -> Any:
     """The rows as `trainer` encodes them."""
-    from trainer.config.schema import DataSection
+    from trainer.config.data_section import DataSection
     from trainer.config.training_sections import ModelSection
     from trainer.data.dataset import prepare_data
     from trainer.data.encode import RowEncoder

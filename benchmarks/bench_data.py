@@ -33,7 +33,7 @@ Prepare = Callable[[Path], Callable[[], tuple[int, int]]]
 
 def trainer_arm(data: Path, tokenizer: Any) -> Prepare:
     """`prepare_data` as the engine calls it, without a held-out part."""
-    from trainer.config.schema import DataSection
+    from trainer.config.data_section import DataSection
     from trainer.data.dataset import prepare_data
     from trainer.data.encode import RowEncoder
     from trainer.profiles import get_profile

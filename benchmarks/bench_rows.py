@@ -102,7 +102,7 @@ def write(path: Path, made: Sequence[list[dict[str, str]]]) -> Path:
 
 def prepare(path: Path, tokenizer: Any, **section: Any) -> Any:
     """The rows of a file as the engine prepares them; by one process unless told."""
-    from trainer.config.schema import DataSection
+    from trainer.config.data_section import DataSection
     from trainer.data.dataset import prepare_data
     from trainer.data.encode import RowEncoder
 

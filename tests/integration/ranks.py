@@ -41,10 +41,11 @@ def launch(words: list[str], folder: str, patch: str, world: int) -> None:
     failed_at = None
     while len(codes) < world:
         for pid, rank in ranks.items():
-            if rank not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
+            # How one ended can be read by others only until it is waited for: that is done last.
+            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if rank not in codes and found is not None:
+                is_code = found.si_code == os.CLD_EXITED
+                codes[rank] = found.si_status if is_code else -found.si_status
         left = [pid for pid, rank in ranks.items() if rank not in codes]
         if failed_at is None and any(codes.values()):
             failed_at = time.monotonic()
@@ -52,6 +53,8 @@ def launch(words: list[str], folder: str, patch: str, world: int) -> None:
         elif failed_at is not None and time.monotonic() - failed_at > GRACE_S:
             send(left, signal.SIGKILL)
         time.sleep(0.02)
+    for pid in ranks:
+        os.waitpid(pid, 0)
     print(json.dumps([codes[rank] for rank in range(world)]), flush=True)
 
 

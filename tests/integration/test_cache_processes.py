@@ -169,7 +169,7 @@ def test_the_command_shows_what_entries_are_of(
 
 TWO = """
 import sys
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.models.tiny import load_tiny_tokenizer

@@ -193,9 +193,8 @@ def test_of_a_main_rank_that_dies_its_watcher_tells_and_the_run_goes_on_exactly(
     dies = at_step("if rank == 0 and step == 5: os.kill(os.getpid(), signal.SIGKILL)")
     run = start(*words, patch=dies, steps=8)
     assert run.ends() == [-9, 1]
-    # The signal is known only as long as nobody has waited for the process.
-    run.check_failed("rank 0 died", "--resume")
-    assert "[rank 1] error: rank 0 died" in run.text_of(1)
+    run.check_failed("rank 0 died (SIGKILL)", "--resume")
+    assert "[rank 1] error: rank 0 died (SIGKILL)" in run.text_of(1)
     again = start(*words, "--resume", steps=8)
     assert again.ends() == [0, 0], again.texts()
     undisturbed = start(*words, out="undisturbed", steps=8)

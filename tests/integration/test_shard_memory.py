@@ -190,11 +190,7 @@ def test_the_card_of_shards_has_room_for_what_a_real_step_allocates(
 ) -> None:
     card, real = card_of(CASES[name]), measured[name]
     assert card.weights == pytest.approx(real["weights"], rel=1e-3)
-    ratios = card.step / real["step"], card.step / real["highest"]
-    print(f"{name}: {ratios[0]:.2f} times the least, {ratios[1]:.2f} times the highest")
-    # Between the two is how long gloo held its buffers, which goes by the load of the machine.
-    assert ratios[0] >= 0.95
-    assert ratios[1] <= 1.45
+    assert 0.95 <= card.step / real["step"] <= 1.6
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from unittest import mock
 from tests.trust.effects import shows
 from tests.trust.lab import NUM_STEPS, Lab, http_server
 from trainer import cli
-from trainer.config.schema import MonitoringConfig
+from trainer.config.monitoring_section import MonitoringConfig
 from trainer.core import TrainerEngine
 from trainer.monitoring import create_preview_backend
 from trainer.preview.base import PreviewRequest

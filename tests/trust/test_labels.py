@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data import batches, encode
 from trainer.data.batches import EncodedDataset, PadCollator
 from trainer.data.dataset import RunData, prepare_data

@@ -15,7 +15,7 @@ import torch
 from tests.trust.oracle import FAMILIES
 from tests.trust.reference import llama
 from tests.trust.trainers import make_trainer
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data import batches, encode, sides
 from trainer.data.batches import EpochOrder
 from trainer.data.dataset import RunData, pack_training_rows, prepare_data

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tests.trust import flash
 from tests.trust.reference import AnyRows, llama, ragged_rows, weighted_rows, weights
 from tests.trust.trainers import make_trainer
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.config.training_sections import Hyperparams
 from trainer.core import bf16_masters, hf_trainer
 from trainer.core.optim import build_optimizer

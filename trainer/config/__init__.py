@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.config.data_section import DataSection
 from trainer.config.loader import (
     ConfigLoader,
     LoadedConfig,
@@ -9,11 +10,10 @@ from trainer.config.loader import (
     find_config_file,
     resolve,
 )
+from trainer.config.monitoring_section import MonitoringConfig
 from trainer.config.schema import (
-    DataSection,
     EnvironmentSection,
     LockedSection,
-    MonitoringConfig,
     OutputSection,
     ProfileSection,
     TrainerConfig,

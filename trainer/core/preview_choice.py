@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from trainer.config.schema import MonitoringConfig, TrainerConfig
+from trainer.config.monitoring_section import MonitoringConfig
+from trainer.config.schema import TrainerConfig
 from trainer.config.section import WRITTEN, CombinationError
 from trainer.core.dry_run import memory_setup
 from trainer.core.memory import device_memory, estimate_memory, fits, size_words

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.child import half_the_cores
-from trainer.config.schema import MonitoringConfig
+from trainer.config.monitoring_section import MonitoringConfig
 from trainer.core.canary import build_canary
 from trainer.core.drift_plan import DriftPlan
 from trainer.core.early_checks import measures_golden

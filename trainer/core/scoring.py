@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config.schema import MonitoringConfig
+from trainer.config.monitoring_section import MonitoringConfig
 from trainer.core.early_checks import measures_golden
 from trainer.core.run import Job, Prepared, is_main_process
 from trainer.counts import counted

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.counts import counted
 from trainer.data.cache_key import (
     NotCacheableError,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.counts import counted
 from trainer.data.batches import EncodedDataset, PackedDataset
 from trainer.data.cache import entry_of

@@ -84,6 +84,19 @@ class Tally:
         self.num_as_text += row.notes.num_as_text
         self.num_rendered += row.is_rendered
 
+    def card_counts(self) -> dict[str, Any]:
+        """What the data card tells of it, by the names of its fields."""
+        return {
+            "num_own_system": self.num_own_system,
+            "num_untrained_turns": self.num_untrained_turns,
+            "num_weighted_turns": self.num_weighted_turns,
+            "num_openings": self.num_openings,
+            "num_blank_questions": self.num_blank_questions,
+            "unused_keys": dict(sorted(self.unused.items())),
+            "num_as_text": self.num_as_text,
+            "num_rendered": self.num_rendered,
+        }
+
 
 @dataclass(frozen=True)
 class EncodedRows:

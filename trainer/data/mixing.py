@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.errors import ConfigError
 
 MAX_NAME = 40

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.cache import cache_folder
 from trainer.data.encode_processes import PIECE, Batch, encode_batches
 from trainer.data.encoded import RowStore, Tally

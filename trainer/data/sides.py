@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.counts import counted
 from trainer.data.encoded import EncodedRows, RowReader
 from trainer.data.rows import PreviewRequest, golden_ids

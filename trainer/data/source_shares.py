@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.batches import PackedDataset
 from trainer.data.dataset import RunData
 from trainer.data.mixing import SourceShare, rows_per_epoch, short_names

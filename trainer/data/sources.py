@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.data_files import SUFFIXES, DataFile
 from trainer.data.find_files import Found, find_files
 from trainer.data.layouts import FORMATS

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.encode_processes import PIECE, Batch, encode_batches
 from trainer.data.pieces import Piece
 from trainer.data.preparer import Preparer

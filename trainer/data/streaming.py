@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.batches import EncodedDataset
 from trainer.data.cache import cache_folder
 from trainer.data.card import DataCard, draw_card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config.schema import MonitoringConfig
+from trainer.config.monitoring_section import MonitoringConfig
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewBackend, PreviewRequest, PreviewResult
 from trainer.preview.http import Remote3090Backend, server_key

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.config.schema import MonitoringConfig
+from trainer.config.monitoring_section import MonitoringConfig
 from trainer.errors import ConfigError
 from trainer.monitoring.events import (
     DriftMeasured,

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-from trainer.config.schema import MIN_TEMPERATURE
+from trainer.config.monitoring_section import MIN_TEMPERATURE
 from trainer.models.devices import any_algorithm
 from trainer.preview.samples import sample_seed
 

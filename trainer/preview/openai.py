@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from trainer.config.schema import EnvironmentSection, MonitoringConfig
+from trainer.config.monitoring_section import MonitoringConfig
+from trainer.config.schema import EnvironmentSection
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError, BoundedClient, KeyRefusedError, RefusedError, TooSlowError
 from trainer.models.chat_template import tokenizer_hash

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.child import KILL_TIMEOUT_S, Child
-from trainer.config.schema import MonitoringConfig
+from trainer.config.monitoring_section import MonitoringConfig
 from trainer.counts import counted
 from trainer.errors import ConfigError
 from trainer.preview.base import PreviewRequest, PreviewResult

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data import cache as cache_module
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder

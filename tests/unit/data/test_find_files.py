@@ -15,8 +15,8 @@ import pytest
 import zstandard
 
 from tests.collected import collected
-from trainer.config.schema import DataSection
-from trainer.data.card import card_lines
+from trainer.config.data_section import DataSection
+from trainer.data.card_lines import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.find_files import find_files

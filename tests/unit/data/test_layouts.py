@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.collected import collected
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.layouts import FORMATS, REFUSED_KEYS
 from trainer.data.row_files import raw_rows, to_rows
 from trainer.data.rows import Row, RowErrors

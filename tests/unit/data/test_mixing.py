@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.batches import BLANK, EncodedDataset, PackedDataset
 from trainer.data.mixed_order import MixedOrder
 from trainer.data.mixing import check_mix, rows_per_epoch, short_names

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.collected import collected
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.data_files import LocalFile
 from trainer.data.read_progress import EVERY_ROWS, ReadProgress
 from trainer.data.row_files import raw_rows

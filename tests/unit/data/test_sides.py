@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data import sides
 from trainer.data.encoded import EncodedRows
 from trainer.data.pieces import PLAIN_TEXT

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.collected import collected
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import RowErrors

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data import encoded, spool
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
@@ -108,7 +108,7 @@ def test_no_more_rows_are_in_memory_than_are_worked_on(
 
 FULL = """
 import json, resource, sys
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data import spool
 from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder

@@ -17,9 +17,9 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data import encode_processes, stream_reader, stream_rows
-from trainer.data.card import card_lines
+from trainer.data.card_lines import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.ring import Ring

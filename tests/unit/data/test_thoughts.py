@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import DataSection
-from trainer.data.card import card_lines
+from trainer.config.data_section import DataSection
+from trainer.data.card_lines import card_lines
 from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX, BadRowError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import transformers.utils.chat_template_utils as chat_templates
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.core.finished import FinishedRun, open_run
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder

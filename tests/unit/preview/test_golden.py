@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import DataSection
+from trainer.config.data_section import DataSection
 from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import golden_text
