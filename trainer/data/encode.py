@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from trainer.data.plain_text import TextEncoder
@@ -32,6 +34,19 @@ from trainer.profiles import Message
 REFUSED = "refused by the chat template"
 
 CHUNK = 256  # rows per tokenizer call: the fast tokenizer works on a chunk in parallel
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rows that are rendered, and tokenized now or later."""
+
+    chunk: list[list[Message]]
+    turns: list[list[Message]]
+    """Of these, the conversations."""
+    rendered: list[Rendered | BadRowError]
+    """Of each conversation."""
+    encodings: Callable[[], list[Any]]
+    """Waits for the tokens of what is rendered."""
 
 
 class RowEncoder:
@@ -92,10 +107,22 @@ class RowEncoder:
 
         A "conversation" of one TEXT_ROLE turn is plain text: no template, every token trained.
         """
-        encoded: list[Example | BadRowError] = []
-        for start in range(0, len(conversations), CHUNK):
-            encoded.extend(self._encode_mixed(conversations[start : start + CHUNK]))
-        return encoded
+        return self.finish(self.begin(conversations))
+
+    def begin(
+        self, conversations: list[list[Message]], pool: Executor | None = None
+    ) -> list[Begun]:
+        """Render conversations; `finish` encodes them, and they may be begun before others end.
+
+        Args:
+            pool: tokenizes meanwhile; None: that is left to `finish`.
+        """
+        chunks = [conversations[at : at + CHUNK] for at in range(0, len(conversations), CHUNK)]
+        return [self._begin(chunk, pool) for chunk in chunks]
+
+    def finish(self, begun: list[Begun]) -> list[Example | BadRowError]:
+        """As `encode_all`."""
+        return [result for chunk in begun for result in self._finish_chunk(chunk)]
 
     def encode(self, messages: list[Message]) -> Example:
         """Encode one conversation.
@@ -103,35 +130,41 @@ class RowEncoder:
         Raises:
             BadRowError: it cannot be encoded, or nothing in it would be trained.
         """
-        result = self._encode_mixed([messages])[0]
+        [result] = self.encode_all([messages])
         if isinstance(result, BadRowError):
             raise result
         return result
 
-    def _encode_mixed(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
-        texts = [row[0] for row in chunk if is_text(row)]
+    def _begin(self, chunk: list[list[Message]], pool: Executor | None) -> Begun:
         turns = [row for row in chunk if not is_text(row) and not is_tokens(row)]
+        ahead = self.shapes.render_ahead(turns)
+        rendered = [self._render(row, found) for row, found in zip(turns, ahead, strict=True)]
+        texts = [found.text for found in rendered if isinstance(found, Rendered)]
+        tokenize = partial(self.template.encode, texts)
+        if not texts or pool is None or not self.template.is_usual:
+            return Begun(chunk, turns, rendered, tokenize if texts else list)
+        return Begun(chunk, turns, rendered, pool.submit(tokenize).result)
+
+    def _finish_chunk(self, begun: Begun) -> list[Example | BadRowError]:
+        texts = [row[0] for row in begun.chunk if is_text(row)]
         from_texts = iter(self.texts.encode_chunk(texts, self._refuse_control) if texts else ())
-        from_turns = iter(self._encode_chunk(turns) if turns else ())
+        from_turns = iter(self._finish_turns(begun))
         return [
             self.tokens.encode(row[0], self.texts.say, self.texts.end_ids)
             if is_tokens(row)
             else next(from_texts if is_text(row) else from_turns)
-            for row in chunk
+            for row in begun.chunk
         ]
 
-    def _encode_chunk(self, chunk: list[list[Message]]) -> list[Example | BadRowError]:
-        ahead = self.shapes.render_ahead(chunk)
-        rendered = [self._render(row, found) for row, found in zip(chunk, ahead, strict=True)]
-        texts = [found.text for found in rendered if isinstance(found, Rendered)]
-        encodings = iter(self.template.encode(texts) if texts else ())
+    def _finish_turns(self, begun: Begun) -> list[Example | BadRowError]:
+        encodings = iter(begun.encodings())
         found = [
             result if isinstance(result, BadRowError) else self._find(result, next(encodings))
-            for result in rendered
+            for result in begun.rendered
         ]
         prompts = self._encoded_prompts([part[0] for part in found if isinstance(part, tuple)])
         results: list[Example | BadRowError] = []
-        for row, part in zip(chunk, found, strict=True):
+        for row, part in zip(begun.turns, found, strict=True):
             if isinstance(part, BadRowError):
                 is_refused = part.reason == REFUSED and num_openings(row)
                 results.append(self._encode_without_opening(row) if is_refused else part)
@@ -147,7 +180,7 @@ class RowEncoder:
         """
         first = [turn["role"] for turn in row].index("user")
         before = [turn for turn in row[:first] if turn["role"] != "assistant"]
-        result = self._encode_mixed([[*before, *row[first:]]])[0]
+        [result] = self.encode_all([[*before, *row[first:]]])
         if isinstance(result, BadRowError):
             return result
         left_out = [turn["content"] for turn in row[:first] if turn["role"] == "assistant"]

@@ -18,7 +18,7 @@ from typing import IO
 
 from trainer.child import Child, own_lines
 from trainer.data.pieces import Piece, piece_of
-from trainer.data.preparer import Conversation, Preparer
+from trainer.data.preparer import Begun, Conversation, Preparer
 from trainer.data.rows import Row
 from trainer.errors import ConfigError, TrainerError
 
@@ -98,8 +98,20 @@ def encode_batches(
 
 
 def _by_this_process(preparer: Preparer, batches: Iterable[Batch]) -> Iterator[Encoded]:
-    for batch in batches:
-        yield batch, piece_of(preparer.prepare(_conversations(batch)))
+    """A thread tokenizes a batch, which needs no lock of Python's, while the next is rendered."""
+    waiting: tuple[Batch, Begun] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+        for batch in batches:
+            begun = preparer.begin(_conversations(batch), pool)
+            if waiting is not None:
+                yield _finished(preparer, *waiting)
+            waiting = batch, begun
+        if waiting is not None:
+            yield _finished(preparer, *waiting)
+
+
+def _finished(preparer: Preparer, batch: Batch, begun: Begun) -> Encoded:
+    return batch, piece_of(preparer.finish(begun))
 
 
 def _conversations(batch: Batch) -> list[Conversation]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from trainer.data import encode
 from trainer.data.encode import RowEncoder
 from trainer.data.layouts import check_text_row
 from trainer.data.rows import (
@@ -39,6 +41,17 @@ class Outcome:
     """The error is one of the row as the profile left it."""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Rows that are rewritten and rendered."""
+
+    rows: Sequence[Conversation]
+    refused: list[BadRowError | None]
+    """Of each row: why the profile's row cannot be used."""
+    encoding: list[encode.Begun]
+    """Of those that can."""
+
+
 class Preparer:
     """Cleans, transforms, prompts and encodes rows; the same in whatever process."""
 
@@ -60,6 +73,14 @@ class Preparer:
 
     def prepare(self, rows: Sequence[Conversation]) -> list[Outcome]:
         """What becomes of each row, in order."""
+        return self.finish(self.begin(rows))
+
+    def begin(self, rows: Sequence[Conversation], pool: Executor | None = None) -> Begun:
+        """Clean, transform and render rows; the next ones may be begun before these are finished.
+
+        Args:
+            pool: tokenizes meanwhile.
+        """
         usable: list[list[Message]] = []
         refused: list[BadRowError | None] = []
         for index, messages in rows:
@@ -69,9 +90,13 @@ class Preparer:
             except BadRowError as error:
                 text = f"after profile {self.profile.name!r}: {error}"
                 refused.append(BadRowError(text, error.reason))
-        results = iter(self.encoder.encode_all(usable))
+        return Begun(rows, refused, self.encoder.begin(usable, pool))
+
+    def finish(self, begun: Begun) -> list[Outcome]:
+        """As `prepare`."""
+        results = iter(self.encoder.finish(begun.encoding))
         outcomes = []
-        for (_, messages), refusal in zip(rows, refused, strict=True):
+        for (_, messages), refusal in zip(begun.rows, begun.refused, strict=True):
             if refusal is not None:
                 outcomes.append(Outcome(error=refusal, is_profiles=True))
                 continue

@@ -225,9 +225,13 @@ class ChatTemplate:
             return self.tokenizer(texts, add_special_tokens=False).encodings
         # As transformers does, less the lists that it makes of each encoding.
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        # What is set already stays untouched: another thread may be tokenizing.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens != self.tokenizer.split_special_tokens:
+            backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return backend.encode_batch(texts, add_special_tokens=False)
 
     def texts_and_markers(
