@@ -201,6 +201,8 @@ def joined_calls(messages: list[Message], turns: list[Any]) -> list[Message]:
     Args:
         turns: what the messages were made of, one for one.
     """
+    if not any("tool_calls" in message for message in messages):
+        return messages
     joined: list[Message] = []
     was_call = False
     for message, turn in zip(messages, turns, strict=True):

@@ -27,6 +27,9 @@ Conversation = tuple[int, list[Message]]
 """The index of a row among all rows of the run's files, and its turns."""
 
 
+AS_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one row: its examples with their keys, or an error."""
@@ -166,7 +169,9 @@ class Preparer:
         if is_text(clean):
             return [turn for turn in clean if check_text_row(turn["content"])]
         if type(self.profile).transform is DataProfile.transform:
-            return with_system_prompt(check_messages(clean), self.system_prompt)
+            # What cleaning leaves as it is was checked when it was read.
+            turns = clean if clean == messages else check_messages(clean)
+            return with_system_prompt(turns, self.system_prompt)
         turns = self.profile.transform(clean, index=index, seed=self.seed)
         if _called(turns) != _called(messages):
             raise BadRowError("tool calls were lost or changed", "tool calls lost")
@@ -186,7 +191,7 @@ class Preparer:
 
 def content_key(messages: list[Message], seed: int) -> str:
     """A hash of a row's content and the seed, hex; equal rows have equal keys."""
-    content = json.dumps(messages, sort_keys=True, ensure_ascii=False)
+    content = AS_JSON.encode(messages)
     return hashlib.sha256(f"{seed}\n{content}".encode()).hexdigest()
 
 

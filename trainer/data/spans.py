@@ -12,12 +12,13 @@ from __future__ import annotations
 import bisect
 import re
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 from unicodedata import normalize
 
 from trainer.data.rendered import Rendered, left_out, lost_thought
 from trainer.data.rows import BadRowError, decoded
-from trainer.data.template import ChatTemplate, TurnMarks, shared_start
+from trainer.data.template import Asking, ChatTemplate, TurnMarks, shared_start
 from trainer.data.tools import missing_arguments
 from trainer.data.turns import assistant_turns, num_openings
 from trainer.errors import TemplateError
@@ -77,12 +78,6 @@ class _Search:
         self.row, self.text = rendered.row, rendered.text
         self.rendered, self.marks, self.places = rendered, rendered.marks, rendered.places
         self.turns = assistant_turns(self.row)
-        self.ends = sorted(
-            (place, turn)
-            for turn, marks in enumerate(self.marks)
-            for mark in marks.last
-            for place in self.places.get(mark, [])
-        )
         self.ids: list[int] = encoding.ids
         self.stripped: list[str] = []
         self.num_thoughts = 0
@@ -144,10 +139,12 @@ class _Search:
                 "so its prompt cannot be found in the row",
                 "template not provable",
             )
+        asking, is_thinking = self.template.asking, self.rendered.is_thinking
+        own, other = asking[is_thinking], asking[not is_thinking]
         rest = self.text[anchor : anchor + len(tail) + 64]
         found = [
             (len(ending), is_opened)
-            for ending, is_opened in self._endings(tail)
+            for ending, is_opened in _endings(tail, own, other)
             if rest.startswith(ending)
         ]
         if found:
@@ -178,30 +175,6 @@ class _Search:
             return 0, asked.tail
         places = self.places.get(asked.mark, [])
         return (places[asked.index] if asked.index < len(places) else None), asked.tail
-
-    def _endings(self, tail: str) -> list[tuple[str, bool]]:
-        """How a prompt may end in the row: with thinking off or on, or without an opened thought.
-
-        Returns:
-            Each ending, and whether something that the prompt opens was left out.
-        """
-        is_thinking = self.rendered.is_thinking
-        own, other = self.template.asking[is_thinking], self.template.asking[not is_thinking]
-        shared = shared_start(own.tail, other.tail)
-        whole = [(tail, own.openings)]
-        if tail.endswith(own.tail[shared:]):
-            swapped = tail[: len(tail) - len(own.tail[shared:])] + other.tail[shared:]
-            whole.append((swapped, other.openings))
-        # The other prompt may differ before the header too, and go on behind it.
-        if own.tail in other.tail:
-            whole.append((tail + other.tail.rpartition(own.tail)[2], ()))
-        opened = [
-            (ending.removesuffix(opening), True)
-            for ending, openings in whole
-            for opening in openings
-            if ending.endswith(opening)
-        ]
-        return [*((ending, False) for ending, _ in whole), *opened]
 
     # ---- where it ends
 
@@ -386,8 +359,20 @@ class _Search:
                 return place
         return None
 
+    @cached_property
+    def ends(self) -> list[tuple[int, int]]:
+        """Where texts end, each with its turn; ascending."""
+        return sorted(
+            (place, turn)
+            for turn, marks in enumerate(self.marks)
+            for mark in marks.last
+            for place in self.places.get(mark, [])
+        )
+
     def _next_place(self, turn: int, start: int) -> int:
         """Where the first text of any later turn ends, from `start` on; else the text's end."""
+        if turn + 1 == len(self.row):
+            return len(self.text)
         at = bisect.bisect_left(self.ends, (start, -1))
         return next((place for place, n in self.ends[at:] if n > turn), len(self.text))
 
@@ -410,6 +395,34 @@ class _Search:
     def _start_of(self, position: int) -> int:
         start: int = self.encoding.token_to_chars(position)[0]
         return start
+
+
+@lru_cache(maxsize=1024)
+def _endings(tail: str, own: Asking, other: Asking) -> tuple[tuple[str, bool], ...]:
+    """How a prompt may end in the row: with thinking off or on, or without an opened thought.
+
+    Args:
+        tail: the end of the row's own prompt.
+        own: how prompts end as this row is rendered.
+        other: how they end with thinking the other way.
+    Returns:
+        Each ending, and whether something that the prompt opens was left out.
+    """
+    shared = shared_start(own.tail, other.tail)
+    whole = [(tail, own.openings)]
+    if tail.endswith(own.tail[shared:]):
+        swapped = tail[: len(tail) - len(own.tail[shared:])] + other.tail[shared:]
+        whole.append((swapped, other.openings))
+    # The other prompt may differ before the header too, and go on behind it.
+    if own.tail in other.tail:
+        whole.append((tail + other.tail.rpartition(own.tail)[2], ()))
+    opened = [
+        (ending.removesuffix(opening), True)
+        for ending, openings in whole
+        for opening in openings
+        if ending.endswith(opening)
+    ]
+    return (*((ending, False) for ending, _ in whole), *opened)
 
 
 def _whole_markers(a: str, b: str, length: int) -> int:

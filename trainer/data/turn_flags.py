@@ -64,6 +64,8 @@ def apply_row_flags(row: Mapping[str, Any], messages: list[Message]) -> None:
         BadRowError: a flag is none, disagrees with another, has the wrong length, or asks to
             train a turn that is not the assistant's.
     """
+    if ROW_FLAGS.isdisjoint(row):
+        return
     given = {key: _unwrapped(row[key]) for key in sorted(ROW_FLAGS) if is_given(row.get(key))}
     for key, value in given.items():
         if isinstance(value, list):

@@ -324,9 +324,12 @@ def _number_text(value: float, where: str) -> str:
 
 def num_openings(messages: list[Message]) -> int:
     """Assistant turns before the first user turn: they answer nothing."""
-    roles = [turn["role"] for turn in messages]
-    first = roles.index("user") if "user" in roles else len(roles)
-    return roles[:first].count("assistant")
+    count = 0
+    for turn in messages:
+        if turn["role"] == "user":
+            break
+        count += turn["role"] == "assistant"
+    return count
 
 
 def leave_openings(messages: list[Message]) -> list[Message]:
@@ -336,6 +339,8 @@ def leave_openings(messages: list[Message]) -> list[Message]:
         BadRowError: a flag asks to train one.
     """
     opened = num_openings(messages)
+    if not opened:
+        return messages
     for turn in [turn for turn in messages if turn["role"] == "assistant"][:opened]:
         if turn.get("weight"):
             raise BadRowError(
@@ -349,9 +354,12 @@ def leave_openings(messages: list[Message]) -> list[Message]:
 
 def assistant_turns(row: list[Message]) -> list[int]:
     """Positions of the assistant's turns that answer something: those behind a user turn."""
-    roles = [turn["role"] for turn in row]
-    first = roles.index("user") if "user" in roles else 0
-    return [index for index, role in enumerate(roles) if role == "assistant" and index > first]
+    first = 0
+    for index, turn in enumerate(row):
+        if turn["role"] == "user":
+            first = index
+            break
+    return [n for n in range(first + 1, len(row)) if row[n]["role"] == "assistant"]
 
 
 def check_messages(messages: list[Message]) -> list[Message]:
@@ -367,8 +375,9 @@ def check_messages(messages: list[Message]) -> list[Message]:
                 f"messages[{position}] has role {turn['role']!r}; known: {', '.join(KNOWN_ROLES)}",
                 "unknown role",
             )
-        check_text(turn["content"], f"turn {position}")
-        check_text(turn.get("reasoning_content", ""), f"turn {position}")
+        for text in (turn["content"], turn.get("reasoning_content", "")):
+            if not is_plain(text):
+                check_text(text, f"turn {position}")
     roles = [turn["role"] for turn in messages]
     if "assistant" not in roles:
         raise BadRowError(
@@ -393,6 +402,11 @@ def check_messages(messages: list[Message]) -> list[Message]:
     ):
         raise BadRowError("an assistant turn is empty, so nothing to train", "empty assistant turn")
     return messages
+
+
+def is_plain(text: str) -> bool:
+    """Whether a look tells that a text is one that `check_text` takes."""
+    return text.isascii() and "\0" not in text
 
 
 def check_text(text: str, where: str) -> None:
