@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -16,6 +17,10 @@ from trainer.config.data_section import DataSection
 from trainer.data import encode_processes
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
+from trainer.data.encode_processes import Batch, encode_batches
+from trainer.data.pieces import piece_of
+from trainer.data.preparer import Preparer
+from trainer.data.rows import Row, RowNotes
 from trainer.errors import ConfigError, DataError, TrainerError
 from trainer.profiles import DataProfile, get_profile
 
@@ -74,6 +79,33 @@ def test_three_processes_make_the_rows_card_and_prompts_of_one(
 
 
 @pytest.mark.slow
+def test_batches_that_a_thread_tokenizes_become_what_their_rows_become_one_by_one(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.backend_tokenizer.enable_truncation(5)  # as a call of anybody may have left it
+    encoder = RowEncoder(tokenizer, 256)
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "a" * n}]
+             for n in range(1, 600)]  # fmt: skip
+    rows = [Row(f"row {n}", n, one, 0, RowNotes()) for n, one in enumerate(turns)]
+    batches = [Batch(rows[at : at + 256], is_training=True) for at in range(0, len(rows), 256)]
+    threads: list[str] = []
+    original = encoder.template.encode
+
+    def encode(texts: list[str]) -> Any:
+        threads.append(threading.current_thread().name.rpartition("_")[0])
+        return original(texts)
+
+    monkeypatch.setattr(encoder.template, "encode", encode)
+    preparer = Preparer(get_profile("plain"), encoder, None, 0)
+    together = [piece for _, piece in encode_batches(preparer, batches, 1, 0)]
+    assert threads.count("tokenize") == len(batches)
+    alone = [piece_of(preparer.prepare([(row.index, row.messages)])) for row in rows]
+    for name in ("ids", "labels", "lengths", "keys", "groups", "asked", "flags"):
+        both = [np.concatenate([getattr(p, name) for p in ps]) for ps in (together, alone)]
+        np.testing.assert_array_equal(*both)
+    assert max(alone[-1].lengths) > 5
+
+
 def test_a_killed_process_is_one_clear_error_and_nothing_is_kept(
     prepare: Callable[..., RunData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

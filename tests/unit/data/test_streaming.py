@@ -376,9 +376,9 @@ def test_a_stream_without_a_training_row_ends_with_what_became_of_all(
         prepare([{**row(n), "answer": ""} for n in range(3)], on_bad_row="skip")
 
 
-def test_a_process_that_encodes_and_is_killed_ends_the_run_with_its_number(
-    prepare: Callable[..., RunData], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The processes that encode, as they are started."""
     started: list[Any] = []
     original = encode_processes.Child
 
@@ -387,29 +387,27 @@ def test_a_process_that_encodes_and_is_killed_ends_the_run_with_its_number(
         return started[-1]
 
     monkeypatch.setattr(encode_processes, "Child", start)
+    return started
+
+
+def test_a_process_that_encodes_and_is_killed_ends_the_run_with_its_number(
+    prepare: Callable[..., RunData], children: list[Any]
+) -> None:
     data = prepare([row(n) for n in range(300)], validation_split=0, encode_processes=2)
-    for child in started:
+    for child in children:
         child.process.kill()
     with pytest.raises(TrainerError, match="a process that encodes rows"):
         taken(data, 900)  # what was on its way are a few pieces
 
 
 def test_nothing_is_left_running_when_a_stream_is_closed(
-    prepare: Callable[..., RunData], monkeypatch: pytest.MonkeyPatch
+    prepare: Callable[..., RunData], children: list[Any]
 ) -> None:
-    started: list[Any] = []
-    original = encode_processes.Child
-
-    def start(*args: Any, **options: Any) -> Any:
-        started.append(original(*args, **options))
-        return started[-1]
-
-    monkeypatch.setattr(encode_processes, "Child", start)
     data = prepare([row(n) for n in range(300)], validation_split=0, encode_processes=2)
     taken(data, 20)
     data.train.close()  # type: ignore[attr-defined]
     assert not [one for one in threading.enumerate() if one.name == "row stream"]
-    assert all(child.process.poll() is not None for child in started)
+    assert all(child.process.poll() is not None for child in children)
 
 
 # ---- the ring
