@@ -142,24 +142,35 @@ def report(figures: dict[str, list[float]], num_rows: int) -> None:
         )
 
 
+def as_many(rows: list[dict[str, str]], count: int | None) -> list[dict[str, str]]:
+    """The first rows; where there are fewer, again with a number behind the question."""
+    return [
+        {**rows[n % len(rows)], "question": f"{rows[n % len(rows)]['question']} {n}"}
+        if n >= len(rows)
+        else rows[n]
+        for n in range(len(rows) if count is None else count)
+    ]
+
+
 def main() -> None:
     """Parse arguments, run the blocks, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gsm8k", type=Path, required=True, help="gsm8k_train.jsonl")
     parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--rows", type=int, help="use only the first rows [all]")
+    parser.add_argument(
+        "--rows", type=int, help="so many, again and again, with a number [each once]"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     words = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from benchmarks.bench_train import make_tokenizer
 
-    lines = words.gsm8k.read_text().splitlines()[: words.rows]
-    rows = [json.loads(line) for line in lines]
+    rows = as_many([json.loads(line) for line in words.gsm8k.open()], words.rows)
     tokenizer = make_tokenizer([row[key] for row in rows for key in ("question", "answer")])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / "rows.jsonl"
-        data.write_text("\n".join(lines) + "\n")
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         arms = {"trainer": trainer_arm(data, tokenizer), "TRL": trl_arm(data, tokenizer, folder)}
         figures = measure(arms, len(rows), words.blocks, folder)
     report(figures, len(rows))
