@@ -23,7 +23,10 @@ from trainer.data.rows import Row
 from trainer.errors import ConfigError, TrainerError
 
 PIECE = 256
-"""Rows that are handed over at once."""
+"""Rows that are handed over at once, at most."""
+
+PIECE_CHARS = 200_000
+"""Of them: few rows that are long are enough to keep whoever encodes them busy."""
 
 MIN_BYTES = 20_000_000
 """Of the files; below, processes take longer to start than they save."""

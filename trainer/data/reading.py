@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.config.data_section import DataSection
 from trainer.data.cache import cache_folder
-from trainer.data.encode_processes import PIECE, Batch, encode_batches
+from trainer.data.encode_processes import PIECE, PIECE_CHARS, Batch, encode_batches
 from trainer.data.encoded import RowStore, Tally
 from trainer.data.pieces import Problem
 from trainer.data.preparer import Preparer
@@ -89,19 +89,20 @@ class Reading:
         return self._errors.setdefault(stage, RowErrors(self.section.on_bad_row))
 
     def _batches(self, sources: list[Source], validation_sources: list[Source]) -> Iterator[Batch]:
-        rows: list[Row] = []
         for files, is_training in ((sources, True), (validation_sources, False)):
+            rows: list[Row] = []
+            num_chars = 0
             for row in self._rows(files, is_training=is_training):
                 if is_training:
                     self.tally.add_read(row)
                 self.tally.num_marked += row.messages[0]["role"] == MARKED_ROLE
                 rows.append(row)
-                if len(rows) == PIECE:
+                num_chars += sum(len(turn["content"]) for turn in row.messages)
+                if len(rows) == PIECE or num_chars >= PIECE_CHARS:
                     yield Batch(rows, is_training)
-                    rows = []
+                    rows, num_chars = [], 0
             if rows:
                 yield Batch(rows, is_training)
-                rows = []
 
     def _rows(self, files: list[Source], *, is_training: bool) -> Iterator[Row]:
         """The rows of some files as conversations, or as plain text."""

@@ -400,13 +400,16 @@ def test_a_process_that_encodes_and_is_killed_ends_the_run_with_its_number(
         taken(data, 900)  # what was on its way are a few pieces
 
 
+@pytest.mark.parametrize("count", [1, 2])
 def test_nothing_is_left_running_when_a_stream_is_closed(
-    prepare: Callable[..., RunData], children: list[Any]
+    count: int, prepare: Callable[..., RunData], children: list[Any]
 ) -> None:
-    data = prepare([row(n) for n in range(300)], validation_split=0, encode_processes=2)
+    data = prepare([row(n) for n in range(300)], validation_split=0, encode_processes=count)
     taken(data, 20)
+    assert len(children) == (count if count > 1 else 0)
     data.train.close()  # type: ignore[attr-defined]
-    assert not [one for one in threading.enumerate() if one.name == "row stream"]
+    names = {one.name.partition("_")[0] for one in threading.enumerate()}
+    assert names.isdisjoint({"row stream", "tokenize", "encode"})
     assert all(child.process.poll() is not None for child in children)
 
 
