@@ -5,8 +5,8 @@
 
 `speed`: one process prepares conversations of 1, 8 and 32 answers of GSM8K, nothing cached; `alone`
 is a plain loop: `apply_chat_template` row by row, then the tokenizer on 256 texts at once. Ratios
-are block by block, the arms take turns. `processes`: the same rows by one process and by two, with
-and without the tokenizer's own threads in the one. `memory`: for each number of rows, in a process
+are block by block, the arms take turns. `processes`: the same rows by one process, by one that has
+one core, and by two. `memory`: for each number of rows, in a process
 of its own, the highest resident memory of the preparation above that before the first row, the
 time, then the second start from the cache, with the time of hashing the file told apart. Imports
 and the loading of the tokenizer are in none of them.
@@ -179,14 +179,22 @@ def processes(folder: Path, rows: list[dict[str, str]], words: argparse.Namespac
     tokenizer = tokenizer_for(rows, words.template)
     made = conversations(rows, max(5 * words.tokens // 165, 1), 1)
     path = write(folder / "processes.jsonl", made)
-    arms = {"one": (1, "true"), "one without threads": (1, "false"), "two": (2, "false")}
+    every = os.sched_getaffinity(0)
+    first = {min(every)}
+    arms = {
+        "one": (1, "true", every),
+        "one on one core": (1, "false", first),
+        "two": (2, "false", every),
+    }
     figures: Figures = {name: [] for name in arms}
     prints = set()
     for block in range(words.blocks):
         for name in list(arms) if block % 2 == 0 else list(arms)[::-1]:
-            count, has_threads = arms[name]
+            count, has_threads, cores = arms[name]
             os.environ["TOKENIZERS_PARALLELISM"] = has_threads
+            os.sched_setaffinity(0, cores)
             spent, data = seconds_of(lambda n=count: prepare(path, tokenizer, encode_processes=n))  # type: ignore[misc]
+            os.sched_setaffinity(0, every)
             figures[name].append(spent)
             prints.add(data.train.fingerprint())
     if len(prints) != 1:
@@ -194,7 +202,7 @@ def processes(folder: Path, rows: list[dict[str, str]], words: argparse.Namespac
     for name in arms:
         told(f"{len(made):,} rows: {name}", figures[name], "s")
     told("one / two", ratios(figures, "one", "two"))
-    told("one without threads / two", ratios(figures, "one without threads", "two"))
+    told("one on one core / two", ratios(figures, "one on one core", "two"))
     return figures
 
 
