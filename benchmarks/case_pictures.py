@@ -63,11 +63,12 @@ def main() -> int:
         if "b" not in runs:
             runs["b"] = root / "demo_run"
             stack.enter_context(command("demo", "--output", "demo_run", cwd=root))
-            wait_for_step(runs["b"], DEMO_STEPS)
+            wait_for_step(runs["b"], 1)
         browser = stack.enter_context(chromium())
         for case in sorted(runs, key=lambda case: (case != "b", case)):  # the demo goes on
             if case in words.cases:
-                take_case(browser, case, runs[case], words.out)
+                until = DEMO_STEPS if case == "b" and "b" not in given else 0
+                take_case(browser, case, runs[case], words.out, until)
     if words.docs is not None:
         words.docs.mkdir(parents=True, exist_ok=True)
         for case in words.cases:
@@ -88,8 +89,8 @@ def train_gsm8k(rows: Path, root: Path) -> Path:
     return root / "gsm8k_tiny"
 
 
-def take_case(browser: Any, case: str, run: Path, out: Path) -> None:
-    """The four pictures of one run, as whoever opens the page sees it."""
+def take_case(browser: Any, case: str, run: Path, out: Path, until: int = 0) -> None:
+    """The four pictures of one run, as whoever opens the page sees it, at that step at least."""
     with command("monitor", str(run), "--port", PORT), contextlib.ExitStack() as stack:
         pages = {}
         for size, (width, height, scale) in SIZES.items():
@@ -102,6 +103,7 @@ def take_case(browser: Any, case: str, run: Path, out: Path) -> None:
                 stack.callback(page.close)
                 open_page(page, f"http://127.0.0.1:{PORT}/")
                 pages[out / f"{case}-{size}-{scheme}.png"] = page
+        wait_for_step(run, until)
         # All at one moment: a run that trains goes on.
         for path, page in pages.items():
             page.screenshot(path=path)
