@@ -275,7 +275,9 @@ def test_two_processes_share_the_rows_of_one_and_go_on_with_them(
     ]
     (tmp_path / "launches.json").write_text(json.dumps(launches))
     script = Path(__file__).with_name("streamed_ranks.py")
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=500, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(script), str(tmp_path)]
+    subprocess.run(words, check=True, timeout=500, cwd=ROOT, env=environment)
 
     def rows_of(name: str) -> dict[str, list[str]]:
         found: dict[str, list[str]] = json.loads((tmp_path / f"{name}.json").read_text())
