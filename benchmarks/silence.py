@@ -160,11 +160,14 @@ FINAL = [
     *("--monitoring.max_eval_tokens", "16", "--monitoring.preview_max_tokens", "16"),
 ]
 
-SHORT = ["--max-steps", "12", "--batch-size", "4", "--monitoring.inference_interval", "6"]
+SHORT = ["--batch-size", "4", "--monitoring.inference_interval", "6"]
 
 
-def _train(here: Path, *more: str, model: str = "tiny", stop_at: str | None = None) -> Told:
+def _train(
+    here: Path, *more: str, model: str = "tiny", steps: int = 12, stop_at: str | None = None
+) -> Told:
     words = ["train", "--dataset", str(make_rows(here)), "--model", model, "--output", "out"]
+    words += ["--max-steps", str(steps)]
     return record([*TRAINER, *words, *SHORT, *FINAL, *more], cwd=here, stop_at=stop_at)
 
 
@@ -196,8 +199,10 @@ def case_gguf(here: Path) -> Told:
 
 def case_resume(here: Path) -> Told:
     """`--resume` of a run that was stopped by Ctrl-C."""
-    _train(here, "--max-steps", "2000", stop_at="step 2")
-    return record([*TRAINER, "train", "--resume", "--output", "out"], cwd=here, stop_at="step 40")
+    stopped = _train(here, steps=60, stop_at="step 6")
+    if stopped.code == 0:
+        raise SystemExit("the run that is resumed was not stopped")
+    return record([*TRAINER, "train", "--resume", "--output", "out"], cwd=here)
 
 
 def case_export(here: Path) -> Told:
