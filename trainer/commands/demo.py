@@ -28,7 +28,9 @@ STEPS = 260
 
 BATCH_SIZE = 64
 
-NUM_HELD_OUT = 200
+NUM_FINAL = 200
+
+NUM_PREVIEWED = 5
 
 PREVIEW_EVERY_STEPS = 20
 
@@ -57,7 +59,9 @@ def run(argv: list[str]) -> int:
     data = write_demo_data(
         folder / "data",
         num_train_rows=words.steps * BATCH_SIZE,
-        num_validation_rows=NUM_HELD_OUT + (NUM_SCORE_PROMPTS if words.early_stopping else 0),
+        num_validation_rows=NUM_PREVIEWED
+        + NUM_FINAL
+        + (NUM_SCORE_PROMPTS if words.early_stopping else 0),
         seed=words.seed,
     )
     records = RunRecords({}, is_report=True)
@@ -158,11 +162,11 @@ def demo_config(
         monitoring={
             "preview_backend": backend,
             "inference_interval": PREVIEW_EVERY_STEPS,
-            "num_eval_samples": 5,
+            "num_eval_samples": NUM_PREVIEWED,
             "preview_max_tokens": 32,
             "preview_temperature": 0.0,
             **scoring,
-            "final_eval_prompts": NUM_HELD_OUT,
+            "final_eval_prompts": NUM_FINAL,
             "max_eval_tokens": 32,
         },
         environment={"seed": seed, "offline": True},

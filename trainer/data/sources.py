@@ -219,10 +219,40 @@ def check_files(section: DataSection, offline: bool = False) -> None:
     """
     sources = find_sources(section.dataset_path, section.weights, offline=offline)
     check_mix(section, [source.name for source in sources])
+    held_out: list[Source] = []
     if section.validation_path is not None:
-        sources += find_sources(section.validation_path, offline=offline)
-    for source in sources:
+        held_out = find_sources(section.validation_path, offline=offline)
+    for source in [*sources, *held_out]:
         source.check()
+    _refuse_files_twice(sources, held_out)
+
+
+def _refuse_files_twice(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """One file in two folders or patterns: its rows would count twice, or be trained and measured.
+
+    A file that is named by itself on both sides is meant: the card counts its rows as leaks.
+
+    Raises:
+        ConfigError: names the file and both.
+    """
+    seen: dict[str, Source] = {}
+    for source in [*sources, *held_out]:
+        for file in source.found.files:
+            key = str(file.local_path.resolve()) if file.local_path else str(file)
+            first = seen.setdefault(key, source)
+            is_named = len(first.found.files) == len(source.found.files) == 1
+            if first is source or (source in held_out and is_named):
+                continue
+            if first in sources and source in held_out:
+                raise ConfigError(
+                    f"data.validation_path: {file} is among the files of data.dataset_path too "
+                    f"({first.name}), so it would be trained on; move it elsewhere, or name the "
+                    "training files by a pattern without it."
+                )
+            raise ConfigError(
+                f"data: {file} is in {first.name!r} and in {source.name!r}; name it once "
+                "(data.weights repeats rows)."
+            )
 
 
 def read_rows(

@@ -23,7 +23,7 @@ from trainer.data.find_files import find_files
 from trainer.data.row_files import raw_rows
 from trainer.data.rows import RowErrors
 from trainer.data.sources import Source, check_files, find_sources, read_rows
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -270,3 +270,23 @@ def test_arrow_files_are_read_with_an_index_and_as_streams_and_a_cut_is_found(
             path.write_bytes(content[:size])
             with pytest.raises(DataError, match=r"not a readable Arrow file|cannot be read"):
                 list(raw_rows(path))
+
+
+def test_a_file_that_two_names_hold_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, rows__a=2, rows__b=2, rows__held=2, other=2)
+    folder, pattern, file = (str(tmp_path / "rows" / end) for end in ("", "*.jsonl", "a.jsonl"))
+
+    def check(dataset: str, validation: str | None = None) -> None:
+        check_files(DataSection(dataset_path=dataset, validation_path=validation))
+
+    for twice in (f"{folder},{file}", f"{file},{pattern}", f"{folder},{pattern}"):
+        with pytest.raises(ConfigError, match=r"a\.jsonl is in .*; name it once"):
+            check(twice)
+    for held_out in (f"{tmp_path}/rows/held.jsonl", f"{tmp_path}/rows/../rows/h*.jsonl"):
+        with pytest.raises(ConfigError, match="is among the files"):
+            check(folder, held_out)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    with pytest.raises(ConfigError, match="name it once"):
+        check(f"{folder},{tmp_path}/link.jsonl")
+    check(folder, f"{tmp_path}/other.jsonl")
+    check(file, file)  # said on both sides: to see how well it is learned by heart
