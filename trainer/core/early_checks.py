@@ -40,9 +40,10 @@ def check_early(config: TrainerConfig) -> TrainerConfig:
     check_notify(config.monitoring.notify)
     get_profile(config.profile.name, dict(config.profile.options))
     config = resolve(config)
-    check_files(config.data, config.environment.offline)
+    is_resumed = config.output.resume is not None
+    check_files(config.data, config.environment.offline, is_resumed=is_resumed)
     read_canary_set(config.monitoring.canary_set)
-    if config.output.resume is None:  # a run that is resumed may have a copy of its base
+    if not is_resumed:  # a run that is resumed may have a copy of its base
         check_path(config.model.model_path)
     return config
 

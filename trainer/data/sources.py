@@ -207,14 +207,15 @@ def find_sources(
     ]
 
 
-def check_files(section: DataSection, offline: bool = False) -> None:
+def check_files(section: DataSection, offline: bool = False, *, is_resumed: bool = False) -> None:
     """Look for the data files before anything slow is done.
 
     Args:
         section: names them.
         offline: never ask another machine.
+        is_resumed: a run goes on with what it began with, files that two names hold included.
     Raises:
-        ConfigError: as `find_sources` does.
+        ConfigError: as `find_sources` does, or two names hold one file.
         DataError: a file is not there, or a folder or pattern has none.
     """
     sources = find_sources(section.dataset_path, section.weights, offline=offline)
@@ -224,7 +225,8 @@ def check_files(section: DataSection, offline: bool = False) -> None:
         held_out = find_sources(section.validation_path, offline=offline)
     for source in [*sources, *held_out]:
         source.check()
-    _refuse_files_twice(sources, held_out)
+    if not is_resumed:
+        _refuse_files_twice(sources, held_out)
 
 
 def _refuse_files_twice(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
