@@ -199,7 +199,7 @@ def test_mutant_n9_a_prompt_compared_by_letters_alone_is_killed(
 ) -> None:
     """`<t` of `<tool_call>` is also the start of `<think>`, which the prompt goes on with."""
     check_plain_markers("qwen3")
-    monkeypatch.setattr(spans._Search, "_endings", lambda self, tail: [(tail, False)])
+    monkeypatch.setattr(spans, "_endings", lambda tail, own, other: [(tail, False)])
     check_plain_markers("qwen3")
     monkeypatch.setattr(spans, "_whole_markers", lambda a, b, length: length)
     assert is_killed(lambda: check_plain_markers("qwen3"))
@@ -217,7 +217,7 @@ def test_mutant_n9_an_opened_thought_taken_for_the_rows_own_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_shape("deepseekv3", "many")
-    monkeypatch.setattr(spans._Search, "_endings", lambda self, tail: [(tail, False)])
+    monkeypatch.setattr(spans, "_endings", lambda tail, own, other: [(tail, False)])
     assert is_killed(lambda: check_shape("deepseekv3", "many"))
 
 

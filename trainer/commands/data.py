@@ -80,7 +80,7 @@ def _prepare(config: TrainerConfig) -> RunData:
 
 
 def _print_data(console: Console, data: RunData, count: int) -> None:
-    from trainer.data.card_lines import card_lines
+    from trainer.data.card_text import card_lines
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

@@ -50,7 +50,7 @@ from trainer.core.training import (
     execute_training,
     finish_training,
 )
-from trainer.data.card_lines import card_lines
+from trainer.data.card_text import card_lines
 from trainer.data.dataset import RunData
 from trainer.errors import ConfigError
 from trainer.models.devices import own_device

@@ -24,7 +24,7 @@ from trainer.core.hf_trainer import SupervisedTrainer
 from trainer.core.process import StopRequest, process_settings
 from trainer.core.resume import HISTORY, SEMANTICS, ResumePoint, environment_manifest
 from trainer.core.run_folder import RunFolder, resolved_config
-from trainer.data.card_lines import card_lines
+from trainer.data.card_text import card_lines
 from trainer.data.dataset import RunData
 from trainer.errors import (
     EXIT_COMPLETED,

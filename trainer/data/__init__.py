@@ -8,7 +8,7 @@ from trainer import lazy_names
 
 if TYPE_CHECKING:
     from trainer.data.batches import EpochOrder, PadCollator
-    from trainer.data.card_lines import card_lines
+    from trainer.data.card_text import card_lines
     from trainer.data.dataset import RunData, prepare_data
     from trainer.data.encode import RowEncoder
 
@@ -18,7 +18,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "trainer.data.batches": ["EpochOrder", "PadCollator"],
-        "trainer.data.card_lines": ["card_lines"],
+        "trainer.data.card_text": ["card_lines"],
         "trainer.data.dataset": ["RunData", "prepare_data"],
         "trainer.data.encode": ["RowEncoder"],
     },

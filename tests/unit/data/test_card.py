@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.config.data_section import DataSection
-from trainer.data.card_lines import MAX_KEYS_SHOWN, card_lines
+from trainer.data.card_text import MAX_KEYS_SHOWN, card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.errors import DataError

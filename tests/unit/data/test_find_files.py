@@ -16,7 +16,7 @@ import zstandard
 
 from tests.collected import collected
 from trainer.config.data_section import DataSection
-from trainer.data.card_lines import card_lines
+from trainer.data.card_text import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.find_files import find_files

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trainer.config.data_section import DataSection
-from trainer.data.card_lines import card_lines
+from trainer.data.card_text import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.plain_text import prompt_border

@@ -18,7 +18,7 @@ import pytest
 from tests.collected import collected
 from trainer.config.data_section import DataSection
 from trainer.data import remote_files
-from trainer.data.card_lines import card_lines
+from trainer.data.card_text import card_lines
 from trainer.data.dataset import prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import RowErrors

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler
 
 from trainer.config.data_section import DataSection
 from trainer.data import encode_processes, stream_reader, stream_rows
-from trainer.data.card_lines import card_lines
+from trainer.data.card_text import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.ring import Ring
@@ -404,12 +404,13 @@ def test_a_process_that_encodes_and_is_killed_ends_the_run_with_its_number(
 def test_nothing_is_left_running_when_a_stream_is_closed(
     count: int, prepare: Callable[..., RunData], children: list[Any]
 ) -> None:
+    before = set(threading.enumerate())  # what other tests left to the collector
     data = prepare([row(n) for n in range(300)], validation_split=0, encode_processes=count)
     taken(data, 20)
+    assert set(threading.enumerate()) > before
     assert len(children) == (count if count > 1 else 0)
     data.train.close()  # type: ignore[attr-defined]
-    names = {one.name.partition("_")[0] for one in threading.enumerate()}
-    assert names.isdisjoint({"row stream", "tokenize", "encode"})
+    assert not set(threading.enumerate()) - before
     assert all(child.process.poll() is not None for child in children)
 
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from trainer.config.data_section import DataSection
-from trainer.data.card_lines import card_lines
+from trainer.data.card_text import card_lines
 from trainer.data.dataset import RunData, prepare_data
 from trainer.data.encode import RowEncoder
 from trainer.data.rows import IGNORE_INDEX
