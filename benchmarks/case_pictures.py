@@ -34,7 +34,7 @@ MADE_UP = {
 }
 SIZES = {"wide": (1440, 900, 1.0), "phone": (390, 844, 2.0)}
 SCHEMES = ("light", "dark")
-DEMO_STEPS = 42
+DEMO_STEPS = 82
 """The demo is taken at about this step: right and wrong answers stand side by side."""
 TRAIN = "--model tiny --data.max_rows 2000 --max-steps 160 --batch-size 8 --learning-rate 0.005"
 PREVIEWS = (
