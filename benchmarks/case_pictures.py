@@ -104,6 +104,7 @@ def take_case(browser: Any, case: str, run: Path, out: Path, until: int = 0) -> 
                 open_page(page, f"http://127.0.0.1:{PORT}/")
                 pages[out / f"{case}-{size}-{scheme}.png"] = page
         wait_for_step(run, until)
+        page.wait_for_timeout(WAIT_MS)  # until the pages know
         # All at one moment: a run that trains goes on.
         for path, page in pages.items():
             page.screenshot(path=path)
