@@ -96,7 +96,8 @@ def _source_lines(card: DataCard) -> Iterator[tuple[str, str]]:
         rows, tokens = source.num_epoch_rows, source.num_epoch_tokens
         has = f"{counted(source.num_rows, 'row')}, {counted(source.num_tokens, 'token')}"
         if card.mix_epoch:
-            has += f"; {counted(rows, 'row')} an epoch, {rows / source.num_rows:.3g} times each"
+            times = f"{rows / source.num_rows:.3g} times" if rows != source.num_rows else "once"
+            has += f"; {counted(rows, 'row')} an epoch, {times} each"
         share = (
             f"{100 * rows / max(num_rows, 1):.1f} % of the rows {of}, "
             f"{100 * tokens / max(card.num_epoch_tokens, 1):.1f} % of its tokens"

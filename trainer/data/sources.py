@@ -232,7 +232,7 @@ def check_files(section: DataSection, offline: bool = False, *, is_resumed: bool
 def _refuse_files_twice(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
     """One file in two folders or patterns: its rows would count twice, or be trained and measured.
 
-    A file that is named by itself on both sides is meant: the card counts its rows as leaks.
+    The same name on both sides is meant: the card counts its rows as leaks.
 
     Raises:
         ConfigError: names the file and both.
@@ -242,10 +242,11 @@ def _refuse_files_twice(sources: Sequence[Source], held_out: Sequence[Source]) -
         for file in source.found.files:
             key = str(file.local_path.resolve()) if file.local_path else str(file)
             first = seen.setdefault(key, source)
-            is_named = len(first.found.files) == len(source.found.files) == 1
-            if first is source or (source in held_out and is_named):
+            is_trained = any(first is one for one in sources)
+            is_held_out = any(source is one for one in held_out)
+            if first is source or (is_trained and is_held_out and first.name == source.name):
                 continue
-            if first in sources and source in held_out:
+            if is_trained and is_held_out:
                 raise ConfigError(
                     f"data.validation_path: {file} is among the files of data.dataset_path too "
                     f"({first.name}), so it would be trained on; move it elsewhere, or name the "

@@ -329,7 +329,7 @@ class _Start:
         """The card with what cannot be known before the rows are read."""
         words = f"{self.mark.num_read:,} rows are read before the first step"
         if self.is_whole:
-            words += ", which are all; "
+            words += ", which are all. "
         else:
             words += ", the others while training; all figures here are of these. "
         words += (

@@ -290,4 +290,7 @@ def test_a_file_that_two_names_hold_is_refused(tmp_path: Path) -> None:
         check(f"{folder},{tmp_path}/link.jsonl")
     check_files(DataSection(dataset_path=f"{folder},{file}"), is_resumed=True)
     check(folder, f"{tmp_path}/other.jsonl")
-    check(file, file)  # said on both sides: to see how well it is learned by heart
+    with pytest.raises(ConfigError, match="is among the files"):
+        check(file, pattern)
+    for name in (file, folder):  # said on both sides: to see how well it is learned by heart
+        check(name, name)
