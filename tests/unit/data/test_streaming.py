@@ -407,7 +407,7 @@ def test_nothing_is_left_running_when_a_stream_is_closed(
     before = set(threading.enumerate())  # what other tests left to the collector
     data = prepare([row(n) for n in range(300)], validation_split=0, encode_processes=count)
     taken(data, 20)
-    assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) - before
     assert len(children) == (count if count > 1 else 0)
     data.train.close()  # type: ignore[attr-defined]
     assert not set(threading.enumerate()) - before
