@@ -144,7 +144,6 @@ def measure(case: Case) -> dict[str, int]:
         peaks.append(max(itertools.accumulate(sizes)))
     return {
         "step": min(peaks),
-        "highest": max(peaks),
         "weights": sum(p.to_local().nbytes for p in model.parameters()),
     }
 
