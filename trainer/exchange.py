@@ -80,7 +80,7 @@ class BoundedClient:
             url: a path and a query are kept with every request, a user name and password too; none
                 of these secrets stands in a message.
             kind: what the server should be, for messages.
-            key_variable: environment variable that messages name for the key.
+            key_variable: what messages name for the key: an environment variable, or an option too.
             trust_env: go through the proxies that this shell names.
             is_patient: ask a busy server again until the deadline.
         """

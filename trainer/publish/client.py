@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trainer.counts import counted
 from trainer.errors import ConfigError, PreviewError
 from trainer.exchange import AwayError, BoundedClient, KeyRefusedError, RefusedError
+from trainer.net import KEY_VARIABLE
 from trainer.publish.weight_file import WeightFile
 from trainer.publish.wire import (
     PART_BYTES,
@@ -51,6 +52,8 @@ class ServerInfo(BaseModel):
     tokenizer_hash: str | None = None
     chat_template_hash: str | None = None
     dtype_option: str = "auto"
+    scope: str = "publish"
+    """What the key may do; an older server does not say."""
     profiles: tuple[str, ...] = ()
 
 
@@ -94,6 +97,7 @@ class WorkerClient:
             timeout_s=timeout_s,
             timeout_name="monitoring.remote_3090_timeout",
             max_answer=MAX_ANSWER,
+            key_variable=f"monitoring.remote_3090_key_file or {KEY_VARIABLE}",
         )
 
     def close(self) -> None:
@@ -121,6 +125,13 @@ class WorkerClient:
         """
         try:
             info = ServerInfo.model_validate(self._ask("GET", "/info"))
+            if info.scope != "publish":
+                raise ConfigError(
+                    f"{self.http.url}: the key of this run has the scope {info.scope}, and a run "
+                    "publishes its weights; give the key that stands behind `publish:` in the "
+                    "server's key file, by monitoring.remote_3090_key_file or "
+                    f"{self.http.key_variable}."
+                )
             if info.model_id is None and info.config_hash is None:
                 info = self._register(model, quantize)
         except (AwayError, ConfigError):

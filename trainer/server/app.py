@@ -18,7 +18,7 @@ from trainer import __version__
 from trainer.guard import Guard
 from trainer.profiles import known_profiles
 from trainer.publish.wire import GenerateRequest, GenerateResult, ModelState, RegisterModel
-from trainer.server.auth import KeyDoor, guarded
+from trainer.server.auth import KEY_SCOPE, KeyDoor, guarded
 from trainer.server.completions import add_openai_routes
 from trainer.server.inference_process import EngineProcess
 from trainer.server.job_book import Job
@@ -102,6 +102,8 @@ class Info(BaseModel):
     """`--dtype`: with `bf16`, weights of another dtype are refused."""
     active: Active
     queued: int
+    scope: Literal["generate", "publish"]
+    """What the key of this request may do."""
     profiles: list[str]
     engine_restarts: int
     config_hash: str | None
@@ -195,7 +197,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         return Version()
 
     @app.get("/info", responses=documented())
-    async def info() -> Info:
+    async def info(request: Request) -> Info:
         hello = queue.engine.hello if service.model_id is not None else {}
         manifest = hello.get("manifest", {})
         return Info(
@@ -205,6 +207,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
             dtype_option=queue.engine.dtype,
             active=Active(**service.active()),
             queued=queue.waiting,
+            scope=request.scope[KEY_SCOPE],
             profiles=known_profiles(),
             engine_restarts=queue.restarts,
             config_hash=manifest.get("config_hash"),

@@ -22,6 +22,9 @@ MAX_HELD = 64 << 20
 SMALL_BODY = 256 << 10
 """A body up to this size is not counted: it is taken while others are large."""
 
+KEY_SCOPE = "trainer.key_scope"
+"""Where the routes find, in a request's scope, what its key may do: `generate` or `publish`."""
+
 OPEN_PATHS = frozenset({"/health"})
 
 PUBLISH_PREFIXES = ("/weights", "/models/set_active", "/models/register")
@@ -59,6 +62,8 @@ class KeyDoor:
         if refusal is not None:
             await refuse(scope, send, refusal)
             return
+        held = self._scope_held(headers.get("authorization", ""))
+        scope[KEY_SCOPE] = held if self.keys else "publish"
         body = _Body(self, self.longest(path), is_kept=not _is_part(path))
         try:
             await self.app(scope, body.counted(receive), send)

@@ -271,6 +271,7 @@ def test_a_server_without_room_is_told_and_counted(
     "mistake",
     [
         "key",
+        "scope",
         pytest.param("tokenizer", marks=pytest.mark.long),
         "architecture",
         pytest.param("no server", marks=pytest.mark.long),
@@ -282,10 +283,12 @@ def test_a_misconfigured_server_fails_the_start(
     make_tokenizer: Any,
     make_model: Any,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     mistake: str,
 ) -> None:
     words = {
-        "key": "set ULTIMATE_TRAINER_KEY",
+        "key": "set monitoring.remote_3090_key_file or ULTIMATE_TRAINER_KEY",
+        "scope": "has the scope generate, and a run publishes its weights",
         "tokenizer": "another chat template",
         "architecture": "another architecture",
         "no server": "does not answer as a preview server",
@@ -294,6 +297,10 @@ def test_a_misconfigured_server_fails_the_start(
     if mistake == "key":
         keys.write_text("x" * 20)
         options += ["--api-key-file", str(keys)]
+    elif mistake == "scope":
+        keys.write_text(f"generate: {'g' * 20}\npublish: {'p' * 20}\n")
+        options += ["--api-key-file", str(keys)]
+        monkeypatch.setenv("ULTIMATE_TRAINER_KEY", "g" * 20)
     elif mistake in ("tokenizer", "architecture"):
         changes = {"hidden_size": 64} if mistake == "architecture" else {}
         tokenizer = make_tokenizer("{{ messages[0]['content'] }}")
