@@ -368,7 +368,9 @@ class SafeStream(io.TextIOBase):
             action()
         except (OSError, ValueError) as error:  # ValueError: closed by its owner
             self._is_broken = True
-            logger.warning("the terminal output broke off (%s); training goes on", error)
+            logger.warning(
+                "the terminal output broke off (%s); nothing more is written to it", error
+            )
 
 
 # ---- whole folders

@@ -167,7 +167,7 @@ def test_probabilities_that_do_not_fit_the_files_are_one_error(
 ) -> None:
     three = train(dataset_path=f"{files},{qa_file}", data=MIX)
     assert three.exit_code == 2
-    assert "data.mix_probabilities has 2 numbers, data.dataset_path names 3 files" in (
+    assert "data.mix_probabilities has 2 numbers, data.dataset_path has 3 names" in (
         three.error_message
     )
     assert not three.output_dir.exists()

@@ -1,4 +1,4 @@
-"""`trainer compare RUN RUN`: what was set differently, and scores over the same prompts."""
+"""`trainer compare RUN RUN`: how their configs differ, and scores over the same prompts."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from trainer.views.comparing import (
     compared_scores,
     config_differences,
     newest_val_loss,
+    value_text,
 )
 from trainer.views.run_reader import MANIFEST_NAME, RunReader
 from trainer.views.score_words import TOO_FEW, label_of, value_words
@@ -94,7 +95,8 @@ def _print(readers: Sequence[RunReader], scores: Sequence[ScoreComparison]) -> N
     letters = LETTERS[: len(readers)]
     changed = config_differences(readers)
     if changed:
-        _table("set differently", ["", *letters], [[key, *values] for key, values in changed])
+        rows = [[key, *map(value_text, values)] for key, values in changed]
+        _table("config values that differ, set or chosen", ["", *letters], rows)
     else:
         print("all config values are the same")
     if not scores:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from trainer.config.data_section import DataSection
+from trainer.counts import counted
 from trainer.errors import ConfigError
 
 MAX_NAME = 40
@@ -50,8 +51,9 @@ def check_mix(section: DataSection, names: Sequence[str]) -> None:
     shares = section.mix_probabilities
     if shares and len(shares) != len(names):
         raise ConfigError(
-            f"data.mix_probabilities has {len(shares)} numbers, data.dataset_path names "
-            f"{len(names)} files; give one for each, or none."
+            f"data.mix_probabilities has {len(shares)} numbers, data.dataset_path has "
+            f"{counted(len(names), 'name')} (a folder or a pattern is one); give one for each, or "
+            "none."
         )
 
 
@@ -69,7 +71,9 @@ def _parts(source: str) -> list[str]:
     *folders, name = PurePath(source).parts or (source,)
     while name.lower().endswith(SUFFIXES) and PurePath(name).stem != name:
         name = PurePath(name).stem
-    parts = [part for part in (*folders, name) if part not in ("/", ".", "..")] or [source]
+    # Of a pattern what is written out, if there is any: `rows/a/*.jsonl` is `a`.
+    plain = [re.sub(r"[*?\[\]]+", "", part) for part in (*folders, name)]
+    parts = [part for part in plain if part.strip("-") and part not in ("/", ".", "..")] or [source]
     return [re.sub(r"[^\w.-]", "-", part) for part in parts]
 
 

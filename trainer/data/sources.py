@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.data_section import DataSection
+from trainer.counts import counted
 from trainer.data.data_files import SUFFIXES, DataFile
 from trainer.data.find_files import Found, find_files
 from trainer.data.layouts import FORMATS
@@ -196,8 +197,9 @@ def find_sources(
         )
     if weights and len(weights) != len(names):
         raise ConfigError(
-            f"data.weights has {len(weights)} numbers, data.dataset_path names {len(names)} "
-            "files; give one for each, or none."
+            f"data.weights has {counted(len(weights), 'number')}, data.dataset_path has "
+            f"{counted(len(names), 'name')} (a folder or a pattern is one); give one for each, or "
+            "none."
         )
     return [
         Source(name, weight, offline, is_streamed, "" if address == name else address)

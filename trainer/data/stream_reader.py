@@ -76,7 +76,10 @@ class Mark:
         if self.num_dropped:
             counts += f", {self.num_dropped:,} dropped (longer than max_length)"
         if not self.epoch:
-            return f"{self.num_read:,} rows read so far, of a first pass that is not over: {counts}"
+            return (
+                f"the last step was within the first {self.num_read:,} rows, of a pass that is not "
+                f"over: {counts}"
+            )
         passes = "a pass" if self.epoch == 1 else f"{self.epoch} passes"
         return f"{passes} over {self.num_read:,} rows read, and some of the next: {counts}"
 

@@ -1,17 +1,19 @@
-"""Runs compared: what was set differently, and their scores prompt by prompt; page and command."""
+"""Runs compared: how their configs differ, and their scores prompt by prompt; page and command."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.monitoring.status_reader import TrainingStatusReader
 from trainer.preview.base import PreviewResult
 from trainer.scores.figures import MATCH, values_of
 from trainer.scores.statistics import difference_of
-from trainer.views.run_reader import RunReader, config_rows
+from trainer.views.run_reader import RunReader, config_values
 
 LETTERS = "ABCDEF"
 """So many runs at most: more curves could not be told apart."""
@@ -22,20 +24,33 @@ DATA_FILES = "data_files_sha256"
 NOT_COMPARED = ("output.", "data_card")
 """Config keys that always differ and tell nothing."""
 
+PROCESSES = "(processes)"
+"""How many trained a run, where it says so."""
 
-def config_differences(readers: Sequence[RunReader]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) of those that differ; "" where a run has none."""
+
+def config_differences(readers: Sequence[RunReader]) -> list[tuple[str, list[Any]]]:
+    """(key, its JSON value in each run) of those that differ; None where a run has none.
+
+    Values that a run chose by itself are among them, and the number of its processes.
+    """
     columns = []
     for reader in readers:
         with reader.lock:
-            columns.append({key: value for key, value, _ in config_rows(reader)})
+            processes = reader.manifest.get("processes")
+            world = processes.get("world_size") if isinstance(processes, dict) else None
+            columns.append({PROCESSES: world, **config_values(reader)})
     names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, [column.get(name, "") for column in columns]) for name in names]
+    rows = [(name, [column.get(name) for column in columns]) for name in names]
     return [
         (name, values)
         for name, values in rows
-        if len(set(values)) > 1 and not name.startswith(NOT_COMPARED)
+        if any(value != values[0] for value in values) and not name.startswith(NOT_COMPARED)
     ]
+
+
+def value_text(value: Any) -> str:
+    """A value of `config_differences` as a table shows it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 # ---- the prompts that runs have in common

@@ -427,11 +427,17 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def config_rows(reader: RunReader) -> list[tuple[str, str, str]]:
     """(dotted key, value, origin) of the run's config; origin `` where it was not written down."""
-    rows = []
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value), reader.origins.get(key, ""))
+        for key, value in config_values(reader).items()
+    ]
+
+
+def config_values(reader: RunReader) -> dict[str, Any]:
+    """Dotted key -> value of the run's config, as JSON values."""
     config = reader.manifest.get("config")
-    for section, values in (config if isinstance(config, dict) else {}).items():
-        for name, value in (values if isinstance(values, dict) else {}).items():
-            key = f"{section}.{name}"
-            text = value if isinstance(value, str) else json.dumps(value)
-            rows.append((key, text, reader.origins.get(key, "")))
-    return rows
+    return {
+        f"{section}.{name}": value
+        for section, values in (config if isinstance(config, dict) else {}).items()
+        for name, value in (values if isinstance(values, dict) else {}).items()
+    }

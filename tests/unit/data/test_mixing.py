@@ -170,7 +170,7 @@ def test_sources_that_cannot_have_their_share_are_named() -> None:
         DataError, match=r"source 1: its share of 0.001 is less than one row .*mix_epoch=longest"
     ):
         MixedOrder([5, 5], np.array([0, 1]), (0.999, 0.001), **options)
-    with pytest.raises(ConfigError, match=r"has 2 numbers, data\.dataset_path names 3 files"):
+    with pytest.raises(ConfigError, match=r"has 2 numbers, data\.dataset_path has 3 names"):
         check_mix(DataSection(mix_probabilities=(0.5, 0.5)), ["a", "b", "c"])
 
 
@@ -182,6 +182,9 @@ def test_sources_that_cannot_have_their_share_are_named() -> None:
         (["openai/gsm8k:train", "openai/gsm8k:test"], ("gsm8k-train", "gsm8k-test")),
         (["rows.jsonl", "../rows.jsonl"], ("1-rows", "2-rows")),
         (["a/x y\n.jsonl", ".jsonl"], ("x-y-", ".jsonl")),
+        (["rows/a/*.jsonl", "rows/b/*.jsonl.gz"], ("a", "b")),
+        (["rows/**/*.jsonl", "rows/part-[0-4].jsonl"], ("rows", "part-0-4")),
+        (["*.jsonl", "?.csv"], ("-.jsonl", "-.csv")),
     ],
 )
 def test_the_name_of_a_source_is_short_and_no_other_ones(

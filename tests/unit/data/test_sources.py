@@ -92,7 +92,7 @@ def test_rows_held_out_are_not_repeated_and_never_trained_on(
 
 @pytest.mark.parametrize(
     ("text", "weights", "reason"),
-    [("a.jsonl,b.jsonl", (1.0,), "1 numbers"), ("a.jsonl,a.jsonl", (), "named twice")],
+    [("a.jsonl,b.jsonl", (1.0,), "has 1 number,"), ("a.jsonl,a.jsonl", (), "named twice")],
 )
 def test_weights_that_do_not_fit_and_twin_names_are_errors(
     text: str, weights: tuple[float, ...], reason: str

@@ -107,7 +107,7 @@ def test_runs_are_compared_prompt_by_prompt_with_an_interval(
     assert interval == pytest.approx((match["low"], match["high"]))
     assert (match["num_prompts"], match["is_clear"]) == (20, is_clear)
     assert golden["difference"] == pytest.approx(0.2)
-    assert found["config"] == {"hyperparams.learning_rate": {"A": "0.001", "B": "0.002"}}
+    assert found["config"] == {"hyperparams.learning_rate": {"A": 0.001, "B": 0.002}}
     assert main(["compare", *runs, "--csv"]) == 0
     lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [line["score"] for line in lines] == ["match", "golden_probability"]

@@ -1,4 +1,4 @@
-"""Runs compared: what was set differently, their curves, and the prompts on which they disagree."""
+"""Runs compared: how their configs differ, their curves, and the prompts on which they disagree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nicegui import ui
 from trainer.counts import counted
 from trainer.monitoring.events import printable
 from trainer.preview.base import PreviewResult
-from trainer.views.comparing import LETTERS, common_answers, config_differences
+from trainer.views.comparing import LETTERS, common_answers, config_differences, value_text
 from trainer.views.differences import compare
 from trainer.views.facts import report_figures
 from trainer.views.metrics import SMOOTHING_SHARE, window_half
@@ -62,7 +62,7 @@ class ComparePage:
                 box("span", "grow")
                 dark_button(dark)
             self._verdicts = box("div")
-            with section("What was set differently", "config"):
+            with section("Config values that differ, set or chosen", "config"):
                 self._config = box("div", "wide")
             with section("Curves", "curves"), box("div", "charts"):
                 with box("div", "chart-big"):
@@ -89,9 +89,9 @@ class ComparePage:
             return
         self._seen = seen
         self._draw_verdicts()
-        self._table(
-            self._config, config_differences(self.readers), "All config values are the same."
-        )
+        found = config_differences(self.readers)
+        rows = [(key, [value_text(value) for value in values]) for key, values in found]
+        self._table(self._config, rows, "All config values are the same.")
         self._table(self._figures, self._figure_rows(), "")
         self._draw_charts()
         self._draw_answers()
