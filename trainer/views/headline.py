@@ -234,13 +234,24 @@ def _is_on_the_way(pair: _Pair) -> bool:
 
 
 def _going_on(previews: PreviewBook, value_of: ValueOf) -> str:
-    """`, still rising`, which is above all before, or `, falling now`; "" where no test tells."""
+    """`, still rising`, which is the highest and clearly above what was before, or `, falling now`; "" where no test tells."""
     steps = previews.steps[-TREND_STEPS:]
     values = {step: _values(previews, step, value_of) for step in steps}
     by_step = {step: found for step, found in values.items() if found}
-    if is_above_all_before(by_step):
+    if is_above_all_before(by_step) and _is_highest_now(by_step):
         return RISING
     return ", falling now" if paired_trend(by_step) == "falling" else ""
+
+
+def _is_highest_now(by_step: Mapping[int, Values]) -> bool:
+    """Whether no earlier step, over the same prompts, was higher than the newest."""
+    newest = by_step[max(by_step)]
+    means = [
+        statistics.fmean(found.values())
+        for found in by_step.values()
+        if found.keys() == newest.keys()
+    ]
+    return max(means) <= statistics.fmean(newest.values())
 
 
 def _change(pair: _Pair) -> str:

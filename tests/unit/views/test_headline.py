@@ -70,6 +70,16 @@ def test_a_rise_after_a_fall_is_not_still_rising_until_it_is_above_all_before() 
     assert ", falling now" in headline_of(book_of(dict.fromkeys(lower, 0), 16, lower), []).main
 
 
+def test_what_was_higher_at_an_earlier_step_is_not_still_rising() -> None:
+    steps = {0: 0, 10: 20, 20: 40, 30: 60, 40: 80, 50: 100, 60: 96}
+    assert headline_of(book_of(steps, 100), []).main == (
+        "96 of 100 right, from 0 before training, 100 at step 50"
+    )
+    steps = {0: 0.1, 10: 0.2, 20: 0.3, 30: 0.4, 40: 0.5, 50: 0.6, 60: 0.59}
+    none_right = book_of(dict.fromkeys(steps, 0), 16, steps)
+    assert headline_of(none_right, []).main.endswith("before training")
+
+
 def test_a_rise_of_many_small_gains_and_a_few_large_losses_is_none() -> None:
     book = PreviewBook()
     for step in (0, 10):
