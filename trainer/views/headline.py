@@ -234,7 +234,10 @@ def _is_on_the_way(pair: _Pair) -> bool:
 
 
 def _going_on(previews: PreviewBook, value_of: ValueOf) -> str:
-    """`, still rising`, which is the highest and clearly above what was before, or `, falling now`; "" where no test tells."""
+    """`, still rising` or `, falling now`; "" where no test tells.
+
+    What rises is clearly above all before, and the newest step is the highest.
+    """
     steps = previews.steps[-TREND_STEPS:]
     values = {step: _values(previews, step, value_of) for step in steps}
     by_step = {step: found for step, found in values.items() if found}
