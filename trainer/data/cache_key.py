@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 import sys
+import time
 import types
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -120,6 +122,20 @@ def describe_profile(profile: DataProfile) -> Any:
     return [cls.__module__, cls.__qualname__, describe(profile.options), hashes]
 
 
+def _began_at() -> float:
+    """When this process began, on the clock that files are stamped by.
+
+    psutil adds the time since the boot to the boot's own, which is known to a second, and is wrong
+    by hours where a virtual machine slept: files written just before would seem to be newer.
+    """
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):  # no Linux
+        return psutil.Process().create_time()
+    return time.time() - age
+
+
 def _add_sources(
     module: types.ModuleType | None, hashes: dict[str, str], *, is_wanted: bool
 ) -> None:
@@ -132,7 +148,7 @@ def _add_sources(
         return
     if name in hashes or not (is_wanted or _is_users(name, path)):
         return
-    if path.stat().st_mtime > psutil.Process().create_time():
+    if path.stat().st_mtime > _began_at():
         # What runs may be the code from before the edit, so its text says nothing.
         raise NotCacheableError(f"code edited since this process began ({path})")
     hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,13 @@ def test_a_profile_edited_since_the_process_began_is_not_cached(
     data = prepare(profile=write_profile("one", is_old=False))
     assert data.card.cache.startswith("not used: code edited since")
     assert not folder.exists()
+
+
+def test_when_a_process_began_is_known_to_a_tick_so_files_written_just_before_are_older() -> None:
+    code = "from trainer.data import cache_key; print(cache_key._began_at())"
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert before - 0.02 <= float(done.stdout) <= time.time()
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(
