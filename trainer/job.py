@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -53,9 +54,14 @@ def run_job(
         How the run ended; what went wrong is in it, and was printed unless display is `off`.
     """
     put_back = quiet_libraries()
+    # A record that no handler takes is printed by Python itself; the caller's own still get it.
+    logger, handler = logging.getLogger("trainer"), logging.NullHandler()
+    if display == "off":
+        logger.addHandler(handler)
     try:
         return _run_job(config, display, observers, callbacks, origins or {})
     finally:
+        logger.removeHandler(handler)
         put_back()
 
 

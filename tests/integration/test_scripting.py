@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,37 @@ def test_a_callback_that_raises_ends_the_run_and_what_is_none_is_refused(
     refused = run_job(job("other", **SHORT), display="off", callbacks=[Losses()])  # type: ignore[list-item]
     assert refused.exit_code == 2
     assert "no instance of transformers.TrainerCallback" in str(refused.error_message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("display", ["off", "quiet"])
+def test_a_failure_prints_nothing_where_display_is_off(
+    qa_file: Path, tmp_path: Path, display: str
+) -> None:
+    code = f"""
+from transformers import TrainerCallback
+from trainer import create_default_config, run_job
+
+class Broken(TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        raise ValueError("mine")
+
+config = create_default_config(
+    model_path="tiny", dataset_path={str(qa_file)!r}, output_dir={str(tmp_path / "out")!r}, {FEW})
+raise SystemExit(run_job(config, display={display!r}, callbacks=[Broken()]).exit_code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 1
+    is_off = display == "off"
+    assert (done.stdout == "") == is_off
+    # What libraries print while the script itself imports them is not ours.
+    assert ("ValueError: mine" in done.stderr) != is_off, done.stderr
+    assert ("Traceback" in done.stderr) != is_off
 
 
 @pytest.mark.slow
