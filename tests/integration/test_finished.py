@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,34 @@ def test_serve_takes_a_step_of_a_run_and_answers_what_chat_says(
     assert active == {name: model[name] for name in ("weights_id", "run", "step")}
     assert answer.status_code == 200, answer.text
     assert said.removesuffix(" [cut at the limit]\n") == answer.json()["text"]
+
+
+@pytest.mark.slow
+def test_serve_says_once_that_another_run_answers_and_how_to_bring_its_own_back(
+    finished: Callable[..., Path], train: Callable[..., Any]
+) -> None:
+    run = finished("full")
+    with running_server(str(run)) as server, httpx.Client(base_url=server.url, timeout=120) as http:
+
+        def active() -> str:
+            return str(http.get("/info").json()["active"]["weights_id"])
+
+        own = active()
+        there = {"remote_3090_host": "127.0.0.1", "remote_3090_port": server.port}
+        result = train(
+            "other",
+            hyperparams={"max_steps": 4, "learning_rate": 3e-2},
+            monitoring={"preview_backend": "remote_3090", "inference_interval": 2, **there},
+        )
+        assert result.summary["previews"]["verified"] > 4
+        assert active() != own
+        [line] = [one for one in server.log().splitlines() if "is answered with" in one]
+        [weights] = re.findall(r"set_active with (\S+) brings", line)
+        assert "the weights of the run other" in line
+        assert f"those of {run.name}, step 6 " in line
+        body = {"weights_id": weights}
+        assert http.post("/models/set_active", json=body).status_code == 200
+        assert active() == own == weights
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ class Service:
         self.queue = JobQueue(engine, store.loads.get, request_timeout_s=request_timeout_s)
         self.model_id: str | None = None
         self.is_loading = False
+        self._noted_runs = {self.origin.run}
         if engine.hello:
             self._take_model()
 
@@ -217,6 +218,22 @@ class Service:
         job = self.submit("load_weights", sent, needs=tag, client=str(tag["run"]))
         await job.done.wait()
         result_of(job)
+        self._note_run(str(tag["run"]))
+
+    def _note_run(self, run: str) -> None:
+        """Say once of each run that its weights took the place of those of the run served here."""
+        if self.origin.run is None or run in self._noted_runs:
+            return
+        self._noted_runs.add(run)
+        logger.warning(
+            "%s is answered with the weights of the run %s now, which publishes here; it was "
+            "started with those of %s, step %s (POST /models/set_active with %s brings them back)",
+            self.model_id,
+            run,
+            self.origin.run,
+            self.origin.step,
+            self.engine.hello.get("weights_id"),
+        )
 
 
 def client_of(request: Request) -> str:
