@@ -225,7 +225,7 @@ def test_a_run_that_hangs_turns_amber_and_frames_without_data_are_not_drawn(
     path = run / "status.json"
     path.write_text(json.dumps(helpers.status_of(step=200, total_steps=400, **status)))
     page = open_page(monitor(run), wait_for=".state-silent")
-    assert re.match(r"training, step 200 of 400, no update for 1 min", page.inner_text(".state"))
+    assert re.match(r"no update for 1 min.*; training, step 200 of 400", page.inner_text(".state"))
     assert " left" not in page.locator(".page").inner_text()
     assert page.locator("canvas:visible").count() == 0
     assert not page.locator(".sources").is_visible()

@@ -136,6 +136,8 @@ class DecidingScores:
         rule = self.stop_rule
         assert rule is not None, "a rule is over"
         kept = f"; its checkpoint is kept (best step {rule.best_step})" if rule.best_step else ""
+        if kept and self.pending:
+            kept += f", unless step {self.pending[-1]}, which is not scored yet, is clearly above"
         self.stop_reason = (
             f"early stopping: stopped at step {step}: {rule.metric} has not clearly risen since "
             f"step {rule.reference_step} ({counted(rule.num_without, 'evaluation')}){kept}"

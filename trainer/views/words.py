@@ -242,7 +242,8 @@ def working_words(
     words += f", step {step} of {total_steps}"
     if is_silent(phase, waited_s, step_time_s):
         pace = f" (a step takes {duration_words(step_time_s)})" if step_time_s > 0 else ""
-        return f"{words}, no update for {duration_words(waited_s)}{pace}"
+        # Silence first: where there is little room, the rest is not read.
+        return f"no update for {duration_words(waited_s)}{pace}; {words}"
     # What is left is a guess that was made at the last step: it is not counted below zero.
     if eta_s is not None and step < total_steps and eta_s > waited_s:
         words += f", {left_words(eta_s - waited_s)}"

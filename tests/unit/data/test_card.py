@@ -56,7 +56,7 @@ def test_the_card_counts_untrained_turns_weights_greetings_numbers_and_unused_ke
     assert lines["loss weights"].startswith("1 turn or text has")
     assert lines["openings"].startswith("1 row begins with an assistant turn")
     assert lines["unused keys"] == "source (2), lang (1), messages[].id (1)"
-    assert lines["as text"].startswith("has 1 number,, booleans or JSON values")
+    assert lines["as text"].startswith("1 numbers, booleans or JSON values")
 
 
 def test_many_odd_keys_make_one_line_that_fits(prepare: Callable[..., RunData]) -> None:

@@ -158,7 +158,7 @@ def test_long_rows_are_cut_as_any_other(
         ({"input_ids": [5, "6"]}, "'input_ids' must be a list of whole numbers"),
         ({"input_ids": "5 6"}, "'input_ids' must be a list of whole numbers"),
         ({"input_ids": []}, "'input_ids' is empty"),
-        ({"input_ids": [5, 6], "labels": [6]}, "'labels' has has 1 number,, 'input_ids' has 2"),
+        ({"input_ids": [5, 6], "labels": [6]}, "'labels' has 1 numbers, 'input_ids' has 2"),
         ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, "seem to be shifted by one"),
         ({"input_ids": [5, 6], "labels": [5, 9]}, r"labels\[1\] is 9, input_ids\[1\] is 6: a lab"),
         ({"input_ids": [5, 6], "labels": [-100, -100]}, "leave nothing to train"),

@@ -182,7 +182,7 @@ def test_a_run_that_hangs_says_so_and_stops_counting_down(made_up_run: MakeRun) 
     assert "3 min left" in run.reader.words(now=last + 19)
     assert run.reader.is_silent(now=last + 45)
     words = run.reader.words(now=last + 45)
-    assert words == "training, step 420 of 1000, no update for 45 s (a step takes 0.2 s)"
+    assert words == "no update for 45 s (a step takes 0.2 s); training, step 420 of 1000"
 
 
 def test_steps_that_take_long_are_waited_for(made_up_run: MakeRun) -> None:

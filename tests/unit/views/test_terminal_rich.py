@@ -238,7 +238,7 @@ def test_time_left_runs_down_between_steps_and_a_long_silence_is_said(view):
     view._clock.now = 19.0
     assert drawn(view)[0].endswith("training, step 42 of 100, 3 min left")
     view._clock.now = 61.0
-    words = "training, step 42 of 100, no update for 1 min (a step takes 0.1 s)"
+    words = "no update for 1 min (a step takes 0.1 s); training, step 42 of 100"
     assert drawn(view)[0].endswith(words)
 
 

@@ -111,7 +111,7 @@ export class Charts {
     if (one.compared) parts.push(`${one.right} of ${one.compared}`);
     if (one.probability !== null) parts.push(`golden${this.isNarrow ? "" : " tokens"} ${one.probability.toFixed(1)} %`);
     const title = hasMatch
-      ? `right answers, %${band.length > 1 ? " (band: 95 %)" : ""}${hasGolden ? "; dashed: golden token probability" : ""}`
+      ? `right answers, %${band.length > 1 ? " (band: 95 %)" : ""}${hasGolden ? "; dashed: golden token probability" : ""}${shared.head.best === null ? "" : "; \u25b2 most right"}`
       : "golden token probability, %";
     this.match.name.textContent = this.isNarrow ? (hasMatch ? "right" : "%") : title;
     // Where there is no place for both, the figure is read, and the step stands below.
